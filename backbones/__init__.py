@@ -1,0 +1,3 @@
+"""Every backbone, registered with timm on import."""
+
+from terrazzo.backbones import dinat as dinat

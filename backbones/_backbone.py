@@ -1,0 +1,184 @@
+"""What timm asks of every model, written once for hierarchical (`_pyramid`) and isotropic (`_plain`) backbones."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from terrazzo.errors import InputError
+
+
+class Backbone(nn.Module):
+    """A stem, a list of units, a norm and a classifier head.
+
+    A unit is what features are taken after: a stage of a pyramid, a block of a plain backbone. Units and blocks have
+    one interface, `block(x, state) -> (x, state)`: `x` is the map in `output_fmt`, `state` whatever the family carries
+    beside it (global tokens, a record of merged tokens), None where there is nothing. `begin` makes both from the image
+    and `to_map` turns both into the map that goes out, so a family with a state overrides these two and its blocks.
+
+    Attributes:
+        output_fmt: Layout of maps between units, "NHWC" or "NCHW".
+        feature_info: Per unit, channels, reduction and module name, as timm defines it.
+        no_decay: Last parts of the names of parameters that take no weight decay.
+    """
+
+    output_fmt = "NHWC"
+    no_decay: tuple[str, ...] = ()
+    units_name: str  # the attribute that holds the units, so that state dicts say "stages" or "blocks"
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        units: Sequence[nn.Module],
+        channels: Sequence[int],
+        reductions: Sequence[int],
+        norm_layer: Callable[..., nn.Module],
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        norm_outputs: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """Args:
+        stem: Image to the first map, in `output_fmt`.
+        units, channels, reductions: The units, and the channels and total stride after each.
+        norm_layer: Called with a channel count: the norm before the head, and the norms of the outputs.
+        norm_outputs: Make the detectors' and segmentors' flavour: `forward_intermediates` and `features_only` give
+            maps normalised by `norm0`, `norm1`, ..., and there is no norm before the head.
+        """
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.norm_outputs = norm_outputs
+        self.grad_checkpointing = False
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.feature_info = [
+            dict(num_chs=c, reduction=r, module=f"{self.units_name}.{i}")
+            for i, (c, r) in enumerate(zip(channels, reductions))
+        ]
+        factory = dict(device=device, dtype=dtype)
+        self.stem = stem
+        setattr(self, self.units_name, nn.ModuleList(units))
+        self.norm = nn.Identity() if norm_outputs else norm_layer(channels[-1], **factory)
+        if norm_outputs:
+            for i, c in enumerate(channels):
+                setattr(self, f"norm{i}", norm_layer(c, **factory))
+        self.head = ClassifierHead(
+            channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **factory
+        )
+
+    @property
+    def units(self) -> nn.ModuleList:
+        return getattr(self, self.units_name)
+
+    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The first map and the state beside it, from the image."""
+        return self.stem(x), None
+
+    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        return unit(x, state)
+
+    def to_map(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+        """The map that goes out, (B, H, W, C) or (B, C, H, W) as `output_fmt` says."""
+        return x
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) to the last map, normalised, in `output_fmt`."""
+        x, state = self.begin(x)
+        for unit in self.units:
+            x, state = self.run_unit(unit, x, state)
+        return self.norm(self.to_map(x, state))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps after the chosen units, and the last map as `forward_features` gives it.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: The last n units if an int, all if None, else the units' numbers.
+            norm: Also apply the final norm to the last unit's map (the only one that it fits).
+            stop_early: Do not run the units after the last chosen one.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: Return the list alone.
+
+        Raises:
+            InputError: `output_fmt` is not one of the two.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.units), indices)
+        maps = []
+        x, state = self.begin(x)
+        for i, unit in enumerate(self.units):
+            if stop_early and i > last:
+                break
+            x, state = self.run_unit(unit, x, state)
+            if i in taken:
+                y = self.to_map(x, state)
+                if self.norm_outputs:
+                    y = getattr(self, f"norm{i}")(y)
+                elif norm and i == len(self.units) - 1:
+                    y = self.norm(y)
+                maps.append(self._as_format(y, output_fmt))
+        return maps if intermediates_only else (self.norm(self.to_map(x, state)), maps)
+
+    def _as_format(self, x: torch.Tensor, output_fmt: str) -> torch.Tensor:
+        if output_fmt == self.output_fmt:
+            return x
+        return (x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x.permute(0, 2, 3, 1)).contiguous()
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the chosen intermediates do not need; returns their numbers, counted from the front."""
+        taken, last = feature_take_indices(len(self.units), indices)
+        cut = last < len(self.units) - 1
+        setattr(self, self.units_name, self.units[: last + 1])
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if self.norm_outputs:
+            for i in range(len(self.feature_info)):
+                if i not in taken and hasattr(self, f"norm{i}"):
+                    delattr(self, f"norm{i}")
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return taken
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier (0 removes it); the pooling stays unless one is named."""
+        self.num_classes = num_classes
+        parameter = next(self.parameters())
+        self.head.in_features = self.num_features
+        self.head.reset(num_classes, global_pool, device=parameter.device, dtype=parameter.dtype)
+        self.head_hidden_size = self.head.num_features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in self.no_decay}

@@ -1,0 +1,55 @@
+"""Hierarchical backbones: strides 4, 8, 16, 32."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models._manipulate import checkpoint
+from torch import nn
+
+from terrazzo.backbones._backbone import Backbone
+
+
+class Stage(nn.Module):
+    """An optional downsampler, then blocks.
+
+    The downsampler opens a stage (official code often closes one with it), so the stage's output is the feature.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x, state = checkpoint(block, x, state) if self.grad_checkpointing else block(x, state)
+        return x, state
+
+
+class Pyramid(Backbone):
+    """A backbone whose units are stages, each with half the resolution of the one before."""
+
+    units_name = "stages"
+
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], channels: Sequence[int], **kwargs):
+        """Args: see `Backbone`; the stem has stride 4."""
+        super().__init__(stem, stages, channels, [4 * 2**i for i in range(len(stages))], **kwargs)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups from stem to head, for layer-wise learning rate decay."""
+        blocks = r"^stages\.(\d+)"
+        if not coarse:
+            blocks = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm\d*", (99999,)),
+            ]
+        return dict(stem=r"^stem", blocks=blocks)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
+        for stage in self.stages:
+            stage.grad_checkpointing = enable

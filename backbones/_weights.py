@@ -1,0 +1,44 @@
+"""What every family's `checkpoint_filter_fn` needs: unwrapping, renaming, resizing."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_WRAPPERS = ("state_dict", "model", "module")
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a backbone: out of a training checkpoint's wrapper keys, and of a detector's `backbone.`."""
+    for name in _WRAPPERS:
+        if isinstance(checkpoint.get(name), Mapping):
+            return unwrap(checkpoint[name])
+    prefix = "backbone."
+    if any(name.startswith(prefix) for name in checkpoint):
+        return {name[len(prefix) :]: value for name, value in checkpoint.items() if name.startswith(prefix)}
+    return dict(checkpoint)
+
+
+def rename(state_dict: Mapping[str, torch.Tensor], pairs: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """Apply every (regular expression, replacement) to every name, in order."""
+    pairs = list(pairs)
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in pairs:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value
+    return out
+
+
+def resize_bias_tables(state_dict: dict[str, torch.Tensor], model: nn.Module, suffix: str) -> dict[str, torch.Tensor]:
+    """Resize (heads, 2K - 1, 2K - 1) relative position tables to the model's kernel size, bicubically."""
+    own = model.state_dict()
+    for name, value in state_dict.items():
+        if name.endswith(suffix) and name in own and own[name].shape[1:] != value.shape[1:]:
+            size = tuple(own[name].shape[1:])
+            table = F.interpolate(value[None].float(), size=size, mode="bicubic", align_corners=False)[0]
+            state_dict[name] = table.to(value.dtype)
+    return state_dict

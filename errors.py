@@ -1,0 +1,13 @@
+"""The exceptions that terrazzo raises on purpose. Catch `TerrazzoError` for all of them."""
+
+
+class TerrazzoError(Exception):
+    """Base of every error that terrazzo raises on purpose; the command line prints it as one line and exits with 2."""
+
+
+class InputError(TerrazzoError, ValueError):
+    """An argument, a file or a shape that cannot be used; the message names the value, the limit and the next step."""
+
+
+class BackendError(TerrazzoError, RuntimeError):
+    """A backend that was asked for by name and cannot run here; the message says why."""

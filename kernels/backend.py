@@ -1,0 +1,78 @@
+"""Which form of an operator runs: asked for by name, by context, by environment, or chosen.
+
+The order of precedence is the operator's own `backend=` argument (unless "auto"), the innermost `use_backend`, the
+environment variable TERRAZZO_BACKEND, and then "auto": the first of fused, portable, reference that can run.
+"""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from terrazzo.errors import BackendError, InputError
+
+BACKENDS = ("auto", "fused", "portable", "reference")
+ENVIRONMENT = "TERRAZZO_BACKEND"
+
+_context: contextvars.ContextVar[str] = contextvars.ContextVar("terrazzo_backend", default="auto")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs, and why: `reasons` maps each backend that was refused to one sentence."""
+
+    name: str
+    asked_by: str
+    reasons: Mapping[str, str]
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is a backend.
+
+    Raises:
+        InputError: It is not one of `BACKENDS`.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for one backend for every operator call inside the `with` block (this thread or task only).
+
+    Raises:
+        InputError: `name` is not one of `BACKENDS`.
+    """
+    token = _context.set(check_name(name))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def choose(operator: str, requested: str, refusals: Mapping[str, str]) -> Choice:
+    """Pick the backend of one call.
+
+    `refusals` says why a backend cannot run this call ("fused" -> "needs a CUDA device"); a backend that it does not
+    name can run.
+
+    Raises:
+        BackendError: A backend was asked for by name and is among the refusals.
+        InputError: The name asked for is not one of `BACKENDS`.
+    """
+    asked_by = "the backend argument"
+    if requested == "auto":
+        requested, asked_by = _context.get(), "use_backend"
+    if requested == "auto":
+        requested, asked_by = os.environ.get(ENVIRONMENT, "auto"), f"the environment variable {ENVIRONMENT}"
+    check_name(requested)
+    if requested == "auto":
+        name = next(name for name in BACKENDS[1:] if name not in refusals)
+        return Choice(name, "auto", refusals)
+    if requested in refusals:
+        raise BackendError(
+            f"{operator}: backend {requested!r}, asked for by {asked_by}, cannot run here: {refusals[requested]}"
+        )
+    return Choice(requested, asked_by, refusals)

@@ -1,0 +1,31 @@
+"""The bridge to mmengine, mmdetection and mmsegmentation.
+
+A config needs one line for it:
+
+    custom_imports = dict(imports=["terrazzo.openmmlab"])
+
+Importing it registers terrazzo's backbones with timm and its wrappers with mmengine's root registries (mmdet and mmseg
+look there too), provides mmcv's compiled operators where no compiled mmcv is installed, and makes mmengine's
+checkpoints plain data. It imports neither mmdet nor mmseg.
+"""
+
+import terrazzo  # noqa: F401  registers the backbones with timm
+from terrazzo.openmmlab import _ext, _mmengine, checkpoint
+
+_mmengine.repair()
+_ext.install()
+checkpoint.install()
+
+from terrazzo.openmmlab.backbone import TerrazzoBackbone  # noqa: E402
+from terrazzo.openmmlab.classifier import Classifier  # noqa: E402
+from terrazzo.openmmlab.datasets import ImageFolderDataset  # noqa: E402
+from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
+from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
+
+__all__ = [
+    "ClassificationAccuracy",
+    "Classifier",
+    "ImageFolderDataset",
+    "LayerDecayOptimWrapperConstructor",
+    "TerrazzoBackbone",
+]

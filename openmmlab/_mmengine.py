@@ -1,0 +1,51 @@
+"""Repairs of mmengine 0.10 for today's Python packaging."""
+
+import importlib.metadata
+import importlib.util
+import os
+
+import mmengine.config.config
+import mmengine.hub.hub
+import mmengine.utils
+import mmengine.utils.package_utils
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution or, failing that, a module of this name is there."""
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.util.find_spec(package) is not None
+    return True
+
+
+def get_installed_path(package: str) -> str:
+    """The folder of a package, by the name of its distribution (`mmsegmentation`) or of its module (`mmseg`).
+
+    Raises:
+        ModuleNotFoundError: if there is no such package.
+    """
+    names = [package]
+    try:
+        top_level = importlib.metadata.distribution(package).read_text("top_level.txt")
+        names += (top_level or "").split()
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            return os.path.dirname(spec.origin)
+    raise ModuleNotFoundError(f"package '{package}' is not installed")
+
+
+def repair() -> None:
+    """Replaces the two look-ups that mmengine does through `pkg_resources`, which setuptools 82 removed.
+
+    Without this, a config cannot inherit from another package (`_base_ = ["mmdet::..."]`).
+    """
+    if importlib.util.find_spec("pkg_resources") is not None:
+        return
+    for module in (mmengine.utils.package_utils, mmengine.utils, mmengine.config.config, mmengine.hub.hub):
+        for function in (is_installed, get_installed_path):
+            if hasattr(module, function.__name__):
+                setattr(module, function.__name__, function)

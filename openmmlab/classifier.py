@@ -1,0 +1,110 @@
+"""Image classification with timm's models and losses, driven by mmengine's runner."""
+
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from terrazzo.errors import InputError
+from terrazzo.openmmlab._timm import create_model, load_weights
+
+LOSSES = {
+    loss.__name__: loss
+    for loss in (BinaryCrossEntropy, nn.CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy)
+}
+
+
+@MODELS.register_module()
+class Classifier(BaseModel):
+    """A timm classifier as an mmengine model.
+
+    Args:
+        backbone: `name`, `num_classes` and any other argument of `timm.create_model`; also `checkpoint`, a file of
+            weights whose classifier is left out where it has other classes.
+        loss: `type` (BinaryCrossEntropy, CrossEntropyLoss, LabelSmoothingCrossEntropy or SoftTargetCrossEntropy) and
+            its arguments. By default LabelSmoothingCrossEntropy, or SoftTargetCrossEntropy with mixup.
+        mixup: arguments of `timm.data.Mixup`, for mixup and CutMix; None for neither.
+        data_preprocessor: mmengine's; by default it only moves the batch to the device.
+        init_cfg: mmengine's; weights are left to timm and to `checkpoint`.
+
+    Raises:
+        InputError: if the model or loss is unknown, or the number of classes is missing.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        loss: dict | None = None,
+        mixup: dict | None = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ):
+        super().__init__(data_preprocessor, init_cfg)
+        options: dict[str, Any] = dict(backbone)
+        options.pop("_scope_", None)
+        name, checkpoint = options.pop("name", None), options.pop("checkpoint", None)
+        classes = options.get("num_classes")
+        if not name or not classes:
+            raise InputError(f"Classifier.backbone is {dict(backbone)}; it needs a name and num_classes of 1 or more")
+        self.backbone = create_model(name, **options)
+        if checkpoint is not None:
+            head = "|".join(rf"^{part}\." for part in _head_names(self.backbone))
+            load_weights(self.backbone, name, checkpoint, optional=head)
+        self.mixup = Mixup(num_classes=classes, **mixup) if mixup else None
+        default = "SoftTargetCrossEntropy" if mixup else "LabelSmoothingCrossEntropy"
+        arguments = dict(loss or {"type": default})
+        arguments.pop("_scope_", None)
+        kind = arguments.pop("type", default)
+        if kind not in LOSSES:
+            raise InputError(f"loss '{kind}' is unknown; choose one of {', '.join(LOSSES)}")
+        if mixup and kind == "LabelSmoothingCrossEntropy":
+            raise InputError("mixup makes soft targets; use SoftTargetCrossEntropy, and Mixup's own label_smoothing")
+        self.loss = LOSSES[kind](**arguments)
+
+    def forward(self, inputs: Tensor | list[Tensor], targets: Tensor | list | None = None, mode: str = "tensor") -> Any:
+        """Classifies images.
+
+        Args:
+            inputs: B 3 H W, or a list of B images.
+            targets: B class indices.
+            mode: "loss" gives `{"loss": ...}`; "predict" a list of B dicts with `scores` (probabilities of each class),
+                `pred_label` and, where there are targets, `gt_label`; "tensor" the logits, B x classes.
+        """
+        if isinstance(inputs, (list, tuple)):
+            inputs = torch.stack(list(inputs))
+        if targets is not None:
+            targets = torch.as_tensor(targets, device=inputs.device)
+        if mode == "loss":
+            return {"loss": self._loss(inputs, targets)}
+        logits = self.backbone(inputs)
+        if mode == "tensor":
+            return logits
+        samples = [{"scores": scores, "pred_label": int(scores.argmax())} for scores in logits.float().softmax(dim=-1)]
+        if targets is not None:
+            for sample, target in zip(samples, targets.tolist()):
+                sample["gt_label"] = target
+        return samples
+
+    def init_weights(self) -> None:
+        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them anew."""
+        self._is_init = True
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a training batch, mixed if so configured."""
+        if self.mixup is not None:
+            if len(inputs) % 2:
+                raise InputError(
+                    f"mixup pairs images, and this batch has {len(inputs)}; use an even batch_size and drop_last=True"
+                )
+            inputs, targets = self.mixup(inputs, targets)
+        return self.loss(self.backbone(inputs), targets)
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    """The names of a timm model's classifier layers."""
+    names = model.pretrained_cfg.get("classifier") or "head"
+    return [names] if isinstance(names, str) else list(names)

@@ -1,0 +1,256 @@
+"""Finding, reading and adjusting a config, and building the runner for it: what every training command needs."""
+
+import ast
+import difflib
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+from terrazzo.errors import InputError
+
+CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
+"""Where the packaged configs lie."""
+
+DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head")
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Maps the bare name of every packaged config (its file name without `.py`) to its path."""
+    return {path.stem: path for path in sorted(CONFIG_ROOT.rglob("*.py")) if "_base_" not in path.parts}
+
+
+def find_config(path_or_name: str | Path) -> Path:
+    """Resolves a config by its file path or by its bare name among the packaged configs.
+
+    Raises:
+        InputError: if there is neither such a file nor such a name; the message lists close names.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_file():
+        return path
+    known = packaged_configs()
+    name = path.name.removesuffix(".py")
+    if name in known and (str(path_or_name) in (name, f"{name}.py") or _is_tail(path, known[name])):
+        return known[name]
+    if path.is_dir():
+        raise InputError(f"config '{path_or_name}' is a folder; name a file in it")
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(close)}?" if close else f"packaged configs are: {', '.join(known)}"
+    raise InputError(f"there is no config file or packaged config '{path_or_name}'; {hint}")
+
+
+def _is_tail(path: Path, full: Path) -> bool:
+    """Whether `full` ends with the parts of `path`, so that `configs/detection/x.py` is found from any folder."""
+    return not path.is_absolute() and full.parts[-len(path.parts) :] == path.parts
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turns `["a.b=1", "c=text"]` into `{"a.b": 1, "c": "text"}`: values are Python literals, or else plain text.
+
+    Raises:
+        InputError: if a pair has no `=` or no key.
+    """
+    words = {"true": True, "false": False, "none": None, "null": None}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"option '{pair}' is not of the form KEY=VALUE, such as train_dataloader.batch_size=2")
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            value = words.get(text.strip().lower(), text)
+        options[key.strip()] = value
+    return options
+
+
+def load_config(
+    path_or_name: str | Path, data_root: str | Path | None = None, options: Mapping[str, Any] | None = None
+) -> Config:
+    """Reads a config, moves its data folder, applies options, checks class counts and sets the default scope.
+
+    Args:
+        path_or_name: a config file, or the bare name of a packaged config.
+        data_root: the folder of the data set; replaces the config's own wherever that stands in front of a path.
+        options: dotted keys to values, such as `{"train_dataloader.batch_size": 2}`; they are applied after
+            `data_root`. The key `data_root` among them acts as the argument does.
+
+    Raises:
+        InputError: if the config is unknown or cannot be parsed, an option does not fit, or class counts disagree.
+    """
+    import terrazzo.openmmlab  # noqa: F401  mmengine must be made ready before it reads `_base_` of another package
+
+    path = find_config(path_or_name)
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # a config is code: anything can come out of it
+        reason = " ".join(str(error).split())
+        raise InputError(f"config '{path}' cannot be read: {type(error).__name__}: {reason}") from error
+    options = dict(options or {})
+    data_root = options.pop("data_root", None) if data_root is None else data_root
+    if data_root is not None:
+        set_data_root(cfg, str(data_root))
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"options {options} do not fit config '{path.name}': {error}") from error
+    _settle_workers(cfg)
+    check_class_counts(cfg)
+    if cfg.get("default_scope"):
+        init_default_scope(cfg.default_scope)
+    return cfg
+
+
+def set_data_root(cfg: Config, data_root: str) -> None:
+    """Replaces the data folder of a config, in place, in every dataset and evaluator path that starts with it.
+
+    Raises:
+        InputError: if the config has no top-level `data_root` and its datasets do not share one.
+    """
+    old = cfg.get("data_root")
+    if old is None:
+        found = {dataset["data_root"] for dataset in _datasets(cfg) if dataset.get("data_root")}
+        if len(found) != 1:
+            raise InputError(
+                f"config has no single data_root to replace (found {sorted(found)}); set the paths through options, "
+                "such as train_dataloader.dataset.data_root=DIR"
+            )
+        old = found.pop()
+    old, new = str(old).rstrip("/"), data_root.rstrip("/") or "/"
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+            return new + value[len(old) :]
+        return value
+
+    for key in list(cfg.keys()):
+        cfg[key] = _map_leaves(cfg[key], moved)
+    cfg.data_root = new
+
+
+def check_class_counts(cfg: Config) -> None:
+    """Compares the class count of every head with the classes that the config gives its training set.
+
+    Raises:
+        InputError: if a head has another count; the message names both.
+    """
+    names = next((d["metainfo"]["classes"] for d in _datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
+    if names is None or "model" not in cfg:
+        return
+    for where, count in _head_counts(cfg.model, "model"):
+        if count != len(names):
+            raise InputError(
+                f"{where}.num_classes is {count}, but the data set has {len(names)} classes "
+                f"({', '.join(map(str, names[:8]))}{', ...' if len(names) > 8 else ''}); make them equal"
+            )
+
+
+def build_runner(
+    cfg: Config,
+    work_dir: str | Path,
+    resume: bool | str | Path = False,
+    load_from: str | Path | None = None,
+    seed: int | None = None,
+    amp: bool = False,
+) -> Runner:
+    """Builds mmengine's runner for a config.
+
+    Args:
+        cfg: what `load_config` returned; it is copied, not changed.
+        work_dir: the folder for checkpoints and logs.
+        resume: True continues from the last checkpoint in `work_dir`, if there is one; a path continues from that file.
+        load_from: a checkpoint whose weights are loaded before training or testing.
+        seed: the seed for weights, data order and augmentation.
+        amp: whether to train in automatic mixed precision.
+
+    Raises:
+        InputError: if a named checkpoint file or a data folder does not exist.
+    """
+    cfg = cfg.copy()
+    cfg.work_dir = str(work_dir)
+    cfg.resume = bool(resume)
+    source = load_from if isinstance(resume, bool) else resume
+    if source is not None:
+        if "://" not in str(source) and not Path(source).is_file():
+            raise InputError(f"checkpoint '{source}' does not exist; name a .pth file")
+        cfg.load_from = str(source)
+    if seed is not None:
+        cfg.randomness = {**(cfg.get("randomness") or {}), "seed": seed}
+    if amp and "optim_wrapper" in cfg:
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    check_data(cfg)
+    # Runners share their histories and their visualizer by name, and mmengine's names repeat within a second.
+    stem = Path(cfg.filename).stem if cfg.filename else "terrazzo"
+    cfg.experiment_name = f"{stem}_{uuid.uuid4().hex[:8]}"
+    if cfg.get("visualizer"):
+        cfg.visualizer.name = cfg.experiment_name
+    return Runner.from_cfg(cfg)
+
+
+def check_data(cfg: Config) -> None:
+    """Checks that the data folder of every local dataset exists.
+
+    Raises:
+        InputError: if one does not.
+    """
+    for dataset in _datasets(cfg):
+        root = dataset.get("data_root")
+        if root and "://" not in root and not Path(root).is_dir():
+            raise InputError(
+                f"data folder '{root}' does not exist; unpack the data there, or name its folder (data_root)"
+            )
+
+
+def _datasets(cfg: Config) -> Iterator[ConfigDict]:
+    """Yields the innermost dataset dict of every dataloader: wrappers such as RepeatDataset are looked through."""
+    for name in DATALOADERS:
+        dataset = (cfg.get(name) or {}).get("dataset")
+        while isinstance(dataset, dict) and isinstance(dataset.get("dataset"), dict):
+            dataset = dataset["dataset"]
+        if isinstance(dataset, dict):
+            yield dataset
+
+
+def _head_counts(model: Mapping, where: str) -> Iterator[tuple[str, int]]:
+    """Yields the place and the `num_classes` of every head of a model."""
+    if model.get("type") == "Classifier" and isinstance(model.get("backbone"), dict):
+        count = model["backbone"].get("num_classes")
+        if count is not None:
+            yield f"{where}.backbone", count
+    for key in HEADS:
+        heads = model.get(key)
+        for index, head in enumerate(heads if isinstance(heads, (list, tuple)) else [heads]):
+            if isinstance(head, dict) and head.get("num_classes") is not None:
+                place = f"{where}.{key}[{index}]" if isinstance(heads, (list, tuple)) else f"{where}.{key}"
+                yield place, head["num_classes"]
+    if isinstance(model.get("roi_head"), dict):
+        yield from _head_counts(model["roi_head"], f"{where}.roi_head")
+
+
+def _settle_workers(cfg: Config) -> None:
+    """Turns off worker persistence where an option has set `num_workers` to 0: PyTorch refuses the pair."""
+    for name in DATALOADERS:
+        loader = cfg.get(name)
+        if loader and loader.get("num_workers") == 0:
+            loader["persistent_workers"] = False
+
+
+def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Applies a function to every leaf of nested dicts, lists and tuples; dicts and lists are changed in place."""
+    if isinstance(value, dict):
+        for key in list(value):
+            value[key] = _map_leaves(value[key], function)
+        return value
+    if isinstance(value, list):
+        value[:] = [_map_leaves(item, function) for item in value]
+        return value
+    if isinstance(value, tuple):
+        return tuple(_map_leaves(item, function) for item in value)
+    return function(value)

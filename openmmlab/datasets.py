@@ -1,0 +1,58 @@
+"""Folders of images, one folder a class, with timm's transforms."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.registry import DATASETS
+from timm.data import create_transform
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from terrazzo.errors import InputError
+
+
+@DATASETS.register_module()
+class ImageFolderDataset(Dataset):
+    """Images under `data_root/split/CLASS/`.
+
+    Args:
+        data_root: the folder of the data set.
+        split: the folder in it, such as "train".
+        transform: arguments of `timm.data.create_transform`, such as `dict(input_size=64, is_training=True)`.
+        metainfo: `classes`, the names that the folders must have; their order is alphabetical, as torchvision's.
+
+    Attributes:
+        metainfo: `classes`, the names of the classes in the order of their indices.
+
+    Raises:
+        InputError: if the folder is missing or empty, or its classes are not the named ones.
+    """
+
+    def __init__(self, data_root: str, split: str, transform: dict, metainfo: dict | None = None):
+        folder = Path(data_root) / split
+        if not folder.is_dir():
+            raise InputError(f"data folder '{folder}' does not exist; unpack the data there or set data_root")
+        try:
+            self.images = ImageFolder(str(folder), transform=create_transform(**_arguments(transform)))
+        except FileNotFoundError as error:
+            raise InputError(f"data folder '{folder}' is not one folder of images a class: {error}") from error
+        wanted: Sequence[str] = (metainfo or {}).get("classes") or self.images.classes
+        if list(wanted) != self.images.classes:
+            raise InputError(
+                f"data folder '{folder}' has classes {', '.join(self.images.classes)}, but the config says "
+                f"{', '.join(wanted)}; make metainfo.classes and num_classes agree with the folders"
+            )
+        self.metainfo = {"classes": tuple(wanted)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        """The image as `inputs`, 3 H W and normalised, and its class index as `targets`."""
+        image, target = self.images[index]
+        return {"inputs": image, "targets": target}
+
+
+def _arguments(transform: dict) -> dict:
+    """The arguments of the transform, free of mmengine's scope mark."""
+    return {key: value for key, value in transform.items() if key != "_scope_"}

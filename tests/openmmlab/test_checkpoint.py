@@ -1,0 +1,178 @@
+"""Checkpoints are plain data, resume exactly, and run no code when loaded."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner import CheckpointLoader
+
+from terrazzo.errors import InputError
+from terrazzo.openmmlab.checkpoint import load_file, plain, save_checkpoint
+from terrazzo.openmmlab.config import build_runner
+
+FLOORS = "fpn_dinat-mini_floors"
+
+
+def losses_of(runner):
+    return runner.message_hub.get_scalar("train/loss").data[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_data, tmp_path_factory):
+    """The losses of six iterations, and the folder with the checkpoint after three."""
+    from terrazzo.openmmlab.config import load_config
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    cfg = load_config(FLOORS, tiny_data("floors"), OPTIONS)
+    runner = build_runner(cfg, folder, seed=3)
+    runner.train()
+    return losses_of(runner), folder
+
+
+OPTIONS = {
+    "train_dataloader.batch_size": 2,
+    "train_cfg.max_iters": 6,
+    "train_cfg.val_interval": 6,
+    "default_hooks.checkpoint.interval": 3,
+    "default_hooks.checkpoint.max_keep_ckpts": -1,
+    "param_scheduler.0.end": 2,
+    "param_scheduler.1.begin": 2,
+    "param_scheduler.1.end": 6,
+}
+
+
+def test_resumed_training_repeats_the_unbroken_one(unbroken, tiny_data, tmp_path):
+    from terrazzo.openmmlab.config import load_config
+
+    losses, folder = unbroken
+    runner = build_runner(load_config(FLOORS, tiny_data("floors"), OPTIONS), tmp_path, folder / "iter_3.pth", seed=3)
+    runner.train()
+    assert len(losses) == 6
+    np.testing.assert_allclose(losses_of(runner), losses, rtol=1e-5)
+    assert runner.iter == 6
+    ends = [torch.load(place / "iter_6.pth", weights_only=True) for place in (folder, tmp_path)]
+    assert ends[0]["param_schedulers"] == ends[1]["param_schedulers"]
+    for key, value in ends[0]["state_dict"].items():
+        torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_loads_where_there_is_only_torch(unbroken):
+    code = (
+        "import sys, torch\n"
+        "checkpoint = torch.load(sys.argv[1], weights_only=True)\n"
+        "assert not {'terrazzo', 'mmengine', 'timm'} & set(sys.modules)\n"
+        "print(*sorted(checkpoint)); print(len(checkpoint['message_hub']['log_scalars']['train/loss']['log']))\n"
+        "print(checkpoint['meta']['iter'], *checkpoint['meta']['dataset_meta']['classes'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(unbroken[1] / "iter_3.pth")], capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "message_hub meta optimizer param_schedulers state_dict"
+    assert lines[1] == "3"
+    assert lines[2] == "3 cement marble granite basalt jasper glass"
+
+
+def test_nothing_temporary_is_left(unbroken):
+    assert not [path for path in unbroken[1].iterdir() if path.name.startswith(".")]
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.pth"
+    save_checkpoint({"a": 1}, str(path))
+
+    def broken(checkpoint, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint({"a": 2}, str(path))
+    assert [item.name for item in tmp_path.iterdir()] == ["x.pth"]
+    assert torch.load(path, weights_only=True) == {"a": 1}
+
+
+def test_plain_forms(tmp_path):
+    value = {
+        "scalar": np.float64(0.5),
+        "array": np.arange(4).reshape(2, 2),
+        "set": {3},
+        "path": tmp_path,
+        "type": int,
+        "nested": (np.int64(1), [np.bool_(True)]),
+    }
+    expected = {"scalar": 0.5, "array": [[0, 1], [2, 3]], "set": [3], "nested": (1, [True])}
+    expected |= {"path": str(tmp_path), "type": "<class 'int'>"}
+    result = plain(value)
+    assert result == expected
+    assert type(result["scalar"]) is float
+
+
+def test_message_hub_takes_both_forms():
+    history = HistoryBuffer([1.0, 2.0], [1, 3])
+    for form in (history, plain(history)):
+        hub = MessageHub(f"hub-{type(form).__name__}")
+        hub.load_state_dict(
+            {"log_scalars": {"loss": form}, "runtime_info": {"iter": 2}, "resumed_keys": {"loss": True}}
+        )
+        restored = hub.get_scalar("loss")
+        assert restored.data[0].tolist() == [1.0, 2.0]
+        assert restored.mean() == history.mean()
+        assert hub.get_info("iter") == 2
+
+
+def test_foreign_checkpoint_with_histories_and_arrays(tmp_path):
+    path = tmp_path / "foreign.pth"
+    hub = MessageHub("foreign")
+    hub.update_scalar("loss", 0.25)
+    hub.update_info("array", np.arange(3.0))
+    hub.update_info("number", np.float32(0.5))
+    torch.save({"state_dict": {"w": torch.ones(2)}, "message_hub": hub.state_dict()}, path)
+    checkpoint = CheckpointLoader.load_checkpoint(str(path))
+    restored = MessageHub("restored")
+    restored.load_state_dict(checkpoint["message_hub"])
+    assert restored.get_scalar("loss").current() == 0.25
+    assert restored.get_info("array").tolist() == [0, 1, 2]
+    assert restored.get_info("number") == 0.5
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, (HARM,)
+
+
+HARM = ""
+
+
+def test_code_in_a_checkpoint_is_refused_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "HARM", str(tmp_path / "harmed"))
+    path = tmp_path / "harmful.pth"
+    torch.save({"state_dict": {}, "extra": Harmful()}, path)
+    with pytest.raises(InputError, match=r"harmful\.pth.*mkdir"):
+        load_file(path)
+    with pytest.raises(InputError, match="refused"):
+        CheckpointLoader.load_checkpoint(str(path))
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_pickle_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "HARM", str(tmp_path / "harmed"))
+    path = tmp_path / "plain.pth"
+    path.write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(InputError, match="refused"):
+        load_file(path)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_file(tmp_path / "no.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        load_file(tmp_path / "text.pth")

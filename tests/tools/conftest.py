@@ -1,0 +1,114 @@
+"""What the tests of the command share: running it, tiny data, and a segmentor that was trained for two iterations."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from terrazzo.tools.cli import cli
+from terrazzo.tools.floors import FloorMaker, write_floors
+
+BACKBONE = {"model.backbone.name": "resnet10t", "model.backbone.out_indices": (1, 2, 3, 4)}
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Run the command in this process: `run("list", "--family", "dinat")`."""
+
+    def invoke(*arguments: object) -> Result:
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def refused(run):
+    """Run the command and make sure that it says one line about the user's mistake: exit code 2, no traceback."""
+
+    def invoke(*arguments: object) -> str:
+        result = run(*arguments)
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code == 2, result.output
+        assert_one_line(result.stderr)
+        return result.stderr
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def shell():
+    """Run the command in a process of its own, as a user does."""
+
+    def invoke(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        code = "from terrazzo.tools.cli import main; main()"
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+    return invoke
+
+
+def assert_one_line(stderr: str) -> None:
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert "Traceback" not in stderr
+
+
+@pytest.fixture(scope="session")
+def floors(tmp_path_factory) -> Path:
+    """Tiny floors: 6 to train on, 3 to evaluate on, 64 pixels a side."""
+    return write_floors(tmp_path_factory.mktemp("data") / "floors", train=6, val=3, size=64, seed=3)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, floors) -> tuple[Path, Path]:
+    """A segmentation config, written out in full, and a checkpoint of it after two iterations."""
+    from terrazzo.openmmlab.config import build_runner, load_config
+    from terrazzo.tools import mm
+
+    options = {
+        **BACKBONE,
+        "train_dataloader.batch_size": 2,
+        "model.data_preprocessor.size": (64, 64),
+        "crop_size": (64, 64),
+        "train_cfg.max_iters": 2,
+        "train_cfg.val_interval": 2,
+    }
+    cfg = load_config("fpn_dinat-mini_floors", floors, options)
+    work_dir = tmp_path_factory.mktemp("trained")
+    with mm.quiet():
+        build_runner(cfg, work_dir, seed=0).train()
+    return work_dir / "fpn_dinat-mini_floors.py", work_dir / "iter_2.pth"
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """A picture that is neither square nor of even size."""
+    path = tmp_path / "floor.png"
+    Image.fromarray(FloorMaker(seed=1, size=96).make().image).crop((0, 0, 91, 67)).save(path)
+    return path
+
+
+@pytest.fixture(params=["missing", "empty", "corrupt", "truncated", "unsupported", "zero pixels"])
+def bad_picture(request, tmp_path) -> Path:
+    """A picture that cannot be used, in each of the ways that pictures go bad."""
+    path = tmp_path / f"bad{'.svg' if request.param == 'unsupported' else '.png'}"
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(whole)
+    data = whole.read_bytes()
+    whole.unlink()
+    contents = {
+        "empty": b"",
+        "corrupt": bytes(reversed(data)),
+        "truncated": data[: len(data) // 2],
+        "unsupported": b"<svg xmlns='http://www.w3.org/2000/svg' width='4' height='4'/>",
+        # A header that promises a picture of no height.
+        "zero pixels": data[:20] + b"\0\0\0\0" + data[24:],
+    }
+    if request.param in contents:
+        path.write_bytes(contents[request.param])
+    return path

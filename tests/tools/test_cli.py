@@ -1,0 +1,105 @@
+"""The command as a whole: help, lazy verbs, exit codes, and one line for an error."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+from terrazzo import __version__
+from terrazzo.errors import BackendError, InputError
+from terrazzo.tools.cli import VERBS, cli, error_line
+
+
+def test_help_names_every_verb(run):
+    for arguments in ((), ("--help",), ("-h",)):
+        result = run(*arguments)
+        assert result.exit_code == 0
+        assert all(verb in result.output for verb in VERBS)
+
+
+def test_version(run):
+    assert __version__ in run("--version").output
+
+
+def test_list_leaves_the_heavy_packages_alone():
+    code = (
+        "import sys\nfrom terrazzo.tools.cli import cli\n"
+        "try: cli.main(['list', 'dinat_mini'])\nexcept SystemExit: pass\n"
+        "heavy = {'mmengine', 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("verb", ["list", "info", "train", "test", "infer", "export", "demo"])
+def test_every_verb_has_help(run, verb):
+    result = run(verb, "--help")
+    assert result.exit_code == 0, result.output
+    assert "Usage: terrazzo" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("polish",), "no verb 'polish'; the verbs are: list"),
+        (("--shine",), "--shine"),
+        (("info",), "MODEL"),
+        (("info", "resnet18", "--size", "3"), "--size"),
+        (("export", "resnet18", "--batch", "0"), "--batch"),
+        (("export", "resnet18", "--format", "caffe"), "onnx"),
+        (("demo", "--seed", "many"), "--seed"),
+        (("infer", "resnet18"), "IMAGE"),
+    ],
+)
+def test_wrong_usage_is_one_line(refused, arguments, words):
+    assert words in refused(*arguments)
+
+
+def test_errors_in_a_process_of_their_own(shell):
+    result = shell("info", "dinat_minny")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: no model is called 'dinat_minny'; did you mean ")
+    assert "dinat_mini" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_traceback_on_request(shell):
+    result = shell("info", "dinat_minny", TERRAZZO_TRACEBACK="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "InputError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("two\n  lines"), "error: two lines"),
+        (BackendError("no"), "error: no"),
+        (ModuleNotFoundError("no", name="mmengine.config"), "pip install 'terrazzo[openmmlab]'"),
+        (ModuleNotFoundError("no", name="onnxscript"), "pip install 'terrazzo[export]'"),
+        (PermissionError(13, "Permission denied", "/somewhere"), "error: /somewhere: Permission denied"),
+    ],
+)
+def test_error_lines(error, line):
+    assert line in error_line(error)
+    assert "\n" not in error_line(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), ModuleNotFoundError("no", name="terrazzo.x"), OSError("bug")])
+def test_bugs_are_not_dressed_up(error):
+    assert error_line(error) is None
+
+
+def test_interrupt(run, monkeypatch):
+    @click.command()
+    def command():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(cli), "get_command", lambda self, ctx, name: command)
+    result = run("list")
+    assert result.exit_code == 130
+    assert "Traceback" not in result.output

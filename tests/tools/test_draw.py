@@ -1,0 +1,50 @@
+"""Drawings have the right size and put the right colour in the right place."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from terrazzo.tools import draw
+
+GREY = Image.new("RGB", (80, 60), (120, 120, 120))
+
+
+def test_palette_prefers_the_data_sets_own():
+    own = [[1, 2, 3], [4, 5, 6]]
+    assert draw.palette(2, own) == [(1, 2, 3), (4, 5, 6)]
+    assert len(set(draw.palette(40, own))) == 40
+
+
+def test_label_overlay_tints_where_the_label_is():
+    labels = np.zeros((60, 80), np.uint8)
+    labels[:, 40:] = 1
+    drawn = np.asarray(draw.label_overlay(GREY, labels, ("a", "b"), [(255, 0, 0), (0, 0, 255)], {"a": 0.5, "b": 0.5}))
+    assert drawn.shape[0] > 60
+    assert drawn[30, 10, 0] > drawn[30, 10, 2]
+    assert drawn[30, 70, 2] > drawn[30, 70, 0]
+
+
+def test_unknown_labels_are_grey():
+    assert draw.colour_map(np.array([[255, 0]], np.uint8), [(9, 9, 9)]).tolist() == [[[128] * 3, [9] * 3]]
+
+
+@pytest.mark.parametrize("box", [(0, 0, 79, 59), (-5, -5, 200, 200), (70, 1, 79, 4), (10, 10, 10, 10)])
+def test_boxes_at_borders_and_without_area(box):
+    masks = np.zeros((1, 60, 80), bool)
+    masks[0, 20:30, 20:30] = True
+    drawn = draw.box_overlay(GREY, np.array([box], float), ["a long tag 0.99"], [(255, 255, 0)], masks)
+    assert drawn.size == GREY.size
+    assert np.asarray(drawn)[25, 25, 2] < 120
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 200), (900, 30)])
+def test_odd_pictures_get_captions(size):
+    drawn = draw.caption_bars(Image.new("RGB", size), [("a rather long class name", 0.9), ("b", 0.0)])
+    assert drawn.width == size[0]
+    assert drawn.height > size[1]
+
+
+def test_grid():
+    sheet = draw.grid([[GREY, GREY], [GREY, GREY], [GREY, GREY]], ("one", "two"), [("a", (1, 1, 1))])
+    assert sheet.width > 160
+    assert sheet.height > 180

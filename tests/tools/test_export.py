@@ -1,0 +1,108 @@
+"""`terrazzo export`: classifiers and segmentors, and what it refuses."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from terrazzo.tools import onnx_export
+
+
+def test_classifier(run, tmp_path):
+    path = tmp_path / "model.onnx"
+    result = run("export", "resnet10t", "--size", 65, 40, "--batch", 2, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert "passed" in result.stdout
+    session = onnxruntime.InferenceSession(path)
+    assert session.get_inputs()[0].shape == [2, 3, 65, 40]
+    assert session.get_outputs()[0].shape == [2, 1000]
+    facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert facts["model"] == "resnet10t"
+    assert "normalisation is in the graph" in facts["input"]
+    assert len(json.loads(facts["classes"])) == 1000
+
+
+def test_normalisation_is_in_the_graph(run, tmp_path):
+    """Raw pixels into the file give what normalised pixels into the model give."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=7).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    path = tmp_path / "model.onnx"
+    weights = ("--checkpoint", tmp_path / "weights.pth", "--num-classes", 7)
+    assert run("export", "resnet10t", *weights, "--size", 64, 64, "--out", path).exit_code == 0
+    pixels = 255 * torch.rand(1, 3, 64, 64)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = model((pixels / 255 - mean) / std).numpy()
+    found = onnxruntime.InferenceSession(path).run(None, {"image": pixels.numpy()})[0]
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_dinat_classifier(run, tmp_path):
+    path = tmp_path / "dinat.onnx"
+    result = run("export", "dinat_mini", "--size", 64, 96, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+
+
+def test_segmentor(run, trained, floors, tmp_path):
+    config, checkpoint = trained
+    path = tmp_path / "segmentor.onnx"
+    result = run("export", config, "--checkpoint", checkpoint, "--dynamic-batch", "--out", path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("passed") == 6
+    image = Image.open(floors / "images" / "val" / "floor_0000.png")
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
+    logits, labels = onnxruntime.InferenceSession(path).run(None, {"image": pixels})
+    assert logits.shape == (1, 6, 64, 64)
+    assert labels.shape == (1, 64, 64)
+    # The file names the same classes as `terrazzo infer` does, through mmseg's own pipeline.
+    run("infer", config, floors / "images" / "val" / "floor_0000.png", "--checkpoint", checkpoint, "--out", tmp_path)
+    inferred = np.asarray(Image.open(tmp_path / "floor_0000.labels.png"))
+    assert (labels[0] != inferred).mean() < 1e-3
+
+
+def test_failing_parity_is_exit_code_1(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_compare", _always_wrong)
+    result = run("export", "resnet10t", "--size", 32, 32, "--out", tmp_path / "model.onnx")
+    assert result.exit_code == 1
+    assert "disagree" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx.failed"]
+
+
+def _always_wrong(output, source, *rest):
+    return onnx_export.Parity(output, source, 1.0, 1e-4, False)
+
+
+def test_refusals(refused, trained, tmp_path):
+    config, checkpoint = trained
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    out = ("--out", tmp_path / "out" / "model.onnx")
+    assert "dinat_mini" in refused("export", "dinat_minny", *out)
+    assert "did you mean" in refused("export", "fpn_dinat-mini_flors.py", *out)
+    assert "--checkpoint FILE" in refused("export", config, *out)
+    assert "does not exist" in refused("export", config, "--checkpoint", tmp_path / "none.pth", *out)
+    assert "is refused" in refused("export", config, "--checkpoint", tmp_path / "broken.pth", *out)
+    assert "does not exist" in refused("export", "resnet10t", "--checkpoint", tmp_path / "none.pth", *out)
+    assert "is a file" in refused("export", "resnet10t", "--out", tmp_path / "broken.pth" / "model.onnx")
+    assert "is a folder" in refused("export", "resnet10t", "--out", tmp_path)
+    assert "at least 1" in refused("export", "resnet10t", "--size", 0, 8, *out)
+    for form in ("tensorrt", "openvino", "pt2"):
+        assert "only onnx is" in refused("export", "resnet10t", "--format", form, *out)
+    detector = "retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480"
+    assert "cannot be exported yet" in refused("export", detector, "--checkpoint", checkpoint, *out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_checkpoint_of_other_classes(refused, tmp_path, classes):
+    model = timm.create_model("resnet10t", num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "five.pth")
+    arguments = ("--checkpoint", tmp_path / "five.pth", "--num-classes", classes, "--out", tmp_path / "model.onnx")
+    assert "shape" in refused("export", "resnet10t", *arguments)
+    assert not (tmp_path / "model.onnx").exists()

@@ -1,0 +1,98 @@
+"""The core of the export: parity figures, verdicts, and whole files only."""
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from terrazzo.errors import InputError
+from terrazzo.tools.onnx_export import export_onnx
+
+
+class Net(nn.Module):
+    """Two outputs, of real numbers and of integers; can be told to export as something else."""
+
+    def __init__(self, shift: float = 0.0, mislabel: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.shift, self.mislabel = shift, mislabel
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.conv(x)
+        exporting = torch.compiler.is_exporting()
+        labels = (-y if exporting and self.mislabel else y).argmax(1)
+        return (y + self.shift if exporting else y), labels
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(1, 3, 10, 14, generator=torch.Generator().manual_seed(0))
+
+
+def test_passes_and_describes(tmp_path, image):
+    path = tmp_path / "new" / "net.onnx"
+    report = export_onnx(
+        Net(),
+        image,
+        path,
+        checks={"other": 3 * image},
+        output_names=("logits", "labels"),
+        dynamic_batch=True,
+        metadata={"model": "net"},
+    )
+    assert report.passed
+    assert report.path == path
+    assert 0 <= report.worst < 1e-5
+    names = {(parity.output, parity.source) for parity in report.parities}
+    assert names == {(o, s) for o in ("logits", "labels") for s in ("example", "other", "larger batch")}
+    model = onnx.load(path)
+    assert [output.name for output in model.graph.output] == ["logits", "labels"]
+    assert {entry.key: entry.value for entry in model.metadata_props}["model"] == "net"
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert [path.name for path in path.parent.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.parametrize("broken", [Net(shift=0.01), Net(mislabel=True), Net(shift=float("nan"))])
+def test_failing_parity_keeps_the_suffix(tmp_path, image, broken):
+    report = export_onnx(broken, image, tmp_path / "net.onnx")
+    assert not report.passed
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx.failed"]
+
+
+def test_figure_is_relative_to_the_largest_reference(tmp_path, image):
+    net = Net(shift=0.5)
+    report = export_onnx(net, image, tmp_path / "net.onnx")
+    with torch.no_grad():
+        expected = 0.5 / net(image)[0].abs().max().item()
+    assert report.worst == pytest.approx(expected, rel=1e-4)
+
+
+def test_opset_is_the_one_asked_for(tmp_path, image):
+    assert export_onnx(Net(), image, tmp_path / "net.onnx", opset=18).opset == 18
+
+
+class NoForm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x.mean(1)[:, :8, :8]).real
+
+
+class DataDependent(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+@pytest.mark.parametrize("module", [NoForm(), DataDependent()])
+def test_what_cannot_be_exported_leaves_nothing(tmp_path, image, module):
+    with pytest.raises(InputError, match="cannot be exported to ONNX"):
+        export_onnx(module, image, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_places_and_names(tmp_path, image):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        export_onnx(Net(), image, tmp_path / "file" / "net.onnx")
+    with pytest.raises(InputError, match="is a folder"):
+        export_onnx(Net(), image, tmp_path)
+    with pytest.raises(InputError, match="2 outputs, but 1 names"):
+        export_onnx(Net(), image, tmp_path / "net.onnx", output_names=("logits",))

@@ -1,0 +1,137 @@
+"""`terrazzo train` and `terrazzo test`, as a user runs them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+CONFIG = "fpn_dinat-mini_floors"
+TINY = (
+    *("--cfg-options", "model.backbone.name=resnet10t", "model.backbone.out_indices=(1, 2, 3, 4)"),
+    *("train_dataloader.batch_size=2", "model.data_preprocessor.size=(64, 64)"),
+)
+
+
+def test_train_resume_and_test(shell, run, floors, tmp_path):
+    work_dir, out = tmp_path / "work", tmp_path / "metrics.json"
+    places = ("--data-root", floors, "--work-dir", work_dir)
+    first = shell("train", CONFIG, *places, "--max-iters", 2, "--seed", 1, *TINY)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.rstrip().endswith("iter_2.pth")
+    assert "Traceback" not in first.stderr
+    more = shell("train", CONFIG, *places, "--max-iters", 3, "--resume", *TINY)
+    assert more.returncode == 0, more.stderr
+    assert "trained 3 iterations" in more.stdout
+    assert (work_dir / "iter_3.pth").is_file()
+    tested = run("test", CONFIG, work_dir / "iter_3.pth", "--data-root", floors, "--out", out, *TINY)
+    assert tested.exit_code == 0, tested.output
+    assert "mIoU" in tested.stdout
+    assert 0 <= json.loads(out.read_text())["mIoU"] <= 100
+
+
+def test_shortened_schedules_end_with_the_training():
+    from terrazzo.openmmlab.config import load_config
+    from terrazzo.tools import mm
+
+    cfg = load_config(CONFIG)
+    mm.shorten(cfg, 50, None)
+    assert cfg.train_cfg.max_iters == 50
+    assert cfg.train_cfg.val_interval <= 50
+    assert cfg.default_hooks.checkpoint.interval <= 50
+    assert cfg.param_scheduler[-1].end == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("fpn_dinat-mini_flors",), "did you mean fpn_dinat-mini_floors"),
+        (("no/such/config.py",), "no/such/config.py"),
+        ((CONFIG, "--data-root", "{tmp}/nowhere"), "nowhere/images/train does not exist"),
+        ((CONFIG, "--data-root", "{floors}", "model.decode_head.num_classes=4"), "has 6 classes"),
+        ((CONFIG, "--data-root", "{floors}", "--max-epochs", "2"), "use --max-iters"),
+        ((CONFIG, "--data-root", "{floors}", "--max-epochs", "2", "--max-iters", "2"), "give one of them"),
+        ((CONFIG, "--data-root", "{floors}", "--resume"), "no checkpoint to resume from"),
+        ((CONFIG, "--data-root", "{floors}", "--cfg-options", "batch"), "KEY=VALUE"),
+        ((CONFIG, "--data-root", "{floors}", "model.backbone.name=dinat_minny"), "dinat_mini"),
+        ((CONFIG, "--data-root", "{floors}", "model.neck.type=FPM"), "FPM"),
+        ((CONFIG, "--data-root", "{floors}", "model.neck.num_outs=none"), "cannot be built"),
+        (("{broken}",), "cannot be read"),
+    ],
+)
+def test_train_refusals_leave_no_work_dir(refused, floors, tmp_path, arguments, words):
+    broken = tmp_path / "broken.py"
+    broken.write_text("model = dict(\n")
+    filled = [part.format(tmp=tmp_path, floors=floors, broken=broken) for part in arguments]
+    assert words in refused("train", *filled, "--work-dir", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_refuses_amp_without_a_gpu(refused, floors, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU" in refused("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path / "work", "--amp")
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_refuses_a_work_dir_below_a_file(refused, floors, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "is a file" in refused("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path / "file" / "work")
+
+
+def test_train_refuses_an_empty_data_folder(refused, floors, tmp_path):
+    copy = shutil.copytree(floors, tmp_path / "floors")
+    shutil.rmtree(copy / "images" / "val")
+    (copy / "images" / "val").mkdir()
+    assert "is empty" in refused("train", CONFIG, "--data-root", copy, "--work-dir", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_refuses_labels_beyond_the_classes(refused, floors, tmp_path):
+    copy = shutil.copytree(floors, tmp_path / "floors")
+    Image.fromarray(np.full((64, 64), 6, np.uint8)).save(copy / "labels" / "train" / "floor_0001.png")
+    words = refused("train", CONFIG, "--data-root", copy, "--work-dir", tmp_path / "work")
+    assert "floor_0001.png has class 6, but the config has 6 classes" in words
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_refuses_categories_of_other_names(refused, floors, tmp_path):
+    """The detection config for blood cells, fed with floors: the annotation file has no such categories."""
+    copy = shutil.copytree(floors, tmp_path / "floors")
+    config = "retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480"
+    assert "does not have RBC" in refused("train", config, "--data-root", copy, "--work-dir", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_refuses_folders_of_other_names(refused, floors, tmp_path):
+    config = "dinat-mini_1xb64-30e_eurosat64"
+    words = refused("train", config, "--data-root", floors / "chips", "--work-dir", tmp_path / "work")
+    assert "has classes basalt, glass" in words
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_refuses_to_resume_from_a_broken_checkpoint(refused, floors, tmp_path):
+    (tmp_path / "iter_2.pth").write_bytes(b"half")
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_2.pth"))
+    assert "is refused" in refused("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path, "--resume")
+
+
+def test_test_refusals(refused, trained, floors, tmp_path):
+    config, checkpoint = trained
+    saved = torch.load(checkpoint, weights_only=True)
+    half = tmp_path / "half.pth"
+    half.write_bytes(checkpoint.read_bytes()[:1000])
+    saved["state_dict"] = {
+        name: value[:4] if name.startswith("decode_head.conv_seg") else value
+        for name, value in saved["state_dict"].items()
+    }
+    torch.save(saved, tmp_path / "four.pth")
+    out = ("--out", tmp_path / "out" / "metrics.json")
+    assert "does not exist" in refused("test", config, tmp_path / "none.pth", *out)
+    assert "is refused" in refused("test", config, half, *out)
+    assert "other classes" in refused("test", config, tmp_path / "four.pth", *out)
+    assert "nowhere" in refused("test", config, checkpoint, "--data-root", tmp_path / "nowhere", *out)
+    assert "is a file" in refused("test", config, checkpoint, "--out", half / "metrics.json")
+    assert "did you mean" in refused("test", "fpn_dinat-mini_flors", checkpoint, *out)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,1 @@
+"""The `terrazzo` command: one verb per file."""

@@ -1,0 +1,121 @@
+"""The `terrazzo` command: its verbs, and how an error becomes one line.
+
+A verb is a module of `terrazzo.tools` with a click command named `command`; it is imported when it is run (or when its
+own help is asked for), so that `terrazzo list` does not pay for mmengine.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from terrazzo import TerrazzoError, __version__
+
+VERBS = {
+    "list": "Name the models, with parameters, published accuracy and input.",
+    "info": "Describe one model: cost, pyramid, weights.",
+    "train": "Train what an OpenMMLab config describes.",
+    "test": "Evaluate a checkpoint with its config.",
+    "infer": "Run a classifier, segmentor or detector on pictures.",
+    "export": "Write a classifier or segmentor as ONNX, checked against PyTorch.",
+    "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
+    "bench": "Measure the operators here, as ratios to named peers.",
+    "cards": "Regenerate the tables of the model cards.",
+}
+
+EXTRAS = {
+    "mmengine": "openmmlab",
+    "mmcv": "openmmlab",
+    "mmdet": "openmmlab",
+    "mmseg": "openmmlab",
+    "pycocotools": "openmmlab",
+    "torchmetrics": "openmmlab",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+}
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def error_line(error: BaseException) -> str | None:
+    """The one line that says what a user can do about `error`; None for an error that is a bug of ours."""
+    if isinstance(error, click.ClickException):
+        text = error.format_message()
+    elif isinstance(error, TerrazzoError):
+        text = str(error)
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
+        package = error.name.split(".")[0]
+        text = f"the package {package} is not installed; install it with: pip install 'terrazzo[{EXTRAS[package]}]'"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{os.fspath(error.filename)!s}: {error.strerror or error}"
+    else:
+        return None
+    return " ".join(f"error: {text}".split())
+
+
+class VerbGroup(click.Group):
+    """A group whose verbs are imported at first use and whose errors are one line on stderr."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        return importlib.import_module(f"terrazzo.tools.{name}").command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(f"no verb {args[0]!r}; the verbs are: {', '.join(VERBS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs from the table above, importing none."""
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra):
+        """Run a verb and leave with its exit code: 0, 1 for a failed check, 2 for an error, 130 when interrupted."""
+        traceback = os.environ.get("TERRAZZO_TRACEBACK") == "1"
+        extra["standalone_mode"] = False
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                # A user can do nothing about the deprecations inside mmengine, mmdet, mmseg or torch's exporter.
+                warnings.simplefilter("ignore")
+            try:
+                code = super().main(args, prog_name or "terrazzo", **extra)
+            except click.Abort:
+                click.echo("interrupted", err=True)
+                sys.exit(EXIT_INTERRUPTED)
+            except Exception as error:
+                line = error_line(error)
+                if line is None or (traceback and not isinstance(error, click.ClickException)):
+                    raise
+                click.echo(line, err=True)
+                sys.exit(EXIT_ERROR)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(
+    "terrazzo",
+    cls=VerbGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+    epilog="Set TERRAZZO_TRACEBACK=1 to see where an error came from.",
+)
+@click.version_option(__version__, prog_name="terrazzo")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Sub-quadratic vision backbones for dense prediction: look, train, test, run, export."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli.main()

@@ -1,0 +1,64 @@
+"""Models as one graph from raw pixels to results: normalisation in front, resizing and arg max behind."""
+
+import torch
+from torch import Tensor, nn
+
+from terrazzo.errors import InputError
+
+
+class RawClassifier(nn.Module):
+    """A classifier that takes RGB pixels as they are.
+
+    Args:
+        model: from a normalised (B, 3, H, W) to logits (B, classes).
+        mean: of each channel, for pixels in 0..1.
+        std: of each channel, for pixels in 0..1.
+    """
+
+    output_names = ("logits",)
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """From (B, 3, H, W), float RGB in 0..255, to logits (B, classes)."""
+        return self.model((image - self.mean) / self.std)
+
+
+class RawSegmentor(nn.Module):
+    """An mmseg segmentor that takes RGB pixels as they are and gives results at their size.
+
+    Whatever test mode the config has, the image is seen as a whole (mode `whole`), without flips.
+
+    Args:
+        segmentor: an mmseg EncoderDecoder.
+        size: height and width that the graph is for.
+    """
+
+    output_names = ("logits", "labels")
+
+    def __init__(self, segmentor: nn.Module, size: tuple[int, int]):
+        super().__init__()
+        preprocessor = segmentor.data_preprocessor
+        self.segmentor = segmentor
+        self.swap = not preprocessor.channel_conversion
+        self.normalise = bool(getattr(preprocessor, "_enable_normalize", False))
+        if self.normalise:
+            self.register_buffer("mean", preprocessor.mean.detach().clone(), persistent=False)
+            self.register_buffer("std", preprocessor.std.detach().clone(), persistent=False)
+        self.meta = {"img_shape": size, "ori_shape": size, "pad_shape": size}
+        if segmentor.num_classes < 1 or segmentor.out_channels < 1:
+            raise InputError(f"the segmentor says it has {segmentor.num_classes} classes; there is nothing to export")
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """From (B, 3, H, W), float RGB in 0..255, to logits (B, classes, H, W) and labels (B, H, W)."""
+        # The preprocessor is told to turn BGR files into RGB, or else the network wants BGR.
+        image = image.flip(1) if self.swap else image
+        image = (image - self.mean) / self.std if self.normalise else image
+        logits = self.segmentor.encode_decode(image, [self.meta])
+        if logits.shape[1] == 1:
+            return logits, (logits[:, 0].sigmoid() > self.segmentor.decode_head.threshold).long()
+        return logits, logits.argmax(dim=1)

@@ -1,0 +1,223 @@
+"""What the verbs that take an OpenMMLab config share: checks before anything is created, building, loading, silence."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS
+from rich.progress import Progress
+from torch import nn
+
+import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
+from terrazzo.errors import InputError
+from terrazzo.openmmlab.checkpoint import load_file
+from terrazzo.tools.files import check_folder
+
+TASKS = ("classification", "segmentation", "detection")
+
+
+def task_of(cfg: Config) -> str:
+    """Which of `TASKS` the model of a config is for; InputError if it is none of them."""
+    settings = cfg.get("model") or {}
+    if settings.get("type") == "Classifier":
+        return "classification"
+    if "decode_head" in settings:
+        return "segmentation"
+    if "bbox_head" in settings or "roi_head" in settings:
+        return "detection"
+    raise InputError(f"the model of {cfg.filename}, {settings.get('type')}, is for none of: {', '.join(TASKS)}")
+
+
+def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, dict]:
+    """Build the model of a config on the CPU, in evaluation mode, with exactly the weights of a checkpoint.
+
+    Args:
+        cfg: what `terrazzo.openmmlab.config.load_config` gave.
+        checkpoint: a file that a training of this config wrote.
+
+    Returns:
+        The model, and the data set's facts: `classes` and `palette` (which may be None).
+
+    Raises:
+        InputError: the checkpoint cannot be read, or is of another model or of other classes.
+    """
+    saved = load_file(checkpoint, "cpu")
+    settings = cfg.model.copy() if isinstance(cfg.model, dict) else cfg.model
+    model = revert_sync_batchnorm(MODELS.build(_without_weights(ConfigDict(settings))))
+    load_exactly(model, saved, checkpoint)
+    meta = saved.get("meta") if isinstance(saved, dict) else None
+    return model.eval(), class_facts(cfg, (meta or {}).get("dataset_meta") or {})
+
+
+def load_exactly(model: nn.Module, saved: Any, checkpoint: str | Path) -> None:
+    """Put saved weights into a model; InputError if they lack a parameter or have it in another shape."""
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        raise InputError(f"checkpoint {checkpoint} has no state_dict; name a file that a training wrote")
+    state = {key.removeprefix("module."): value for key, value in state.items() if hasattr(value, "shape")}
+    own = model.state_dict()
+    lacking = [key for key in own if key not in state]
+    if lacking:
+        raise InputError(
+            f"checkpoint {checkpoint} is not of this config: it lacks {len(lacking)} of {len(own)} tensors, such as "
+            f"{lacking[0]}; name a file that a training of this config wrote"
+        )
+    for key, value in own.items():
+        if state[key].shape != value.shape:
+            raise InputError(
+                f"checkpoint {checkpoint} is of a model with other classes or sizes: {key} is {_sizes(state[key])} "
+                f"there and {_sizes(value)} in the config; name a file that a training of this config wrote"
+            )
+    model.load_state_dict({key: state[key] for key in own})
+
+
+def class_facts(cfg: Config, saved: dict | None = None) -> dict:
+    """Names and palette of the classes: from the checkpoint, else the config, else the data set's class.
+
+    Returns:
+        `classes` and `palette`, each a list or None.
+    """
+    sources = [saved or {}]
+    for split in ("test", "val", "train"):
+        for dataset in datasets(cfg, split):
+            kind = DATASETS.get(dataset["type"]) if isinstance(dataset.get("type"), str) else dataset.get("type")
+            sources += [dataset.get("metainfo") or {}, getattr(kind, "METAINFO", {})]
+    found = next((source for source in sources if source.get("classes")), {})
+    palette = found.get("palette")
+    return {
+        "classes": list(found["classes"]) if found.get("classes") else None,
+        "palette": [tuple(colour) for colour in palette] if isinstance(palette, (list, tuple)) else None,
+    }
+
+
+def test_dataset(cfg: Config) -> ConfigDict:
+    """The settings of the data set that a config tests (or else validates) on."""
+    for split in ("test", "val"):
+        for dataset in datasets(cfg, split):
+            return dataset
+    raise InputError(f"config {cfg.filename} has no test_dataloader, so it does not say how a picture is prepared")
+
+
+def check_model(cfg: Config) -> None:
+    """Build the model of a config once and throw it away; InputError if it cannot be built."""
+    try:
+        MODELS.build(ConfigDict(cfg.model.copy()))
+    except InputError:
+        raise
+    except Exception as error:  # a registry's look-ups and the models' constructors fail in every way
+        reason = " ".join(str(error).split())
+        raise InputError(f"the model of {cfg.filename} cannot be built: {type(error).__name__}: {reason}") from error
+
+
+def check_work_dir(work_dir: Path, resume: bool) -> None:
+    """Make sure that a training can write to `work_dir`, and has something to resume from if it is to.
+
+    Raises:
+        InputError: a file is in the way, or there is no checkpoint that can be read.
+    """
+    check_folder(work_dir)
+    if not resume:
+        return
+    note = work_dir / "last_checkpoint"
+    if not note.is_file():
+        raise InputError(f"{work_dir} has no checkpoint to resume from; leave --resume out or name another --work-dir")
+    load_file(note.read_text().strip(), "cpu")
+
+
+def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
+    """Set how long a config trains, in place; its schedules that run to the end are drawn to the new end.
+
+    Raises:
+        InputError: both limits are given, or the config counts the other way.
+    """
+    if max_iters is None and max_epochs is None:
+        return
+    if max_iters is not None and max_epochs is not None:
+        raise InputError("--max-iters and --max-epochs both say how long to train; give one of them")
+    loop, limit = cfg.train_cfg, max_iters if max_iters is not None else max_epochs
+    key, other = ("max_iters", "max_epochs") if max_iters is not None else ("max_epochs", "max_iters")
+    if key not in loop:
+        option = f"--{other.replace('_', '-')}"
+        raise InputError(f"config {Path(cfg.filename).name} counts {other.removeprefix('max_')}; use {option}")
+    old, loop[key] = loop[key], limit
+    if loop.get("val_interval"):
+        loop.val_interval = min(loop.val_interval, limit)
+    saving = (cfg.get("default_hooks") or {}).get("checkpoint")
+    if saving and saving.get("interval", -1) > 0:
+        saving.interval = min(saving.interval, limit)
+    schedules = cfg.get("param_scheduler") or []
+    for schedule in schedules if isinstance(schedules, (list, tuple)) else [schedules]:
+        if schedule.get("by_epoch", True) != (key == "max_epochs"):
+            continue
+        begin = schedule.get("begin", 0)
+        if schedule.get("end") == old:
+            schedule.end = max(limit, begin + 1)
+        if schedule.get("T_max") in (old, old - begin):
+            schedule.T_max = max(limit - begin, 1)
+
+
+class Ticker(Hook):
+    """Advances a rich progress bar with every batch of a runner."""
+
+    def __init__(self, bar: Progress):
+        self.bar = bar
+
+    def before_train(self, runner) -> None:
+        self.bar.update(self.bar.task_ids[0], total=runner.max_iters)
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        self.bar.advance(self.bar.task_ids[0])
+
+    def before_test(self, runner) -> None:
+        self.bar.update(self.bar.task_ids[0], total=len(runner.test_dataloader))
+
+    def after_test_iter(self, runner, *args, **kwargs) -> None:
+        self.bar.advance(self.bar.task_ids[0])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Swallow what mmengine, mmdet, mmseg and pycocotools print."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def datasets(cfg: Config, split: str) -> Iterator[ConfigDict]:
+    """The settings of the innermost data sets of a split, inside RepeatDataset, ConcatDataset and their like."""
+    yield from _innermost((cfg.get(f"{split}_dataloader") or {}).get("dataset"))
+
+
+def _innermost(dataset: Any) -> Iterator[ConfigDict]:
+    if not isinstance(dataset, dict):
+        return
+    inner = dataset.get("dataset") or dataset.get("datasets")
+    if inner is None:
+        yield dataset
+    for part in inner if isinstance(inner, (list, tuple)) else [inner]:
+        yield from _innermost(part)
+
+
+def _without_weights(settings: Any) -> Any:
+    """The settings of a model, changed in place so that building it loads and downloads no weights."""
+    if isinstance(settings, dict):
+        if settings.get("pretrained"):
+            settings["pretrained"] = False if "name" in settings else None
+        if "name" in settings and settings.get("checkpoint"):
+            settings["checkpoint"] = None
+        if isinstance(settings.get("init_cfg"), dict) and settings["init_cfg"].get("type") == "Pretrained":
+            settings["init_cfg"] = None
+        for value in settings.values():
+            _without_weights(value)
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            _without_weights(value)
+    return settings
+
+
+def _sizes(tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,42 @@
+"""Command line options that several verbs share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+
+def config_options(function: Callable) -> Callable:
+    """Add --data-root and --cfg-options; the verb gets `data_root` and `overrides`, a dict of dotted keys.
+
+    `--cfg-options a=1 b=2` and `--cfg-options a=1 --cfg-options b=2` both work, as does `a=1 b=2` at the end.
+    """
+
+    def joined(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
+        if not values:
+            return
+        from terrazzo.openmmlab.config import parse_options
+
+        context.meta.setdefault("overrides", {}).update(parse_options(values))
+
+    def with_overrides(*args, **kwargs):
+        return function(*args, overrides=click.get_current_context().meta.get("overrides", {}), **kwargs)
+
+    with_overrides.__doc__ = function.__doc__
+    with_overrides.__click_params__ = getattr(function, "__click_params__", [])
+    for decorate in (
+        click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", callback=joined, expose_value=False),
+        click.option(
+            "--cfg-options",
+            multiple=True,
+            metavar="KEY=VALUE ...",
+            callback=joined,
+            expose_value=False,
+            help="Replace settings of the config, such as train_dataloader.batch_size=2.",
+        ),
+        click.option(
+            "--data-root", type=click.Path(path_type=Path), metavar="DIR", help="Replace the config's data folder."
+        ),
+    ):
+        with_overrides = decorate(with_overrides)
+    return with_overrides

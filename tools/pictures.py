@@ -1,0 +1,85 @@
+"""Finding and reading pictures: all are read before anything is computed, so that a bad one stops the command early."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from terrazzo.errors import InputError
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on disk that is known to be readable.
+
+    Attributes:
+        path: the file.
+        name: what its results are called; no two pictures of one command share it.
+    """
+
+    path: Path
+    name: str
+
+    def read(self) -> Image.Image:
+        """The picture in RGB, turned upright if its EXIF data say that the camera was not.
+
+        Raises:
+            InputError: the file is missing, empty, cut short, or no picture that Pillow can read.
+        """
+        try:
+            with Image.open(self.path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except FileNotFoundError:
+            raise InputError(f"picture {self.path} does not exist") from None
+        except UnidentifiedImageError:
+            what = "is empty" if self.path.stat().st_size == 0 else "is not in a picture format that can be read"
+            raise InputError(f"picture {self.path} {what}; use one of {', '.join(SUFFIXES)}") from None
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise InputError(f"picture {self.path} is damaged or cut short: {error}") from error
+
+
+def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
+    """Collect pictures from files and folders (not their subfolders) and make sure that each can be read.
+
+    Args:
+        places: files, and folders to take every picture of.
+
+    Raises:
+        InputError: a place does not exist, a folder has no pictures, or a picture cannot be read.
+    """
+    paths: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            inside = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+            if not inside:
+                raise InputError(f"folder {place} has no pictures; the suffixes read are {', '.join(SUFFIXES)}")
+            paths += inside
+        else:
+            paths.append(place)
+    pictures = [Picture(path, name) for path, name in zip(paths, _names(paths))]
+    for picture in pictures:
+        picture.read()
+    return pictures
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The stem of each path, with the suffix or a number added where two would be the same."""
+    names: list[str] = []
+    stems = [path.stem for path in paths]
+    for path in paths:
+        name = path.stem if stems.count(path.stem) == 1 else path.name.replace(".", "_")
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{path.stem}_{number}"
+        names.append(name)
+    return names
+
+
+def to_bgr(image: Image.Image) -> np.ndarray:
+    """The picture (H, W, 3) uint8 with blue first, as OpenMMLab's pipelines expect it."""
+    return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])

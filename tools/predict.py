@@ -1,0 +1,85 @@
+"""What a model says about one picture: as JSON, and drawn on it. Here the shared form, and classifiers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from terrazzo.tools.draw import caption_bars
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is known about one picture after a model has seen it.
+
+    Attributes:
+        record: JSON-ready facts.
+        drawing: the picture with the result on it.
+        labels: (H, W) class indices, for a segmentor.
+    """
+
+    record: dict
+    drawing: Image.Image
+    labels: np.ndarray | None = None
+
+
+Predictor = Callable[[Image.Image], Prediction]
+
+
+class ClassPredictor:
+    """Names the five likeliest classes of a picture.
+
+    Args:
+        model: from a normalised (1, 3, H, W) to logits (1, classes).
+        transform: from a picture to what the model takes, without the batch dimension.
+        names: class names; None for numbers.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transform: Callable[[Image.Image], Tensor],
+        names: Sequence[str] | None,
+        device: torch.device,
+    ):
+        self.model, self.transform, self.names, self.device = model.to(device).eval(), transform, names, device
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> Prediction:
+        logits = self.model(self.transform(image)[None].to(self.device))[0].float()
+        scores, indices = logits.softmax(0).topk(min(TOP, len(logits)))
+        top = [
+            {"label": self._name(index), "index": index, "score": round(score, 6)}
+            for index, score in zip(indices.tolist(), scores.tolist())
+        ]
+        drawing = caption_bars(image, [(entry["label"], entry["score"]) for entry in top])
+        return Prediction({"task": "classification", "top": top}, drawing)
+
+    def _name(self, index: int) -> str:
+        return self.names[index] if self.names and index < len(self.names) else f"class {index}"
+
+
+def timm_predictor(model: nn.Module, device: torch.device) -> ClassPredictor:
+    """The predictor of a timm classifier, with the preparation and class names that timm knows for it."""
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return ClassPredictor(model, transform, timm_class_names(model), device)
+
+
+def timm_class_names(model: nn.Module) -> list[str] | None:
+    """The class names of a timm classifier: those of its weights, or ImageNet's for 1000 classes; None if not known."""
+    given = model.pretrained_cfg.get("label_names")
+    if given:
+        return list(given)
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(index) for index in range(model.num_classes)]

@@ -1,0 +1,75 @@
+"""What a user may name to `infer` and `export`: a timm model or an OpenMMLab config, with or without weights."""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from terrazzo.errors import InputError
+from terrazzo.tools.models import require_model
+
+
+def is_config(name: str) -> bool:
+    """Whether `name` means a config rather than a timm model."""
+    if timm.models.is_model(name.split(".", 1)[0]) and not Path(name).is_file():
+        return False
+    if name.endswith(".py") or "/" in name or Path(name).exists():
+        return True
+    try:
+        from terrazzo.openmmlab.config import packaged_configs
+    except ModuleNotFoundError:  # without mmengine there are no configs, and timm models still work
+        require_model(name)
+        return False
+    if name in packaged_configs():
+        return True
+    try:
+        require_model(name)
+    except InputError as error:
+        raise InputError(f"{error}; nor is there a config called {name!r}") from None
+    return False
+
+
+def load_timm_model(
+    name: str, checkpoint: str | Path | None = None, pretrained: bool = False, num_classes: int | None = None
+) -> nn.Module:
+    """Build a timm classifier in evaluation mode, on the CPU.
+
+    Args:
+        name: a timm model name.
+        checkpoint: a file of weights, official or trained here.
+        pretrained: download the weights that timm knows of.
+        num_classes: classes of the head; None for the model's own number.
+
+    Raises:
+        InputError: unknown name, weights that cannot be had, or a checkpoint that cannot be read or does not fit.
+    """
+    require_model(name)
+    if checkpoint is not None and pretrained:
+        raise InputError("--checkpoint and --pretrained both name weights; give one of them")
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if pretrained:
+        try:
+            return timm.create_model(name, pretrained=True, **options).eval()
+        except Exception as error:  # the hub's clients fail in many ways: no network, no file, no such weights
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"the weights of {name} cannot be had: {reason}; name a file with --checkpoint") from error
+    model = timm.create_model(name, **options).eval()
+    if checkpoint is not None:
+        from terrazzo.openmmlab._timm import load_weights
+
+        load_weights(model, name, str(checkpoint))
+    return model
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`; None is the GPU if there is one, else the CPU. InputError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"the device {name!r} cannot be used: {reason}; leave --device out or name cpu") from error
+    return device
