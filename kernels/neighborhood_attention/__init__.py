@@ -10,7 +10,7 @@ __all__ = ["neighborhood_attention", "why"]
 
 
 def _per_axis(value: int | tuple[int, ...] | list[int], name: str, axes: int) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
     if len(values) != axes or not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise InputError(f"{name} must be an int or {axes} ints for a {axes}-D input, got {value!r}")
     return values

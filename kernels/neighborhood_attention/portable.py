@@ -262,15 +262,15 @@ def forward(
 
 def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, call: _Call) -> None:
     """Add tiles' halos (P, tiles_h, tiles_w, halo_h, halo_w, D) into their map (P, H, W, D), axis by axis."""
-    rows, columns = call.rows, call.columns
+    rows, columns = call.rows, call.columns  # add_, since `a[i] += b` would also copy the sum onto itself
     if len(columns.keys) == 1 and columns.halo == total.shape[2]:
         strips = tiles[:, :, 0]
     else:
         strips = tiles.new_zeros(total.shape[0], len(rows.keys), rows.halo, *total.shape[2:])
         for number, first in enumerate(columns.keys):
-            strips[:, :, :, first : first + columns.halo] += tiles[:, :, number]
+            strips[:, :, :, first : first + columns.halo].add_(tiles[:, :, number])
     for number, first in enumerate(rows.keys):
-        total[:, first : first + rows.halo] += strips[:, number]
+        total[:, first : first + rows.halo].add_(strips[:, number])
 
 
 def _parts(heads: int, tiles: int, size: int) -> Iterator[tuple[slice, slice]]:
@@ -301,7 +301,7 @@ def _tiles_backward(q, k, v, grad, table):
         grad_score = torch.ops.aten._softmax_backward_data(grad_weight, flat, -1, flat.dtype)
         torch.bmm(grad_score, part_k, out=grad_q[part].view(part_q.shape))
         torch.bmm(grad_score.transpose(1, 2), part_q, out=grad_k[part].view(part_k.shape))
-        grad_table[part[0]] += grad_score.view_as(weight).sum(1)
+        grad_table[part[0]].add_(grad_score.view_as(weight).sum(1))
     return grad_q, grad_k, grad_v, grad_table
 
 

@@ -1,0 +1,64 @@
+"""timm's own tests/test_models.py, run on our models.
+
+The suite is not copied: it travels in timm's source distribution, which is fetched for the installed version and kept
+in `.cache`. FX and TorchScript are excepted (timm itself is leaving them), and so is loading pretrained weights, which
+needs the authors' server.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+
+TESTS = Path(__file__).parents[1]
+CACHE = TESTS.parent / ".cache" / "timm"
+FAST = ("dinat_mini",)
+ALL = tuple(timm.list_models(module="dinat"))
+EXCEPTED = "not fx and not torchscript and not pretrained"
+
+
+@pytest.fixture(scope="session")
+def suite():
+    """The folder of timm's tests, of the version that is installed."""
+    root = CACHE / f"timm-{timm.__version__}"
+    if not (root / "tests" / "test_models.py").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        done = subprocess.run(
+            [*command, "--dest", str(CACHE), f"timm=={timm.__version__}"], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"no source distribution of timm {timm.__version__} could be fetched: {done.stderr[-200:]}")
+        with tarfile.open(next(CACHE.glob(f"timm-{timm.__version__}.tar.gz"))) as archive:
+            archive.extractall(CACHE, filter="data")
+    if not (root / "tests" / "test_models.py").exists():
+        pytest.skip(f"the source distribution of timm {timm.__version__} holds no tests")
+    return root
+
+
+def run(suite: Path, models: tuple[str, ...], select: str) -> str:
+    environment = dict(os.environ, TERRAZZO_TIMM_MODELS=",".join(models), PYTHONPATH=str(TESTS))
+    command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:cacheprovider", "-q", "-W", "ignore"]
+    done = subprocess.run(
+        [*command, "tests/test_models.py", "-k", select], cwd=suite, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_fast(suite):
+    """One model, all but the pruning test, which runs a model 20 times."""
+    names = " or ".join(FAST)
+    out = run(suite, FAST, f"({names}) and {EXCEPTED} and not prune")
+    assert " passed" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_all(suite, name):
+    out = run(suite, (name,), f"{name} and {EXCEPTED}")
+    assert " passed" in out
