@@ -17,14 +17,12 @@ asks for it under a name that timm does not read).
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 from terrazzo.backbones._plain import Plain
@@ -121,20 +119,39 @@ class ConvDownsampler(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def _patch_embed(in_chans: int, dim: int, patch_size: int, **factory) -> PatchEmbed:
-    """Patches of any image, zero-padded at the right and bottom: (B, C, H, W) to (B, H/p, W/p, D), normalised."""
-    return PatchEmbed(
-        img_size=None,
-        patch_size=patch_size,
-        in_chans=in_chans,
-        embed_dim=dim,
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-        flatten=False,
-        output_fmt="NHWC",
-        strict_img_size=False,
-        dynamic_img_pad=True,
-        **factory,
-    )
+class PatchEmbed(nn.Module):
+    """Patches of any image, zero-padded at the right and bottom: (B, C, H, W) to (B, ceil(H/p), ceil(W/p), D).
+
+    It always pads by p - 1 and lets the convolution drop what is too much. That equals padding to a multiple of p, as
+    timm's layer does, without a branch on the size, which makes compiling for symbolic sizes several times faster.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, **factory):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **factory)
+        self.norm = nn.LayerNorm(dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (0, self.patch_size - 1, 0, self.patch_size - 1))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampler: the four pixels of a 2x2 patch on channels, norm, linear; odd sides zero-padded by one."""
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, **factory)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))  # of an even side the last row is not read
+        even, odd = x[:, :-1:2], x[:, 1::2]
+        x = torch.cat(
+            [part for w in (slice(0, -1, 2), slice(1, None, 2)) for part in (even[:, :, w], odd[:, :, w])], -1
+        )
+        return self.reduction(self.norm(x))
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -201,9 +218,7 @@ class NAT(Pyramid):
             ]
             stages.append(Stage(blocks, downsample))
         stem = (
-            _patch_embed(in_chans, embed_dim, 4, **factory)
-            if patches
-            else ConvTokenizer(in_chans, embed_dim, **factory)
+            PatchEmbed(in_chans, embed_dim, 4, **factory) if patches else ConvTokenizer(in_chans, embed_dim, **factory)
         )
         super().__init__(stem, stages, channels, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
         self.apply(_init_linear)
@@ -240,7 +255,7 @@ class IsotropicNAT(Plain):
             NATBlock(embed_dim, num_heads, kernel_size, dilation, mlp_ratio, None, rate, **factory)
             for dilation, rate in zip(dilations, rates)
         ]
-        stem = _patch_embed(in_chans, embed_dim, 16, **factory)
+        stem = PatchEmbed(in_chans, embed_dim, 16, **factory)
         super().__init__(stem, blocks, embed_dim, 16, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
         self.apply(_init_linear)
 
@@ -399,13 +414,13 @@ _ISOTROPIC_SMALL = dict(embed_dim=384, num_heads=12)
 _ISOTROPIC_BASE = dict(embed_dim=768, num_heads=24)
 
 
-def _create(variant: str, pretrained: bool, model_cls: type[nn.Module] = NAT, out_indices=(0, 1, 2, 3), **kwargs):
+def _create(variant: str, pretrained: bool, model_cls: type[nn.Module] = NAT, taps=(0, 1, 2, 3), **kwargs):
     return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", out_indices), feature_cls="getter"),
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", taps), feature_cls="getter"),
         **kwargs,
     )
 

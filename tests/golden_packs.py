@@ -1,7 +1,7 @@
 """Golden packs: what an official implementation outputs when its parameters are drawn from their own names.
 
-A pack (`tests/golden/<family>/<variant>[.<task>].npz`) names every parameter of the official state dict; `weights` draws
-them, `image` draws the input, and the pack holds the official logits and samples of the official feature maps.
+A pack (`tests/golden/<family>/<variant>[.<task>].npz`) names every parameter of the official state dict: `weights`
+draws them, `image` draws the input, and the pack holds the official logits and samples of the official maps.
 """
 
 import json

@@ -142,7 +142,11 @@ def _trace(
     dynamic_batch: bool,
     opset: int | None,
 ) -> torch.onnx.ONNXProgram:
-    shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in arguments) if dynamic_batch else None
+    shapes = None
+    if dynamic_batch:
+        shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in arguments)
+        if arguments[0].shape[0] == 1:  # torch.export takes a size of 1 for a constant, so it must see another one
+            arguments = tuple(torch.cat([x, x]) for x in arguments)
     try:
         with torch.no_grad():
             return torch.onnx.export(
