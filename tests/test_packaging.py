@@ -1,0 +1,114 @@
+"""What ships: every module imports from a built wheel, layers import downwards only, and importing stays light."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("backbones", "kernels", "necks", "openmmlab", "configs", "tools")
+# Layer -> the layers of terrazzo that it may import.
+ARROWS = {
+    "kernels": {"errors"},
+    "backbones": {"errors", "kernels"},
+    "necks": {"errors", "kernels", "backbones"},
+    "openmmlab": {"errors", "kernels", "backbones", "necks"},
+    "configs": {"openmmlab"},
+    "tools": {"errors", "_version", "kernels", "backbones", "necks", "openmmlab"},
+}
+# Packages that a layer must not import at the top of a module.
+FOREIGN = {
+    "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "openmmlab": {"mmdet", "mmseg", "onnx"},
+}
+
+
+def sources() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+            assert node.level == 0, f"{path}: relative import"
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path):
+    layer = path.relative_to(ROOT).parts[0]
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "terrazzo" and len(parts) > 1 and parts[1] not in ("TerrazzoError", "__version__"):
+            assert parts[1] == layer or parts[1] in ARROWS[layer], f"{layer} must not import {name}"
+        assert parts[0] not in FOREIGN.get(layer, ()), f"{layer} must not import {name}"
+
+
+def test_importing_terrazzo_is_light():
+    """Beyond what torch and timm import themselves."""
+    code = (
+        "import sys, torch, timm; import torch._dynamo; before = set(sys.modules); import terrazzo\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new & {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'triton', 'cv2'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("build", reason="needs the extra 'dev'")
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy: an old `build/` of the checkout would lend the wheel what the sources no longer name.
+    source = folder / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "data", "demo", "work_dirs")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "No matching distribution" in done.stderr + done.stdout:
+        pytest.skip("the build backend could not be fetched: " + done.stdout[-200:])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_every_module(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"terrazzo/{path.relative_to(ROOT).as_posix()}" for path in sources()}
+    wanted |= {"terrazzo/__init__.py", "terrazzo/errors.py"}
+    assert not wanted - names
+    top = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert top == {"terrazzo"}, "a generic name would be installed at top level"
+    assert not any("test" in name.split("/")[1] for name in names if "/" in name and name.split("/")[1] != "tools")
+
+
+def test_wheel_imports(wheel, tmp_path):
+    """Every module, from the wheel alone: an environment that sees the dependencies but not this checkout."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    modules = sorted(
+        path.relative_to(tmp_path).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        for path in tmp_path.glob("terrazzo/**/*.py")
+        if "configs" not in path.parts
+    )
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import importlib, terrazzo\n"
+        "assert terrazzo.__file__.startswith(sys.argv[1]), terrazzo.__file__\n"
+        "[importlib.import_module(name) for name in sys.argv[2:]]\n"
+        "import timm; print(len(timm.list_models(module='dinat')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *modules], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) >= 20

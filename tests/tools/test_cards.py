@@ -1,0 +1,48 @@
+"""The tables of README.md and of the model cards are what the registry and the result files say."""
+
+import pytest
+from click.testing import CliRunner
+
+from terrazzo.errors import InputError
+from terrazzo.tools import cards, results
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_pages_are_up_to_date():
+    done = CliRunner().invoke(cards.command, ["--check"], standalone_mode=False)
+    assert done.return_value == 0, done.output
+
+
+def test_counts_are_up_to_date():
+    assert results.read(cards.MODELS) == cards.measure_models()
+
+
+def test_a_stale_page_is_noticed(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table: variants dinat -->\nold\n<!-- end of table -->\n")
+    monkeypatch.setattr(cards, "pages", lambda: [page])
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert CliRunner().invoke(cards.command, ["--check"], standalone_mode=False).return_value == 1
+    assert "old" in page.read_text(), "--check changed the page"
+    assert CliRunner().invoke(cards.command, [], standalone_mode=False).return_value == 0
+    assert "| `dinat_mini` | 19.98 |" in page.read_text()
+    assert CliRunner().invoke(cards.command, ["--check"], standalone_mode=False).return_value == 0
+
+
+def test_unknown_table():
+    with pytest.raises(InputError, match="no table is called 'nope'"):
+        cards.render("<!-- table: nope -->\n<!-- end of table -->")
+
+
+def test_a_file_that_is_no_table_of_results(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="not a table of results"):
+        results.read(path)
+
+
+def test_rows_survive_a_round_trip(tmp_path):
+    rows = [results.Row("a", "b", "c", "d", "e", "f", "ms", 1.25, 2.0, 3.5, "g, 2 threads", "h", "i")]
+    results.write(tmp_path / "rows.csv", rows)
+    assert results.read(tmp_path / "rows.csv") == rows

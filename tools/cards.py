@@ -1,0 +1,135 @@
+"""`terrazzo cards`: the tables of README.md and of the model cards, made from the registry and the result files.
+
+A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; what is between them is replaced.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from terrazzo.errors import InputError
+from terrazzo.tools import results
+
+_TABLE = re.compile(r"(<!-- table: (\w+)(?: ([^ ]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MODELS = results.FOLDER / "models.csv"
+
+
+def measure_models() -> list[results.Row]:
+    """Parameters, multiply-adds and activations of every registered model at its default size."""
+    from terrazzo.tools.measure import measure
+    from terrazzo.tools.models import build_on_meta, pretrained_cfg, registered_models
+
+    rows = []
+    with click.progressbar(sorted(registered_models().items()), label="counting") as models:
+        for name, family in models:
+            size = pretrained_cfg(name).input_size
+            found = measure(build_on_meta(name), size[1:], size[0])
+            for metric, unit, value in (
+                ("parameters", "1", found.params),
+                ("multiply-adds", "1", found.macs),
+                ("activations", "1", found.activations),
+            ):
+                shape = "1x" + "x".join(map(str, size))
+                count = float(value)
+                rows.append(
+                    # A count does not depend on where or when it was made.
+                    results.Row(
+                        family, name, shape, "float32", "meta", metric, unit, count, count, count, "any", "any", ""
+                    )
+                )
+    return rows
+
+
+def _markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (head, rule, *lines))
+
+
+def _variants(family: str) -> str:
+    """Every variant of a family: what was counted here, what its authors published."""
+    from terrazzo.tools.models import pretrained_cfg, published_top1
+
+    counts: dict[str, dict[str, float]] = {}
+    shapes = {}
+    for row in results.read(MODELS):
+        if row.what == family:
+            counts.setdefault(row.variant, {})[row.metric] = row.p50
+            shapes[row.variant] = row.shape
+    if not counts:
+        raise InputError(f"{MODELS} has no rows of {family!r}; run `terrazzo cards --count`")
+    lines = []
+    for name, found in sorted(counts.items(), key=lambda item: item[1]["multiply-adds"]):
+        cfg = pretrained_cfg(name)
+        top1 = published_top1(cfg)
+        lines.append(
+            (
+                f"`{name}`",
+                f"{found['parameters'] / 1e6:.2f}",
+                f"{found['multiply-adds'] / 1e9:.2f}",
+                shapes[name].rsplit("x", 1)[1],
+                "-" if top1 is None else f"{top1:.1f}",
+                cfg.license,
+            )
+        )
+    return _markdown(("model", "params, M", "MACs, G", "at", "published top-1, %", "weights' licence"), lines)
+
+
+def _bench(operator: str) -> str:
+    """An operator's speed, from its result file, with the machine it was measured on."""
+    import importlib
+
+    from terrazzo.tools.bench import BENCHMARKS
+
+    rows = results.read(results.FOLDER / f"{operator}_cpu.csv")
+    head, lines = importlib.import_module(BENCHMARKS[operator]).table(rows)
+    return _markdown(head, lines) + f"\nMeasured on {rows[0].device}, {rows[0].versions}, medians.\n"
+
+
+TABLES: dict[str, Callable[[str], str]] = {"variants": _variants, "bench": _bench}
+
+
+def render(text: str) -> str:
+    """`text` with every table made anew.
+
+    Raises:
+        InputError: A table of an unknown kind.
+    """
+
+    def fresh(match: re.Match) -> str:
+        opening, kind, argument, closing = match.groups()
+        if kind not in TABLES:
+            raise InputError(f"no table is called {kind!r}; the tables are: {', '.join(TABLES)}")
+        return f"{opening}\n{TABLES[kind](argument)}\n{closing}"
+
+    return _TABLE.sub(fresh, text)
+
+
+def pages(root: Path = results.ROOT) -> list[Path]:
+    return [root / "README.md", *sorted((root / "model_cards").glob("*.md"))]
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 where a page is stale.")
+@click.option("--count", is_flag=True, help="First count every model's parameters and multiply-adds anew.")
+def command(check: bool, count: bool) -> int:
+    """Regenerate the tables of README.md and of the model cards from the result files."""
+    if not (results.ROOT / "README.md").exists():
+        raise InputError("the pages stand in a source checkout of terrazzo; this is an installed copy")
+    if count and not check:
+        results.write(MODELS, measure_models())
+    stale = []
+    for page in pages():
+        text = page.read_text()
+        new = render(text)
+        if new != text:
+            stale.append(page)
+            if not check:
+                page.write_text(new)
+    names = ", ".join(str(page.relative_to(results.ROOT)) for page in stale)
+    if check:
+        click.echo(f"stale: {names}; run `terrazzo cards`" if stale else f"all {len(pages())} pages are up to date")
+        return int(bool(stale))
+    click.echo(f"rewrote {names}" if stale else f"all {len(pages())} pages were up to date")
+    return 0
