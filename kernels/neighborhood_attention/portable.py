@@ -260,49 +260,85 @@ def forward(
     return _unfold(groups, query.shape, dilation, folding, mode)
 
 
-def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, call: _Call) -> None:
-    """Add tiles' halos (P, tiles_h, tiles_w, halo_h, halo_w, D) into their map (P, H, W, D), axis by axis."""
-    rows, columns = call.rows, call.columns  # add_, since `a[i] += b` would also copy the sum onto itself
-    if len(columns.keys) == 1 and columns.halo == total.shape[2]:
-        strips = tiles[:, :, 0]
-    else:
-        strips = tiles.new_zeros(total.shape[0], len(rows.keys), rows.halo, *total.shape[2:])
-        for number, first in enumerate(columns.keys):
-            strips[:, :, :, first : first + columns.halo].add_(tiles[:, :, number])
-    for number, first in enumerate(rows.keys):
-        total[:, first : first + rows.halo].add_(strips[:, number])
+def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, rows: tuple[int, ...], call: _Call) -> None:
+    """Add tiles' halos (P, tiles_h, tiles_w, halo_h, halo_w, D) into their map (P, H, W, D), axis by axis.
 
-
-def _parts(heads: int, tiles: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (heads, tiles) into contiguous parts of about `_CHUNK` weights, `size` to a tile."""
-    if tiles * size <= _CHUNK:
-        step = max(1, _CHUNK // (tiles * size))
-        yield from ((slice(head, min(head + step, heads)), slice(0, tiles)) for head in range(0, heads, step))
+    `rows` holds the first key of each row of tiles. (`add_`, since `a[i] += b` would also copy the sum onto itself.)
+    """
+    columns = call.columns
+    if len(columns.keys) == 1:
+        first = columns.keys[0]
+        for number, top in enumerate(rows):
+            total[:, top : top + call.rows.halo, first : first + columns.halo].add_(tiles[:, number, 0])
         return
-    step = max(1, _CHUNK // size)
+    strips = tiles.new_zeros(*tiles.shape[:2], call.rows.halo, *total.shape[2:])
+    for number, first in enumerate(columns.keys):
+        strips[:, :, :, first : first + columns.halo].add_(tiles[:, :, number])
+    for number, top in enumerate(rows):
+        total[:, top : top + call.rows.halo].add_(strips[:, number])
+
+
+def _parts(heads: int, batch: int, rows: int, size: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut (heads, batch, rows of tiles) into contiguous parts of about `_CHUNK` weights, `size` to a row of tiles."""
+
+    def steps(count: int, weights: int) -> Iterator[slice]:
+        step = max(1, _CHUNK // weights)
+        return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+    if batch * rows * size <= _CHUNK:
+        yield from ((part, slice(0, batch), slice(0, rows)) for part in steps(heads, batch * rows * size))
+        return
     for head in range(heads):
-        yield from ((slice(head, head + 1), slice(first, min(first + step, tiles))) for first in range(0, tiles, step))
+        one = slice(head, head + 1)
+        if rows * size <= _CHUNK:
+            yield from ((one, part, slice(0, rows)) for part in steps(batch, rows * size))
+        else:
+            yield from ((one, slice(i, i + 1), part) for i in range(batch) for part in steps(rows, size))
 
 
-def _tiles_backward(q, k, v, grad, table):
-    """Gradients of dense attention on tiles (heads, tiles, length, D); that of the table is summed over tiles."""
-    heads, tiles, length, keys = *q.shape[:3], k.shape[2]
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))  # contiguous, whatever the inputs' strides
+def _call_backward(call, table, q, k, v, grad, grad_q, total_k, total_v, mode):
+    """One kind of tile: fills `grad_q`, adds to the totals, returns the gradient of `table`.
+
+    Tiles are gathered, used and added back part by part, so that what is in flight stays in the caches.
+
+    Args:
+        q, k, v, grad: (heads, B, N, D).
+        grad_q: (heads, B, tiles * M, D), in the order of the call's tiles.
+        total_k, total_v: (heads, B, H, W, D).
+    """
+    heads, batch, _, dim = q.shape
+    length, keys = call.query_count, call.key_count
+    across = len(call.columns.keys)
     grad_table = q.new_zeros(heads, length, keys)
-    for part in _parts(heads, tiles, length * keys):
-        part_q, part_k, part_v, part_grad = (x[part].flatten(0, 1) for x in (q, k, v, grad))
-        weight = torch.bmm(part_q, part_k.transpose(1, 2)).view(-1, part[1].stop - part[1].start, length, keys)
+    for head, image, row in _parts(heads, batch, len(call.rows.keys), across * length * keys):
+        own = slice(row.start * across * length, row.stop * across * length)
+
+        def tiles(x, positions, size, head=head, image=image, row=row):
+            x = x[head, image]
+            if positions is not None:
+                x = mode.gather(x, positions[row.start * across * size : row.stop * across * size])
+            return x.reshape(-1, size, dim)
+
+        part_q, part_grad = tiles(q, call.queries, length), tiles(grad, call.queries, length)
+        part_k, part_v = tiles(k, call.keys, keys), tiles(v, call.keys, keys)
+        if call.real is not None:  # a repeated query must not count twice
+            part_grad = (part_grad.view(-1, own.stop - own.start, dim) * call.real[own]).view_as(part_grad)
+        weight = torch.bmm(part_q, part_k.transpose(1, 2))
         if table is not None:
-            weight += table[part[0]] if table.shape[0] == heads else table
+            weight.view(head.stop - head.start, -1, length, keys).add_(table[head] if table.shape[0] > 1 else table)
         weight = weight.softmax(-1)
-        flat = weight.flatten(0, 1)
-        torch.bmm(flat.transpose(1, 2), part_grad, out=grad_v[part].view(part_k.shape))
         grad_weight = torch.bmm(part_grad, part_v.transpose(1, 2))
-        grad_score = torch.ops.aten._softmax_backward_data(grad_weight, flat, -1, flat.dtype)
-        torch.bmm(grad_score, part_k, out=grad_q[part].view(part_q.shape))
-        torch.bmm(grad_score.transpose(1, 2), part_q, out=grad_k[part].view(part_k.shape))
-        grad_table[part[0]].add_(grad_score.view_as(weight).sum(1))
-    return grad_q, grad_k, grad_v, grad_table
+        grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+        grad_q[head, image, own] = torch.bmm(grad_score, part_k).view(grad_q[head, image, own].shape)
+        tops = call.rows.keys[row]
+        shape = (-1, len(tops), across, call.rows.halo, call.columns.halo, dim)
+        for total, part in (
+            (total_k, torch.bmm(grad_score.transpose(1, 2), part_q)),
+            (total_v, torch.bmm(weight.transpose(1, 2), part_grad)),
+        ):
+            _overlap_add(total[head, image].flatten(0, 1), part.view(shape), tops, call)
+        grad_table[head].add_(grad_score.view(head.stop - head.start, -1, length, keys).sum(1))
+    return grad_table
 
 
 def backward(
@@ -333,23 +369,15 @@ def backward(
     for q, k, v, g, members in zip(*folded, folding.members):
         plan = mode.plan(members, kernel_size, query.device)
         parts_q = []
-        total_k, total_v = (q.new_zeros(heads * q.shape[1], *members, dim) for _ in "kv")
+        total_k, total_v = (q.new_zeros(heads, q.shape[1], *members, dim) for _ in "kv")
         for call in plan.calls:
-            tile_q = _take(q, call.queries, call.query_count, mode)
-            tile_k = _take(k, call.keys, call.key_count, mode)
-            tile_v = _take(v, call.keys, call.key_count, mode)
-            tile_g = g if call.queries is None else mode.gather(g, call.queries)
-            if call.real is not None:  # a repeated query must not count twice
-                tile_g *= call.real
-            tile_g = tile_g.view(tile_q.shape)
+            count = q.shape[2] if call.queries is None else call.queries.numel()
+            grad_q = q.new_empty(heads, q.shape[1], count, dim)
             table = _additive(rpb, call, q)
-            grad_q, grad_k, grad_v, grad_table = _tiles_backward(tile_q, tile_k, tile_v, tile_g, table)
+            grad_table = _call_backward(call, table, q, k, v, g, grad_q, total_k, total_v, mode)
             if grad_rpb is not None:
                 grad_rpb.scatter_add_(1, call.bias.expand(heads, -1), grad_table.view(heads, -1))
             parts_q.append(grad_q)
-            tiles = (heads * q.shape[1], len(call.rows.keys), len(call.columns.keys), call.rows.halo, call.columns.halo)
-            for total, part in ((total_k, grad_k), (total_v, grad_v)):
-                _overlap_add(total, part.reshape(*tiles, dim), call)
         grads_q.append(_in_order(parts_q, q, plan, mode) * scale)
         grads_k.append(total_k.view(k.shape))
         grads_v.append(total_v.view(v.shape))
