@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from terrazzo.kernels.neighborhood_attention.tiling import Fold, Kind, folds, kinds
 
 # Weights alive at once in the backward pass; about what two cores' caches hold (README.md).
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ def _fold(x: torch.Tensor, dilation: tuple[int, int], folding: _Folding, mode: t
     if folding.positions is None:
         (rows, columns), (step_h, step_w) = folding.members[0], dilation
         x = x.reshape(batch, rows, step_h, columns, step_w, heads, dim).permute(5, 0, 2, 4, 1, 3, 6)
-        return [x.reshape(heads, batch * step_h * step_w, rows * columns, dim)]
+        # Contiguous now, or every gather from it would copy it again.
+        return [x.reshape(heads, batch * step_h * step_w, rows * columns, dim).contiguous()]
     x = x.permute(3, 0, 1, 2, 4).reshape(heads, batch, height * width, dim)
     return [
         mode.gather(x, positions).view(heads, -1, rows * columns, dim)
@@ -271,9 +272,16 @@ def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, rows: tuple[int, ...]
         for number, top in enumerate(rows):
             total[:, top : top + call.rows.halo, first : first + columns.halo].add_(tiles[:, number, 0])
         return
-    strips = tiles.new_zeros(*tiles.shape[:2], call.rows.halo, *total.shape[2:])
-    for number, first in enumerate(columns.keys):
-        strips[:, :, :, first : first + columns.halo].add_(tiles[:, :, number])
+    # Tiles of a kind lie side by side, so pieces of one tile's length from all of them go in with one addition each.
+    count, step, first = len(columns.keys), len(columns.start), columns.keys[0]
+    pieces = -(-columns.halo // step)
+    strips = tiles.new_zeros(*tiles.shape[:2], call.rows.halo, total.shape[2] + pieces * step, total.shape[3])
+    region = strips[:, :, :, first : first + (count + pieces - 1) * step].unflatten(3, (-1, step))
+    tiles = tiles.transpose(2, 3)  # P tiles_h halo_h tiles_w halo_w D
+    for piece in range(pieces):
+        part = tiles[..., piece * step : (piece + 1) * step, :]
+        region[:, :, :, piece : piece + count, : part.shape[4]].add_(part)
+    strips = strips[:, :, :, : total.shape[2]]
     for number, top in enumerate(rows):
         total[:, top : top + call.rows.halo].add_(strips[:, number])
 

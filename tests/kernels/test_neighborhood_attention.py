@@ -108,6 +108,19 @@ class TestDefinition:
                 assert offsets[i].tolist() == wanted
 
 
+def test_tiles_of_a_kind_lie_side_by_side():
+    """The backward pass adds them back as one strip."""
+    for members in range(2, 90):
+        for kernel in range(2, min(members, 24) + 1):
+            kinds = tiling.kinds(members, kernel)
+            assert sorted(number for kind in kinds for number in kind.tiles) == list(
+                range(sum(len(k.tiles) for k in kinds))
+            )
+            for kind in kinds:
+                tile = len(kind.start)
+                assert list(kind.keys) == list(range(kind.keys[0], kind.keys[0] + tile * len(kind.keys), tile))
+
+
 class TestPortable:
     @pytest.mark.parametrize(("size", "kernel", "dilation"), SHAPES)
     @pytest.mark.parametrize("bias", [True, False])
