@@ -3,6 +3,7 @@
 A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; what is between them is replaced.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -78,8 +79,6 @@ def _variants(family: str) -> str:
 
 def _bench(operator: str) -> str:
     """An operator's speed, from its result file, with the machine it was measured on."""
-    import importlib
-
     from terrazzo.tools.bench import BENCHMARKS
 
     rows = results.read(results.FOLDER / f"{operator}_cpu.csv")

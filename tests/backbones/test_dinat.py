@@ -64,7 +64,6 @@ class TestOfficial:
         model = timm.create_model(pack.meta["variant"], **arguments).double().eval()
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         weights = dinat.checkpoint_filter_fn(pack.weights(), model)
-        assert list(weights) == sorted(weights, key=list(weights).index)
         model.load_state_dict(weights, strict=True)
         indices = [len(model.feature_info) - 1] if "isotropic" in path.stem else None
         for case in pack.meta["cases"]:

@@ -304,7 +304,8 @@ class TestOperator:
             wanted = neighborhood_attention(*arguments[:3], 7, 2, arguments[3])
             torch.testing.assert_close(compiled(*arguments[:3], 7, 2, arguments[3]), wanted)
 
-    def test_under_autocast(self):
+    def test_half_inputs_with_a_float32_bias(self):
+        """What a model passes under autocast."""
         arguments = inputs((15, 14), (7, 7), dtype=torch.bfloat16)
         arguments[3] = arguments[3].detach().float().requires_grad_()
         results = run(arguments, 7, 2, "portable")
