@@ -21,8 +21,8 @@ class MissingOperator:
     def __call__(self, *args, **kwargs):
         raise BackendError(
             f"mmcv operator '{self.__name__}' is not provided by terrazzo.openmmlab, which stands in for mmcv's "
-            "compiled operators; install an mmcv compiled for this PyTorch, or choose a config without this operator "
-            f"(provided: {', '.join(OPERATORS)})"
+            "compiled operators (`terrazzo doctor openmmlab` lists those it provides); install an mmcv compiled for "
+            "this PyTorch, or choose a config without this operator"
         )
 
     def __repr__(self) -> str:

@@ -1,9 +1,20 @@
 """RoIAlign (He et al., 2017, section 3): bilinear samples in each bin of a region, averaged or maximised."""
 
-import math
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from terrazzo.openmmlab.ops._numerics import computable
+from terrazzo.openmmlab.ops._pixels import (
+    bag_maxima,
+    bag_sums,
+    bilinear,
+    bin_samples,
+    bins_first,
+    neighbours,
+    pixel_rows,
+    scattered,
+)
 
 MAX, AVERAGE = 0, 1
 
@@ -36,7 +47,8 @@ def roi_align_forward(
         pool_mode: 0 the largest sample of a bin, 1 the average. A bin without samples gives 0 either way.
         aligned: whether pixel centres lie at +0.5.
     """
-    features, regions = _computable(input), _computable(rois, like=_computable(input))
+    features = computable(input)
+    regions = rois.to(features.dtype)
     if pool_mode == AVERAGE:
         output.copy_(
             torch.ops.torchvision.roi_align(
@@ -44,22 +56,11 @@ def roi_align_forward(
             )
         )
         return
-    bins = (aligned_height, aligned_width)
-    for index, (batch, ys, xs) in enumerate(_samples(regions, bins, spatial_scale, sampling_ratio, aligned)):
-        if ys.numel() == 0 or xs.numel() == 0:
-            output[index], argmax_y[index], argmax_x[index] = 0, -1, -1
-            continue
-        # Interpolation is separable: one small matrix for rows, one for columns.
-        rows = _interpolation(ys.flatten(), features.shape[2])
-        columns = _interpolation(xs.flatten(), features.shape[3])
-        values = rows @ features[batch] @ columns.T  # C bins*samples bins*samples
-        values = values.unflatten(2, tuple(xs.shape)).unflatten(1, tuple(ys.shape))  # C bins samples bins samples
-        values = values.transpose(2, 3).flatten(3)  # C bins bins samples*samples
-        largest, place = values.max(dim=3)
-        output[index] = largest
-        per_row = xs.shape[1]
-        argmax_y[index] = ys[torch.arange(bins[0], device=ys.device)[:, None], place // per_row]
-        argmax_x[index] = xs[torch.arange(bins[1], device=xs.device)[None, :], place % per_row]
+    rows, shape = pixel_rows(features), (*features.shape[2:], aligned_height, aligned_width)
+    # some regions at a time, as all samples are stored
+    parts = [_largest(rows, part, shape, spatial_scale, sampling_ratio, aligned) for part in regions.split(16)]
+    for target, values in zip((output, argmax_y, argmax_x), zip(*parts, strict=True), strict=False):
+        target.copy_(torch.cat(values))
 
 
 def roi_align_backward(
@@ -76,8 +77,8 @@ def roi_align_backward(
     aligned: bool,
 ) -> None:
     """Fills `grad_input` with the gradient of `roi_align_forward` with respect to its input; arguments as there."""
-    gradient = _computable(grad_output)
-    regions = _computable(rois, like=gradient)
+    gradient = computable(grad_output)
+    regions = rois.to(gradient.dtype)
     if pool_mode == AVERAGE:
         sizes = (*grad_input.shape, sampling_ratio, aligned)
         grad_input.copy_(
@@ -86,56 +87,44 @@ def roi_align_backward(
             )
         )
         return
-    batch, channels, height, width = grad_input.shape
-    total = gradient.new_zeros(batch * channels, height * width)
-    plane = regions[:, 0].long()[:, None] * channels + torch.arange(channels, device=rois.device)  # N C
-    plane = plane[:, :, None, None].expand(grad_output.shape)
-    valid = (argmax_y != -1) | (argmax_x != -1)
-    for y, weight_y in _neighbours(_computable(argmax_y, like=gradient), height):
-        for x, weight_x in _neighbours(_computable(argmax_x, like=gradient), width):
-            total.view(-1).index_add_(
-                0,
-                (plane * height * width + y * width + x)[valid],
-                (gradient * weight_y * weight_x)[valid],
-            )
-    grad_input.copy_(total.view_as(grad_input))
+    height, width = grad_input.shape[2:]
+    ys, xs = argmax_y.to(gradient.dtype), argmax_x.to(gradient.dtype)
+    gradient = gradient * ((ys != -1) | (xs != -1))
+    total = torch.zeros_like(grad_input, dtype=gradient.dtype)
+    for row, weight_y in neighbours(ys, height):
+        for column, weight_x in neighbours(xs, width):
+            values = gradient * weight_y * weight_x
+            total += scattered(grad_input.shape, regions[:, 0].long(), row * width + column, values)
+    grad_input.copy_(total)
 
 
-def _computable(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """In the precision of `like`, or else in single precision at least, which torchvision computes on every device."""
-    if like is not None:
-        return tensor.to(like.dtype)
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+def _largest(
+    rows: Tensor, regions: Tensor, shape: tuple[int, ...], scale: float, sampling_ratio: int, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest sample of each bin with its row and column; a bin without samples has 0 and -1.
 
+    Args:
+        rows: B*H*W x C.
+        regions: N x 5.
+        shape: H and W of the map, bins down and across.
+        scale: map pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 takes ceil(bin size).
+        aligned: whether pixel centres lie at +0.5.
 
-def _samples(rois: Tensor, bins: tuple[int, int], scale: float, sampling_ratio: int, aligned: bool):
-    """Yields for each region its index in the batch and the rows and columns of its samples, each bins x samples."""
-    shift = 0.5 if aligned else 0.0
-    for batch, *box in rois.tolist():
-        x1, y1, x2, y2 = (value * scale - shift for value in box)
-        axes = []
-        for start, extent, count in ((y1, y2 - y1, bins[0]), (x1, x2 - x1, bins[1])):
-            size = (extent if aligned else max(extent, 1.0)) / count
-            grid = sampling_ratio if sampling_ratio > 0 else max(math.ceil(size), 0)
-            steps = torch.arange(count, device=rois.device, dtype=rois.dtype)[:, None]
-            inner = (torch.arange(grid, device=rois.device, dtype=rois.dtype) + 0.5) / max(grid, 1)
-            axes.append(start + (steps + inner) * size)
-        yield int(batch), *axes
-
-
-def _neighbours(position: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The two pixels between which each position lies on an axis, with their weights: 0 where it is off the map."""
-    inside = (position >= -1) & (position <= size)
-    clamped = position.clamp(0, size - 1)
-    low = clamped.floor()
-    high = (low + 1).clamp(max=size - 1)
-    fraction = clamped - low
-    return [(low.long(), (1 - fraction) * inside), (high.long(), fraction * inside)]
-
-
-def _interpolation(position: Tensor, size: int) -> Tensor:
-    """The matrix (positions x size) that takes linear samples of a vector of `size` at the positions."""
-    matrix = position.new_zeros(len(position), size)
-    for pixel, weight in _neighbours(position, size):
-        matrix.scatter_add_(1, pixel[:, None], weight[:, None])
-    return matrix
+    Returns:
+        Each N C and bins.
+    """
+    bins = shape[2:]
+    x1, y1, x2, y2 = (regions[:, 1:] * scale - (0.5 if aligned else 0.0)).unbind(1)
+    height, width = y2 - y1, x2 - x1
+    if not aligned:
+        height, width = height.clamp(min=1), width.clamp(min=1)
+    bag, down, across, _, counts = bin_samples(height, width, bins, sampling_ratio)
+    region = bag // (bins[0] * bins[1])
+    y, x = y1[region] + down, x1[region] + across
+    pixels, weights = bilinear(regions[:, 0].long()[region], y, x, *shape[:2])
+    samples = bag_sums(rows, pixels.flatten(), weights.flatten(), torch.full_like(bag, 4))
+    largest, place = bag_maxima(samples, torch.arange(len(bag), device=bag.device), counts)
+    place = place.masked_fill((counts == 0)[:, None], len(bag))  # to the -1 after the last sample
+    ys, xs = (pad(axis, (0, 1), value=-1)[place] for axis in (y, x))
+    return bins_first(largest, bins), bins_first(ys, bins), bins_first(xs, bins)

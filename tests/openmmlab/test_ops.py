@@ -232,11 +232,9 @@ def test_softmax_focal_loss():
 
 
 def test_missing_operator_says_what_to_do():
-    from mmcv.ops import DeformConv2d
-
-    layer = DeformConv2d(2, 2, 3, padding=1)
-    with pytest.raises(BackendError, match=r"deform_conv_forward.*compiled"):
-        layer(torch.rand(1, 2, 8, 8), torch.zeros(1, 18, 8, 8))
+    operator = importlib.import_module("mmcv._ext").operator_to_come
+    with pytest.raises(BackendError, match=r"operator_to_come.*terrazzo doctor openmmlab.*compiled"):
+        operator(torch.zeros(1), kernel_size=3)
 
 
 def test_module_is_found_and_behaves_when_probed():
@@ -270,6 +268,16 @@ def test_compiled_mmcv_takes_precedence(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_fork_of_mmcv_keeps_its_own_operators(tmp_path):
+    # A distribution of another name may provide the module `mmcv`, compiled operators and all.
+    (tmp_path / "mmcv").mkdir()
+    (tmp_path / "mmcv" / "__init__.py").write_text("__version__ = '2.9.0'")
+    (tmp_path / "mmcv" / "_ext.py").write_text("nms = 'that of the fork'")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import terrazzo.openmmlab, mmcv._ext; print(mmcv._ext.nms)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "that of the fork", done.stderr
 
 
 def test_bridge_imports_neither_mmdet_nor_mmseg():
