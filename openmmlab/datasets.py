@@ -1,10 +1,12 @@
 """Folders of images, one folder a class, with timm's transforms."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmengine.registry import DATASETS
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
@@ -33,7 +35,7 @@ class ImageFolderDataset(Dataset):
         if not folder.is_dir():
             raise InputError(f"data folder '{folder}' does not exist; unpack the data there or set data_root")
         try:
-            self.images = ImageFolder(str(folder), transform=create_transform(**_arguments(transform)))
+            self.images = ImageFolder(str(folder), transform=_transform(transform))
         except FileNotFoundError as error:
             raise InputError(f"data folder '{folder}' is not one folder of images a class: {error}") from error
         wanted: Sequence[str] = (metainfo or {}).get("classes") or self.images.classes
@@ -53,6 +55,16 @@ class ImageFolderDataset(Dataset):
         return {"inputs": image, "targets": target}
 
 
-def _arguments(transform: dict) -> dict:
-    """The arguments of the transform, free of mmengine's scope mark."""
-    return {key: value for key, value in transform.items() if key != "_scope_"}
+def _transform(arguments: dict) -> Callable:
+    """timm's transform of these arguments, which are freed of mmengine's scope mark."""
+    transform = create_transform(**{key: value for key, value in arguments.items() if key != "_scope_"})
+    for step in transform.transforms:
+        for operation in [*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))]:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+    """timm's, but black at 0 bits, which RandAugment draws near its highest level and recent Pillow refuses."""
+    return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)

@@ -88,6 +88,13 @@ def test_dataset(tiny_data):
     assert data.metainfo["classes"][:5] == NAMES
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "v0-mstd5"])
+def test_strongest_augmentation_posterizes_to_black(tiny_data, policy):
+    transform = {"input_size": 48, "is_training": True, "auto_augment": policy}
+    data = ImageFolderDataset(str(tiny_data("eurosat64")), "train", transform)
+    assert all(data[index % 10]["inputs"].isfinite().all() for index in range(200))
+
+
 def test_errors_of_the_dataset(tiny_data, tmp_path):
     with pytest.raises(InputError, match=r"none.* does not exist"):
         ImageFolderDataset(str(tmp_path / "none"), "train", {"input_size": 48})

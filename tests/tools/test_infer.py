@@ -34,7 +34,7 @@ def detector(tmp_path_factory):
     from terrazzo.openmmlab.config import load_config, packaged_configs
 
     folder = tmp_path_factory.mktemp("detector")
-    base = next(path for name, path in packaged_configs().items() if name.startswith("mask-rcnn_dinat-mini"))
+    base = packaged_configs()["mask-rcnn_dinat-mini_fpn_1xb2-36e_nuclei-768x768"]
     config, checkpoint = folder / "detector.py", folder / "detector.pth"
     config.write_text(DETECTOR.format(base=base))
     torch.manual_seed(0)

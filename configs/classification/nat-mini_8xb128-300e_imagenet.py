@@ -1,0 +1,5 @@
+"""NAT-Mini on ImageNet-1k, 224x224: 8 processes of batch 128, 300 epochs, the authors' recipe."""
+
+_base_ = "../_base_/imagenet_300e.py"
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(backbone=dict(name="nat_mini", drop_path_rate=0.2))

@@ -1,0 +1,10 @@
+"""Cascade Mask R-CNN on DiNAT-Large, COCO, 36 epochs: the authors' recipe, without mixed precision."""
+
+_base_ = "../_base_/cascade-mask-rcnn_3x_coco.py"
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+dilations = [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7] * 3, [1, 3, 1, 3, 1]]
+model = dict(
+    backbone=dict(name="dinat_large.in22k", drop_path_rate=0.6, dilations=dilations),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
+optim_wrapper = dict(optimizer=dict(lr=7.5e-5))

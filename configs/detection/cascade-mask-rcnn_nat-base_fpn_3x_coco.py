@@ -1,0 +1,5 @@
+"""Cascade Mask R-CNN on NAT-Base, COCO, 36 epochs: the authors' recipe."""
+
+_base_ = "../_base_/cascade-mask-rcnn_3x_coco.py"
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(backbone=dict(name="nat_base", drop_path_rate=0.5), neck=dict(in_channels=[128, 256, 512, 1024]))

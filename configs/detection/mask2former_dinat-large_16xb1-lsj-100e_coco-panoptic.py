@@ -1,0 +1,16 @@
+"""Mask2Former on DiNAT-Large, COCO panoptic, 16 processes of batch 1, 100 epochs.
+
+The authors' recipe (published: PQ 58.5). Data and metric take panopticapi, which is on GitHub and not on PyPI:
+`pip install git+https://github.com/cocodataset/panopticapi.git`.
+"""
+
+_base_ = [
+    "mmdet::mask2former/mask2former_swin-l-p4-w12-384-in21k_16xb1-lsj-100e_coco-panoptic.py",
+    "../_base_/dinat-large_mask2former.py",
+]
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(
+    backbone=dict(_delete_=True, **_base_.dinat_large),
+    panoptic_head=dict(in_channels=_base_.dinat_large_channels),
+)
+optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, custom_keys=_base_.dinat_large_keys, norm_decay_mult=0.0))
