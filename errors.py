@@ -11,3 +11,11 @@ class InputError(TerrazzoError, ValueError):
 
 class BackendError(TerrazzoError, RuntimeError):
     """A backend that was asked for by name and cannot run here; the message says why."""
+
+
+class NonFiniteError(TerrazzoError, ArithmeticError):
+    """A training whose loss is NaN or infinite; the message says at which iteration, and which layer produced it."""
+
+
+class SavingError(TerrazzoError, OSError):
+    """A checkpoint that could not be written; the message says why, and that earlier ones are whole."""

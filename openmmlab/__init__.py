@@ -10,22 +10,33 @@ checkpoints plain data. It imports neither mmdet nor mmseg.
 """
 
 import terrazzo  # noqa: F401  registers the backbones with timm
-from terrazzo.openmmlab import _ext, _mmengine, checkpoint
+from terrazzo.openmmlab import _ext, _mmengine, checkpoint, saving
 
 _mmengine.repair()
 _ext.install()
 checkpoint.install()
+saving.install()
 
 from terrazzo.openmmlab.backbone import TerrazzoBackbone  # noqa: E402
 from terrazzo.openmmlab.classifier import Classifier  # noqa: E402
 from terrazzo.openmmlab.datasets import ImageFolderDataset  # noqa: E402
+from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
+from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
+from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
+from terrazzo.openmmlab.throughput import ThroughputHook  # noqa: E402
 
 __all__ = [
+    "Bfloat16OptimWrapper",
     "ClassificationAccuracy",
     "Classifier",
+    "FiniteLossHook",
     "ImageFolderDataset",
     "LayerDecayOptimWrapperConstructor",
+    "SeededDataset",
+    "SeededSampler",
+    "SeedingHook",
     "TerrazzoBackbone",
+    "ThroughputHook",
 ]

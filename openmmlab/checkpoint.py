@@ -6,6 +6,7 @@ import os
 import pathlib
 import tempfile
 import urllib.parse
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,10 @@ from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import HistoryBuffer, MessageHub, print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, SavingError
+
+PARTIAL = ".partial"
+"""How the name of a file ends while it is being written."""
 
 HISTORY = "terrazzo.history"
 """The key that marks a dict as a saved HistoryBuffer."""
@@ -75,10 +79,14 @@ def save_checkpoint(
     """Saves a checkpoint as plain data. A local file appears under its name only when it is complete.
 
     Args:
-        checkpoint: anything; see `plain`.
+        checkpoint: anything; see `plain`. A `.safetensors` file takes the weights alone: the tensors of `state_dict`,
+            or of the checkpoint itself.
         filename: a path, or an address that one of mmengine's file backends understands.
         file_client_args: mmengine's old name of `backend_args`.
         backend_args: arguments of the file backend.
+
+    Raises:
+        SavingError: if the file cannot be written; one of that name that was there before is as it was.
     """
     checkpoint = plain(checkpoint)
     backend = get_file_backend(filename, backend_args=backend_args or file_client_args)
@@ -88,10 +96,25 @@ def save_checkpoint(
             backend.put(buffer.getvalue(), filename)
         return
     path = pathlib.Path(filename)
+    try:
+        _write_whole(checkpoint, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns the failures of a file into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
+        raise SavingError(
+            f"checkpoint '{path}' could not be written: {reason}; earlier checkpoints are whole: make room and resume"
+        ) from error
+
+
+def _write_whole(checkpoint: dict, path: pathlib.Path) -> None:
+    """Writes under a temporary name beside the file, and renames when all of it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False) as file:
         try:
-            torch.save(checkpoint, file)
+            if path.suffix == ".safetensors":
+                file.write(_safetensors(checkpoint))
+            else:
+                torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
@@ -101,6 +124,24 @@ def save_checkpoint(
     os.umask(umask)
     os.chmod(file.name, 0o666 & ~umask)  # a temporary file is private; a checkpoint is an ordinary file
     os.replace(file.name, path)
+
+
+def remove_partial(folder: str | os.PathLike) -> None:
+    """Removes what a process that was killed while saving left in a folder."""
+    for path in pathlib.Path(folder).glob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def _safetensors(checkpoint: dict) -> bytes:
+    """The weights of a checkpoint in the safetensors format."""
+    import safetensors.torch
+
+    state = checkpoint.get("state_dict", checkpoint)
+    other = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if other:
+        raise InputError(f"a .safetensors file holds tensors alone, and {other[0]!r} is none; save as .pth")
+    # Tied weights share memory, which the format refuses.
+    return safetensors.torch.save({key: value.cpu().contiguous().clone() for key, value in state.items()})
 
 
 def load_file(filename: str | os.PathLike, map_location: Any = None) -> Any:
@@ -119,12 +160,30 @@ def load_file(filename: str | os.PathLike, map_location: Any = None) -> Any:
     if path.suffix == ".safetensors":
         import safetensors.torch
 
-        return safetensors.torch.load_file(path, device=str(map_location or "cpu"))
+        try:
+            return safetensors.torch.load_file(path, device=str(map_location or "cpu"))
+        except Exception as error:  # safetensors' own errors derive from Exception alone
+            raise InputError(f"checkpoint '{filename}' is refused: {_unreadable(error)}") from error
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(_allowed()):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # the unpickler fails in many ways on foreign bytes
         raise InputError(f"checkpoint '{filename}' is refused: {_reason(path, error)}") from error
+
+
+def _check_sums(path: pathlib.Path) -> None:
+    """Compares the parts of a checkpoint with their check sums, which PyTorch writes and does not read.
+
+    Raises:
+        zipfile.BadZipFile: if one differs.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # PyTorch's format before 1.6
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise zipfile.BadZipFile(f"the check sum of {broken} is wrong: the file was damaged after it was written")
 
 
 def install() -> None:
@@ -204,6 +263,10 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
             f"it holds objects other than plain data, tensors and log histories ({', '.join(sorted(found))}), and "
             "loading them could run code; save its state_dict alone where it was made"
         )
+    return _unreadable(error)
+
+
+def _unreadable(error: Exception) -> str:
     return f"it is not a checkpoint that can be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 

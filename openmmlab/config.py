@@ -7,16 +7,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import init_default_scope
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.checkpoint import load_file, remove_partial
+from terrazzo.openmmlab.distributed import is_main, launch
+from terrazzo.openmmlab.saving import find_latest_checkpoint
+from terrazzo.openmmlab.seeding import seed_config
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 """Where the packaged configs lie."""
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+OWN_HOOKS = ("FiniteLossHook", "ThroughputHook")
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head")
 
 
@@ -157,20 +163,28 @@ def build_runner(
     resume: bool | str | Path = False,
     load_from: str | Path | None = None,
     seed: int | None = None,
-    amp: bool = False,
+    amp: str | None = None,
+    accumulate: int = 1,
+    launcher: str = "none",
+    sharded: bool = False,
+    scale_lr: bool = False,
 ) -> Runner:
-    """Builds mmengine's runner for a config.
+    """Builds mmengine's runner for a config, with terrazzo's hooks: exact resuming, finite losses, images per second.
 
     Args:
         cfg: what `load_config` returned; it is copied, not changed.
         work_dir: the folder for checkpoints and logs.
         resume: True continues from the last checkpoint in `work_dir`, if there is one; a path continues from that file.
         load_from: a checkpoint whose weights are loaded before training or testing.
-        seed: the seed for weights, data order and augmentation.
-        amp: whether to train in automatic mixed precision.
+        seed: the seed for weights, data order and augmentation; a resumed run keeps the seed that it had.
+        amp: "fp16" or "bf16" for automatic mixed precision.
+        accumulate: how many batches go into one step of the optimizer.
+        launcher: what started the processes; see `terrazzo.openmmlab.distributed.LAUNCHERS`.
+        sharded: whether to divide the model among the processes, rather than copy it.
+        scale_lr: whether to scale the learning rate by the batch size, from the config's `auto_scale_lr`.
 
     Raises:
-        InputError: if a named checkpoint file or a data folder does not exist.
+        InputError: if a named checkpoint file or a data folder does not exist, or an option does not fit.
     """
     cfg = cfg.copy()
     cfg.work_dir = str(work_dir)
@@ -180,18 +194,59 @@ def build_runner(
         if "://" not in str(source) and not Path(source).is_file():
             raise InputError(f"checkpoint '{source}' does not exist; name a .pth file")
         cfg.load_from = str(source)
+    latest = (source or find_latest_checkpoint(str(work_dir))) if resume else None
+    if latest and seed is None and "://" not in str(latest):
+        # The data order is drawn before mmengine reads the seed from the checkpoint.
+        seed = (load_file(latest, "cpu").get("meta") or {}).get("seed")
     if seed is not None:
         cfg.randomness = {**(cfg.get("randomness") or {}), "seed": seed}
-    if amp and "optim_wrapper" in cfg:
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    if "optim_wrapper" in cfg:
+        _set_precision(cfg, amp)
+        if accumulate > 1:
+            cfg.optim_wrapper.accumulative_counts = accumulate
+    if scale_lr:
+        if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
+            raise InputError("the config has no auto_scale_lr.base_batch_size to scale the learning rate from; add it")
+        cfg.auto_scale_lr.enable = True
     check_data(cfg)
+    seed_config(cfg)
+    hooks = list(cfg.get("custom_hooks") or [])
+    present = [hook.get("type") for hook in hooks]
+    cfg.custom_hooks = hooks + [dict(type=name) for name in OWN_HOOKS if name not in present]
+    if sharded:
+        from terrazzo.openmmlab.sharded import shard_config
+
+        shard_config(cfg)
+    launch(cfg, launcher)
     # Runners share their histories and their visualizer by name, and mmengine's names repeat within a second.
     stem = Path(cfg.filename).stem if cfg.filename else "terrazzo"
     cfg.experiment_name = f"{stem}_{uuid.uuid4().hex[:8]}"
     if cfg.get("visualizer"):
         cfg.visualizer.name = cfg.experiment_name
-    return Runner.from_cfg(cfg)
+    if is_main():
+        remove_partial(work_dir)
+    return RUNNERS.get(cfg.get("runner_type", "Runner")).from_cfg(cfg)
+
+
+def _set_precision(cfg: Config, amp: str | None) -> None:
+    """Chooses the optimizer's wrapper for a precision.
+
+    Raises:
+        InputError: if the precision is unknown, or this machine does not have it.
+    """
+    if amp is None:
+        return
+    if amp == "bf16":
+        cfg.optim_wrapper.type = "Bfloat16OptimWrapper"
+        cfg.optim_wrapper.pop("loss_scale", None)
+    elif amp == "fp16":
+        if not torch.cuda.is_available():
+            raise InputError("--amp fp16 needs a GPU, and PyTorch sees none here; use --amp bf16, or leave it out")
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.dtype = "float16"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    else:
+        raise InputError(f"precision '{amp}' is unknown; choose fp16 or bf16")
 
 
 def check_data(cfg: Config) -> None:

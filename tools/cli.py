@@ -21,8 +21,10 @@ VERBS = {
     "test": "Evaluate a checkpoint with its config.",
     "infer": "Run a classifier, segmentor or detector on pictures.",
     "export": "Write a classifier or segmentor as ONNX, checked against PyTorch.",
+    "convert": "Write the weights of a checkpoint as safetensors.",
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
     "bench": "Measure the operators here, as ratios to named peers.",
+    "compare": "Train backbones under one recipe, and compare them.",
     "cards": "Regenerate the tables of the model cards.",
 }
 

@@ -16,6 +16,7 @@ from torch import nn
 import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.checkpoint import load_file
+from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.tools.files import check_folder
 
 TASKS = ("classification", "segmentation", "detection")
@@ -123,10 +124,10 @@ def check_work_dir(work_dir: Path, resume: bool) -> None:
     check_folder(work_dir)
     if not resume:
         return
-    note = work_dir / "last_checkpoint"
-    if not note.is_file():
+    latest = find_latest_checkpoint(str(work_dir))
+    if latest is None:
         raise InputError(f"{work_dir} has no checkpoint to resume from; leave --resume out or name another --work-dir")
-    load_file(note.read_text().strip(), "cpu")
+    load_file(latest, "cpu")
 
 
 def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:

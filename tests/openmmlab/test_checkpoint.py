@@ -176,3 +176,56 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(InputError, match="not a checkpoint"):
         load_file(tmp_path / "text.pth")
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+def test_a_hundred_damaged_files_give_one_line_each(tmp_path):
+    whole, path = tmp_path / "whole.pth", tmp_path / "damaged.pth"
+    content = {"state_dict": {"a": torch.randn(40, 30), "b": torch.arange(9)}, "meta": {"epoch": 3, "name": "x"}}
+    save_checkpoint(content, str(whole))
+    data, random, refused = whole.read_bytes(), np.random.default_rng(0), 0
+    for number in range(100):
+        if number % 2:
+            path.write_bytes(data[: int(random.integers(0, len(data)))])
+        else:
+            damaged = bytearray(data)
+            damaged[int(random.integers(0, len(data)))] ^= 1 << int(random.integers(0, 8))
+            path.write_bytes(damaged)
+        try:
+            loaded = load_file(path)
+        except InputError as error:
+            assert "damaged.pth" in str(error)
+            assert "\n" not in str(error)
+            refused += 1
+        else:  # the flipped bit is in the padding between the parts
+            assert number % 2 == 0
+            assert same(loaded, content)
+    assert refused > 80
+
+
+def test_damaged_safetensors_is_one_line(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_checkpoint({"state_dict": {"a": torch.randn(4, 3)}}, str(path))
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match=r"weights\.safetensors' is refused"):
+        load_file(path)
+
+
+def test_safetensors_out_and_in(tmp_path):
+    tied = torch.randn(3, 4)
+    path = tmp_path / "weights.safetensors"
+    save_checkpoint({"state_dict": {"a": tied, "b": tied, "c": tied.t()}, "meta": {"epoch": 1}}, str(path))
+    loaded = load_file(path)
+    assert set(loaded) == {"a", "b", "c"}
+    assert torch.equal(loaded["c"], tied.t())
+    assert torch.equal(loaded["b"], tied)
+    with pytest.raises(InputError, match="holds tensors alone"):
+        save_checkpoint({"state_dict": {"a": 1}}, str(tmp_path / "other.safetensors"))
+    assert [item.name for item in tmp_path.iterdir()] == ["weights.safetensors"]

@@ -71,7 +71,8 @@ def test_train_refusals_leave_no_work_dir(refused, floors, tmp_path, arguments, 
 
 def test_train_refuses_amp_without_a_gpu(refused, floors, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs a GPU" in refused("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path / "work", "--amp")
+    words = refused("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path / "work", "--amp", "fp16")
+    assert "needs a GPU" in words
     assert not (tmp_path / "work").exists()
 
 

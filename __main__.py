@@ -1,0 +1,6 @@
+"""`python -m terrazzo`: the `terrazzo` command, for launchers that start a module (`torchrun -m terrazzo train ...`)."""
+
+from terrazzo.tools.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Checkpoints during training: an old one goes only when the new one is on disk, and the newest whole one is found."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mmengine.runner
+import mmengine.runner.checkpoint
+import mmengine.runner.runner
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+
+
+class _RemovingLater:
+    """A file backend that notes what is to be removed and does the rest at once."""
+
+    def __init__(self, backend: Any):
+        self.backend = backend
+        self.removals: list[tuple[str, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        self.removals.append(("remove", path))
+
+    def rmtree(self, path: str) -> None:
+        self.removals.append(("rmtree", path))
+
+
+@HOOKS.register_module(name="CheckpointHook", force=True)
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, which removes outdated checkpoints before it saves; this one does so afterwards.
+
+    With `max_keep_ckpts=1`, a full disk or a process that dies in between would else leave no checkpoint at all.
+    """
+
+    def _save_checkpoint_with_step(self, runner, step, meta):
+        with self._removing_later():
+            super()._save_checkpoint_with_step(runner, step, meta)
+
+    def _save_best_checkpoint(self, runner, metrics):
+        with self._removing_later():
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextlib.contextmanager
+    def _removing_later(self) -> Iterator[None]:
+        """Removes at the end, and not at all after an error."""
+        backend, self.file_backend = self.file_backend, _RemovingLater(self.file_backend)
+        try:
+            yield
+            removals = self.file_backend.removals
+        finally:
+            self.file_backend = backend
+        best = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
+        for kind, path in removals:
+            if path not in (self.last_ckpt, *best):  # a step that is saved again has its old name
+                getattr(backend, kind)(path)
+
+
+def find_latest_checkpoint(path: str) -> str | None:
+    """The newest checkpoint of a work dir.
+
+    It is what the file `last_checkpoint` names or, where a kill or a full disk spoilt that file, the `epoch_N.pth` or
+    `iter_N.pth` that was written last.
+
+    Args:
+        path: the work dir.
+
+    Returns:
+        A file, or None if there is none.
+    """
+    note = Path(path) / "last_checkpoint"
+    named = note.read_text().strip() if note.is_file() else ""
+    if named and ("://" in named or Path(named).exists()):
+        return named
+    found = [file for file in Path(path).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", file.name)]
+    return str(max(found, key=lambda file: file.stat().st_mtime)) if found else None
+
+
+def install() -> None:
+    """Makes mmengine look for the latest checkpoint in this way."""
+    for module in (mmengine.runner, mmengine.runner.runner, mmengine.runner.checkpoint):
+        module.find_latest_checkpoint = find_latest_checkpoint

@@ -1,0 +1,153 @@
+"""Randomness that depends on where a training is, not on how it got there.
+
+PyTorch, NumPy and Python keep generators whose state is lost with the process, in as many workers as there are. Here
+each iteration and each sample has a seed of its own, made of the run's seed and its place in the run, so that a resumed
+run draws what the unbroken one would have drawn, and a sample is augmented alike whichever process or worker prepares it.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import get_dist_info, sync_random_seed
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
+from torch.utils.data import Dataset, Sampler
+
+
+def fold(*numbers: int) -> int:
+    """One seed of 32 bits out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the generators of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds Python's, NumPy's and PyTorch's CPU generators, and puts their states back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class SeededIndex(int):
+    """The index of a sample that brings the seed of its augmentation."""
+
+    seed: int
+
+
+@DATA_SAMPLERS.register_module()
+class SeededSampler(Sampler):
+    """Gives each index that another sampler draws the seed of its place in the run.
+
+    The place counts over all processes, so that two processes with half the batch see what one sees.
+
+    Args:
+        sampler: the settings of the other sampler.
+        dataset: the data set.
+        seed: the run's seed; None draws one that all processes share.
+    """
+
+    def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None):
+        self.seed = sync_random_seed() if seed is None else seed
+        inner = dataset.dataset if isinstance(dataset, SeededDataset) else dataset
+        self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=inner, seed=seed))
+        self.epoch = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler":  # not yet there, while the object is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[SeededIndex]:
+        rank, processes = get_dist_info()
+        for position, index in enumerate(self.sampler):
+            place = SeededIndex(index)
+            place.seed = fold(self.seed, self.epoch, position * processes + rank)
+            yield place
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, here and in the other sampler."""
+        self.epoch = epoch
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+@DATASETS.register_module()
+class SeededDataset(Dataset):
+    """Another data set, whose samples are prepared under the seeds that a `SeededSampler` gives.
+
+    All other attributes are the other data set's, to read and to set.
+
+    Args:
+        dataset: the settings of the other data set.
+    """
+
+    def __init__(self, dataset: dict):
+        self.__dict__["dataset"] = DATASETS.build(dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not yet there, while the object is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.dataset, name, value)  # hooks switch pipelines in the middle of a training
+
+    def __getstate__(self) -> dict:
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if not isinstance(index, SeededIndex):
+            return self.dataset[index]
+        with seeded(index.seed):
+            return self.dataset[int(index)]
+
+
+@HOOKS.register_module()
+class SeedingHook(Hook):
+    """Seeds each training iteration: dropout, stochastic depth, the samplers of detectors, mixup."""
+
+    priority = "VERY_HIGH"
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Seeds the generators before the model is run."""
+        seed_everything(fold(runner.seed, get_dist_info()[0], runner.iter))
+
+
+def seed_config(cfg: Config) -> None:
+    """Wraps the training data of a config, in place, and adds the hook. Doing so again changes nothing."""
+    loader = cfg.get("train_dataloader")
+    if not isinstance(loader, dict) or not isinstance(loader.get("dataset"), dict) or not loader.get("sampler"):
+        return
+    if loader.sampler.get("type") != "SeededSampler":
+        loader.sampler = ConfigDict(type="SeededSampler", sampler=loader.sampler)
+        loader.dataset = ConfigDict(type="SeededDataset", dataset=loader.dataset)
+    hooks = cfg.get("custom_hooks") or []
+    if not any(hook.get("type") == "SeedingHook" for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type="SeedingHook")]

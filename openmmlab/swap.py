@@ -1,0 +1,58 @@
+"""Putting another backbone into a config: the same heads, data and recipe for every model that is to be compared."""
+
+import torch
+from mmengine.config import Config, ConfigDict
+from timm.models import FeatureInfo
+from torch import nn
+
+from terrazzo.errors import InputError
+from terrazzo.openmmlab._timm import create_model
+
+STRIDES = (4, 8, 16, 32)
+
+
+def swap_backbone(cfg: Config, name: str) -> None:
+    """Replaces the `TerrazzoBackbone` (or the backbone of a `Classifier`) of a config by another timm model, in place.
+
+    A dense model gets the maps of strides 4, 8, 16 and 32, and neck and heads their channels. Models of LayerNorm get a
+    LayerNorm on each map, as their papers' detectors have it; models of BatchNorm have normalised maps already.
+
+    Args:
+        cfg: what `load_config` gave.
+        name: the name of a model, as in `timm.list_models()`.
+
+    Raises:
+        InputError: if the config has no such backbone, or the model is unknown or has no map of one of the strides.
+    """
+    settings = (cfg.get("model") or {}).get("backbone") or {}
+    if "name" not in settings:
+        raise InputError("the config's model has no TerrazzoBackbone or Classifier, so its backbone cannot be replaced")
+    kept = {key: settings[key] for key in ("type", "num_classes", "drop_path_rate", "frozen_stages") if key in settings}
+    if cfg.model.type == "Classifier":
+        cfg.model.backbone = ConfigDict(kept, name=name)
+        return
+    with torch.device("meta"):
+        model = create_model(name, num_classes=0)
+    info = getattr(model, "feature_info", None) or []
+    info = info.info if isinstance(info, FeatureInfo) else info
+    # Where several maps share a stride, the last has seen most layers.
+    at = {entry["reduction"]: index for index, entry in enumerate(info)}
+    lacking = [stride for stride in STRIDES if stride not in at]
+    if lacking:
+        raise InputError(f"model '{name}' has maps of stride {sorted(at)} and none of {lacking}; choose a pyramid")
+    indices = tuple(at[stride] for stride in STRIDES)
+    channels = [info[index]["num_chs"] for index in indices]
+    norm = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    cfg.model.backbone = ConfigDict(kept, name=name, out_indices=indices, norm_outputs=norm)
+    for part in ("neck", "decode_head", "auxiliary_head"):
+        if isinstance(cfg.model.get(part), dict) and "in_channels" in cfg.model[part]:
+            _set_channels(cfg.model[part], channels)
+
+
+def _set_channels(part: ConfigDict, channels: list[int]) -> None:
+    """Gives a neck or head the channels of the maps that it takes."""
+    index = part.get("in_index")
+    if isinstance(part.in_channels, (list, tuple)):
+        part.in_channels = channels if index is None else [channels[position] for position in index]
+    else:
+        part.in_channels = channels[-1 if index is None else index]

@@ -1,0 +1,49 @@
+"""Images per second and memory, in the log beside the loss."""
+
+import resource
+import sys
+import time
+
+import torch
+from mmengine.dist import get_world_size
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ThroughputHook(Hook):
+    """Logs `images_per_second`, over all processes, and `memory_mib`: of the GPU, or else of the process.
+
+    The memory is the most so far. The time is that between the ends of two iterations: with data loading and saving,
+    without validation.
+    """
+
+    def before_train_epoch(self, runner) -> None:
+        """Starts the clock."""
+        self.start = time.perf_counter()
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Counts the batch: the last of an epoch may be smaller."""
+        inputs = data_batch["inputs"] if isinstance(data_batch, dict) else data_batch[0]
+        self.images = len(inputs) if not isinstance(inputs, dict) else len(next(iter(inputs.values())))
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Hands both figures to the log."""
+        now = time.perf_counter()
+        runner.message_hub.update_scalar(
+            "train/images_per_second", self.images * get_world_size() / max(now - self.start, 1e-9)
+        )
+        runner.message_hub.update_scalar("train/memory_mib", _memory())
+        self.start = now
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        """Leaves the time of a validation between two iterations out."""
+        self.start = time.perf_counter()
+
+
+def _memory() -> float:
+    """The most memory that was in use, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # the system call counts bytes there and KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
