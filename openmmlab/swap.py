@@ -44,7 +44,8 @@ def swap_backbone(cfg: Config, name: str) -> None:
     channels = [info[index]["num_chs"] for index in indices]
     norm = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     cfg.model.backbone = ConfigDict(kept, name=name, out_indices=indices, norm_outputs=norm)
-    for part in ("neck", "decode_head", "auxiliary_head"):
+    # Where there is a neck, the heads take its maps.
+    for part in ("neck",) if cfg.model.get("neck") else ("decode_head", "auxiliary_head"):
         if isinstance(cfg.model.get(part), dict) and "in_channels" in cfg.model[part]:
             _set_channels(cfg.model[part], channels)
 

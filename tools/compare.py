@@ -71,16 +71,28 @@ def command(
 
 def _train(cfg, work_dir: Path, seed: int) -> dict:
     """One run: `metrics` of the validation set at the end, `losses` as pairs of iteration and loss, `parameters`."""
+    from mmengine.hooks import Hook
+
     from terrazzo.openmmlab.config import build_runner
+
+    class Keeper(Hook):
+        """Keeps the metrics of the last validation."""
+
+        metrics: dict | None = None
+
+        def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+            self.metrics = metrics
 
     if (work_dir / DONE).is_file():
         return json.loads((work_dir / DONE).read_text())
     cfg = cfg.copy()
-    cfg.train_cfg.val_interval = 10**9  # once, at the end
+    cfg.train_cfg.val_interval = 10**9  # mmengine validates after the last iteration whatever the interval
     cfg.default_hooks.checkpoint.pop("save_best", None)
     runner = build_runner(cfg, work_dir, resume=(work_dir / "last_checkpoint").is_file(), seed=seed)
+    keeper = Keeper()
+    runner.register_hook(keeper)
     runner.train()
-    metrics = runner.val()
+    metrics = keeper.metrics or runner.val()  # a run that was interrupted while it validated has nothing left to train
     final = {
         "metrics": {key: float(value) for key, value in metrics.items() if isinstance(value, numbers.Real)},
         "losses": _losses(work_dir),
