@@ -2,10 +2,11 @@
 
 PyTorch, NumPy and Python keep generators whose state is lost with the process, in as many workers as there are. Here
 each iteration and each sample has a seed of its own, made of the run's seed and its place in the run, so that a resumed
-run draws what the unbroken one would have drawn, and a sample is augmented alike whichever process or worker prepares it.
+run draws what the unbroken one would have drawn, and a sample is augmented alike whichever process prepares it.
 """
 
 import contextlib
+import numbers
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -78,9 +79,12 @@ class SeededSampler(Sampler):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[SeededIndex]:
+    def __iter__(self) -> Iterator[Any]:
         rank, processes = get_dist_info()
         for position, index in enumerate(self.sampler):
+            if not isinstance(index, numbers.Integral):
+                yield index  # a frame of a video, in mmdet's trackers: it goes without a seed of its own
+                continue
             place = SeededIndex(index)
             place.seed = fold(self.seed, self.epoch, position * processes + rank)
             yield place

@@ -8,13 +8,11 @@ from torch import nn
 from terrazzo.errors import InputError
 from terrazzo.openmmlab._timm import create_model
 
-STRIDES = (4, 8, 16, 32)
-
 
 def swap_backbone(cfg: Config, name: str) -> None:
     """Replaces the `TerrazzoBackbone` (or the backbone of a `Classifier`) of a config by another timm model, in place.
 
-    A dense model gets the maps of strides 4, 8, 16 and 32, and neck and heads their channels. Models of LayerNorm get a
+    A dense model gets the maps of the same strides, and neck and heads their channels. Models of LayerNorm get a
     LayerNorm on each map, as their papers' detectors have it; models of BatchNorm have normalised maps already.
 
     Args:
@@ -31,16 +29,15 @@ def swap_backbone(cfg: Config, name: str) -> None:
     if cfg.model.type == "Classifier":
         cfg.model.backbone = ConfigDict(kept, name=name)
         return
-    with torch.device("meta"):
-        model = create_model(name, num_classes=0)
-    info = getattr(model, "feature_info", None) or []
-    info = info.info if isinstance(info, FeatureInfo) else info
+    model, info = _described(name)
     # Where several maps share a stride, the last has seen most layers.
     at = {entry["reduction"]: index for index, entry in enumerate(info)}
-    lacking = [stride for stride in STRIDES if stride not in at]
+    _, old = _described(settings["name"])
+    strides = [old[index]["reduction"] for index in settings.get("out_indices", range(len(old)))]
+    lacking = [stride for stride in strides if stride not in at]
     if lacking:
         raise InputError(f"model '{name}' has maps of stride {sorted(at)} and none of {lacking}; choose a pyramid")
-    indices = tuple(at[stride] for stride in STRIDES)
+    indices = tuple(at[stride] for stride in strides)
     channels = [info[index]["num_chs"] for index in indices]
     norm = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     cfg.model.backbone = ConfigDict(kept, name=name, out_indices=indices, norm_outputs=norm)
@@ -48,6 +45,14 @@ def swap_backbone(cfg: Config, name: str) -> None:
     for part in ("neck",) if cfg.model.get("neck") else ("decode_head", "auxiliary_head"):
         if isinstance(cfg.model.get(part), dict) and "in_channels" in cfg.model[part]:
             _set_channels(cfg.model[part], channels)
+
+
+def _described(name: str) -> tuple[nn.Module, list[dict]]:
+    """A model without weights, and what it says of its maps."""
+    with torch.device("meta"):
+        model = create_model(name, num_classes=0)
+    info = getattr(model, "feature_info", None) or []
+    return model, info.info if isinstance(info, FeatureInfo) else info
 
 
 def _set_channels(part: ConfigDict, channels: list[int]) -> None:

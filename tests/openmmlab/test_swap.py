@@ -38,6 +38,13 @@ def test_heads_get_the_channels_of_the_maps(name, channels, norms, config):
     assert model.neck(maps) if hasattr(model, "neck") else model.decode_head(maps) is not None
 
 
+def test_strides_are_kept():
+    cfg = load_config("retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480")
+    swap_backbone(cfg, "resnet18")
+    assert cfg.model.backbone.out_indices == (2, 3, 4)
+    assert cfg.model.neck.in_channels == [128, 256, 512]
+
+
 def test_classifier_keeps_its_classes():
     cfg = load_config("dinat-mini_1xb64-30e_eurosat64")
     swap_backbone(cfg, "resnet18")
