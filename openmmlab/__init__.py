@@ -5,15 +5,15 @@ A config needs one line for it:
     custom_imports = dict(imports=["terrazzo.openmmlab"])
 
 Importing it registers terrazzo's backbones with timm and its wrappers with mmengine's root registries (mmdet and mmseg
-look there too), provides mmcv's compiled operators where no compiled mmcv is installed, and makes mmengine's
-checkpoints plain data. It imports neither mmdet nor mmseg.
+look there too), provides mmcv's compiled operators where no compiled mmcv is installed, and panopticapi where that is
+not, and makes mmengine's checkpoints plain data. It imports neither mmdet nor mmseg.
 """
 
 import terrazzo  # noqa: F401  registers the backbones with timm
-from terrazzo.openmmlab import _ext, _mmengine, checkpoint, saving
+from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, checkpoint, saving
 
 _mmengine.repair()
-_ext.install()
+_finder.install({**_ext.MODULES, **_panoptic.MODULES})
 checkpoint.install()
 saving.install()
 

@@ -1,10 +1,6 @@
-"""The import of `mmcv._ext`, mmcv's compiled operators, where no compiled mmcv is installed."""
+"""What stands for `mmcv._ext`, mmcv's compiled operators, where no compiled mmcv is installed."""
 
 import functools
-import importlib.abc
-import importlib.machinery
-import sys
-from types import ModuleType
 
 from terrazzo.errors import BackendError
 from terrazzo.openmmlab.ops import OPERATORS
@@ -41,26 +37,5 @@ def _missing(name: str) -> MissingOperator:
     return MissingOperator(name)
 
 
-class ExtLoader(importlib.abc.Loader):
-    """Fills the module with terrazzo's operators."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Puts the table of operators and, for every other name, its refusal in the module."""
-        module.__dict__.update(OPERATORS)
-        module.__getattr__ = _missing
-
-
-class ExtFinder(importlib.abc.MetaPathFinder):
-    """Finds `mmcv._ext` and nothing else. It stands last, so that a compiled module is found before it."""
-
-    def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        """The spec of `mmcv._ext`."""
-        if fullname != NAME:
-            return None
-        return importlib.machinery.ModuleSpec(NAME, ExtLoader(), origin="terrazzo.openmmlab.ops")
-
-
-def install() -> None:
-    """Appends the finder to `sys.meta_path`, once."""
-    if not any(isinstance(finder, ExtFinder) for finder in sys.meta_path):
-        sys.meta_path.append(ExtFinder())
+MODULES = {NAME: {**OPERATORS, "__getattr__": _missing}}
+"""The names in the module: the operators, and for every other name its refusal."""

@@ -23,7 +23,7 @@ CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 OWN_HOOKS = ("FiniteLossHook", "ThroughputHook")
-HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head")
+HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "panoptic_head", "panoptic_fusion_head")
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -146,13 +146,14 @@ def check_class_counts(cfg: Config) -> None:
     Raises:
         InputError: if a head has another count; the message names both.
     """
-    names = next((d["metainfo"]["classes"] for d in _datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
-    if names is None or "model" not in cfg:
+    metainfo = next((d["metainfo"] for d in _datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
+    if metainfo is None or "model" not in cfg:
         return
-    for where, count in _head_counts(cfg.model, "model"):
-        if count != len(names):
+    for where, kind, count in _head_counts(cfg.model, "model"):
+        names = metainfo.get(kind)
+        if names is not None and count != len(names):
             raise InputError(
-                f"{where}.num_classes is {count}, but the data set has {len(names)} classes "
+                f"{where} is {count}, but the data set has {len(names)} {kind.replace('_', ' ')} "
                 f"({', '.join(map(str, names[:8]))}{', ...' if len(names) > 8 else ''}); make them equal"
             )
 
@@ -273,20 +274,33 @@ def _datasets(cfg: Config) -> Iterator[ConfigDict]:
             yield dataset
 
 
-def _head_counts(model: Mapping, where: str) -> Iterator[tuple[str, int]]:
-    """Yields the place and the `num_classes` of every head of a model."""
+def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[tuple[str, str, int]]:
+    """Yields of every head of a model where its class count stands, what it counts, and the count.
+
+    Args:
+        model: the settings of a model or of a part of it.
+        where: their place in the config.
+        kind: what `num_classes` counts there: "classes", or "thing_classes", those of panoptic data that have boxes.
+    """
     if model.get("type") == "Classifier" and isinstance(model.get("backbone"), dict):
         count = model["backbone"].get("num_classes")
         if count is not None:
-            yield f"{where}.backbone", count
+            yield f"{where}.backbone.num_classes", kind, count
     for key in HEADS:
         heads = model.get(key)
         for index, head in enumerate(heads if isinstance(heads, (list, tuple)) else [heads]):
-            if isinstance(head, dict) and head.get("num_classes") is not None:
-                place = f"{where}.{key}[{index}]" if isinstance(heads, (list, tuple)) else f"{where}.{key}"
-                yield place, head["num_classes"]
+            if not isinstance(head, dict):
+                continue
+            place = f"{where}.{key}[{index}]" if isinstance(heads, (list, tuple)) else f"{where}.{key}"
+            if head.get("num_classes") is not None:
+                yield f"{place}.num_classes", kind, head["num_classes"]
+            if head.get("num_things_classes") is not None and head.get("num_stuff_classes") is not None:
+                things, stuff = head["num_things_classes"], head["num_stuff_classes"]
+                yield f"{place}.num_things_classes", "thing_classes", things
+                yield f"{place}.num_things_classes + num_stuff_classes", "classes", things + stuff
     if isinstance(model.get("roi_head"), dict):
-        yield from _head_counts(model["roi_head"], f"{where}.roi_head")
+        boxes = "thing_classes" if "panoptic_fusion_head" in model else kind
+        yield from _head_counts(model["roi_head"], f"{where}.roi_head", boxes)
 
 
 def _settle_workers(cfg: Config) -> None:

@@ -57,7 +57,12 @@ def caption_bars(image: Image.Image, lines: Sequence[tuple[str, float]]) -> Imag
 
 
 def label_overlay(
-    image: Image.Image, labels: np.ndarray, names: Sequence[str], colours: Sequence[Colour], shares: dict[str, float]
+    image: Image.Image,
+    labels: np.ndarray,
+    names: Sequence[str],
+    colours: Sequence[Colour],
+    shares: dict[str, float],
+    segments: np.ndarray | None = None,
 ) -> Image.Image:
     """The picture under its label map, with outlines, and a legend of the classes in `shares` below.
 
@@ -67,9 +72,10 @@ def label_overlay(
         names: class names.
         colours: class colours.
         shares: the classes to name in the legend and the part of the picture that each fills, in 0..1.
+        segments: (H, W) numbers of segments, to outline each of them; None outlines the classes.
     """
     canvas = _tinted(image, colour_map(labels, colours), 0.55)
-    canvas[outlines(labels)] = (250, 250, 250)
+    canvas[outlines(labels if segments is None else segments)] = (250, 250, 250)
     entries = [(name, f"{name} {share:.0%}".replace("%", " %")) for name, share in shares.items()]
     by_name = dict(zip(names, colours))
     return _stacked(Image.fromarray(canvas), _legend(image, [(text, by_name[name]) for name, text in entries]))

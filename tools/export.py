@@ -166,7 +166,7 @@ def _exportable(
     if checkpoint is None:
         raise InputError(f"the config {name} needs weights; name a file that its training wrote with --checkpoint FILE")
     task = mm.task_of(cfg)
-    if task == "detection":
+    if task in ("detection", "panoptic"):
         raise InputError(f"{name} is a detector, and those cannot be exported yet; classifiers and segmentors can")
     if task == "segmentation":
         size = size or (cfg.model.get("data_preprocessor") or {}).get("size")

@@ -44,7 +44,8 @@ def command(
     """Run a classifier, segmentor or detector on each IMAGE (a file, or a folder of them).
 
     MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name. For each picture there are
-    NAME.overlay.jpg (the result drawn), NAME.json, and for a segmentor NAME.labels.png (a class index for each pixel).
+    NAME.overlay.jpg (the result drawn), NAME.json, for a segmentor NAME.labels.png (a class index for each pixel), and
+    for a panoptic one NAME.segments.png (the number of a segment for each pixel; the JSON has its class).
     """
     chosen = pick_device(device)
     pictures = find_pictures(images)
@@ -56,7 +57,7 @@ def command(
             image = picture.read()
             prediction = predictor(image)
             record = {"picture": str(picture.path), "width": image.width, "height": image.height, **prediction.record}
-            _write(out, picture, record, prediction.drawing, prediction.labels)
+            _write(out, picture, record, prediction)
             rows.append((picture.path.name, _summary(record)))
             bar.advance(bar.task_ids[0])
     print_table(rows, ("picture", "result"))
@@ -83,12 +84,13 @@ def _predictor(name, checkpoint, pretrained, num_classes, min_score, device):
         return config_predictor(cfg, checkpoint, device, min_score)
 
 
-def _write(out: Path, picture: Picture, record: dict, drawing: Image.Image, labels) -> None:
+def _write(out: Path, picture: Picture, record: dict, prediction) -> None:
     with written_whole(out / f"{picture.name}.overlay.jpg") as temporary:
-        drawing.save(temporary, quality=92)
-    if labels is not None:
-        with written_whole(out / f"{picture.name}.labels.png") as temporary:
-            Image.fromarray(labels).save(temporary)
+        prediction.drawing.save(temporary, quality=92)
+    for kind, pixels in (("labels", prediction.labels), ("segments", prediction.segments)):
+        if pixels is not None:
+            with written_whole(out / f"{picture.name}.{kind}.png") as temporary:
+                Image.fromarray(pixels).save(temporary)
     # The JSON comes last: where it is, the rest is.
     with written_whole(out / f"{picture.name}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
@@ -100,6 +102,6 @@ def _summary(record: dict) -> str:
     if record["task"] == "segmentation":
         return ", ".join(f"{name} {share:.0%}" for name, share in list(record["shares"].items())[:4])
     counts: dict[str, int] = {}
-    for thing in record["things"]:
-        counts[thing["label"]] = counts.get(thing["label"], 0) + 1
+    for found in record["segments" if record["task"] == "panoptic" else "things"]:
+        counts[found["label"]] = counts.get(found["label"], 0) + 1
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"

@@ -19,7 +19,10 @@ from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.tools.files import check_folder
 
-TASKS = ("classification", "segmentation", "detection")
+TASKS = ("classification", "segmentation", "detection", "panoptic")
+
+POINTS = ("begin", "end", "T_max", "milestones", "step_size", "periods", "total_steps")
+"""What in a schedule of mmengine is a number of epochs or iterations, or a list of such numbers."""
 
 
 def task_of(cfg: Config) -> str:
@@ -29,7 +32,9 @@ def task_of(cfg: Config) -> str:
         return "classification"
     if "decode_head" in settings:
         return "segmentation"
-    if "bbox_head" in settings or "roi_head" in settings:
+    if "panoptic_fusion_head" in settings and (settings.get("test_cfg") or {}).get("panoptic_on", True):
+        return "panoptic"
+    if any(head in settings for head in ("bbox_head", "roi_head", "panoptic_head")):
         return "detection"
     raise InputError(f"the model of {cfg.filename}, {settings.get('type')}, is for none of: {', '.join(TASKS)}")
 
@@ -86,7 +91,10 @@ def class_facts(cfg: Config, saved: dict | None = None) -> dict:
     sources = [saved or {}]
     for split in ("test", "val", "train"):
         for dataset in datasets(cfg, split):
-            kind = DATASETS.get(dataset["type"]) if isinstance(dataset.get("type"), str) else dataset.get("type")
+            kind = dataset.get("type")
+            if isinstance(kind, str):
+                with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:  # mmdet's or mmseg's
+                    kind = registry.get(kind)
             sources += [dataset.get("metainfo") or {}, getattr(kind, "METAINFO", {})]
     found = next((source for source in sources if source.get("classes")), {})
     palette = found.get("palette")
@@ -131,7 +139,10 @@ def check_work_dir(work_dir: Path, resume: bool) -> None:
 
 
 def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
-    """Set how long a config trains, in place; its schedules that run to the end are drawn to the new end.
+    """Set how long a config trains, in place; every point of its schedules, in either unit, moves by new / old length.
+
+    Points are rounded to whole epochs or iterations, and a schedule lasts for at least one. So a warm-up of iterations
+    shrinks with the epochs of the run, and none outlasts it on a small data set.
 
     Raises:
         InputError: both limits are given, or the config counts the other way.
@@ -153,13 +164,11 @@ def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
         saving.interval = min(saving.interval, limit)
     schedules = cfg.get("param_scheduler") or []
     for schedule in schedules if isinstance(schedules, (list, tuple)) else [schedules]:
-        if schedule.get("by_epoch", True) != (key == "max_epochs"):
-            continue
-        begin = schedule.get("begin", 0)
-        if schedule.get("end") == old:
-            schedule.end = max(limit, begin + 1)
-        if schedule.get("T_max") in (old, old - begin):
-            schedule.T_max = max(limit - begin, 1)
+        for point in POINTS:
+            if schedule.get(point) is not None:
+                schedule[point] = _moved(schedule[point], limit, old, least=0 if point == "begin" else 1)
+        if schedule.get("end") is not None:
+            schedule.end = max(schedule.end, schedule.get("begin", 0) + 1)
 
 
 class Ticker(Hook):
@@ -201,6 +210,13 @@ def _innermost(dataset: Any) -> Iterator[ConfigDict]:
         yield dataset
     for part in inner if isinstance(inner, (list, tuple)) else [inner]:
         yield from _innermost(part)
+
+
+def _moved(points: Any, new: int, old: int, least: int) -> Any:
+    """A point of a schedule, or each of a list of points, times new / old in whole numbers."""
+    if isinstance(points, (list, tuple)):
+        return [_moved(point, new, old, least) for point in points]
+    return max(round(points * new / old), least)
 
 
 def _without_weights(settings: Any) -> Any:

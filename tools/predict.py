@@ -23,11 +23,13 @@ class Prediction:
         record: JSON-ready facts.
         drawing: the picture with the result on it.
         labels: (H, W) class indices, for a segmentor.
+        segments: (H, W) numbers of segments as in the record, 0 for none, for a panoptic segmentor.
     """
 
     record: dict
     drawing: Image.Image
     labels: np.ndarray | None = None
+    segments: np.ndarray | None = None
 
 
 Predictor = Callable[[Image.Image], Prediction]

@@ -41,6 +41,8 @@ def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, 
     prepare = _Prepare(dataset.pipeline)
     if task == "segmentation":
         return SegmentPredictor(model, prepare, facts["classes"], facts["palette"])
+    if task == "panoptic":
+        return PanopticPredictor(model, prepare, facts["classes"], facts["palette"])
     return BoxPredictor(model, prepare, facts["classes"], facts["palette"], min_score)
 
 
@@ -75,21 +77,55 @@ class SegmentPredictor:
         self, model: nn.Module, prepare: _Prepare, names: list[str] | None, colours: Sequence[Sequence[int]] | None
     ):
         self.model, self.prepare = model, prepare
-        count = max(model.num_classes, 2)
-        self.names = names if names and len(names) >= count else [f"class {index}" for index in range(count)]
+        self.names = _class_names(names, max(model.num_classes, 2))
         self.colours = palette(len(self.names), colours)
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Prediction:
         sample = self.model.test_step(self.prepare(image))[0]
         labels = sample.pred_sem_seg.data[0].cpu().numpy()
-        counts = np.bincount(labels.ravel(), minlength=len(self.names))
-        order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
-        shares = {self.names[index]: round(float(counts[index] / labels.size), 6) for index in order}
-        legend = dict(list(shares.items())[:_LEGEND_ENTRIES])
-        drawing = label_overlay(image, labels, self.names, self.colours, legend)
+        shares = _shares(labels, self.names)
+        drawing = label_overlay(image, labels, self.names, self.colours, _legend(shares))
         record = {"task": "segmentation", "classes": self.names, "shares": shares}
         return Prediction(record, drawing, labels.astype(np.uint8 if len(self.names) <= 256 else np.uint16))
+
+
+class PanopticPredictor:
+    """Divides a picture into segments: each thing is one, and so is all stuff of a class.
+
+    Args:
+        model: an mmdet panoptic segmentor.
+        prepare: from a picture to a batch.
+        names: class names; None for numbers.
+        colours: class colours; None for our own.
+    """
+
+    def __init__(
+        self, model: nn.Module, prepare: _Prepare, names: list[str] | None, colours: Sequence[Sequence[int]] | None
+    ):
+        self.model, self.prepare, self.things = model, prepare, model.panoptic_fusion_head.num_things_classes
+        self.names = _class_names(names, model.panoptic_fusion_head.num_classes)
+        self.colours = palette(len(self.names), colours)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> Prediction:
+        from mmdet.evaluation import INSTANCE_OFFSET
+
+        sample = self.model.test_step(self.prepare(image))[0]
+        values = sample.pred_panoptic_seg.sem_seg[0].cpu().numpy()  # class + INSTANCE_OFFSET * number of the thing
+        labels = np.minimum(values % INSTANCE_OFFSET, len(self.names))  # beyond the classes: no segment
+        found, counts = np.unique(values[labels < len(self.names)], return_counts=True)
+        segments, records = np.zeros(values.shape, np.uint16), []
+        for number, place in enumerate(np.argsort(-counts, kind="stable"), 1):
+            segments[values == found[place]] = number
+            index = int(found[place] % INSTANCE_OFFSET)
+            share = round(float(counts[place] / values.size), 6)
+            thing = index < self.things
+            records.append({"id": number, "label": self.names[index], "index": index, "thing": thing, "share": share})
+        shares = _shares(labels, self.names)
+        drawing = label_overlay(image, labels, self.names, self.colours, _legend(shares), segments)
+        record = {"task": "panoptic", "classes": self.names, "shares": shares, "segments": records}
+        return Prediction(record, drawing, segments=segments)
 
 
 class BoxPredictor:
@@ -117,6 +153,7 @@ class BoxPredictor:
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Prediction:
         found = self.model.test_step(self.prepare(image))[0].pred_instances.cpu()
+        found = found[found.scores.argsort(descending=True, stable=True)]  # Mask2Former gives them in any order
         found = found[found.scores >= self.min_score]
         boxes, labels, scores = found.bboxes.numpy(), found.labels.tolist(), found.scores.tolist()
         masks = found.masks.numpy().astype(bool) if "masks" in found else None
@@ -134,3 +171,19 @@ class BoxPredictor:
 
     def _name(self, index: int) -> str:
         return self.names[index] if index < len(self.names) else f"class {index}"
+
+
+def _class_names(names: list[str] | None, count: int) -> list[str]:
+    """The given names, if there are enough, else numbers."""
+    return names if names and len(names) >= count else [f"class {index}" for index in range(count)]
+
+
+def _shares(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The part of the picture that each class in it fills, largest first; indices beyond the names count for none."""
+    counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
+    order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
+    return {names[index]: round(float(counts[index] / labels.size), 6) for index in order}
+
+
+def _legend(shares: dict[str, float]) -> dict[str, float]:
+    return dict(list(shares.items())[:_LEGEND_ENTRIES])

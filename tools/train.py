@@ -22,8 +22,8 @@ from terrazzo.tools.options import config_options
     help="What started this process as one of several.",
 )
 @click.option("--fsdp", is_flag=True, help="Divide the model among the processes (fully sharded data parallel).")
-@click.option("--max-iters", type=click.IntRange(min=1), help="Train so many iterations.")
-@click.option("--max-epochs", type=click.IntRange(min=1), help="Train so many epochs.")
+@click.option("--max-iters", type=click.IntRange(min=1), help="Train so many iterations; schedules scale along.")
+@click.option("--max-epochs", type=click.IntRange(min=1), help="Train so many epochs; schedules scale along.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of weights, order and augmentation.")
 def command(
     config: str,

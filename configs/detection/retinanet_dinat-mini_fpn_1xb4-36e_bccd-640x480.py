@@ -8,9 +8,7 @@ _base_ = [
 ]
 custom_imports = dict(imports=["terrazzo.openmmlab"])
 model = dict(
-    backbone=dict(
-        _delete_=True, type="TerrazzoBackbone", name="dinat_mini", drop_path_rate=0.2, out_indices=(1, 2, 3)
-    ),
+    backbone=dict(_delete_=True, type="TerrazzoBackbone", name="dinat_mini", drop_path_rate=0.2, out_indices=(1, 2, 3)),
     neck=dict(in_channels=[128, 256, 512], start_level=0),
     bbox_head=dict(num_classes=3),
 )

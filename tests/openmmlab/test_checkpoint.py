@@ -190,7 +190,7 @@ def test_a_hundred_damaged_files_give_one_line_each(tmp_path):
     whole, path = tmp_path / "whole.pth", tmp_path / "damaged.pth"
     content = {"state_dict": {"a": torch.randn(40, 30), "b": torch.arange(9)}, "meta": {"epoch": 3, "name": "x"}}
     save_checkpoint(content, str(whole))
-    data, random, refused = whole.read_bytes(), np.random.default_rng(0), 0
+    data, random, lines = whole.read_bytes(), np.random.default_rng(0), []
     for number in range(100):
         if number % 2:
             path.write_bytes(data[: int(random.integers(0, len(data)))])
@@ -201,13 +201,12 @@ def test_a_hundred_damaged_files_give_one_line_each(tmp_path):
         try:
             loaded = load_file(path)
         except InputError as error:
-            assert "damaged.pth" in str(error)
-            assert "\n" not in str(error)
-            refused += 1
+            lines.append(str(error))
         else:  # the flipped bit is in the padding between the parts
             assert number % 2 == 0
             assert same(loaded, content)
-    assert refused > 80
+    assert len(lines) > 80
+    assert all("damaged.pth" in line and "\n" not in line for line in lines)
 
 
 def test_damaged_safetensors_is_one_line(tmp_path):

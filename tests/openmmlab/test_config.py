@@ -63,6 +63,33 @@ def test_class_count_of_a_classifier_is_checked():
         load_config("dinat-mini_1xb64-30e_eurosat64", options={"model.backbone.num_classes": 7})
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, None),
+        (
+            {"model.panoptic_fusion_head.num_stuff_classes": 5},
+            r"fusion_head.num_things_classes \+ num_stuff.* is 7, .*4 c",
+        ),
+        ({"model.panoptic_head.num_things_classes": 3}, r"panoptic_head\.num_things_classes is 3, .* 2 thing classes"),
+    ],
+)
+def test_class_counts_of_a_panoptic_head_are_checked(options, words):
+    metainfo = {
+        "classes": ("cat", "dog", "sky", "sea"),
+        "thing_classes": ("cat", "dog"),
+        "stuff_classes": ("sky", "sea"),
+    }
+    heads = ("panoptic_head", "panoptic_fusion_head")
+    counts = {f"model.{head}.num_{kind}_classes": 2 for head in heads for kind in ("things", "stuff")}
+    fitting = {"train_dataloader.dataset.metainfo": metainfo, **counts}
+    if words is None:
+        load_config("mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic", options=fitting)
+    else:
+        with pytest.raises(InputError, match=words):
+            load_config("mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic", options={**fitting, **options})
+
+
 def test_parse_options():
     pairs = ["a.b=1", "c=[1, 2]", "d=text", "e=false", "f=x=y"]
     assert parse_options(pairs) == {"a.b": 1, "c": [1, 2], "d": "text", "e": False, "f": "x=y"}

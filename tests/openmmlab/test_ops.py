@@ -251,12 +251,12 @@ def test_module_is_found_and_behaves_when_probed():
 def test_finder_stands_once_behind_the_file_system():
     from importlib.machinery import PathFinder
 
-    from terrazzo.openmmlab import _ext
+    from terrazzo.openmmlab import _ext, _finder
 
-    _ext.install()
+    _finder.install(_ext.MODULES)
     names = [type(finder).__name__ for finder in sys.meta_path]
-    assert names.count("ExtFinder") == 1
-    assert names.index("ExtFinder") > sys.meta_path.index(PathFinder)
+    assert names.count("StandInFinder") == 1
+    assert names.index("StandInFinder") > sys.meta_path.index(PathFinder)
 
 
 def test_compiled_mmcv_takes_precedence(tmp_path):

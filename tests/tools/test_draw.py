@@ -24,6 +24,18 @@ def test_label_overlay_tints_where_the_label_is():
     assert drawn[30, 70, 2] > drawn[30, 70, 0]
 
 
+def test_label_overlay_outlines_segments_of_one_class():
+    segments = np.ones((60, 80), np.uint16)
+    segments[:, 40:] = 2
+    plain, outlined = (
+        np.asarray(draw.label_overlay(GREY, np.zeros((60, 80), np.uint8), ("a",), [(255, 0, 0)], {"a": 1.0}, numbers))
+        for numbers in (None, segments)
+    )
+    assert (plain[:60] == plain[0, 0]).all()
+    assert (outlined[:60, 39] == 250).all()
+    assert (outlined[:60, 41] == plain[0, 0]).all()
+
+
 def test_unknown_labels_are_grey():
     assert draw.colour_map(np.array([[255, 0]], np.uint8), [(9, 9, 9)]).tolist() == [[[128] * 3, [9] * 3]]
 

@@ -26,6 +26,28 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """
 
 
+MASK2FORMER = """
+_base_ = ["{base}"]
+model = dict(
+    backbone=dict(_delete_=True, type="TerrazzoBackbone", name="resnet10t", out_indices=(1, 2, 3, 4)),
+    panoptic_head=dict(
+        in_channels=[64, 128, 256, 512],
+        num_queries=20,
+        pixel_decoder=dict(encoder=dict(num_layers=1)),
+        transformer_decoder=dict(num_layers=1),
+    ),
+    test_cfg=dict(max_per_image=5, object_mask_thr=0.0, iou_thr=0.0),
+)
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(64, 64), keep_ratio=True),
+    dict(type="{loading}"),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+"""
+
+
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     """A Mask R-CNN with random weights: a config, and a checkpoint of it."""
@@ -110,6 +132,82 @@ def test_detector(run, detector, picture, tmp_path):
     assert Image.open(out / "floor.overlay.jpg").size == (91, 67)
     strict = run("infer", config, picture, "--checkpoint", checkpoint, "--out", out, "--min-score", 1)
     assert "nothing found" in strict.stdout
+
+
+def mask2former(folder, base, loading):
+    """A small Mask2Former of mmdet with random weights: a config, and a checkpoint of it."""
+    from mmengine.registry import MODELS
+
+    from terrazzo.openmmlab.config import load_config, packaged_configs
+
+    config, checkpoint = folder / "mask2former.py", folder / "mask2former.pth"
+    config.write_text(MASK2FORMER.format(base=packaged_configs()[base], loading=loading))
+    torch.manual_seed(0)
+    torch.save({"state_dict": MODELS.build(load_config(config).model).state_dict()}, checkpoint)
+    return config, checkpoint
+
+
+def test_mask2former_of_instances(run, picture, tmp_path):
+    base = "mask2former_dinat-large_16xb1-lsj-100e_coco"
+    config, checkpoint = mask2former(tmp_path, base, "LoadAnnotations")
+    out = tmp_path / "out"
+    result = run("infer", config, picture, "--checkpoint", checkpoint, "--out", out, "--min-score", 0)
+    assert result.exit_code == 0, result.output
+    things = json.loads((out / "floor.json").read_text())["things"]
+    assert len(things) == 5
+    scores = [thing["score"] for thing in things]
+    assert scores == sorted(scores, reverse=True)
+    for thing in things:
+        mask = rle.decode(thing["mask"])
+        assert mask.shape == (67, 91)
+        left, top, right, bottom = thing["box"]
+        assert mask.sum() <= (right - left) * (bottom - top)
+    assert Image.open(out / "floor.overlay.jpg").size == (91, 67)
+
+
+def test_mask2former_of_panoptic_segments(run, refused, picture, tmp_path):
+    base = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
+    config, checkpoint = mask2former(tmp_path, base, "LoadPanopticAnnotations")
+    out = tmp_path / "out"
+    result = run("infer", config, picture, "--checkpoint", checkpoint, "--out", out)
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "floor.json").read_text())
+    numbers = np.asarray(Image.open(out / "floor.segments.png"))
+    assert numbers.shape == (67, 91)
+    assert len(record["classes"]) == 133
+    assert record["classes"][0] == "person"  # the checkpoint has no names: they are the data set's own
+    assert record["segments"]
+    assert [segment["id"] for segment in record["segments"]] == list(range(1, numbers.max() + 1))
+    for segment in record["segments"]:
+        assert (numbers == segment["id"]).mean() == pytest.approx(segment["share"], abs=1e-5)
+        assert segment["label"] == record["classes"][segment["index"]]
+        assert segment["thing"] == (segment["index"] < 80)
+    stuff = [segment["index"] for segment in record["segments"] if not segment["thing"]]
+    assert len(stuff) == len(set(stuff))
+    drawing = Image.open(out / "floor.overlay.jpg")
+    assert drawing.width == 91
+    assert drawing.height > 67
+    assert sorted(path.suffix for path in out.iterdir()) == [".jpg", ".json", ".png"]
+    words = refused("export", config, "--checkpoint", checkpoint, "--out", tmp_path / "model.onnx")
+    assert "cannot be exported yet" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("dinat-mini_1xb64-30e_eurosat64", "classification"),
+        ("mask2former_dinat-large_8xb2-160k_ade20k-640x640", "segmentation"),
+        ("mask2former_dinat-large_16xb1-90k_cityscapes-instance", "detection"),
+        ("mask2former_dinat-large_16xb1-lsj-100e_coco", "detection"),
+        ("mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic", "panoptic"),
+        ("dino-4scale_dinat-tiny_8xb2-12e_coco", "detection"),
+    ],
+)
+def test_tasks_of_configs(name, task):
+    from terrazzo.openmmlab.config import load_config
+    from terrazzo.tools import mm
+
+    assert mm.task_of(load_config(name)) == task
 
 
 def test_kinds_of_pictures(run, picture, tmp_path):

@@ -44,6 +44,72 @@ def test_shortened_schedules_end_with_the_training():
     assert cfg.param_scheduler[-1].end == 50
 
 
+def points(cfg):
+    """What the schedules of a config say about time: begin, end and milestones of each."""
+    return [(item.get("begin"), item.get("end"), item.get("milestones")) for item in cfg.param_scheduler]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "expected"),
+    [
+        # Written as 0 to 20 and 20 to 300, of 310.
+        ("dinat-mini_8xb128-300e_imagenet", 31, [(0, 2, None), (2, 30, None)]),
+        ("dinat-mini_8xb128-300e_imagenet", 1, [(0, 1, None), (0, 1, None)]),
+        ("dinat-mini_8xb128-300e_imagenet", 620, [(0, 40, None), (40, 600, None)]),
+        # Written as 0 to 500 iterations, and 27 and 33 of 36 epochs.
+        ("mask-rcnn_dinat-mini_fpn_3x_coco", 12, [(0, 167, None), (0, 12, [9, 11])]),
+        ("mask-rcnn_dinat-mini_fpn_3x_coco", 1, [(0, 14, None), (0, 1, [1, 1])]),
+        ("mask-rcnn_dinat-mini_fpn_3x_coco", 36, [(0, 500, None), (0, 36, [27, 33])]),
+    ],
+)
+def test_shortened_schedules_keep_their_proportions(name, epochs, expected):
+    from terrazzo.openmmlab.config import load_config
+    from terrazzo.tools import mm
+
+    cfg = load_config(name)
+    mm.shorten(cfg, None, epochs)
+    assert points(cfg) == expected
+
+
+def test_shortened_schedules_of_iterations():
+    from terrazzo.openmmlab.config import load_config
+    from terrazzo.tools import mm
+
+    cfg = load_config("mask2former_dinat-large_16xb1-lsj-100e_coco", options={"param_scheduler.T_max": 737_500})
+    mm.shorten(cfg, 7375, None)
+    assert cfg.param_scheduler.end == 7375  # a single schedule need not be in a list
+    assert cfg.param_scheduler.T_max == 7375
+    assert cfg.param_scheduler.milestones == [6556, 7102]
+
+
+@pytest.mark.parametrize("length", [5, 1])
+def test_rate_of_a_shortened_run(length):
+    """The ImageNet schedule over a few epochs of 4 batches: the rate rises, falls, and ends at the lowest."""
+    from mmengine.optim import OptimWrapper
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    from terrazzo.openmmlab.config import load_config
+    from terrazzo.tools import mm
+
+    cfg = load_config("dinat-mini_8xb128-300e_imagenet")
+    mm.shorten(cfg, None, length)
+    optimizer = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3))
+    parts = {"optimizer": optimizer, "epoch_length": 4}
+    schedules = [PARAM_SCHEDULERS.build(settings, default_args=parts) for settings in cfg.param_scheduler]
+    rates = []
+    for _ in range(4 * length):
+        rates.append(optimizer.get_lr()["lr"][0])
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+    top = max(rates)
+    place = rates.index(top)
+    assert rates == sorted(rates[:place]) + sorted(rates[place:], reverse=True)
+    assert rates[0] < 1e-5
+    assert 2e-4 < top <= 1e-3
+    assert rates[-1] < top / 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
