@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from terrazzo.errors import InputError
-from terrazzo.tools import results
+from terrazzo.tools import results, zoo_results
 
 _TABLE = re.compile(r"(<!-- table: (\w+)(?: ([^ ]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MODELS = results.FOLDER / "models.csv"
@@ -86,7 +86,13 @@ def _bench(operator: str) -> str:
     return _markdown(head, lines) + f"\nMeasured on {rows[0].device}, {rows[0].versions}, medians.\n"
 
 
-TABLES: dict[str, Callable[[str], str]] = {"variants": _variants, "bench": _bench}
+def _zoo(argument: str | None) -> str:
+    """How many configs of mmdet and mmseg `terrazzo doctor openmmlab` could build."""
+    rows = results.read(zoo_results.PATH)
+    return _markdown(*zoo_results.table(rows)) + "\n" + "\n".join(zoo_results.notes(rows)) + "\n"
+
+
+TABLES: dict[str, Callable[[str], str]] = {"variants": _variants, "bench": _bench, "zoo": _zoo}
 
 
 def render(text: str) -> str:

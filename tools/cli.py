@@ -25,6 +25,7 @@ VERBS = {
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
     "bench": "Measure the operators here, as ratios to named peers.",
     "compare": "Train backbones under one recipe, and compare them.",
+    "doctor": "Build every model config of mmdet and mmseg; say which cannot be built, and why.",
     "cards": "Regenerate the tables of the model cards.",
 }
 

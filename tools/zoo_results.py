@@ -1,0 +1,98 @@
+"""What `terrazzo doctor openmmlab` found, as counts: the rows of its result file, and the table made from them."""
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from terrazzo.tools import results
+
+PATH = results.FOLDER / "openmmlab_zoo.csv"
+
+BUILT = "built"
+NEEDS = "needs package"
+LACKS = "lacks operator"
+FAULTY = "faulty as shipped"
+FAILED = "failed"
+NO_MODEL = "no model"
+STATUSES = (BUILT, NEEDS, LACKS, FAULTY, FAILED, NO_MODEL)
+
+_WANTING = {"needs": NEEDS, "lacks": LACKS}
+MODELS = "distinct models"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a config.
+
+    Attributes:
+        status: one of `STATUSES`.
+        reason: one line; the names of packages or operators, comma-separated, where such are wanting; else empty.
+    """
+
+    status: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A config that was examined: its package and path there, what became of it, and the digest of its model."""
+
+    package: str
+    config: str
+    finding: Finding
+    model: str
+
+
+def count(examined: Sequence[Examined]) -> list[results.Row]:
+    """The counts of each package."""
+    rows = []
+    for package in dict.fromkeys(item.package for item in examined):
+        items = [item for item in examined if item.package == package]
+        statuses = Counter(item.finding.status for item in items)
+        counts = {status: statuses[status] for status in STATUSES}
+        counts[MODELS] = len({item.model for item in items if item.model})
+        for verb, status in _WANTING.items():
+            names = Counter(n for i in items if i.finding.status == status for n in i.finding.reason.split(", "))
+            counts |= {f"{verb} {name}": names[name] for name in sorted(names)}
+        versions = _versions(package)
+        commit = results.commit()
+        for metric, n in counts.items():
+            rows.append(
+                results.Row("openmmlab_zoo", package, "", "", "", metric, "1", n, n, n, "any", versions, commit)
+            )
+    return rows
+
+
+def table(rows: Sequence[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines: a line for each package."""
+    head = ("package", "configs", MODELS, *STATUSES[:-1])
+    lines = []
+    for package in dict.fromkeys(row.variant for row in rows):
+        counts = {row.metric: int(row.p50) for row in rows if row.variant == package}
+        statuses = [counts[status] for status in STATUSES[:-1]]
+        lines.append((package, *map(str, (sum(statuses), counts[MODELS], *statuses))))
+    return head, lines
+
+
+def notes(rows: Sequence[results.Row]) -> list[str]:
+    """Sentences below the table: what the packages and operators are, and with which versions it was counted."""
+    said = []
+    for verb, what in (("needs", "Packages needed"), ("lacks", "Operators lacking")):
+        names = Counter()
+        for row in rows:
+            if row.metric.startswith(f"{verb} ") and row.metric not in STATUSES:
+                names[row.metric.removeprefix(f"{verb} ")] += int(row.p50)
+        if names:
+            said.append(f"{what}: {', '.join(f'{name} ({n})' for name, n in names.most_common())}.")
+    versions = sorted({part for row in rows for part in row.versions.split(", ")})
+    said.append(f"Counted with {', '.join(versions)}.")
+    return said
+
+
+def _versions(package: str) -> str:
+    """The versions on which the counts of a package depend."""
+    own = {"mmdet": ("mmdet",), "mmseg": ("mmsegmentation",)}.get(package, ())
+    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    names = (*own, "mmcv-lite", "mmcv", "mmengine", "torch")
+    return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
