@@ -86,13 +86,26 @@ def _bench(operator: str) -> str:
     return _markdown(head, lines) + f"\nMeasured on {rows[0].device}, {rows[0].versions}, medians.\n"
 
 
+def _training(name: str) -> str:
+    """What `terrazzo compare` found: backbones under one recipe, with the budget that they had."""
+    rows = results.read(results.FOLDER / f"training_{name}.csv")
+    metrics = [metric for metric in dict.fromkeys(row.metric for row in rows) if metric != "backbone parameters"]
+    found = {(row.variant, row.metric): row for row in rows}
+    lines = []
+    for variant in dict.fromkeys(row.variant for row in rows):
+        count = found[variant, "backbone parameters"].p50 / 1e6
+        lines.append((f"`{variant}`", f"{count:.1f}", *(f"{found[variant, metric].p50:.3g}" for metric in metrics)))
+    head = ("backbone", "its params, M", *metrics)
+    return _markdown(head, lines) + f"\n{rows[0].shape}: {rows[0].backend}, on {rows[0].device}, {rows[0].versions}.\n"
+
+
 def _zoo(argument: str | None) -> str:
     """How many configs of mmdet and mmseg `terrazzo doctor openmmlab` could build."""
     rows = results.read(zoo_results.PATH)
     return _markdown(*zoo_results.table(rows)) + "\n" + "\n".join(zoo_results.notes(rows)) + "\n"
 
 
-TABLES: dict[str, Callable[[str], str]] = {"variants": _variants, "bench": _bench, "zoo": _zoo}
+TABLES: dict[str, Callable[[str], str]] = {"variants": _variants, "bench": _bench, "training": _training, "zoo": _zoo}
 
 
 def render(text: str) -> str:

@@ -119,7 +119,8 @@ def _rows(config: str, configs: dict, done: dict[str, list[dict]], results) -> l
     rows = []
     for name, runs in done.items():
         batch = configs[name].train_dataloader.batch_size
-        budget = f"{runs[0]['iterations']} iterations of batch {batch}, from scratch, {len(runs)} seeds"
+        seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
+        budget = f"{runs[0]['iterations']} iterations of batch {batch}, from scratch, {seeds}"
         final = {key: [run["metrics"][key] for run in runs] for key in runs[0]["metrics"]}
         final["loss"] = [run["losses"][-1][1] for run in runs if run["losses"]]
         final["backbone parameters"] = [run["parameters"] for run in runs]

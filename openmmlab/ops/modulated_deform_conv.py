@@ -49,8 +49,11 @@ def modulated_deform_conv_forward(
         group: groups of channels with filters of their own.
         deformable_group: groups of channels with offsets and factors of their own.
         with_bias: whether `bias` is added.
+
+    `offset` and `mask` may have more rows and columns than the output, as DyHead gives them: see `_leading`.
     """
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    offset, mask = _leading(offset, output), _leading(mask, output)
     tensors = arguments(input, weight, offset, mask, bias if with_bias else None, geometry)
     output.copy_(torch.ops.torchvision.deform_conv2d(*tensors))
 
@@ -83,7 +86,26 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Fills the five gradients, that by the bias where `with_bias`; arguments as in the forward."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    offset, mask = _leading(offset, grad_output), _leading(mask, grad_output)
     found = backward(grad_output, input, weight, offset, mask, bias if with_bias else None, geometry)
+    # Views of tensors that the caller zeroed.
+    grad_offset, grad_mask = _leading(grad_offset, grad_output), _leading(grad_mask, grad_output)
     wanted = (grad_input, grad_weight, grad_offset, grad_mask, *([grad_bias] if with_bias else []))
     for gradient, value in zip(wanted, found):
         gradient.copy_(value)
+
+
+def _leading(per_tap: Tensor, output: Tensor) -> Tensor:
+    """The part of offsets or factors that mmcv reads: of each image the first numbers, laid out as `output`.
+
+    DyHead puts the offsets of one level to the map of the next, half the size, and its weights were trained like that.
+
+    Args:
+        per_tap: B, deformable_group x taps (x 2), rows, columns; contiguous.
+        output: B, filters, rows, columns.
+    """
+    if per_tap.shape[2:] == output.shape[2:]:
+        return per_tap
+    rows, columns = output.shape[2:]
+    count = per_tap.shape[1]
+    return per_tap.view(len(per_tap), -1)[:, : count * rows * columns].view(-1, count, rows, columns)

@@ -25,7 +25,7 @@ def test_compare(floors, tmp_path):
     for name in ("resnet18", "dinat_mini"):
         assert 0 <= found[name, "mIoU"].p50 <= 100
         assert 0 < found[name, "loss"].p50 < 5
-        assert "2 iterations of batch 2, from scratch, 1 seeds" in found[name, "mIoU"].backend
+        assert "2 iterations of batch 2, from scratch, 1 seed" in found[name, "mIoU"].backend
         final = json.loads((tmp_path / "out" / f"{name}-0" / "final.json").read_text())
         assert [step for step, _ in final["losses"]] == [1, 2]
     assert found["resnet18", "backbone parameters"].p50 < found["dinat_mini", "backbone parameters"].p50

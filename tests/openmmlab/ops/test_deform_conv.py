@@ -178,3 +178,25 @@ def test_automatic_mixed_precision(name):
         assert value.grad.dtype == torch.float32
         error = (value.grad - gradients[key]).norm() / gradients[key].norm()
         assert error < 0.1, key
+
+
+def test_offsets_of_a_larger_map_are_read_from_their_start():
+    """DyHead gives the offsets of one level to the next, smaller one; mmcv reads the first numbers of each image."""
+    from mmcv.ops import modulated_deform_conv2d
+
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 3, 3, 3, dtype=torch.float64)
+    large = [torch.rand(2, taps, 8, 9, dtype=torch.float64, requires_grad=True) for taps in (18, 9)]
+    small = [
+        part.detach().flatten(1)[:, : taps * 20].reshape(2, taps, 4, 5).requires_grad_()
+        for part, taps in zip(large, (18, 9))
+    ]
+    found = modulated_deform_conv2d(images, *large, weight, None, 1, 1)
+    expected = modulated_deform_conv2d(images, *small, weight, None, 1, 1)
+    torch.testing.assert_close(found, expected)
+    for output in (found, expected):
+        output.square().sum().backward()
+    for ours, theirs, taps in zip(large, small, (18, 9)):
+        torch.testing.assert_close(ours.grad.flatten(1)[:, : taps * 20], theirs.grad.flatten(1))
+        assert not ours.grad.flatten(1)[:, taps * 20 :].any()
