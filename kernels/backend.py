@@ -52,11 +52,13 @@ def use_backend(name: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def choose(operator: str, requested: str, refusals: Mapping[str, str]) -> Choice:
+def choose(
+    operator: str, requested: str, refusals: Mapping[str, str], discouraged: Mapping[str, str] | None = None
+) -> Choice:
     """Pick the backend of one call.
 
     `refusals` says why a backend cannot run this call ("fused" -> "needs a CUDA device"); a backend that it does not
-    name can run.
+    name can run. `discouraged` says why "auto" passes over a backend that can run when asked for by name.
 
     Raises:
         BackendError: A backend was asked for by name and is among the refusals.
@@ -69,6 +71,7 @@ def choose(operator: str, requested: str, refusals: Mapping[str, str]) -> Choice
         requested, asked_by = os.environ.get(ENVIRONMENT, "auto"), f"the environment variable {ENVIRONMENT}"
     check_name(requested)
     if requested == "auto":
+        refusals = {**(discouraged or {}), **refusals}
         name = next(name for name in BACKENDS[1:] if name not in refusals)
         return Choice(name, "auto", refusals)
     if requested in refusals:

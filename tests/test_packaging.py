@@ -50,6 +50,8 @@ def test_arrows(path):
         parts = name.split(".")
         if parts[0] == "terrazzo" and len(parts) > 1 and parts[1] not in ("TerrazzoError", "__version__"):
             assert parts[1] == layer or parts[1] in ARROWS[layer], f"{layer} must not import {name}"
+        if layer == "kernels" and path.stem.startswith("fused_") and parts[0] == "triton":
+            continue  # Triton's kernels themselves, which the fused forms import at the first launch
         assert parts[0] not in FOREIGN.get(layer, ()), f"{layer} must not import {name}"
 
 

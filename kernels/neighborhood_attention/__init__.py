@@ -4,7 +4,7 @@ import torch
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.neighborhood_attention import op
+from terrazzo.kernels.neighborhood_attention import fused, op
 
 __all__ = ["neighborhood_attention", "why"]
 
@@ -97,6 +97,11 @@ def neighborhood_attention(
     return out.squeeze(1) if axes == 1 else out
 
 
-def why(backend: str = "auto") -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused."""
-    return op.choose(backend)
+def why(backend: str = "auto", query: torch.Tensor | None = None) -> _backend.Choice:
+    """Which backend a call would run with now, and why the others were refused.
+
+    Without `query`, for float32 tensors on the default device.
+    """
+    if query is None:
+        return op.choose(backend, torch.get_default_device(), torch.float32, True)
+    return op.choose(backend, query.device, query.dtype, fused.fits(query.shape[-1]))

@@ -6,13 +6,34 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.neighborhood_attention import portable, reference
-
-_REFUSALS = {"fused": "this version has no fused form of neighborhood attention; use backend='portable'"}
+from terrazzo.kernels.neighborhood_attention import fused, portable, reference
 
 
-def choose(backend: str) -> _backend.Choice:
-    return _backend.choose("neighborhood_attention", backend, _REFUSALS)
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
+    """The backend of a call on such tensors, and why."""
+    refusal = fused.refusal(device, dtype, head_dim_fits)
+    discouraged = {}
+    if fused.interpreting():
+        discouraged["fused"] = "TRITON_INTERPRET is set, which makes it slow: it runs only when asked for by name"
+    return _backend.choose(
+        "neighborhood_attention", backend, {} if refusal is None else {"fused": refusal}, discouraged
+    )
+
+
+def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
+    return choose(backend, device, dtype, head_dim_fits).name
+
+
+# Dynamo cannot trace what a choice reads (context, environment, device): it takes the name at its value when tracing.
+# This is what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton.
+_chosen._dynamo_marked_constant = True
+
+
+def _name(backend: str, query: torch.Tensor) -> str:
+    """Of the backend that runs inside of the op; what `attend` passes is resolved already."""
+    return (
+        choose(backend, query.device, query.dtype, fused.fits(query.shape[-1])).name if backend == "auto" else backend
+    )
 
 
 @torch.library.custom_op("terrazzo::neighborhood_attention", mutates_args=())
@@ -25,16 +46,25 @@ def _forward(
     dilation: Sequence[int],
     scale: float,
     backend: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the logarithm of each softmax's sum (B, heads, H, W), which only the fused form gives."""
     arguments = (query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
-    if choose(backend).name == "reference":
-        return reference.neighborhood_attention(*arguments).contiguous()
-    return portable.forward(*arguments, mode=portable.Eager).contiguous()
+    name = _name(backend, query)
+    if name == "fused":
+        return fused.forward(*arguments)
+    if name == "reference":
+        out = reference.neighborhood_attention(*arguments)
+    else:
+        out = portable.forward(*arguments, mode=portable.Eager)
+    return out.contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
 @_forward.register_fake
 def _(query, key, value, rpb, kernel_size, dilation, scale, backend):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    batch, height, width, heads, _ = query.shape
+    rows = (batch, heads, height, width) if _name(backend, query) == "fused" else (0,)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty(rows, dtype=torch.float32)
 
 
 @torch.library.custom_op("terrazzo::neighborhood_attention_backward", mutates_args=())
@@ -44,31 +74,41 @@ def _backward(
     key: torch.Tensor,
     value: torch.Tensor,
     rpb: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    arguments = (grad, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
-    grads = portable.backward(*arguments, mode=portable.Eager)
+    window = (tuple(kernel_size), tuple(dilation), scale)
+    if out is not None and fused.can_differentiate(rpb, kernel_size):
+        grads = fused.backward(grad, query, key, value, rpb, out, lse, *window)
+    else:
+        grads = portable.backward(grad, query, key, value, rpb, *window, mode=portable.Eager)
     # An op returns tensors only: without a bias its gradient is empty.
     return *(x.contiguous() for x in grads[:3]), query.new_empty(0) if rpb is None else grads[3].contiguous()
 
 
 @_backward.register_fake
-def _(grad, query, key, value, rpb, kernel_size, dilation, scale, backend):
+def _(grad, query, key, value, rpb, out, lse, kernel_size, dilation, scale, backend):
     like = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3)]
     return *like, query.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
 
 
 def _setup_context(ctx, inputs, output):
     query, key, value, rpb, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(query, key, value, rpb)
+    out, lse = output
+    # A gradient with respect to the sums is not defined, and nothing asks for one.
+    ctx.mark_non_differentiable(lse)
+    # The backward pass takes the form of the forward pass, whatever is asked for by then.
+    ctx.save_for_backward(query, key, value, rpb, out if _name(ctx.backend, query) == "fused" else None, lse)
 
 
-def _autograd(ctx, grad):
-    query, key, value, rpb = ctx.saved_tensors
-    grads = _backward(grad, query, key, value, rpb, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend)
+def _autograd(ctx, grad, _):
+    query, key, value, rpb, out, lse = ctx.saved_tensors
+    window = (ctx.kernel_size, ctx.dilation, ctx.scale)
+    grads = _backward(grad, query, key, value, rpb, out, lse, *window, ctx.backend)
     return *grads[:3], None if rpb is None else grads[3], None, None, None, None
 
 
@@ -83,7 +123,9 @@ def _flops(query, key, value, rpb, kernel_size, dilation, scale, backend, *args,
 
 
 @register_flop_formula(torch.ops.terrazzo.neighborhood_attention_backward)
-def _backward_flops(grad, query, key, value, rpb, kernel_size, dilation, scale, backend, *args, **kwargs) -> int:
+def _backward_flops(
+    grad, query, key, value, rpb, out, lse, kernel_size, dilation, scale, backend, *args, **kwargs
+) -> int:
     """Five products: the scores again, and one for each gradient and the weights'."""
     return _flops(query, key, value, rpb, kernel_size, dilation, scale, backend) * 5 // 2
 
@@ -92,6 +134,7 @@ def attend(query, key, value, rpb, kernel_size, dilation, scale, backend) -> tor
     """Neighborhood attention on a map, arguments checked and complete."""
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
         return portable.forward(query, key, value, rpb, kernel_size, dilation, scale, mode=portable.Traced)
-    if backend == "reference" or (not torch.compiler.is_compiling() and choose(backend).name == "reference"):
+    backend = _chosen(backend, query.device, query.dtype, fused.fits(query.shape[-1]))
+    if backend == "reference":
         return reference.neighborhood_attention(query, key, value, rpb, kernel_size, dilation, scale)
-    return _forward(query, key, value, rpb, kernel_size, dilation, scale, backend)
+    return _forward(query, key, value, rpb, kernel_size, dilation, scale, backend)[0]

@@ -1,0 +1,132 @@
+"""What the Triton kernels share: window arithmetic, where a program works, scores. Imported at first use only.
+
+Names: pointers `p_`, blocks `b_`, offsets `o_`. A position of an axis is member `member` of residue class `residue`
+(position = member * dilation + residue); all window arithmetic is in members. Addresses are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def class_members(length, residue, dilation):
+    """How many positions a residue class has; classes of one axis may differ by one."""
+    return (length - residue + dilation - 1) // dilation
+
+
+@triton.jit
+def window_start(member, members, K: tl.constexpr):
+    """First key of a query's window: shifted inward at both borders."""
+    return tl.minimum(tl.maximum(member - K // 2, 0), members - K)
+
+
+@triton.jit
+def in_window(start, key, K: tl.constexpr):
+    return (key >= start) & (key < start + K)
+
+
+@triton.jit
+def first_query(member, K: tl.constexpr):
+    """First query whose window holds a key: at the border, all of those whose window was shifted."""
+    return tl.where(member < K, 0, member - (K - 1 - K // 2))
+
+
+@triton.jit
+def last_query(member, members, K: tl.constexpr):
+    """Last query whose window holds a key."""
+    return tl.where(member >= members - K, members - 1, member + K // 2)
+
+
+@triton.jit
+def bias_offset(query_h, query_w, key_h, key_w, K_H: tl.constexpr, K_W: tl.constexpr):
+    """Into the (2 K_H - 1, 2 K_W - 1) table, at key minus query. One addition per pair: each side is summed first."""
+    o_key = (key_h + K_H - 1) * (2 * K_W - 1) + key_w + K_W - 1
+    return o_key - (query_h * (2 * K_W - 1) + query_w)
+
+
+@triton.jit
+def product(b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """b_sum + b_left @ b_right in float32."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of bfloat16
+        b_left = b_left.to(tl.float32)
+        b_right = b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def scores(b_product, p_bias, o_bias, b_inside, scale, HAS_BIAS: tl.constexpr):
+    """Scaled products plus bias, -inf outside of the window."""
+    if HAS_BIAS:
+        # The mask of the load is the mask of the window: -inf costs no instruction of its own.
+        b_bias = tl.load(p_bias + o_bias, mask=b_inside, other=float("-inf")).to(tl.float32)
+        b_score = b_product * scale + b_bias
+    else:
+        b_score = tl.where(b_inside, b_product * scale, float("-inf"))
+    return b_score
+
+
+@triton.jit
+def exponential(b_score, b_row, EXACT: tl.constexpr):
+    """exp(b_score - b_row): one multiply-add for half precision; for float32 the difference first, which is exact."""
+    if EXACT:
+        return tl.exp2((b_score - b_row) * LOG2_E)
+    return tl.exp2(b_score * LOG2_E - b_row * LOG2_E)
+
+
+@triton.jit
+def locate_class(item, height, width, dilation_h, dilation_w):
+    """Split an item number; classes come first, for neighboring classes share cache lines."""
+    class_w = item % dilation_w
+    item = item // dilation_w
+    class_h = item % dilation_h
+    members_h = class_members(height, class_h, dilation_h)
+    members_w = class_members(width, class_w, dilation_w)
+    return item // dilation_h, class_h, class_w, members_h, members_w
+
+
+@triton.jit
+def locate_tile(item, tiles_h, tiles_w, members_h, members_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Image of an item, its tile's first own members, and where the tile begins.
+
+    The last tile of an axis is moved inward to lie inside of its class, which bounds the keys that it needs relative
+    to its origin; it repeats members of the tile before, but owns only those from `first` on.
+    """
+    first_w = (item % tiles_w) * TILE_W
+    item = item // tiles_w
+    first_h = (item % tiles_h) * TILE_H
+    origin_h = tl.minimum(first_h, tl.maximum(members_h - TILE_H, 0))
+    origin_w = tl.minimum(first_w, tl.maximum(members_w - TILE_W, 0))
+    return item // tiles_h, first_h, first_w, origin_h, origin_w
+
+
+@triton.jit
+def map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR: tl.constexpr):
+    """Of member (0, 0) of a class, for one image and head."""
+    o_base = batch.to(tl.int64) * stride_b + class_h.to(tl.int64) * stride_h + class_w.to(tl.int64) * stride_w
+    # Every stride is a multiple of VECTOR; Triton sees that of multiples of 16 by itself, but not of 8 (head_dim 24).
+    return tl.multiple_of(o_base + head.to(tl.int64) * stride_n, VECTOR)
+
+
+@triton.jit
+def member_offset(member_h, member_w, step_h, step_w, VECTOR: tl.constexpr):
+    o_rows = tl.multiple_of(member_h.to(tl.int64) * step_h, VECTOR)
+    o_columns = tl.multiple_of(member_w.to(tl.int64) * step_w, VECTOR)
+    return o_rows + o_columns
+
+
+@triton.jit
+def load_rows(p_base, o_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(len(o_rows), BLOCK_D), zero where a row is not real and past head_dim."""
+    o_d = tl.arange(0, BLOCK_D)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(p_base + o_rows[:, None] + o_d[None, :], mask=b_real[:, None], other=0.0)
+    return tl.load(p_base + o_rows[:, None] + o_d[None, :], mask=b_real[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p_base, o_rows, b_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    b_mask = b_real[:, None] & (o_d < HEAD_DIM)[None, :]
+    tl.store(p_base + o_rows[:, None] + o_d[None, :], b_rows.to(p_base.dtype.element_ty), mask=b_mask)

@@ -1,0 +1,30 @@
+"""A process in which Triton interprets its kernels."""
+
+import concurrent.futures
+import multiprocessing
+import os
+
+import pytest
+import triton_worker
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Calls a function of `triton_worker` in a process that had TRITON_INTERPRET=1 before it imported triton."""
+    before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
+    os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    context = multiprocessing.get_context("spawn")
+    try:
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            pool.submit(int).result()  # the process starts here, with this environment
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+            def call(name, *args, **kwargs):
+                return pool.submit(getattr(triton_worker, name), *args, **kwargs).result()
+
+            yield call
+    finally:
+        for name, value in before.items():
+            if value is not None:
+                os.environ[name] = value

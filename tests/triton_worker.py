@@ -1,0 +1,225 @@
+"""What the tests of Triton kernels run in a process of its own, where TRITON_INTERPRET=1 was set before triton came.
+
+Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+"""
+
+import contextlib
+import importlib
+import math
+
+import torch
+
+from terrazzo.kernels import neighborhood_attention, use_backend
+
+FOLDER = "terrazzo.kernels.neighborhood_attention"
+NAMES = ("out", "query", "key", "value", "rpb")
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _inputs(size, kernel, heads, dim, batch, dtype, bias, layout):
+    """Query, key, value and bias; layout: "packed" views of one tensor, "plain", or "turned" ones with odd strides."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn((batch, *size, 3, heads, dim), dtype=torch.float64, generator=generator).to(dtype)
+    qkv = list(qkv.unbind(-3))
+    if layout == "plain":
+        qkv = [x.contiguous() for x in qkv]
+    if layout == "turned":  # no two of one stride, none with its last axis contiguous
+        qkv = [x.transpose(i, -1).contiguous().transpose(i, -1) for i, x in enumerate(qkv, 1 if len(size) > 1 else 0)]
+    table = torch.randn(heads, *(2 * k - 1 for k in kernel), dtype=torch.float64, generator=generator).to(dtype)
+    return [x.detach().requires_grad_() for x in (*qkv, *([table] if bias else []))]
+
+
+def _run(arguments, kernel, dilation, backend):
+    rpb = arguments[3] if len(arguments) > 3 else None
+    out = neighborhood_attention(*arguments[:3], kernel, dilation, rpb, backend=backend)
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, arguments, grad)]
+
+
+@contextlib.contextmanager
+def _poisoned():
+    """Fresh memory is full of NaN, so what is read without having been written shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all(), "memory is not poisoned: the test would prove nothing"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def _replaced(changes):
+    """Attributes of modules, {"module.name": value}, for the time of a test."""
+    before = []
+    try:
+        for path, value in changes.items():
+            module, name = path.split(".")
+            module = importlib.import_module(f"{FOLDER}.{module}")
+            before.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def _size(x):
+    return x.square().mean().sqrt().item()
+
+
+def errors(
+    size,
+    kernel,
+    dilation=1,
+    heads=1,
+    dim=8,
+    batch=1,
+    dtype="float32",
+    bias=True,
+    layout="packed",
+    half_blocks=False,
+    programs=None,
+):
+    """Root mean square errors against the float64 reference: {name: (of the fused form, largest allowed)}.
+
+    Two-sided: at most twice the error of plain PyTorch in the same dtype, or in float32 three units in the last place of
+    the result's root mean square, which the one number per row that is kept for the backward pass costs.
+
+    half_blocks: cut as half precision is; programs: at most so many with partial sums of the bias' gradient.
+    """
+    fused = importlib.import_module(f"{FOLDER}.fused")
+    kernel = _pair(kernel) if len(size) == 2 else (kernel,)
+    arguments = _inputs(size, kernel, heads, dim, batch, getattr(torch, dtype), bias, layout)
+    exact = _run([x.detach().double().requires_grad_() for x in arguments], kernel, dilation, "reference")
+    plain = _run(arguments, kernel, dilation, "reference")
+    changes = {}
+    if half_blocks:
+        blocks = fused.blocks
+        changes["fused.blocks"] = lambda name, window, head_dim, itemsize, amd: blocks(name, window, head_dim, 2, amd)
+    if programs is not None:
+        changes["fused._PROGRAMS"] = programs
+    with _replaced(changes), _poisoned():
+        found = _run(arguments, kernel, dilation, "fused")
+    limits = {}
+    for name, f, p, e in zip(NAMES, found, plain, exact):
+        error, allowed = (_size(x.double() - e) for x in (f, p))
+        floor = 3 * torch.finfo(f.dtype).eps * _size(e) if f.dtype == torch.float32 else 0.0
+        limits[name] = (error, max(2 * allowed, floor))
+    return limits
+
+
+def mutated(helper, size, kernel, dilation):
+    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("")."""
+    common = importlib.import_module(f"{FOLDER}.fused_common")
+
+    def broken(*arguments):
+        if helper == "in_window":  # one key too many
+            start, key, length = arguments
+            return (key >= start) & (key <= start + length)
+        if helper == "class_members":  # every class as long as the shortest
+            length, _, dilation = arguments
+            return length // dilation
+        return getattr(common, helper)(*arguments) + (-1 if helper == "last_query" else 1)
+
+    modules = ("fused_common",) if helper == "class_members" else ("fused_forward", "fused_backward")
+    changes = {}
+    for module in modules:
+        if helper and hasattr(importlib.import_module(f"{FOLDER}.{module}"), helper):
+            changes[f"{module}.{helper}"] = broken
+    assert bool(changes) == bool(helper)
+    arguments = _inputs(size, (kernel, kernel), 1, 8, 1, torch.float32, True, "packed")
+    wanted = _run([x.detach().double().requires_grad_() for x in arguments], kernel, dilation, "reference")
+    with _replaced(changes):
+        found = _run(arguments, kernel, dilation, "fused")
+    differences = [(a.double() - b).abs().max().item() for a, b in zip(found, wanted)]
+    return max(math.inf if math.isnan(x) else x for x in differences)
+
+
+def repeats(size, kernel, dilation):
+    """Whether two runs give the same bits."""
+    arguments = _inputs(size, (kernel, kernel), 1, 8, 1, torch.float32, True, "packed")
+    first, second = (_run(arguments, kernel, dilation, "fused") for _ in range(2))
+    return all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def large_scores(magnitude):
+    arguments = _inputs((12, 12), (7, 7), 1, 8, 1, torch.float32, True, "packed")
+    arguments = [x.detach().mul(magnitude).requires_grad_() for x in arguments]
+    return all(x.isfinite().all().item() for x in _run(arguments, 7, 1, "fused"))
+
+
+def far_apart():
+    """Error for maps whose images lie 2^31 elements apart: addresses need 64 bits."""
+    storage = torch.empty(2**31 + 3 * 81 * 8, dtype=torch.float16)
+    qkv = [storage.as_strided((2, 9, 9, 1, 8), (2**31, 216, 24, 8, 1), 8 * i) for i in range(3)]
+    near = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).half() for i, x in enumerate(qkv)]
+    for x, values in zip(qkv, near):
+        x.copy_(values)
+    out = neighborhood_attention(*qkv, 7, backend="fused")
+    wanted = neighborhood_attention(*(x.double() for x in near), 7, backend="reference")
+    return (out - wanted).abs().max().item()
+
+
+def opcheck(size, kernel, dilation, bias):
+    arguments = _inputs(size, kernel, 1, 8, 1, torch.float32, bias, "packed")
+    rpb = arguments[3] if bias else None
+    torch.library.opcheck(
+        torch.ops.terrazzo.neighborhood_attention.default, (*arguments[:3], rpb, kernel, dilation, 0.5, "fused")
+    )
+
+
+def compiled(dynamic):
+    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    function = torch.compile(neighborhood_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    worst = 0.0
+    for size in ((9, 10), (11, 7)):
+        arguments = _inputs(size, (7, 7), 1, 8, 1, torch.float32, True, "packed")
+        wanted = _run(arguments, 7, 1, "fused")
+        out = function(*arguments[:3], 7, 1, arguments[3], backend="fused")
+        grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).float()
+        found = [out, *torch.autograd.grad(out, arguments, grad)]
+        worst = max(worst, *((a - b).abs().max().item() for a, b in zip(found, wanted)))
+    return worst
+
+
+def model(compile_it):
+    """Largest relative difference of a small DiNAT, fused against portable: outputs and the gradient of each weight."""
+    from terrazzo.backbones.dinat import NAT
+
+    torch.manual_seed(0)
+    net = NAT(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), kernel_size=3, dilations=[[2], [1], [1], [1]])
+    image = torch.randn(1, 3, 44, 37)
+    results = []
+    for backend in ("portable", "fused"):
+        with use_backend(backend):
+            run = torch.compile(net, fullgraph=True, backend="aot_eager") if compile_it else net
+            out = run(image)
+            results.append([out, *torch.autograd.grad(out.square().sum(), list(net.parameters()), allow_unused=True)])
+    pairs = [(a, b) for a, b in zip(*results) if a is not None]
+    return max(((a - b).norm() / a.norm().clamp(min=1e-6)).item() for a, b in pairs)
+
+
+def mixed_autocast():
+    """dtypes of the output and of the bias' gradient with half inputs and a float32 bias, as under autocast."""
+    arguments = _inputs((9, 9), (7, 7), 1, 8, 1, torch.bfloat16, True, "packed")
+    arguments[3] = arguments[3].detach().float().requires_grad_()
+    results = _run(arguments, 7, 1, "fused")
+    return str(results[0].dtype), str(results[4].dtype)
+
+
+def choices():
+    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    module = importlib.import_module(FOLDER)
+    double = torch.zeros(1, 9, 9, 1, 8, dtype=torch.float64)
+    wide = torch.zeros(1, 9, 9, 1, 136)
+    auto = module.why(query=wide[..., :8])
+    return {
+        "auto": (auto.name, auto.reasons["fused"]),
+        "named": module.why("fused", wide[..., :8]).name,
+        "double": module.why(query=double).reasons["fused"],
+        "wide": module.why(query=wide).reasons["fused"],
+    }
