@@ -86,8 +86,8 @@ def errors(
 ):
     """Root mean square errors against the float64 reference: {name: (of the fused form, largest allowed)}.
 
-    Two-sided: at most twice the error of plain PyTorch in the same dtype, or in float32 three units in the last place of
-    the result's root mean square, which the one number per row that is kept for the backward pass costs.
+    Two-sided: at most twice the error of plain PyTorch in the same dtype, or in float32 three units in the last place
+    of the result's root mean square, which the one number per row that is kept for the backward pass costs.
 
     half_blocks: cut as half precision is; programs: at most so many with partial sums of the bias' gradient.
     """
