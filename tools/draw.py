@@ -88,12 +88,12 @@ def box_overlay(
     colours: Sequence[Colour],
     masks: np.ndarray | None = None,
 ) -> Image.Image:
-    """The picture with boxes, a tag on each, and masks.
+    """The picture with boxes, tags and masks; a tag that would cover that of a surer box is left out.
 
     Args:
         image: H x W.
         boxes: (N, 4) left, top, right, bottom.
-        texts: N tags.
+        texts: N tags, those of the surest boxes first.
         colours: N colours.
         masks: (N, H, W) booleans, or None.
     """
@@ -107,16 +107,21 @@ def box_overlay(
     pen = ImageDraw.Draw(drawn)
     text = max(11, round(_text_size(image) * 0.8))
     font, stroke = _font(text), max(2, round(min(image.size) / 300))
-    # The surest come last, and every tag comes after every box, so that no line crosses a text.
-    things = list(zip(boxes.tolist(), texts, colours))[::-1]
-    for (left, top, right, bottom), _, colour in things:
+    # Every tag comes after every box, so that no line crosses a text.
+    things = list(zip(boxes.tolist(), texts, colours))
+    for (left, top, right, bottom), _, colour in things[::-1]:
         pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=stroke)
+    taken: list[tuple[float, float, float, float]] = []
     for (left, top, _, _), tag, colour in things:
         high, wide = text * 1.35, pen.textlength(tag, font=font) + text * 0.6
         # The tag sits on the box, or inside it at the upper border of the picture.
         top = top - high if top >= high else max(top, 0)
         left = min(max(left, 0), max(image.width - wide, 0))
-        pen.rectangle((left, top, left + wide, top + high), fill=colour)
+        place = (left, top, left + wide, top + high)
+        if any(place[0] < a[2] and a[0] < place[2] and place[1] < a[3] and a[1] < place[3] for a in taken):
+            continue
+        taken.append(place)
+        pen.rectangle(place, fill=colour)
         pen.text((left + text * 0.3, top + text * 0.08), tag, font=font, fill=_readable_on(colour))
     return drawn
 

@@ -49,6 +49,13 @@ def test_boxes_at_borders_and_without_area(box):
     assert np.asarray(drawn)[25, 25, 2] < 120
 
 
+def test_the_surest_tag_is_in_sight():
+    boxes, colours = np.array([[10, 30, 60, 60], [12, 32, 62, 62]], float), [(255, 255, 0), (0, 0, 255)]
+    both = np.asarray(draw.box_overlay(GREY, boxes, ["sure", "unsure"], colours))
+    alone = np.asarray(draw.box_overlay(GREY, boxes[:1], ["sure"], colours[:1]))
+    assert np.array_equal(both[18:28, 11:30], alone[18:28, 11:30])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (16, 200), (900, 30)])
 def test_odd_pictures_get_captions(size):
     drawn = draw.caption_bars(Image.new("RGB", size), [("a rather long class name", 0.9), ("b", 0.0)])
