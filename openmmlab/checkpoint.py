@@ -4,7 +4,6 @@ import collections
 import io
 import os
 import pathlib
-import tempfile
 import urllib.parse
 import zipfile
 from collections.abc import Callable
@@ -21,10 +20,8 @@ from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import HistoryBuffer, MessageHub, print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from terrazzo._files import written_whole
 from terrazzo.errors import InputError, SavingError
-
-PARTIAL = ".partial"
-"""How the name of a file ends while it is being written."""
 
 HISTORY = "terrazzo.history"
 """The key that marks a dict as a saved HistoryBuffer."""
@@ -97,39 +94,17 @@ def save_checkpoint(
         return
     path = pathlib.Path(filename)
     try:
-        _write_whole(checkpoint, path)
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            if path.suffix == ".safetensors":
+                file.write(_safetensors(checkpoint))
+            else:
+                torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:  # torch.save turns the failures of a file into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
         raise SavingError(
             f"checkpoint '{path}' could not be written: {reason}; earlier checkpoints are whole: make room and resume"
         ) from error
-
-
-def _write_whole(checkpoint: dict, path: pathlib.Path) -> None:
-    """Writes under a temporary name beside the file, and renames when all of it is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False) as file:
-        try:
-            if path.suffix == ".safetensors":
-                file.write(_safetensors(checkpoint))
-            else:
-                torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(file.name, 0o666 & ~umask)  # a temporary file is private; a checkpoint is an ordinary file
-    os.replace(file.name, path)
-
-
-def remove_partial(folder: str | os.PathLike) -> None:
-    """Removes what a process that was killed while saving left in a folder."""
-    for path in pathlib.Path(folder).glob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
 
 
 def _safetensors(checkpoint: dict) -> bytes:

@@ -13,16 +13,16 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab.checkpoint import load_file, remove_partial
-from terrazzo.openmmlab.distributed import is_main, launch
+from terrazzo.openmmlab.checkpoint import load_file
+from terrazzo.openmmlab.distributed import launch
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.openmmlab.seeding import seed_config
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 """Where the packaged configs lie."""
 
-DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-OWN_HOOKS = ("FiniteLossHook", "ThroughputHook")
+SPLITS = ("train", "val", "test")
+OWN_HOOKS = ("SeedingHook", "FiniteLossHook", "ThroughputHook")
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "panoptic_head", "panoptic_fusion_head")
 
 
@@ -121,7 +121,7 @@ def set_data_root(cfg: Config, data_root: str) -> None:
     """
     old = cfg.get("data_root")
     if old is None:
-        found = {dataset["data_root"] for dataset in _datasets(cfg) if dataset.get("data_root")}
+        found = {dataset["data_root"] for dataset in datasets(cfg) if dataset.get("data_root")}
         if len(found) != 1:
             raise InputError(
                 f"config has no single data_root to replace (found {sorted(found)}); set the paths through options, "
@@ -146,7 +146,7 @@ def check_class_counts(cfg: Config) -> None:
     Raises:
         InputError: if a head has another count; the message names both.
     """
-    metainfo = next((d["metainfo"] for d in _datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
+    metainfo = next((d["metainfo"] for d in datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
     if metainfo is None or "model" not in cfg:
         return
     for where, kind, count in _head_counts(cfg.model, "model"):
@@ -196,9 +196,11 @@ def build_runner(
             raise InputError(f"checkpoint '{source}' does not exist; name a .pth file")
         cfg.load_from = str(source)
     latest = (source or find_latest_checkpoint(str(work_dir))) if resume else None
-    if latest and seed is None and "://" not in str(latest):
-        # The data order is drawn before mmengine reads the seed from the checkpoint.
-        seed = (load_file(latest, "cpu").get("meta") or {}).get("seed")
+    if latest and "://" not in str(latest):
+        # The data order is drawn before mmengine reads the seed from the checkpoint; and a damaged one is refused here.
+        saved = load_file(latest, "cpu")
+        meta = saved.get("meta") if isinstance(saved, dict) else None
+        seed = (meta or {}).get("seed") if seed is None else seed
     if seed is not None:
         cfg.randomness = {**(cfg.get("randomness") or {}), "seed": seed}
     if "optim_wrapper" in cfg:
@@ -224,8 +226,6 @@ def build_runner(
     cfg.experiment_name = f"{stem}_{uuid.uuid4().hex[:8]}"
     if cfg.get("visualizer"):
         cfg.visualizer.name = cfg.experiment_name
-    if is_main():
-        remove_partial(work_dir)
     return RUNNERS.get(cfg.get("runner_type", "Runner")).from_cfg(cfg)
 
 
@@ -256,7 +256,7 @@ def check_data(cfg: Config) -> None:
     Raises:
         InputError: if one does not.
     """
-    for dataset in _datasets(cfg):
+    for dataset in datasets(cfg):
         root = dataset.get("data_root")
         if root and "://" not in root and not Path(root).is_dir():
             raise InputError(
@@ -264,14 +264,25 @@ def check_data(cfg: Config) -> None:
             )
 
 
-def _datasets(cfg: Config) -> Iterator[ConfigDict]:
-    """Yields the innermost dataset dict of every dataloader: wrappers such as RepeatDataset are looked through."""
-    for name in DATALOADERS:
-        dataset = (cfg.get(name) or {}).get("dataset")
-        while isinstance(dataset, dict) and isinstance(dataset.get("dataset"), dict):
-            dataset = dataset["dataset"]
-        if isinstance(dataset, dict):
-            yield dataset
+def datasets(cfg: Config, *splits: str) -> Iterator[ConfigDict]:
+    """Yields the settings of the innermost data sets of splits, inside RepeatDataset, ConcatDataset and their like.
+
+    Args:
+        cfg: a config.
+        *splits: of "train", "val" and "test"; none for all.
+    """
+    for split in splits or SPLITS:
+        yield from _innermost((cfg.get(f"{split}_dataloader") or {}).get("dataset"))
+
+
+def _innermost(dataset: Any) -> Iterator[ConfigDict]:
+    if not isinstance(dataset, dict):
+        return
+    inner = dataset.get("dataset") or dataset.get("datasets")
+    if inner is None:
+        yield dataset
+    for part in inner if isinstance(inner, (list, tuple)) else [inner]:
+        yield from _innermost(part)
 
 
 def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[tuple[str, str, int]]:
@@ -305,8 +316,8 @@ def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[
 
 def _settle_workers(cfg: Config) -> None:
     """Turns off worker persistence where an option has set `num_workers` to 0: PyTorch refuses the pair."""
-    for name in DATALOADERS:
-        loader = cfg.get(name)
+    for split in SPLITS:
+        loader = cfg.get(f"{split}_dataloader")
         if loader and loader.get("num_workers") == 0:
             loader["persistent_workers"] = False
 

@@ -33,11 +33,6 @@ def check_launcher(launcher: str) -> None:
         raise InputError(f"launcher {launcher} has not started this process ({missing[0]} is not set); use: {start}")
 
 
-def is_main() -> bool:
-    """Whether this is the first of all processes, before or after they are connected."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-
-
 def launch(cfg: Config, launcher: str) -> None:
     """Sets the launcher of a config; without a GPU, also connects the processes by gloo.
 

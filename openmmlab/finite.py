@@ -8,10 +8,11 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
+from mmengine.runner import set_random_seed
 from torch import Tensor, nn
 
 from terrazzo.errors import NonFiniteError
-from terrazzo.openmmlab.seeding import fold, seed_everything
+from terrazzo.openmmlab.seeding import fold
 
 
 @HOOKS.register_module()
@@ -57,7 +58,7 @@ class FiniteLossHook(Hook):
         spoilt = [name for name, value in model.named_parameters() if not _finite(value)]
         if spoilt:
             return f"{len(spoilt)} of the model's weights were not finite before it, the first is {spoilt[0]}"
-        seed_everything(fold(runner.seed, runner.rank, runner.iter))
+        set_random_seed(fold(runner.seed, runner.rank, runner.iter))
         with torch.no_grad(), runner.optim_wrapper.optim_context(model):
             return first_non_finite(model, self.batch)
 

@@ -9,8 +9,11 @@ from typing import Any
 import mmengine.runner
 import mmengine.runner.checkpoint
 import mmengine.runner.runner
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+
+from terrazzo._files import remove_partial
 
 
 class _RemovingLater:
@@ -36,6 +39,12 @@ class SafeCheckpointHook(CheckpointHook):
 
     With `max_keep_ckpts=1`, a full disk or a process that dies in between would else leave no checkpoint at all.
     """
+
+    def before_train(self, runner) -> None:
+        """mmengine's, and removes what a process that was killed while saving left."""
+        super().before_train(runner)
+        if is_main_process():
+            remove_partial(Path(self.out_dir))
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         with self._removing_later():

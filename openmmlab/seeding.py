@@ -17,6 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
+from mmengine.runner import set_random_seed
 from torch.utils.data import Dataset, Sampler
 
 
@@ -25,26 +26,19 @@ def fold(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds the generators of Python, NumPy and PyTorch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and PyTorch's CPU generators, and puts their states back at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 class SeededIndex(int):
@@ -141,17 +135,14 @@ class SeedingHook(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seeds the generators before the model is run."""
-        seed_everything(fold(runner.seed, get_dist_info()[0], runner.iter))
+        set_random_seed(fold(runner.seed, get_dist_info()[0], runner.iter))
 
 
 def seed_config(cfg: Config) -> None:
-    """Wraps the training data of a config, in place, and adds the hook. Doing so again changes nothing."""
+    """Wraps the training data of a config, in place. Doing so again changes nothing."""
     loader = cfg.get("train_dataloader")
     if not isinstance(loader, dict) or not isinstance(loader.get("dataset"), dict) or not loader.get("sampler"):
         return
     if loader.sampler.get("type") != "SeededSampler":
         loader.sampler = ConfigDict(type="SeededSampler", sampler=loader.sampler)
         loader.dataset = ConfigDict(type="SeededDataset", dataset=loader.dataset)
-    hooks = cfg.get("custom_hooks") or []
-    if not any(hook.get("type") == "SeedingHook" for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type="SeedingHook")]

@@ -110,10 +110,10 @@ class ShardedRunner(Runner):
             super().save_checkpoint(*args, **kwargs)
 
 
-def shard_config(cfg: Config, dtype: str | None = None) -> None:
+def shard_config(cfg: Config) -> None:
     """Makes a config train sharded, in place."""
     cfg.runner_type = "ShardedRunner"
-    cfg.model_wrapper_cfg = ConfigDict(type="FullyShardedModel", dtype=dtype)
+    cfg.model_wrapper_cfg = ConfigDict(type="FullyShardedModel")
 
 
 def _whole(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from terrazzo._files import written_whole
 from terrazzo.tools.options import config_options
 
 DONE = "final.json"
@@ -88,7 +89,7 @@ def _train(cfg, work_dir: Path, seed: int) -> dict:
     cfg = cfg.copy()
     cfg.train_cfg.val_interval = 10**9  # mmengine validates after the last iteration whatever the interval
     cfg.default_hooks.checkpoint.pop("save_best", None)
-    runner = build_runner(cfg, work_dir, resume=(work_dir / "last_checkpoint").is_file(), seed=seed)
+    runner = build_runner(cfg, work_dir, resume=True, seed=seed)
     keeper = Keeper()
     runner.register_hook(keeper)
     runner.train()
@@ -99,7 +100,8 @@ def _train(cfg, work_dir: Path, seed: int) -> dict:
         "parameters": sum(parameter.numel() for parameter in runner.model.backbone.parameters()),
         "iterations": runner.iter,
     }
-    (work_dir / DONE).write_text(json.dumps(final, indent=1))
+    with written_whole(work_dir / DONE) as temporary:
+        temporary.write_text(json.dumps(final, indent=1))
     return final
 
 

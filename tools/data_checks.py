@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
 from terrazzo.errors import InputError
-from terrazzo.tools.mm import datasets
+from terrazzo.openmmlab.config import datasets
 
 # Larger annotation files are left to the training: reading them twice would cost a user minutes.
 _MAX_JSON_BYTES = 32 << 20

@@ -13,10 +13,11 @@ import click
 import numpy as np
 from PIL import Image
 
+from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.draw import colour_map, grid
-from terrazzo.tools.files import check_folder, written_whole
+from terrazzo.tools.files import check_folder
 from terrazzo.tools.floors import CLASSES, PALETTE, write_floors
 
 CONFIG = "fpn_dinat-mini_floors"

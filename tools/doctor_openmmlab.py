@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools import results, zoo_results
 from terrazzo.tools.console import print_table, progress
@@ -162,7 +163,7 @@ class Worker:
 
 
 def _write(path: Path, rows: list[Examined]) -> None:
-    with open(path, "w", newline="") as file:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("package", "config", "status", "reason"))
         writer.writerows((row.package, row.config, row.finding.status, row.finding.reason) for row in rows)

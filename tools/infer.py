@@ -6,9 +6,10 @@ from pathlib import Path
 import click
 from PIL import Image
 
+from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
-from terrazzo.tools.files import check_folder, written_whole
+from terrazzo.tools.files import check_folder
 from terrazzo.tools.pictures import Picture, find_pictures
 from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 

@@ -16,6 +16,7 @@ from torch import nn
 import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.checkpoint import load_file
+from terrazzo.openmmlab.config import datasets
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.tools.files import check_folder
 
@@ -132,10 +133,8 @@ def check_work_dir(work_dir: Path, resume: bool) -> None:
     check_folder(work_dir)
     if not resume:
         return
-    latest = find_latest_checkpoint(str(work_dir))
-    if latest is None:
+    if find_latest_checkpoint(str(work_dir)) is None:
         raise InputError(f"{work_dir} has no checkpoint to resume from; leave --resume out or name another --work-dir")
-    load_file(latest, "cpu")
 
 
 def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
@@ -195,21 +194,6 @@ def quiet() -> Iterator[None]:
     """Swallow what mmengine, mmdet, mmseg and pycocotools print."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def datasets(cfg: Config, split: str) -> Iterator[ConfigDict]:
-    """The settings of the innermost data sets of a split, inside RepeatDataset, ConcatDataset and their like."""
-    yield from _innermost((cfg.get(f"{split}_dataloader") or {}).get("dataset"))
-
-
-def _innermost(dataset: Any) -> Iterator[ConfigDict]:
-    if not isinstance(dataset, dict):
-        return
-    inner = dataset.get("dataset") or dataset.get("datasets")
-    if inner is None:
-        yield dataset
-    for part in inner if isinstance(inner, (list, tuple)) else [inner]:
-        yield from _innermost(part)
 
 
 def _moved(points: Any, new: int, old: int, least: int) -> Any:

@@ -8,8 +8,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from terrazzo._files import written_whole
 from terrazzo.errors import InputError
-from terrazzo.tools.files import check_output_file, written_whole
+from terrazzo.tools.files import check_output_file
 
 RELATIVE_LIMIT = 1e-4
 LABEL_LIMIT = 1e-3

@@ -1,7 +1,6 @@
 """Measured numbers as rows of CSV files, in the long form that every table is made from."""
 
 import csv
-import os
 import platform
 import statistics
 import subprocess
@@ -12,6 +11,7 @@ from time import perf_counter
 
 import torch
 
+from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,13 +55,10 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write a whole file, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Row))
         writer.writerows([_text(x) for x in astuple(row)] for row in rows)
-    os.replace(temporary, path)
 
 
 def _text(value: str | float) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from terrazzo._files import written_whole
 from terrazzo.tools.console import print_table, progress
-from terrazzo.tools.files import check_output_file, written_whole
+from terrazzo.tools.files import check_output_file
 from terrazzo.tools.options import config_options
 
 

@@ -44,8 +44,10 @@ def command(
 
     Everything a user can get wrong is checked before the work dir is made.
     """
+    from mmengine.dist import is_main_process
+
     from terrazzo.openmmlab.config import build_runner, load_config
-    from terrazzo.openmmlab.distributed import check_launcher, is_main
+    from terrazzo.openmmlab.distributed import check_launcher
     from terrazzo.openmmlab.saving import find_latest_checkpoint
     from terrazzo.tools import mm
     from terrazzo.tools.data_checks import check_data
@@ -69,6 +71,6 @@ def command(
         scale_lr=auto_scale_lr,
     )
     runner.train()
-    if is_main():
+    if is_main_process():
         latest = find_latest_checkpoint(str(work_dir))
         click.echo(f"trained {runner.iter} iterations; last checkpoint: {latest or 'none'}")

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from terrazzo.kernels.neighborhood_attention.fused_common import (
     bias_offset,
+    class_rows,
     exponential,
     first_query,
     in_window,
@@ -21,9 +22,11 @@ from terrazzo.kernels.neighborhood_attention.fused_common import (
     locate_tile,
     map_offset,
     member_offset,
+    output_offsets,
     product,
     scores,
     store_rows,
+    tile_members,
     window_start,
 )
 
@@ -107,20 +110,18 @@ def backward_queries(
             item, tiles_h, tiles_w, members_h, members_w, TILE_H, TILE_W
         )
         if (first_h < members_h) & (first_w < members_w):
-            query_h = origin_h + o_m // TILE_W
-            query_w = origin_w + o_m % TILE_W
-            b_own = (query_h >= first_h) & (query_h < members_h) & (query_w >= first_w) & (query_w < members_w)
+            query_h, query_w, b_own = tile_members(
+                o_m, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W
+            )
             start_h = window_start(query_h, members_h, K_H)
             start_w = window_start(query_w, members_w, K_W)
 
             o_map = map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR)
             o_query = member_offset(query_h, query_w, step_h, step_w, VECTOR)
             b_query = load_rows(p_query + o_map, o_query, b_own, HEAD_DIM, BLOCK_D)
-            position_h = query_h * dilation_h + class_h
-            position_w = query_w * dilation_w + class_w
-            o_out = (batch.to(tl.int64) * height + position_h) * width + position_w
-            o_out = (o_out * heads + head) * HEAD_DIM
-            o_row = ((batch.to(tl.int64) * heads + head) * height + position_h) * width + position_w
+            o_out, o_row = output_offsets(
+                batch, head, query_h, query_w, class_h, class_w, height, width, heads, dilation_h, dilation_w, HEAD_DIM
+            )
             b_grad = load_rows(p_grad, o_out, b_own, HEAD_DIM, BLOCK_D)
             b_out = load_rows(p_out, o_out, b_own, HEAD_DIM, BLOCK_D)
             b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
@@ -220,9 +221,7 @@ def backward_keys(
     )
     if (first_h < members_h) & (first_w < members_w):
         o_m = tl.arange(0, TILE_H * TILE_W)
-        key_h = origin_h + o_m // TILE_W
-        key_w = origin_w + o_m % TILE_W
-        b_own = (key_h >= first_h) & (key_h < members_h) & (key_w >= first_w) & (key_w < members_w)
+        key_h, key_w, b_own = tile_members(o_m, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W)
 
         o_map = map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR)
         step_h = stride_h.to(tl.int64) * dilation_h
@@ -251,11 +250,20 @@ def backward_keys(
                 b_real = (query_w < members_w) & (query_h < members_h)
                 o_query = member_offset(query_h, query_w, step_h, step_w, VECTOR)
                 b_query = load_rows(p_query + o_map, o_query, b_real, HEAD_DIM, BLOCK_D)
-                position_h = query_h * dilation_h + class_h
-                position_w = query_w * dilation_w + class_w
-                o_out = (batch.to(tl.int64) * height + position_h) * width + position_w
-                o_out = (o_out * heads + head) * HEAD_DIM
-                o_row = ((batch.to(tl.int64) * heads + head) * height + position_h) * width + position_w
+                o_out, o_row = output_offsets(
+                    batch,
+                    head,
+                    query_h,
+                    query_w,
+                    class_h,
+                    class_w,
+                    height,
+                    width,
+                    heads,
+                    dilation_h,
+                    dilation_w,
+                    HEAD_DIM,
+                )
                 b_grad = load_rows(p_grad, o_out, b_real, HEAD_DIM, BLOCK_D)
                 b_lse = tl.load(p_lse + o_row, mask=b_real, other=float("inf"))
                 b_delta = tl.load(p_delta + o_row, mask=b_real, other=0.0)
@@ -269,10 +277,9 @@ def backward_keys(
                 b_grad_score = product(b_value, tl.trans(b_grad), b_zero, PRECISION, INTERPRETED)
                 b_grad_score = (b_weight * (b_grad_score - b_delta[None, :])).to(b_query.dtype)
                 b_grad_key = product(b_grad_score, b_query, b_grad_key, PRECISION, INTERPRETED)
-        position_h = key_h * dilation_h + class_h
-        position_w = key_w * dilation_w + class_w
-        o_out = (batch.to(tl.int64) * height + position_h) * width + position_w
-        o_out = (o_out * heads + head) * HEAD_DIM
+        o_out, _ = output_offsets(
+            batch, head, key_h, key_w, class_h, class_w, height, width, heads, dilation_h, dilation_w, HEAD_DIM
+        )
         store_rows(p_grad_key, o_out, b_grad_key * scale, b_own, HEAD_DIM, BLOCK_D)
         store_rows(p_grad_value, o_out, b_grad_value, b_own, HEAD_DIM, BLOCK_D)
 
@@ -320,10 +327,7 @@ def backward_classes(
     program = tl.program_id(0)
     head = program % heads
     o_m = tl.arange(0, LENGTH)
-    b_real = o_m < K_H * K_W
-    o_member = tl.minimum(o_m, K_H * K_W - 1)
-    member_h = o_member // K_W
-    member_w = o_member % K_W
+    member_h, member_w, b_real = class_rows(o_m, K_H, K_W)
     if HAS_BIAS:
         p_bias += head * ((2 * K_H - 1) * (2 * K_W - 1))
         o_bias = bias_offset(member_h[:, None], member_w[:, None], member_h[None, :], member_w[None, :], K_H, K_W)
@@ -335,11 +339,9 @@ def backward_classes(
     for number in range(program // heads, items, slices):
         batch, class_h, class_w, _, _ = locate_class(number, height, width, dilation_h, dilation_w)
         o_map = map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR)
-        position_h = member_h * dilation_h + class_h
-        position_w = member_w * dilation_w + class_w
-        o_out = (batch.to(tl.int64) * height + position_h) * width + position_w
-        o_out = (o_out * heads + head) * HEAD_DIM
-        o_row = ((batch.to(tl.int64) * heads + head) * height + position_h) * width + position_w
+        o_out, o_row = output_offsets(
+            batch, head, member_h, member_w, class_h, class_w, height, width, heads, dilation_h, dilation_w, HEAD_DIM
+        )
         b_query = load_rows(p_query + o_map, o_rows, b_real, HEAD_DIM, BLOCK_D)
         b_key = load_rows(p_key + o_map, o_rows, b_real, HEAD_DIM, BLOCK_D)
         b_value = load_rows(p_value + o_map, o_rows, b_real, HEAD_DIM, BLOCK_D)

@@ -102,6 +102,48 @@ def locate_tile(item, tiles_h, tiles_w, members_h, members_w, TILE_H: tl.constex
 
 
 @triton.jit
+def tile_members(o_tile, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W: tl.constexpr):
+    """Members of a tile, row by row, and which of them it owns. Places past the class repeat its last member.
+
+    (Their scores are computed and thrown away; with members that do not exist they would read beside the bias table.)
+    """
+    member_h = origin_h + o_tile // TILE_W
+    member_w = origin_w + o_tile % TILE_W
+    b_own = (member_h >= first_h) & (member_h < members_h) & (member_w >= first_w) & (member_w < members_w)
+    return tl.minimum(member_h, members_h - 1), tl.minimum(member_w, members_w - 1), b_own
+
+
+@triton.jit
+def class_rows(o_rows, K_H: tl.constexpr, K_W: tl.constexpr):
+    """Members of a class of K_H x K_W, row by row, and which rows are real; those past it repeat its last member."""
+    o_member = tl.minimum(o_rows, K_H * K_W - 1)
+    return o_member // K_W, o_member % K_W, o_rows < K_H * K_W
+
+
+@triton.jit
+def output_offsets(
+    batch,
+    head,
+    member_h,
+    member_w,
+    class_h,
+    class_w,
+    height,
+    width,
+    heads,
+    dilation_h,
+    dilation_w,
+    HEAD_DIM: tl.constexpr,
+):
+    """Of members in the contiguous tensors that kernels write: (B, H, W, heads, head_dim), and (B, heads, H, W)."""
+    position_h = member_h * dilation_h + class_h
+    position_w = member_w * dilation_w + class_w
+    o_out = (batch.to(tl.int64) * height + position_h) * width + position_w
+    o_row = ((batch.to(tl.int64) * heads + head) * height + position_h) * width + position_w
+    return (o_out * heads + head) * HEAD_DIM, o_row
+
+
+@triton.jit
 def map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR: tl.constexpr):
     """Of member (0, 0) of a class, for one image and head."""
     o_base = batch.to(tl.int64) * stride_b + class_h.to(tl.int64) * stride_h + class_w.to(tl.int64) * stride_w

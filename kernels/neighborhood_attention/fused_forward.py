@@ -10,6 +10,7 @@ import triton.language as tl
 from terrazzo.kernels.neighborhood_attention.fused_common import (
     LOG2_E,
     bias_offset,
+    class_rows,
     exponential,
     in_window,
     load_rows,
@@ -17,9 +18,11 @@ from terrazzo.kernels.neighborhood_attention.fused_common import (
     locate_tile,
     map_offset,
     member_offset,
+    output_offsets,
     product,
     scores,
     store_rows,
+    tile_members,
     window_start,
 )
 
@@ -71,9 +74,7 @@ def forward_tiles(
     )
     if (first_h < members_h) & (first_w < members_w):  # a shorter class may have a tile less
         o_m = tl.arange(0, TILE_H * TILE_W)
-        query_h = origin_h + o_m // TILE_W
-        query_w = origin_w + o_m % TILE_W
-        b_own = (query_h >= first_h) & (query_h < members_h) & (query_w >= first_w) & (query_w < members_w)
+        query_h, query_w, b_own = tile_members(o_m, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W)
         start_h = window_start(query_h, members_h, K_H)
         start_w = window_start(query_w, members_w, K_W)
 
@@ -121,12 +122,10 @@ def forward_tiles(
                 b_out = product(b_weight.to(b_value.dtype), b_value, b_out * b_decay[:, None], PRECISION, INTERPRETED)
                 b_max = b_new
 
-        position_h = query_h * dilation_h + class_h
-        position_w = query_w * dilation_w + class_w
-        o_out = (batch.to(tl.int64) * height + position_h) * width + position_w
-        o_out = (o_out * heads + head) * HEAD_DIM
+        o_out, o_lse = output_offsets(
+            batch, head, query_h, query_w, class_h, class_w, height, width, heads, dilation_h, dilation_w, HEAD_DIM
+        )
         store_rows(p_out, o_out, b_out / b_sum[:, None], b_own, HEAD_DIM, BLOCK_D)
-        o_lse = ((batch.to(tl.int64) * heads + head) * height + position_h) * width + position_w
         tl.store(p_lse + o_lse, b_max + tl.log2(b_sum) / LOG2_E, mask=b_own)
 
 
@@ -164,10 +163,7 @@ def forward_classes(
     head = program % heads
     batch, class_h, class_w, _, _ = locate_class(program // heads, height, width, dilation_h, dilation_w)
     o_m = tl.arange(0, LENGTH)
-    b_real = o_m < K_H * K_W
-    o_member = tl.minimum(o_m, K_H * K_W - 1)  # rows past the class repeat its last member
-    member_h = o_member // K_W
-    member_w = o_member % K_W
+    member_h, member_w, b_real = class_rows(o_m, K_H, K_W)
     o_map = map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR)
     step_h = stride_h.to(tl.int64) * dilation_h
     step_w = stride_w.to(tl.int64) * dilation_w
@@ -186,10 +182,8 @@ def forward_classes(
     b_out = product(
         b_weight.to(b_value.dtype), b_value, tl.zeros([LENGTH, BLOCK_D], tl.float32), PRECISION, INTERPRETED
     )
-    position_h = member_h * dilation_h + class_h
-    position_w = member_w * dilation_w + class_w
-    o_out = (batch.to(tl.int64) * height + position_h) * width + position_w
-    o_out = (o_out * heads + head) * HEAD_DIM
+    o_out, o_lse = output_offsets(
+        batch, head, member_h, member_w, class_h, class_w, height, width, heads, dilation_h, dilation_w, HEAD_DIM
+    )
     store_rows(p_out, o_out, b_out / b_sum[:, None], b_real, HEAD_DIM, BLOCK_D)
-    o_lse = ((batch.to(tl.int64) * heads + head) * height + position_h) * width + position_w
     tl.store(p_lse + o_lse, b_max + tl.log2(b_sum) / LOG2_E, mask=b_real)

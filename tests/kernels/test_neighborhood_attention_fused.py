@@ -12,7 +12,7 @@ import pytest
 import torch
 
 fused = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused")
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
 
 SLOW = pytest.mark.slow
 

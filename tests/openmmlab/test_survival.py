@@ -164,6 +164,7 @@ def test_full_disk_loses_no_checkpoint(tiny_data, tmp_path, small_files):
     options = {**RANDOM, "train_dataloader.num_workers": 0, "train_dataloader.persistent_workers": False}
     runner = build_runner(load_config(FLOORS, tiny_data("floors"), options), tmp_path, seed=1)
     runner.register_hook(FillDisk(4, lambda: small_files(1_000_000)))
+    (tmp_path / ".partial-abc.iter_2.pth").write_text("what a killed process left")
     with pytest.raises(SavingError, match=r"iter_4\.pth' could not be written: .*File too large.*resume"):
         runner.train()
     small_files(resource.RLIM_INFINITY)

@@ -35,7 +35,10 @@ def test_heads_get_the_channels_of_the_maps(name, channels, norms, config):
     assert [tuple(feature.shape[1:]) for feature in maps] == [
         (count, 96 // stride, 64 // stride) for count, stride in zip(channels, (4, 8, 16, 32))
     ]
-    assert model.neck(maps) if hasattr(model, "neck") else model.decode_head(maps) is not None
+    if "neck" in cfg.model:
+        assert [feature.shape[1] for feature in model.neck(maps)] == [256] * 5
+    else:
+        assert model.decode_head(maps).shape == (1, 11, 24, 16)
 
 
 def test_strides_are_kept():
