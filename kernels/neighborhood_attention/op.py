@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.neighborhood_attention import fused, portable, reference
+from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
@@ -55,7 +55,7 @@ def _forward(
     if name == "reference":
         out = reference.neighborhood_attention(*arguments)
     else:
-        out = portable.forward(*arguments, mode=portable.Eager)
+        out = strided.forward(*arguments)
     return out.contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
@@ -85,7 +85,7 @@ def _backward(
     if out is not None and fused.can_differentiate(rpb, kernel_size):
         grads = fused.backward(grad, query, key, value, rpb, out, lse, *window)
     else:
-        grads = portable.backward(grad, query, key, value, rpb, *window, mode=portable.Eager)
+        grads = portable.backward(grad, query, key, value, rpb, *window)
     # An op returns tensors only: without a bias its gradient is empty.
     return *(x.contiguous() for x in grads[:3]), query.new_empty(0) if rpb is None else grads[3].contiguous()
 
@@ -133,7 +133,7 @@ def _backward_flops(
 def attend(query, key, value, rpb, kernel_size, dilation, scale, backend) -> torch.Tensor:
     """Neighborhood attention on a map, arguments checked and complete."""
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
-        return portable.forward(query, key, value, rpb, kernel_size, dilation, scale, mode=portable.Traced)
+        return portable.forward(query, key, value, rpb, kernel_size, dilation, scale)
     backend = _chosen(backend, query.device, query.dtype, fused.fits(query.shape[-1]))
     if backend == "reference":
         return reference.neighborhood_attention(query, key, value, rpb, kernel_size, dilation, scale)

@@ -1,9 +1,10 @@
-"""Neighborhood attention in standard PyTorch operations: fast on CPU, runs on any device, and is what export traces.
+"""Neighborhood attention in standard PyTorch operations and index tables: what export traces, and the backward pass.
 
-Residue classes are folded into the batch, each class is cut into query tiles with a halo of keys (tiling.py), and each
-kind of tile is one batched `scaled_dot_product_attention` with an additive table that holds the bias, or -inf outside
-the window. Where the map is kernel x dilation a class is one tile without a mask: plain dense attention. The backward
-pass recomputes the weights tile by tile, so nothing but the inputs is kept.
+(Forward on real tensors is strided.py, which needs no tables.) Residue classes are folded into the batch, each class
+is cut into query tiles with a halo of keys (tiling.py), and each kind of tile is one batched
+`scaled_dot_product_attention` with an additive table that holds the bias, or -inf outside the window. Where the map
+is kernel x dilation a class is one tile without a mask: plain dense attention. The backward pass recomputes the
+weights tile by tile, so nothing but the inputs is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -244,9 +245,9 @@ def forward(
     kernel_size: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
-    mode: type[Traced],
 ) -> torch.Tensor:
-    """Neighborhood attention on a map; arguments and result as in `reference.neighborhood_attention`."""
+    """Neighborhood attention on a map, to be traced; arguments and result as in `reference.neighborhood_attention`."""
+    mode = Traced
     folding = mode.folding(tuple(query.shape[1:3]), dilation, query.device)
     groups = []
     for q, k, v, members in zip(*(_fold(x, dilation, folding, mode) for x in (query, key, value)), folding.members):
@@ -304,7 +305,7 @@ def _parts(heads: int, batch: int, rows: int, size: int) -> Iterator[tuple[slice
             yield from ((one, slice(i, i + 1), part) for i in range(batch) for part in steps(rows, size))
 
 
-def _call_backward(call, table, q, k, v, grad, grad_q, total_k, total_v, mode):
+def _call_backward(call, table, q, k, v, grad, grad_q, total_k, total_v):
     """One kind of tile: fills `grad_q`, adds to the totals, returns the gradient of `table`.
 
     Tiles are gathered, used and added back part by part, so that what is in flight stays in the caches.
@@ -324,7 +325,7 @@ def _call_backward(call, table, q, k, v, grad, grad_q, total_k, total_v, mode):
         def tiles(x, positions, size, head=head, image=image, row=row):
             x = x[head, image]
             if positions is not None:
-                x = mode.gather(x, positions[row.start * across * size : row.stop * across * size])
+                x = Eager.gather(x, positions[row.start * across * size : row.stop * across * size])
             return x.reshape(-1, size, dim)
 
         part_q, part_grad = tiles(q, call.queries, length), tiles(grad, call.queries, length)
@@ -358,12 +359,12 @@ def backward(
     kernel_size: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
-    mode: type[Traced],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of `forward` with respect to query, key, value and rpb.
 
     Half-precision inputs are computed in float32 and rounded once at the end.
     """
+    mode = Eager
     shape = query.shape
     heads, dim = shape[3:]
     folding = mode.folding(tuple(shape[1:3]), dilation, query.device)
@@ -382,7 +383,7 @@ def backward(
             count = q.shape[2] if call.queries is None else call.queries.numel()
             grad_q = q.new_empty(heads, q.shape[1], count, dim)
             table = _additive(rpb, call, q)
-            grad_table = _call_backward(call, table, q, k, v, g, grad_q, total_k, total_v, mode)
+            grad_table = _call_backward(call, table, q, k, v, g, grad_q, total_k, total_v)
             if grad_rpb is not None:
                 grad_rpb.scatter_add_(1, call.bias.expand(heads, -1), grad_table.view(heads, -1))
             parts_q.append(grad_q)

@@ -1,5 +1,6 @@
 """Every form of neighborhood attention against its float64 definition, and the definition against worked examples."""
 
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -14,6 +15,7 @@ from terrazzo.kernels import neighborhood_attention, use_backend
 
 reference = importlib.import_module("terrazzo.kernels.neighborhood_attention.reference")
 portable = importlib.import_module("terrazzo.kernels.neighborhood_attention.portable")
+strided = importlib.import_module("terrazzo.kernels.neighborhood_attention.strided")
 tiling = importlib.import_module("terrazzo.kernels.neighborhood_attention.tiling")
 
 BACKENDS = ("reference", "portable")
@@ -121,6 +123,20 @@ def test_tiles_of_a_kind_lie_side_by_side():
                 assert list(kind.keys) == list(range(kind.keys[0], kind.keys[0] + tile * len(kind.keys), tile))
 
 
+@contextlib.contextmanager
+def poisoned():
+    """Fresh memory is full of NaN, so what is read without having been written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all(), "memory is not poisoned: this test would prove nothing"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
 class TestPortable:
     @pytest.mark.parametrize(("size", "kernel", "dilation"), SHAPES)
     @pytest.mark.parametrize("bias", [True, False])
@@ -178,30 +194,28 @@ class TestPortable:
 
     def test_unwritten_memory_is_not_read(self):
         """With fresh memory full of NaN, nothing but the inputs reaches the outputs."""
-        before = torch.utils.deterministic.fill_uninitialized_memory
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        try:
-            assert torch.empty(3).isnan().all(), "memory is not poisoned: this test would prove nothing"
+        with poisoned():
             for size, kernel, dilation in SHAPES:
                 results = run(inputs(size, pair(kernel)), kernel, dilation, "portable")
                 assert all(x.isfinite().all() for x in results), (size, kernel, dilation)
-        finally:
-            torch.use_deterministic_algorithms(False)
-            torch.utils.deterministic.fill_uninitialized_memory = before
 
     def test_large_scores_stay_finite(self):
         arguments = [x.detach().mul(1e4).requires_grad_() for x in inputs((20, 20), (7, 7), dtype=torch.float32)]
         assert all(x.isfinite().all() for x in run(arguments, 7, 1, "portable"))
 
-    def test_traced_mode_equals_eager(self):
+    @pytest.mark.parametrize("limits", [{}, {"_CACHED": 0}, {"_PIECE": 1}, {"_PIECE": 3000}])
+    def test_traced_form_equals_strided(self, monkeypatch, limits):
+        """However it is cut into pieces, and whichever products a piece takes."""
+        for name, value in limits.items():
+            monkeypatch.setattr(strided, name, value)
         for size, kernel, dilation in SHAPES:
-            q, k, v, rpb = inputs(size, pair(kernel))
-            arguments = (q, k, v, rpb, pair(kernel), pair(dilation), 0.3)
-            with torch.no_grad():
-                eager = portable.forward(*arguments, mode=portable.Eager)
-                traced = portable.forward(*arguments, mode=portable.Traced)
-            torch.testing.assert_close(traced, eager, rtol=0, atol=1e-14)
+            for bias in (True, False):
+                q, k, v, rpb = inputs(size, pair(kernel))
+                arguments = (q, k, v, rpb if bias else None, pair(kernel), pair(dilation), 0.3)
+                with torch.no_grad():
+                    torch.testing.assert_close(
+                        strided.forward(*arguments), portable.forward(*arguments), rtol=0, atol=1e-14
+                    )
 
 
 class TestProperties:
@@ -382,29 +396,35 @@ class TestErrors:
             neighborhood_attention(q, q.half(), q, 3)
 
 
+def _forget_plans():
+    portable.Eager.plan.cache_clear()
+    portable.Eager.folding.cache_clear()
+    strided._plan.cache_clear()
+
+
 class TestMutations:
     """Break the window mask, the bias index or the class lengths on purpose: the comparisons above must notice."""
 
     def mismatch(self, size, kernel, dilation):
-        portable.Eager.plan.cache_clear()
-        portable.Eager.folding.cache_clear()
+        _forget_plans()
         arguments = inputs(size, (kernel, kernel))
         wanted = run(arguments, kernel, dilation, "reference")
-        found = run(arguments, kernel, dilation, "portable")
-        return max((a - b).abs().max().item() for a, b in zip(found, wanted))
+        with poisoned():
+            found = run(arguments, kernel, dilation, "portable")
+        return max((a - b).abs().nan_to_num(math.inf).max().item() for a, b in zip(found, wanted))
 
     @pytest.fixture(autouse=True)
     def _forget(self):
         yield
-        portable.Eager.plan.cache_clear()
-        portable.Eager.folding.cache_clear()
+        _forget_plans()
 
     def test_unbroken(self):
         assert self.mismatch((25, 30), 7, 1) < 1e-10
         assert self.mismatch((25, 30), 7, 3) < 1e-10
 
+    @pytest.mark.parametrize("form", [portable, strided], ids=["portable", "strided"])
     @pytest.mark.parametrize("field", ["start", "offset"])
-    def test_mask_and_bias(self, monkeypatch, field):
+    def test_mask_and_bias(self, monkeypatch, field, form):
         kinds = tiling.kinds
 
         def broken(members, kernel):
@@ -413,18 +433,24 @@ class TestMutations:
                 for kind in kinds(members, kernel)
             )
 
-        monkeypatch.setattr(portable, "kinds", broken)
+        monkeypatch.setattr(form, "kinds", broken)
+        if form is strided:
+            monkeypatch.setattr(form, "_indices", _clamped(strided._indices))
         assert self.mismatch((25, 30), 7, 1) > 1e-3
 
-    def test_class_length(self, monkeypatch):
+    @pytest.mark.parametrize("form", [portable, strided], ids=["portable", "strided"])
+    def test_class_length(self, monkeypatch, form):
         """Every class as long as the shortest, as floor(L / d) would have it."""
 
         def broken(length, dilation):
             return (tiling.Fold(0, dilation, length // dilation),)
 
-        monkeypatch.setattr(portable, "folds", broken)
-        with pytest.raises(RuntimeError):  # the lost positions do not even reshape
-            self.mismatch((25, 30), 7, 3)
+        monkeypatch.setattr(form, "folds", broken)
+        if form is portable:
+            with pytest.raises(RuntimeError):  # the lost positions do not even reshape
+                self.mismatch((25, 30), 7, 3)
+        else:
+            assert self.mismatch((25, 30), 7, 3) > 1e-3
 
     def test_repeated_queries(self, monkeypatch):
         kinds = tiling.kinds
@@ -438,6 +464,16 @@ class TestMutations:
         monkeypatch.setattr(portable, "kinds", broken)
         monkeypatch.setattr(portable, "_slots", _slots_by_hand)
         assert self.mismatch((25, 30), 7, 1) > 1e-3
+
+
+def _clamped(indices):
+    """`_indices` whose bias offsets stay in the table: a wrong number instead of an error."""
+
+    def call(kind, kernel):
+        inside, offset = indices(kind, kernel)
+        return inside, offset.clamp(0, 2 * kernel - 2)
+
+    return call
 
 
 def _slots_by_hand(axis, device):
