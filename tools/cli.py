@@ -20,7 +20,7 @@ VERBS = {
     "train": "Train what an OpenMMLab config describes.",
     "test": "Evaluate a checkpoint with its config.",
     "infer": "Run a classifier, segmentor or detector on pictures.",
-    "export": "Write a classifier or segmentor as ONNX, checked against PyTorch.",
+    "export": "Write a classifier, segmentor or detector as ONNX, checked against PyTorch.",
     "convert": "Write the weights of a checkpoint as safetensors.",
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
     "bench": "Measure the operators here, as ratios to named peers.",

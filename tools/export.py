@@ -1,4 +1,4 @@
-"""`terrazzo export`: a classifier or segmentor as one checked ONNX file."""
+"""`terrazzo export`: a classifier, segmentor or detector as one checked ONNX file."""
 
 import json
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from terrazzo.tools.exportable import RawClassifier, RawSegmentor
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.floors import FloorMaker
 from terrazzo.tools.measure import image_size
+from terrazzo.tools.parity import Parity
+from terrazzo.tools.pictures import Picture
 from terrazzo.tools.targets import is_config, load_timm_model
 
 FORMATS = ("onnx", "tensorrt", "openvino", "pt2")
@@ -29,16 +31,19 @@ class Exportable:
     """A model that is ready for export.
 
     Attributes:
-        module: takes (B, 3, H, W), float RGB in 0..255; has `output_names`.
+        module: takes (B, 3, H, W), float RGB in 0..255; has `output_names`, and `reference` where its results are
+            compared with those of other code than its own.
         size: H, W.
         classes: class names, or None.
         source: what the user named.
+        single: whether it takes one image a run only.
     """
 
     module: nn.Module
     size: tuple[int, int]
     classes: list[str] | None
     source: str
+    single: bool = False
 
 
 @click.command()
@@ -51,6 +56,7 @@ class Exportable:
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images a run.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set [default: PyTorch's choice].")
+@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Compare on it, not on a drawn one.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: exports/NAME_HxW.onnx]")
 def command(
     model_or_config: str,
@@ -62,13 +68,16 @@ def command(
     batch: int,
     dynamic_batch: bool,
     opset: int | None,
+    image: Path | None,
     out: Path | None,
 ) -> int:
-    """Export a timm classifier or the segmentor of an OpenMMLab config, from raw pixels to results in one graph.
+    """Export a timm classifier, or the segmentor or detector of an OpenMMLab config, from raw pixels to results.
 
     The input is float RGB in 0..255, (batch, 3, H, W); normalisation is in the graph. The outputs are `logits` and, for
-    a segmentor, `labels`, both at the input's size. ONNX Runtime's results are compared with PyTorch's: where they
-    differ by too much, the exit code is 1 and the file keeps the suffix .failed.
+    a segmentor, `labels`, both at the input's size; for a detector, `boxes`, `scores`, `labels` and `masks` as its
+    config keeps them, non-maximum suppression included. ONNX Runtime's results are compared with PyTorch's, a
+    detector's with those of mmdet's own code: where they differ by too much, the exit code is 1 and the file keeps the
+    suffix .failed.
     """
     if form != "onnx":
         raise InputError(f"--format {form} is not available in this version; only onnx is: leave --format out")
@@ -76,21 +85,26 @@ def command(
 
     if out is not None:
         check_output_file(out)
+    picture = None if image is None else Picture(image, image.name).read()
     ready = _exportable(model_or_config, checkpoint, pretrained, num_classes, size)
+    if ready.single and (batch > 1 or dynamic_batch):
+        raise InputError(f"{ready.source} is a detector: one image a run; leave --batch and --dynamic-batch out")
     height, width = ready.size
+    seen = ("floor", floor(ready.size, batch)) if picture is None else (image.name, photo(picture, ready.size, batch))
     out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}.onnx"
     report = export_onnx(
         ready.module,
         noise(ready.size, batch),
         out,
-        checks={"floor": floor(ready.size, batch)},
+        checks=dict([seen]),
+        reference=getattr(ready.module, "reference", None),
         output_names=ready.module.output_names,
         dynamic_batch=dynamic_batch,
         opset=opset,
         metadata=metadata(ready),
     )
     rows = [
-        (parity.output, parity.source.replace("example", "noise"), parity, "passed" if parity.passed else "FAILED")
+        (parity.output, parity.source.replace("example", "noise"), parity, _verdict(parity))
         for parity in report.parities
     ]
     print_table(rows, ("output", "input", "ONNX Runtime against PyTorch", "check"))
@@ -100,6 +114,12 @@ def command(
     if not report.passed:
         click.echo("error: ONNX Runtime and PyTorch disagree; the file keeps the suffix .failed", err=True)
         return EXIT_PARITY
+    if not report.compared:
+        click.echo(
+            "warning: the model found nothing on any input, so its boxes were compared with nothing; name a picture "
+            "that has something in it with --image FILE",
+            err=True,
+        )
     return 0
 
 
@@ -111,9 +131,13 @@ def noise(size: tuple[int, int], batch: int) -> Tensor:
 def floor(size: tuple[int, int], batch: int) -> Tensor:
     """Pictures (batch, 3, H, W) in 0..255 that look like something, always the same."""
     maker = FloorMaker(seed=0)
-    pictures = [Image.fromarray(maker.make().image).resize(size[::-1], Image.Resampling.BICUBIC) for _ in range(batch)]
-    pixels = np.stack([np.asarray(picture, np.float32) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return torch.cat([photo(Image.fromarray(maker.make().image), size, 1) for _ in range(batch)])
+
+
+def photo(picture: Image.Image, size: tuple[int, int], batch: int) -> Tensor:
+    """A picture in RGB, stretched to a size and as often as the batch is large: (batch, 3, H, W) in 0..255."""
+    pixels = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC), np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1).repeat(batch, 1, 1, 1)
 
 
 def metadata(ready: Exportable) -> dict[str, str]:
@@ -124,6 +148,8 @@ def metadata(ready: Exportable) -> dict[str, str]:
         "input": "float32 RGB pixels in 0..255, batch x 3 x height x width; normalisation is in the graph",
         "outputs": ", ".join(ready.module.output_names),
     }
+    if "boxes" in ready.module.output_names:
+        facts["boxes"] = "x1, y1, x2, y2 in pixels of the input"
     if ready.classes:
         facts["classes"] = json.dumps(ready.classes)
     return facts
@@ -142,6 +168,28 @@ def segmentor_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> 
     with mm.quiet():
         model, facts = mm.build_model(cfg, checkpoint)
     return Exportable(RawSegmentor(model, size).eval(), size, facts["classes"], Path(cfg.filename).stem)
+
+
+def detector_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> Exportable:
+    """The model of a detection or panoptic config, ready for export.
+
+    Args:
+        cfg: what `terrazzo.openmmlab.config.load_config` gave.
+        checkpoint: a file that a training of this config wrote.
+        size: H, W.
+    """
+    from terrazzo.tools import mm
+    from terrazzo.tools.detectors import RawDetector
+
+    with mm.quiet():
+        model, facts = mm.build_model(cfg, checkpoint)
+    return Exportable(RawDetector(model, size).eval(), size, facts["classes"], Path(cfg.filename).stem, single=True)
+
+
+def _verdict(parity: Parity) -> str:
+    if not parity.passed:
+        return "FAILED"
+    return "passed" if parity.compared else "-"
 
 
 def _exportable(
@@ -167,7 +215,9 @@ def _exportable(
         raise InputError(f"the config {name} needs weights; name a file that its training wrote with --checkpoint FILE")
     task = mm.task_of(cfg)
     if task in ("detection", "panoptic"):
-        raise InputError(f"{name} is a detector, and those cannot be exported yet; classifiers and segmentors can")
+        if size is None:
+            raise InputError(f"{name} takes pictures of any size, and a file is for one; give it with --size H W")
+        return detector_for_export(cfg, checkpoint, image_size(size))
     if task == "segmentation":
         size = size or (cfg.model.get("data_preprocessor") or {}).get("size")
         if size is None:

@@ -1,6 +1,6 @@
 """A module as an ONNX file that is proven to compute the same: export, run in ONNX Runtime, compare, then publish."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,37 +11,7 @@ from torch import Tensor, nn
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools.files import check_output_file
-
-RELATIVE_LIMIT = 1e-4
-LABEL_LIMIT = 1e-3
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far ONNX Runtime's output is from PyTorch's, for one output and one input.
-
-    Attributes:
-        output: name of the output.
-        source: name of the input it was computed from.
-        figure: max |difference| / max |reference|; for integer outputs the share of elements that differ.
-        limit: the largest figure that passes.
-        exact: whether the output is of integers, such as a label map.
-    """
-
-    output: str
-    source: str
-    figure: float
-    limit: float
-    exact: bool
-
-    @property
-    def passed(self) -> bool:
-        return self.figure <= self.limit
-
-    def __str__(self) -> str:
-        if self.exact:
-            return f"{self.figure:.4%} of elements differ (limit {self.limit:.2%})"
-        return f"relative error {self.figure:.2e} (limit {self.limit:.0e})"
+from terrazzo.tools.parity import LABEL_LIMIT, RELATIVE_LIMIT, Parity, compare
 
 
 @dataclass(frozen=True)
@@ -63,6 +33,13 @@ class Report:
         return all(parity.passed for parity in self.parities)
 
     @property
+    def compared(self) -> bool:
+        """Whether every output had something to compare on some input; a detector may have found no box at all."""
+        return {parity.output for parity in self.parities if parity.compared} == {
+            parity.output for parity in self.parities
+        }
+
+    @property
     def worst(self) -> float:
         """The largest relative error among the outputs of real numbers."""
         return max((parity.figure for parity in self.parities if not parity.exact), default=0.0)
@@ -74,6 +51,7 @@ def export_onnx(
     path: str | Path,
     *,
     checks: Mapping[str, Tensor | tuple[Tensor, ...]] | None = None,
+    reference: Callable[..., Tensor | Sequence[Tensor]] | None = None,
     input_names: Sequence[str] = ("image",),
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = False,
@@ -89,6 +67,7 @@ def export_onnx(
         example: the input tensors to trace with; their first dimension is the batch.
         path: the file to write. When the check fails, it is written with the suffix `.failed` added.
         checks: further inputs to compare on, by name; `example` is always one of them.
+        reference: gives the results to compare with, from the same inputs; None for the module itself.
         input_names: names of the inputs in the file.
         output_names: names of the outputs in the file; None for output_0, output_1, ...
         dynamic_batch: leave the batch size open; a batch one larger than the example's is compared too.
@@ -110,7 +89,7 @@ def export_onnx(
     if dynamic_batch:
         inputs["larger batch"] = tuple(torch.cat([value, value[:1].flip(-1)]) for value in arguments)
     with torch.no_grad():
-        references = {name: _tuple(module(*value)) for name, value in inputs.items()}
+        references = {name: _tuple((reference or module)(*value)) for name, value in inputs.items()}
     count = len(references["example"])
     names = list(output_names or (f"output_{index}" for index in range(count)))
     if len(names) != count:
@@ -120,9 +99,9 @@ def export_onnx(
     data = program.model_proto.SerializeToString()
     outputs = _run(data, list(input_names), inputs)
     parities = tuple(
-        _compare(name, source, mine, theirs, relative_limit, label_limit)
-        for source, reference in references.items()
-        for name, mine, theirs in zip(names, reference, outputs[source], strict=True)
+        parity
+        for source, expected in references.items()
+        for parity in compare(names, source, expected, outputs[source], relative_limit, label_limit)
     )
     if not all(parity.passed for parity in parities):
         path = path.with_name(f"{path.name}.failed")
@@ -180,19 +159,3 @@ def _run(data: bytes, input_names: list[str], inputs: Mapping[str, tuple[Tensor,
         ]
         for name, values in inputs.items()
     }
-
-
-def _compare(
-    output: str, source: str, mine: Tensor, theirs: Tensor, relative_limit: float, label_limit: float
-) -> Parity:
-    exact = not mine.is_floating_point()
-    limit = label_limit if exact else relative_limit
-    if mine.shape != theirs.shape:
-        return Parity(output, source, float("inf"), limit, exact)
-    if exact:
-        figure = (mine != theirs).double().mean().item()
-    else:
-        scale = mine.abs().max().item() or 1.0
-        figure = (mine.double() - theirs.double()).abs().max().item() / scale
-    # A NaN compares as no number at all: it must not pass.
-    return Parity(output, source, figure if figure == figure else float("inf"), limit, exact)

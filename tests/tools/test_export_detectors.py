@@ -1,0 +1,199 @@
+"""`terrazzo export` of whole detectors: the file finds what mmdet finds, with standard operators only."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from mmengine.registry import MODELS
+from PIL import Image
+
+from terrazzo.errors import InputError
+from terrazzo.openmmlab.config import load_config
+from terrazzo.tools import export, mm
+from terrazzo.tools.detectors import RawDetector
+
+SIZE = (96, 128)
+
+SMALL_REGIONS = {
+    "model.neck.out_channels": 32,
+    "model.rpn_head.in_channels": 32,
+    "model.rpn_head.feat_channels": 32,
+    "model.roi_head.bbox_roi_extractor.out_channels": 32,
+    "model.roi_head.mask_roi_extractor.out_channels": 32,
+    "model.test_cfg.rpn.max_per_img": 60,
+    "model.test_cfg.rcnn.max_per_img": 40,
+}
+SMALL_BOX_HEAD = {"num_classes": 5, "in_channels": 32, "fc_out_channels": 32}
+SMALL_MASK_HEAD = {"num_classes": 5, "in_channels": 32, "conv_out_channels": 16, "num_convs": 1}
+
+CASES = {
+    "retinanet_dinat-mini_fpn_1x_coco": (
+        {
+            "model.neck.out_channels": 32,
+            "model.bbox_head.in_channels": 32,
+            "model.bbox_head.feat_channels": 32,
+            "model.bbox_head.num_classes": 5,
+        },
+        {"bbox_head.retina_cls": (-4.5, 1.0), "bbox_head.retina_reg": (0.0, 0.5)},
+    ),
+    "mask-rcnn_dinat-mini_fpn_1x_coco": (
+        {
+            **SMALL_REGIONS,
+            **{f"model.roi_head.bbox_head.{key}": value for key, value in SMALL_BOX_HEAD.items()},
+            **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
+        },
+        {
+            "rpn_head.rpn_cls": (0.0, 1.0),
+            "rpn_head.rpn_reg": (0.0, 0.3),
+            "roi_head.bbox_head.fc_cls": (0.0, 2.0),
+            "roi_head.bbox_head.fc_reg": (0.0, 1.0),
+            "roi_head.mask_head.conv_logits": (0.0, 2.0),
+        },
+    ),
+}
+"""By config: what makes it small, and the mean and the spread of the outputs of layers that decide what is found."""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A function from the name of a config to a small double of it on disk, and weights that find many things."""
+
+    def write(name, **options):
+        small, spreads = CASES[name]
+        cfg = load_config(name, None, small)
+        levels = cfg.model.backbone.get("out_indices", (0, 1, 2, 3))
+        indices = [level + 1 for level in levels]
+        cfg.model.backbone = dict(type="TerrazzoBackbone", name="resnet10t", out_indices=indices)
+        behind = next(cfg.model[key] for key in ("neck", "panoptic_head") if cfg.model.get(key))
+        behind["in_channels"] = [(64, 128, 256, 512)[level] for level in levels]
+        detector = MODELS.build(cfg.model.copy()).eval()
+        enliven(detector, spreads)
+        cfg.merge_from_dict(options)
+        config, checkpoint = tmp_path / f"{name}.py", tmp_path / "weights.pth"
+        cfg.dump(config)
+        torch.save({"state_dict": detector.state_dict()}, checkpoint)
+        return config, checkpoint
+
+    return write
+
+
+def enliven(detector, spreads):
+    """Fresh weights outside the backbone, and layers whose outputs on noise have the given mean and spread."""
+    torch.manual_seed(0)
+    for name, module in detector.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)) and "backbone" not in name:
+            torch.nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    raw = RawDetector(detector, SIZE)
+    for name, (mean, spread) in spreads.items():
+        layer, outputs = detector.get_submodule(name), []
+        hook = layer.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output.flatten()))
+        raw.reference(export.noise(SIZE, 1))
+        hook.remove()
+        layer.weight.data *= spread / torch.cat(outputs).std()
+        layer.bias.data.fill_(mean)
+
+
+def found(path, image):
+    """What the file finds in pixels (1, 3, H, W), by output."""
+    session = onnxruntime.InferenceSession(path)
+    return dict(zip([output.name for output in session.get_outputs()], session.run(None, {"image": image.numpy()})))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
+    config, checkpoint = tiny(name)
+    path = tmp_path / "detector.onnx"
+    # RetinaNet pads sizes that its strides do not divide
+    size, image = ((67, 91), picture) if "retinanet" in name else (SIZE, None)
+    own = ("--image", image) if image else ()
+    result = run("export", config, "--checkpoint", checkpoint, "--size", *size, *own, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert "nothing" not in result.output
+    assert ("floor.png" in result.stdout) == bool(image)
+    model = onnx.load(path)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    names = ["boxes", "scores", "labels"] + (["masks"] if "mask" in name else [])
+    assert facts["outputs"].split(", ") == names
+    assert len(json.loads(facts["classes"])) == 80
+    # Beside what the command compared: shapes, types and order.
+    outputs = found(path, export.photo(Image.open(image), size, 1) if image else export.floor(size, 1))
+    count = len(outputs["boxes"])
+    assert count > 5
+    assert outputs["boxes"].shape == (count, 4)
+    assert outputs["boxes"].min() >= 0
+    assert (outputs["boxes"].max(axis=0) <= [size[1], size[0]] * 2).all()
+    assert (np.diff(outputs["scores"]) <= 0).all()
+    assert outputs["labels"].dtype == np.int64
+    if "masks" in outputs:
+        assert outputs["masks"].shape == (count, *size)
+        assert outputs["masks"].dtype == np.uint8
+        assert set(np.unique(outputs["masks"])) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["mask-rcnn_dinat-mini_fpn_1x_coco"])
+def test_nothing_found(run, tiny, tmp_path, name):
+    """A high threshold: the file runs and finds nothing, and the command says that nothing was compared."""
+    key = "model.test_cfg.rcnn.score_thr" if "rcnn" in name else "model.test_cfg.score_thr"
+    config, checkpoint = tiny(name, **{key: 0.999999})
+    path = tmp_path / "detector.onnx"
+    result = run("export", config, "--checkpoint", checkpoint, "--size", *SIZE, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert "warning: the model found nothing" in result.stderr
+    assert "no boxes found" in result.stdout
+    outputs = found(path, export.noise(SIZE, 1))
+    assert outputs["boxes"].shape == (0, 4)
+    assert outputs["scores"].shape == outputs["labels"].shape == (0,)
+    assert "masks" not in outputs or outputs["masks"].shape == (0, *SIZE)
+
+
+def test_another_result_fails(run, tiny, tmp_path, monkeypatch):
+    config, checkpoint = tiny("retinanet_dinat-mini_fpn_1x_coco")
+    forward = RawDetector.forward
+
+    def changed(self, image):
+        boxes, *rest = forward(self, image)
+        return boxes + 3, *rest
+
+    monkeypatch.setattr(RawDetector, "forward", changed)
+    (tmp_path / "out").mkdir()
+    result = run("export", config, "--checkpoint", checkpoint, "--size", *SIZE, "--out", tmp_path / "out" / "a.onnx")
+    assert result.exit_code == 1, result.output
+    assert "FAILED" in result.stdout
+    assert "disagree" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.onnx.failed"]
+
+
+def test_refusals(refused, tiny, tmp_path):
+    config, checkpoint = tiny("retinanet_dinat-mini_fpn_1x_coco")
+    arguments = ("export", config, "--checkpoint", checkpoint, "--out", tmp_path / "out" / "a.onnx")
+    assert "--size H W" in refused(*arguments)
+    sized = (*arguments, "--size", *SIZE)
+    assert "one image a run" in refused(*sized, "--batch", 2)
+    assert "one image a run" in refused(*sized, "--dynamic-batch")
+    assert "does not exist" in refused(*sized, "--image", tmp_path / "none.png")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("retinanet_dinat-mini_fpn_1x_coco", {"model.test_cfg.nms.type": "soft_nms"}, "soft_nms"),
+        ("retinanet_dinat-mini_fpn_1x_coco", {"model.bbox_head.bbox_coder.type": "YOLOBBoxCoder"}, "YOLOBBoxCoder"),
+        ("mask-rcnn_dinat-mini_fpn_1x_coco", {"model.roi_head.type": "PISARoIHead"}, "PISARoIHead"),
+        ("mask-rcnn_dinat-mini_fpn_1x_coco", {"model.roi_head.mask_head.type": "CoarseMaskHead"}, "CoarseMaskHead"),
+        ("mask-rcnn_dinat-mini_fpn_1x_coco", {"model.test_cfg.rcnn.mask_thr_binary": -1}, "mask_thr_binary"),
+    ],
+)
+def test_what_is_not_covered_is_named(name, options, message):
+    cfg = load_config(name, None, {**CASES[name][0], **options, "model.backbone.pretrained": False})
+    if "YOLO" in message:
+        cfg.model.bbox_head.bbox_coder = dict(type="YOLOBBoxCoder")
+    with mm.quiet(), pytest.raises(InputError, match=message):
+        RawDetector(MODELS.build(cfg.model), SIZE)
