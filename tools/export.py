@@ -1,4 +1,4 @@
-"""`terrazzo export`: a classifier, segmentor or detector as one checked ONNX file."""
+"""`terrazzo export`: a classifier, segmentor or detector as one checked file."""
 
 import json
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from terrazzo._version import __version__
 from terrazzo.errors import InputError
+from terrazzo.tools.checked_export import Form, checked_export
 from terrazzo.tools.console import print_table
-from terrazzo.tools.exportable import RawClassifier, RawSegmentor
+from terrazzo.tools.exportable import RawClassifier, RawFeatures, RawSegmentor
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.floors import FloorMaker
 from terrazzo.tools.measure import image_size
@@ -22,7 +23,8 @@ from terrazzo.tools.parity import Parity
 from terrazzo.tools.pictures import Picture
 from terrazzo.tools.targets import is_config, load_timm_model
 
-FORMATS = ("onnx", "tensorrt", "openvino", "pt2")
+# By format, what runs the file here.
+RUNTIMES = {"onnx": "ONNX Runtime", "tensorrt": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "the exported program"}
 EXIT_PARITY = 1
 
 
@@ -51,13 +53,18 @@ class Exportable:
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Weights; a config needs them.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="onnx", show_default=True, help="File format.")
+@click.option(
+    "--format", "form", type=click.Choice(tuple(RUNTIMES)), default="onnx", show_default=True, help="File format."
+)
 @click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: the model's own].")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images a run.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@click.option("--features", is_flag=True, help="A timm model's feature maps, an output for each, not its logits.")
 @click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set [default: PyTorch's choice].")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Compare on it, not on a drawn one.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: exports/NAME_HxW.onnx]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: exports/NAME_HxW and the format's suffix]"
+)
 def command(
     model_or_config: str,
     checkpoint: Path | None,
@@ -67,6 +74,7 @@ def command(
     size: tuple[int, int] | None,
     batch: int,
     dynamic_batch: bool,
+    features: bool,
     opset: int | None,
     image: Path | None,
     out: Path | None,
@@ -75,24 +83,28 @@ def command(
 
     The input is float RGB in 0..255, (batch, 3, H, W); normalisation is in the graph. The outputs are `logits` and, for
     a segmentor, `labels`, both at the input's size; for a detector, `boxes`, `scores`, `labels` and `masks` as its
-    config keeps them, non-maximum suppression included. ONNX Runtime's results are compared with PyTorch's, a
-    detector's with those of mmdet's own code: where they differ by too much, the exit code is 1 and the file keeps the
-    suffix .failed.
-    """
-    if form != "onnx":
-        raise InputError(f"--format {form} is not available in this version; only onnx is: leave --format out")
-    from terrazzo.tools.onnx_export import export_onnx
+    config keeps them, non-maximum suppression included; for --features, `stride4` and so on.
 
+    The file's results (by ONNX Runtime, OpenVINO in float32, or PyTorch) are compared with PyTorch's, a detector's with
+    those of mmdet's own code: where they differ by too much, the exit code is 1 and the file keeps the suffix .failed.
+    The format tensorrt is an ONNX file of which every node is looked up in TensorRT's documented operators; the engine
+    is built by the printed command, on a machine with the GPU.
+    """
+    if opset is not None and form == "pt2":
+        raise InputError("--opset is of ONNX; pt2 files have none: leave it out")
+    writer = _form(form, opset)
+    suffix = writer.suffixes[0]
     if out is not None:
         check_output_file(out)
     picture = None if image is None else Picture(image, image.name).read()
-    ready = _exportable(model_or_config, checkpoint, pretrained, num_classes, size)
+    ready = _exportable(model_or_config, checkpoint, pretrained, num_classes, size, features)
     if ready.single and (batch > 1 or dynamic_batch):
         raise InputError(f"{ready.source} is a detector: one image a run; leave --batch and --dynamic-batch out")
     height, width = ready.size
     seen = ("floor", floor(ready.size, batch)) if picture is None else (image.name, photo(picture, ready.size, batch))
-    out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}.onnx"
-    report = export_onnx(
+    out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}{suffix}"
+    report = checked_export(
+        writer,
         ready.module,
         noise(ready.size, batch),
         out,
@@ -100,19 +112,20 @@ def command(
         reference=getattr(ready.module, "reference", None),
         output_names=ready.module.output_names,
         dynamic_batch=dynamic_batch,
-        opset=opset,
         metadata=metadata(ready),
     )
     rows = [
         (parity.output, parity.source.replace("example", "noise"), parity, _verdict(parity))
         for parity in report.parities
     ]
-    print_table(rows, ("output", "input", "ONNX Runtime against PyTorch", "check"))
+    print_table(rows, ("output", "input", f"{RUNTIMES[form]} against PyTorch", "check"))
     shape = f"{'any' if dynamic_batch else batch}x3x{height}x{width}"
     volume = f"{report.path.stat().st_size / 2**20:.1f} MiB"
-    click.echo(f"written: {report.path} (opset {report.opset}, {volume}; input: RGB 0..255, {shape})")
+    click.echo(f"written: {report.path} ({report.version}, {volume}; input: RGB 0..255, {shape})")
     if not report.passed:
-        click.echo("error: ONNX Runtime and PyTorch disagree; the file keeps the suffix .failed", err=True)
+        click.echo(f"error: {RUNTIMES[form]} and PyTorch disagree; the file keeps the suffix .failed", err=True)
+        if report.divergence is not None:
+            click.echo(f"       {report.divergence}", err=True)
         return EXIT_PARITY
     if not report.compared:
         click.echo(
@@ -120,6 +133,38 @@ def command(
             "that has something in it with --image FILE",
             err=True,
         )
+    return _tensorrt(report.path) if form == "tensorrt" else 0
+
+
+def _form(name: str, opset: int | None) -> Form:
+    """The format of that name; each needs a package of its own."""
+    if name == "pt2":
+        from terrazzo.tools.pt2_export import ProgramForm
+
+        return ProgramForm()
+    if name == "openvino":
+        from terrazzo.tools.openvino_export import OpenVinoForm
+
+        return OpenVinoForm(opset)
+    from terrazzo.tools.onnx_export import OnnxForm
+
+    return OnnxForm(opset)
+
+
+def _tensorrt(path: Path) -> int:
+    """Say what in an ONNX file TensorRT does not document, or else how to build the engine."""
+    import onnx
+
+    from terrazzo.tools.tensorrt_operators import VERSION, problems
+
+    found = problems(onnx.load(path))
+    for problem in found:
+        click.echo(f"TensorRT {VERSION} does not support {problem}", err=True)
+    if found:
+        click.echo(f"error: {len(found)} nodes are beyond TensorRT's documented operators", err=True)
+        return EXIT_PARITY
+    click.echo(f"every node is among the documented operators of TensorRT {VERSION}; no engine was built")
+    click.echo(f"on the machine with the GPU: trtexec --onnx={path.name} --saveEngine={path.stem}.engine")
     return 0
 
 
@@ -193,7 +238,12 @@ def _verdict(parity: Parity) -> str:
 
 
 def _exportable(
-    name: str, checkpoint: Path | None, pretrained: bool, num_classes: int | None, size: tuple[int, int] | None
+    name: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    num_classes: int | None,
+    size: tuple[int, int] | None,
+    features: bool,
 ) -> Exportable:
     if size is not None:
         image_size(size)
@@ -203,12 +253,14 @@ def _exportable(
         model = load_timm_model(name, checkpoint, pretrained, num_classes)
         data = resolve_model_data_config(model)
         size = size or tuple(data["input_size"][1:])
-        module = RawClassifier(model, data["mean"], data["std"]).eval()
+        module = (RawFeatures if features else RawClassifier)(model, data["mean"], data["std"]).eval()
         return Exportable(module, size, timm_class_names(model), name)
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 
     cfg = load_config(name)
+    if features:
+        raise InputError("--features is for timm models; what a config says has a head")
     if pretrained or num_classes is not None:
         raise InputError("--pretrained and --num-classes are for timm models; a config takes --checkpoint FILE alone")
     if checkpoint is None:

@@ -15,7 +15,7 @@ class RawClassifier(nn.Module):
         std: of each channel, for pixels in 0..1.
     """
 
-    output_names = ("logits",)
+    output_names: tuple[str, ...] = ("logits",)
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -25,7 +25,37 @@ class RawClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """From (B, 3, H, W), float RGB in 0..255, to logits (B, classes)."""
-        return self.model((image - self.mean) / self.std)
+        return self.model(self.normalised(image))
+
+    def normalised(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class RawFeatures(RawClassifier):
+    """A timm model's pyramid from RGB pixels as they are: an output `strideN` for each map that it has.
+
+    Args:
+        model: a timm model with `forward_intermediates`.
+
+    Raises:
+        InputError: the model gives no feature maps.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__(model, mean, std)
+        if not hasattr(model, "forward_intermediates"):
+            raise InputError(f"{type(model).__name__} has no forward_intermediates, so it gives no feature maps")
+        info = model.feature_info.info if hasattr(model.feature_info, "info") else model.feature_info
+        strides = [entry["reduction"] for entry in info]
+        # Blocks of one stride are told apart by their number.
+        self.output_names = tuple(
+            f"stride{stride}" if strides.count(stride) == 1 else f"block{index}_stride{stride}"
+            for index, stride in enumerate(strides)
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """From (B, 3, H, W), float RGB in 0..255, to maps (B, C, H / stride, W / stride)."""
+        return tuple(self.model.forward_intermediates(self.normalised(image), intermediates_only=True))
 
 
 class RawSegmentor(nn.Module):

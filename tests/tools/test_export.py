@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from terrazzo.tools import onnx_export
+from terrazzo.tools import checked_export, tensorrt_operators
 
 
 def test_classifier(run, tmp_path):
@@ -50,6 +50,48 @@ def test_dinat_classifier(run, tmp_path):
     assert {node.domain for node in onnx.load(path).graph.node} == {""}
 
 
+@pytest.mark.parametrize(("form", "names"), [("openvino", ["m.bin", "m.xml"]), ("pt2", ["m.pt2"])])
+def test_other_formats(run, tmp_path, form, names):
+    path = tmp_path / f"m.{'xml' if form == 'openvino' else form}"
+    arguments = ("--format", form, "--size", 64, 96, "--dynamic-batch", "--num-classes", 7)
+    result = run("export", "dinat_mini", *arguments, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("passed") == 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+
+
+def test_failed_weights_lie_beside_the_failed_file(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(checked_export, "compare", _always_wrong)
+    result = run("export", "resnet10t", "--format", "openvino", "--size", 32, 32, "--out", tmp_path / "m.xml")
+    assert result.exit_code == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.bin.failed", "m.xml.failed"]
+
+
+def test_tensorrt_without_a_gpu(run, tmp_path):
+    path = tmp_path / "m.onnx"
+    result = run("export", "dinat_mini", "--format", "tensorrt", "--size", 64, 64, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert "no engine was built" in result.stdout
+    assert "trtexec --onnx=m.onnx" in result.stdout
+
+
+def test_tensorrt_names_what_it_does_not_document(run, tmp_path, monkeypatch):
+    table = dict(tensorrt_operators.operators(), Relu=frozenset())
+    monkeypatch.setattr(tensorrt_operators, "operators", lambda: table)
+    result = run("export", "resnet10t", "--format", "tensorrt", "--size", 32, 32, "--out", tmp_path / "m.onnx")
+    assert result.exit_code == 1
+    assert "does not support Relu" in result.stderr
+
+
+def test_features(run, tmp_path):
+    path = tmp_path / "m.onnx"
+    result = run("export", "resnet10t", "--features", "--size", 64, 96, "--out", path)
+    assert result.exit_code == 0, result.output
+    shapes = {value.name: value.shape for value in onnxruntime.InferenceSession(path).get_outputs()}
+    assert list(shapes) == ["stride2", "stride4", "stride8", "stride16", "stride32"]
+    assert shapes["stride32"] == [1, 512, 2, 3]
+
+
 def test_segmentor(run, trained, floors, tmp_path):
     config, checkpoint = trained
     path = tmp_path / "segmentor.onnx"
@@ -68,7 +110,7 @@ def test_segmentor(run, trained, floors, tmp_path):
 
 
 def test_failing_parity_is_exit_code_1(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "compare", _always_wrong)
+    monkeypatch.setattr(checked_export, "compare", _always_wrong)
     result = run("export", "resnet10t", "--size", 32, 32, "--out", tmp_path / "model.onnx")
     assert result.exit_code == 1
     assert "disagree" in result.stderr
@@ -76,7 +118,7 @@ def test_failing_parity_is_exit_code_1(run, tmp_path, monkeypatch):
 
 
 def _always_wrong(names, source, *rest):
-    return tuple(onnx_export.Parity(name, source, 1.0, 1e-4, False) for name in names)
+    return tuple(checked_export.Parity(name, source, 1.0, 1e-4, False) for name in names)
 
 
 def test_refusals(refused, trained, tmp_path):
@@ -92,8 +134,9 @@ def test_refusals(refused, trained, tmp_path):
     assert "is a file" in refused("export", "resnet10t", "--out", tmp_path / "broken.pth" / "model.onnx")
     assert "is a folder" in refused("export", "resnet10t", "--out", tmp_path)
     assert "at least 1" in refused("export", "resnet10t", "--size", 0, 8, *out)
-    for form in ("tensorrt", "openvino", "pt2"):
-        assert "only onnx is" in refused("export", "resnet10t", "--format", form, *out)
+    assert "pt2 files have none" in refused("export", "resnet10t", "--format", "pt2", "--opset", 20, *out)
+    assert "must end in .xml" in refused("export", "resnet10t", "--format", "openvino", "--size", 32, 32, *out)
+    assert "--features is for timm models" in refused("export", config, "--features", *out)
     assert not (tmp_path / "out").exists()
 
 

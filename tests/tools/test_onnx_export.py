@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from terrazzo.errors import InputError
+from terrazzo.tools import onnx_export
 from terrazzo.tools.onnx_export import export_onnx
 
 
@@ -68,7 +69,7 @@ def test_figure_is_relative_to_the_largest_reference(tmp_path, image):
 
 
 def test_opset_is_the_one_asked_for(tmp_path, image):
-    assert export_onnx(Net(), image, tmp_path / "net.onnx", opset=18).opset == 18
+    assert export_onnx(Net(), image, tmp_path / "net.onnx", opset=18).version == "opset 18"
 
 
 class NoForm(nn.Module):
@@ -96,3 +97,32 @@ def test_refuses_places_and_names(tmp_path, image):
         export_onnx(Net(), image, tmp_path)
     with pytest.raises(InputError, match="2 outputs, but 1 names"):
         export_onnx(Net(), image, tmp_path / "net.onnx", output_names=("logits",))
+
+
+class Bent(nn.Module):
+    """Right in PyTorch; its ONNX form is bent by the test below."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.erf(x.sigmoid()) * 2
+
+
+def test_the_first_value_that_differs_is_named(tmp_path, image, monkeypatch):
+    def bent(task_trace):
+        def trace(self, task):
+            program = task_trace(self, task)
+            node = next(node for node in program.model.graph if node.op_type == "Erf")
+            node.op_type = "Tanh"
+            return program
+
+        return trace
+
+    monkeypatch.setattr(onnx_export.OnnxForm, "_trace", bent(onnx_export.OnnxForm._trace))
+    report = export_onnx(Bent(), image, tmp_path / "net.onnx")
+    assert not report.passed
+    assert "the first value that differs is erf" in report.divergence
+    assert "the model itself" in report.divergence
+
+
+def test_a_faithful_file_of_other_results_is_told_apart(tmp_path, image):
+    report = export_onnx(Bent(), image, tmp_path / "net.onnx", reference=lambda x: Bent()(x) + 1)
+    assert "the traced program itself differs" in report.divergence
