@@ -26,6 +26,11 @@ class Choice:
     asked_by: str
     reasons: Mapping[str, str]
 
+    @property
+    def runs(self) -> bool:
+        """Whether it can run; False only for a backend that was asked for by name."""
+        return self.name not in self.reasons
+
 
 def check_name(name: str) -> str:
     """Return `name` if it is a backend.
@@ -52,16 +57,15 @@ def use_backend(name: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def choose(
-    operator: str, requested: str, refusals: Mapping[str, str], discouraged: Mapping[str, str] | None = None
-) -> Choice:
-    """Pick the backend of one call.
+def consider(requested: str, refusals: Mapping[str, str], discouraged: Mapping[str, str] | None = None) -> Choice:
+    """Pick the backend of one call, a named one also where it cannot run.
 
-    `refusals` says why a backend cannot run this call ("fused" -> "needs a CUDA device"); a backend that it does not
-    name can run. `discouraged` says why "auto" passes over a backend that can run when asked for by name.
+    Args:
+        requested: The call's own `backend` argument.
+        refusals: Why a backend cannot run this call ("fused" -> "needs a CUDA device"); one not named here can run.
+        discouraged: Why "auto" passes over a backend that can run when asked for by name.
 
     Raises:
-        BackendError: A backend was asked for by name and is among the refusals.
         InputError: The name asked for is not one of `BACKENDS`.
     """
     asked_by = "the backend argument"
@@ -74,8 +78,22 @@ def choose(
         refusals = {**(discouraged or {}), **refusals}
         name = next(name for name in BACKENDS[1:] if name not in refusals)
         return Choice(name, "auto", refusals)
-    if requested in refusals:
-        raise BackendError(
-            f"{operator}: backend {requested!r}, asked for by {asked_by}, cannot run here: {refusals[requested]}"
-        )
     return Choice(requested, asked_by, refusals)
+
+
+def choose(
+    operator: str, requested: str, refusals: Mapping[str, str], discouraged: Mapping[str, str] | None = None
+) -> Choice:
+    """Pick the backend of one call; see `consider`.
+
+    Raises:
+        BackendError: A backend was asked for by name and is among the refusals.
+        InputError: The name asked for is not one of `BACKENDS`.
+    """
+    choice = consider(requested, refusals, discouraged)
+    if not choice.runs:
+        raise BackendError(
+            f"{operator}: backend {choice.name!r}, asked for by {choice.asked_by}, cannot run here: "
+            f"{choice.reasons[choice.name]}"
+        )
+    return choice

@@ -17,6 +17,7 @@ from terrazzo import TerrazzoError, __version__
 VERBS = {
     "list": "Name the models, with parameters, published accuracy and input.",
     "info": "Describe one model: cost, pyramid, weights.",
+    "explain": "Say what each operator of a model runs on, why, and what it costs.",
     "train": "Train what an OpenMMLab config describes.",
     "test": "Evaluate a checkpoint with its config.",
     "infer": "Run a classifier, segmentor or detector on pictures.",

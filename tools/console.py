@@ -1,5 +1,6 @@
 """What the verbs print with: rich on a terminal, plain text in a pipe or a file."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import click
@@ -30,11 +31,18 @@ def print_table(
         for line in _plain(([list(columns)] if columns else []) + cells, right):
             click.echo(line)
         return
-    width = len(columns or cells[0])
-    table = Table(box=box.SIMPLE_HEAD, show_header=columns is not None, pad_edge=False)
-    for position in range(width):
-        justify = "right" if position in right else "left"
-        table.add_column(columns[position] if columns else "", justify=justify, overflow="fold")
+    columns = list(columns or [""] * len(cells[0]))
+    widths = [max([0, *(len(row[position]) for row in cells)]) for position in range(len(columns))]
+    gap = 3
+    narrow = sum(max(len(name), width) + gap for name, width in zip(columns, widths)) > console.width
+    if narrow:  # headers break between words before any cell is folded
+        columns = [
+            textwrap.fill(name, max(1, width), break_long_words=False, break_on_hyphens=False)
+            for name, width in zip(columns, widths)
+        ]
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns), pad_edge=False, collapse_padding=narrow)
+    for position, name in enumerate(columns):
+        table.add_column(name, justify="right" if position in right else "left", overflow="fold")
     for row in cells:
         table.add_row(*row)
     console.print(table, soft_wrap=False)

@@ -18,10 +18,10 @@ from terrazzo.tools.console import print_table
 from terrazzo.tools.exportable import RawClassifier, RawFeatures, RawSegmentor
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.floors import FloorMaker
-from terrazzo.tools.measure import image_size
 from terrazzo.tools.parity import Parity
 from terrazzo.tools.pictures import Picture
 from terrazzo.tools.targets import is_config, load_timm_model
+from terrazzo.tools.trace import image_size
 
 # By format, what runs the file here.
 RUNTIMES = {"onnx": "ONNX Runtime", "tensorrt": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "the exported program"}

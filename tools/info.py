@@ -6,10 +6,10 @@ import click
 import torch
 from torch import nn
 
-from terrazzo.errors import InputError
 from terrazzo.tools.console import human, print_table
-from terrazzo.tools.measure import image_size, measure, meta_outputs
+from terrazzo.tools.measure import measure
 from terrazzo.tools.models import build_on_meta, family_of, pretrained_cfg, published_top1, require_model
+from terrazzo.tools.trace import image_size, meta_outputs, taking
 
 
 @click.command()
@@ -44,12 +44,9 @@ def describe(name: str, size: tuple[int, int] | None = None, in_chans: int = 3) 
     cfg = pretrained_cfg(name)
     size = image_size(tuple(cfg.input_size[1:]) if size is None else size)
     model = build_on_meta(name, in_chans=in_chans)
-    try:
+    with taking(name, size):
         measured = measure(model, size, in_chans)
         output = list(meta_outputs(model, size, in_chans).shape)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name} cannot take {size[0]}x{size[1]} images: {reason}") from error
     return {
         "model": name,
         "family": family_of(name.split(".", 1)[0]) or "timm",

@@ -5,8 +5,9 @@ import torch
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.neighborhood_attention import fused, op
+from terrazzo.kernels.neighborhood_attention.op import describe
 
-__all__ = ["neighborhood_attention", "why"]
+__all__ = ["describe", "neighborhood_attention", "why"]
 
 
 def _per_axis(value: int | tuple[int, ...] | list[int], name: str, axes: int) -> tuple[int, ...]:

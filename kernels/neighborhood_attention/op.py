@@ -6,18 +6,22 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.call import Call
 from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
-    """The backend of a call on such tensors, and why."""
+def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Why a backend cannot run on such tensors, and why "auto" passes over one that can."""
     refusal = fused.refusal(device, dtype, head_dim_fits)
     discouraged = {}
     if fused.interpreting():
         discouraged["fused"] = "TRITON_INTERPRET is set, which makes it slow: it runs only when asked for by name"
-    return _backend.choose(
-        "neighborhood_attention", backend, {} if refusal is None else {"fused": refusal}, discouraged
-    )
+    return {} if refusal is None else {"fused": refusal}, discouraged
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
+    """The backend of a call on such tensors, and why."""
+    return _backend.choose("neighborhood_attention", backend, *_refusals(device, dtype, head_dim_fits))
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -128,6 +132,22 @@ def _backward_flops(
 ) -> int:
     """Five products: the scores again, and one for each gradient and the weights'."""
     return _flops(query, key, value, rpb, kernel_size, dilation, scale, backend) * 5 // 2
+
+
+def describe(device: torch.device, query, key, value, rpb, kernel_size, dilation, scale, backend) -> Call:
+    """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
+    refusals, discouraged = _refusals(device, query.dtype, fused.fits(query.shape[-1]))
+    return Call(
+        shape=dict(zip(("B", "H", "W", "heads", "dim"), query.shape)),
+        parameters={"kernel": _per_axis(kernel_size), "dilation": _per_axis(dilation)},
+        refusals=refusals,
+        discouraged=discouraged,
+    )
+
+
+def _per_axis(values: Sequence[int]) -> str:
+    """One number where the axes agree: 7, else 7x5."""
+    return "x".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
 def attend(query, key, value, rpb, kernel_size, dilation, scale, backend) -> torch.Tensor:

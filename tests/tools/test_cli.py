@@ -34,7 +34,7 @@ def test_list_leaves_the_heavy_packages_alone():
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["list", "info", "train", "test", "infer", "export", "demo"])
+@pytest.mark.parametrize("verb", ["list", "info", "explain", "train", "test", "infer", "export", "demo"])
 def test_every_verb_has_help(run, verb):
     result = run(verb, "--help")
     assert result.exit_code == 0, result.output

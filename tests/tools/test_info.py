@@ -37,6 +37,16 @@ def test_large_models_allocate_nothing(run):
     assert facts["params"] > 1e9
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_counts_do_not_depend_on_the_backend(run, monkeypatch, backend):
+    """One that cannot run here, and one that is not a single operation."""
+    monkeypatch.delenv("TERRAZZO_BACKEND", raising=False)
+    arguments = ("info", "dinat_mini", "--size", 32, 32, "--json")
+    before = run(*arguments).stdout
+    monkeypatch.setenv("TERRAZZO_BACKEND", backend)
+    assert run(*arguments).stdout == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,0 +1,175 @@
+"""One forward pass of a model, operation by operation, counted without computing anything.
+
+It runs on the meta device: shapes flow, numbers do not. Operators of terrazzo run as their opaque op, whatever backend
+is asked for: the shapes alone decide the counts. Dense attention runs as its two products and a softmax, not fused.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from terrazzo.errors import InputError
+from terrazzo.kernels import use_backend
+
+# PyTorch counts in 64 bits; no sum over pixels of such images comes near.
+_LONGEST = 2**24
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation that moves data; views are none.
+
+    Attributes:
+        layer: name of the innermost module that ran it, as in `named_modules`; empty for the model itself.
+        kind: class of that module.
+        function: the operation; `args` and `kwargs`, on the meta device, are what it took.
+        flops: two for each multiply-add, 0 where `torch.utils.flop_counter` has no formula.
+        activations: output elements of an operation that has one, else 0.
+        read: bytes of the tensors that it takes, each once.
+        written: bytes of the tensors that it gives, each once.
+    """
+
+    layer: str
+    kind: str
+    function: torch._ops.OpOverload
+    args: Sequence[object]
+    kwargs: Mapping[str, object]
+    flops: int
+    activations: int
+    read: int
+    written: int
+
+
+def image_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) that `size` means: a single number is a square. InputError if there can be no such image."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1 or max(pair) > _LONGEST:
+        limits = f"of at least 1 and at most {_LONGEST}"
+        raise InputError(f"the image size is {size}; it must be one or two numbers {limits}, height first")
+    return pair
+
+
+@contextlib.contextmanager
+def taking(name: str, size: tuple[int, int]) -> Iterator[None]:
+    """Turn what model `name` raises at an image size (H, W) that it cannot take into an InputError of one line."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name} cannot take {size[0]}x{size[1]} images: {reason}") from error
+
+
+def meta_outputs(model: nn.Module, size: int | tuple[int, int], in_chans: int = 3, batch: int = 1):
+    """The outputs of `model` for images of one size, as meta tensors: right shapes, no numbers.
+
+    The model itself is not touched, on whichever device its parameters lie; its mode is what the caller left it in.
+
+    Args:
+        model: takes one tensor (batch, in_chans, H, W).
+        size: H and W, or one number for a square.
+        in_chans: channels of the image.
+        batch: number of images.
+    """
+    height, width = image_size(size)
+    state = {name: t.to("meta") for named in (model.named_parameters(), model.named_buffers()) for name, t in named}
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    image = torch.empty(batch, in_chans, height, width, dtype=dtype, device="meta")
+    # Of all forms portable alone runs on any device, this one included, and as one operation.
+    with torch.no_grad(), use_backend("portable"):
+        return torch.func.functional_call(model, state, (image,))
+
+
+def trace(model: nn.Module, size: int | tuple[int, int], in_chans: int = 3, batch: int = 1) -> list[Operation]:
+    """The operations of one forward pass in evaluation mode, in order.
+
+    Args:
+        model: takes one tensor (batch, in_chans, H, W); on any device, the meta device included.
+        size: H and W, or one number for a square.
+        in_chans: channels of the image.
+        batch: number of images.
+
+    Raises:
+        InputError: there can be no image of that size.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with _layers(model) as layers, FlopCounterMode(display=False) as flops, _Recorder(layers, flops) as recorder:
+            meta_outputs(model, size, in_chans, batch)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return recorder.operations
+
+
+@contextlib.contextmanager
+def _layers(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
+    """Name and class of the modules that are running inside of the `with` block, innermost last."""
+    running = []
+    hooks = []
+    for name, module in model.named_modules():
+        entry = (name, type(module).__name__)
+        hooks.append(module.register_forward_pre_hook(lambda *_, entry=entry: running.append(entry)))
+        # What such a hook returns, unless it is None, would take the place of the module's output.
+        hooks.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+    try:
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every operation that moves data, with what `flops`, the mode around this one, counts for it."""
+
+    def __init__(self, layers: Sequence[tuple[str, str]], flops: FlopCounterMode):
+        super().__init__()
+        self.layers = layers
+        self.flops = flops
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        before = self.flops.get_total_flops()
+        out = func(*args, **kwargs)
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        if not func._schema.is_mutable:
+            # Told by memory, not by the schema: that of _unsafe_view does not say that it is a view.
+            owned = {x.untyped_storage()._cdata for x in inputs}
+            outputs = [x for x in outputs if x.untyped_storage()._cdata not in owned]
+        if outputs and self.layers:  # what no module runs only prepares the pass
+            layer, kind = self.layers[-1]
+            counted = func._overloadpacket in flop_registry
+            self.operations.append(
+                Operation(
+                    layer=layer,
+                    kind=kind,
+                    function=func,
+                    args=args,
+                    kwargs=kwargs,
+                    flops=self.flops.get_total_flops() - before,
+                    activations=outputs[0].numel() if counted else 0,
+                    read=_bytes(inputs),
+                    written=_bytes(outputs),
+                )
+            )
+        return out
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of what lies in memory: a tensor that is given twice, and an axis that was expanded, are there once."""
+    distinct = {id(x): x for x in tensors}.values()
+    return sum(
+        x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride()) if stride) for x in distinct
+    )
