@@ -24,6 +24,7 @@ from terrazzo.kernels.neighborhood_attention.fused_common import (
     member_offset,
     output_offsets,
     product,
+    query_window,
     scores,
     store_rows,
     tile_members,
@@ -113,8 +114,8 @@ def backward_queries(
             query_h, query_w, b_own = tile_members(
                 o_m, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W
             )
-            start_h = window_start(query_h, members_h, K_H)
-            start_w = window_start(query_w, members_w, K_W)
+            start_h = query_window(query_h, members_h, K_H)
+            start_w = query_window(query_w, members_w, K_W)
 
             o_map = map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR)
             o_query = member_offset(query_h, query_w, step_h, step_w, VECTOR)

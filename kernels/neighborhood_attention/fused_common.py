@@ -103,14 +103,17 @@ def locate_tile(item, tiles_h, tiles_w, members_h, members_w, TILE_H: tl.constex
 
 @triton.jit
 def tile_members(o_tile, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W: tl.constexpr):
-    """Members of a tile, row by row, and which of them it owns. Places past the class repeat its last member.
-
-    (Their scores are computed and thrown away; with members that do not exist they would read beside the bias table.)
-    """
+    """Members of a tile, row by row, and which of them it owns; in a class smaller than a tile some do not exist."""
     member_h = origin_h + o_tile // TILE_W
     member_w = origin_w + o_tile % TILE_W
     b_own = (member_h >= first_h) & (member_h < members_h) & (member_w >= first_w) & (member_w < members_w)
-    return tl.minimum(member_h, members_h - 1), tl.minimum(member_w, members_w - 1), b_own
+    return member_h, member_w, b_own
+
+
+@triton.jit
+def query_window(member, members, K: tl.constexpr):
+    """First key of a query's window; beyond all keys for one that does not exist, whose bias lies outside the table."""
+    return tl.where(member < members, window_start(member, members, K), 1 << 30)
 
 
 @triton.jit

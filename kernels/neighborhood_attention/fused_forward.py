@@ -20,6 +20,7 @@ from terrazzo.kernels.neighborhood_attention.fused_common import (
     member_offset,
     output_offsets,
     product,
+    query_window,
     scores,
     store_rows,
     tile_members,
@@ -75,8 +76,8 @@ def forward_tiles(
     if (first_h < members_h) & (first_w < members_w):  # a shorter class may have a tile less
         o_m = tl.arange(0, TILE_H * TILE_W)
         query_h, query_w, b_own = tile_members(o_m, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W)
-        start_h = window_start(query_h, members_h, K_H)
-        start_w = window_start(query_w, members_w, K_W)
+        start_h = query_window(query_h, members_h, K_H)
+        start_w = query_window(query_w, members_w, K_W)
 
         o_map = map_offset(batch, class_h, class_w, head, stride_b, stride_h, stride_w, stride_n, VECTOR)
         step_h = stride_h.to(tl.int64) * dilation_h
