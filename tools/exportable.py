@@ -73,7 +73,9 @@ class RawSegmentor(nn.Module):
     def __init__(self, segmentor: nn.Module, size: tuple[int, int]):
         super().__init__()
         preprocessor = segmentor.data_preprocessor
-        self.segmentor = segmentor
+        # in a tuple it is no part of this module, whose copy of it may have other forms of some layers
+        self._original = (segmentor,)
+        self.segmentor = _fixed(segmentor)
         self.swap = not preprocessor.channel_conversion
         self.normalise = bool(getattr(preprocessor, "_enable_normalize", False))
         if self.normalise:
@@ -85,10 +87,28 @@ class RawSegmentor(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """From (B, 3, H, W), float RGB in 0..255, to logits (B, classes, H, W) and labels (B, H, W)."""
+        return self._results(self.segmentor, image)
+
+    @torch.no_grad()
+    def reference(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What mmseg's own, unchanged model makes of the same pixels; as `forward`."""
+        return self._results(self._original[0], image)
+
+    def _results(self, segmentor: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
         # The preprocessor is told to turn BGR files into RGB, or else the network wants BGR.
         image = image.flip(1) if self.swap else image
         image = (image - self.mean) / self.std if self.normalise else image
-        logits = self.segmentor.encode_decode(image, [self.meta])
+        logits = segmentor.encode_decode(image, [self.meta])
         if logits.shape[1] == 1:
-            return logits, (logits[:, 0].sigmoid() > self.segmentor.decode_head.threshold).long()
+            return logits, (logits[:, 0].sigmoid() > segmentor.decode_head.threshold).long()
         return logits, logits.argmax(dim=1)
+
+
+def _fixed(segmentor: nn.Module) -> nn.Module:
+    """The segmentor, or a form of it that can be exported where deformable attention keeps it from that."""
+    # its layers come from mmdet, which other segmentors do without
+    if not any(type(part).__name__ == "MSDeformAttnPixelDecoder" for part in segmentor.modules()):
+        return segmentor
+    from terrazzo.tools.fixed_maps import with_fixed_maps
+
+    return with_fixed_maps(segmentor)

@@ -1,5 +1,6 @@
 """`terrazzo export` of whole detectors: the file finds what mmdet finds, with standard operators only."""
 
+import copy
 import json
 
 import numpy as np
@@ -29,7 +30,59 @@ SMALL_REGIONS = {
 SMALL_BOX_HEAD = {"num_classes": 5, "in_channels": 32, "fc_out_channels": 32}
 SMALL_MASK_HEAD = {"num_classes": 5, "in_channels": 32, "conv_out_channels": 16, "num_convs": 1}
 
+SMALL_QUERIES = {
+    "model.panoptic_head.num_queries": 20,
+    "model.panoptic_head.pixel_decoder.encoder.num_layers": 1,
+    "model.panoptic_head.transformer_decoder.num_layers": 3,
+    "model.test_cfg.max_per_image": 15,
+}
+SPREAD_QUERIES = {
+    "panoptic_head.cls_embed": (0.0, 3.0),
+    "panoptic_head.pixel_decoder.mask_feature": (0.0, 1.0),
+    "panoptic_head.mask_embed.4": (0.0, 0.3),
+}
+
 CASES = {
+    "fcos_dinat-mini_fpn_1x_coco": (
+        {
+            "model.neck.out_channels": 32,
+            "model.bbox_head.in_channels": 32,
+            "model.bbox_head.feat_channels": 64,  # in 32 groups, of maps that may be of one pixel
+            "model.bbox_head.num_classes": 5,
+        },
+        {"bbox_head.conv_cls": (-3.0, 1.0), "bbox_head.conv_reg": (2.0, 1.0), "bbox_head.conv_centerness": (0.0, 1.0)},
+    ),
+    "cascade-mask-rcnn_dinat-small_fpn_3x_coco": (
+        {
+            **SMALL_REGIONS,
+            **{f"model.roi_head.bbox_head.{n}.{key}": value for n in range(3) for key, value in SMALL_BOX_HEAD.items()},
+            **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
+        },
+        {
+            "rpn_head.rpn_cls": (0.0, 1.0),
+            "rpn_head.rpn_reg": (0.0, 0.3),
+            **{f"roi_head.bbox_head.{stage}.fc_cls": (0.0, 3.0) for stage in range(3)},
+            **{f"roi_head.bbox_head.{stage}.fc_reg": (0.0, 1.0) for stage in range(3)},
+            **{f"roi_head.mask_head.{stage}.conv_logits": (0.0, 2.0) for stage in range(3)},
+        },
+    ),
+    "mask2former_dinat-large_16xb1-lsj-100e_coco": (
+        SMALL_QUERIES,
+        SPREAD_QUERIES,
+    ),
+    "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic": (
+        {**SMALL_QUERIES, "model.test_cfg.object_mask_thr": 0.1, "model.test_cfg.iou_thr": 0.1},
+        SPREAD_QUERIES,
+    ),
+    "dino-4scale_dinat-tiny_8xb2-12e_coco": (
+        {
+            "model.num_queries": 30,
+            "model.test_cfg.max_per_img": 40,
+            "model.encoder.num_layers": 1,
+            "model.decoder.num_layers": 2,
+        },
+        {"bbox_head.cls_branches.1": (-2.0, 1.0)},
+    ),
     "retinanet_dinat-mini_fpn_1x_coco": (
         {
             "model.neck.out_channels": 32,
@@ -69,7 +122,8 @@ def tiny(tmp_path):
         cfg.model.backbone = dict(type="TerrazzoBackbone", name="resnet10t", out_indices=indices)
         behind = next(cfg.model[key] for key in ("neck", "panoptic_head") if cfg.model.get(key))
         behind["in_channels"] = [(64, 128, 256, 512)[level] for level in levels]
-        detector = MODELS.build(cfg.model.copy()).eval()
+        torch.manual_seed(0)
+        detector = MODELS.build(copy.deepcopy(cfg.model)).eval()
         enliven(detector, spreads)
         cfg.merge_from_dict(options)
         config, checkpoint = tmp_path / f"{name}.py", tmp_path / "weights.pth"
@@ -81,9 +135,10 @@ def tiny(tmp_path):
 
 
 def enliven(detector, spreads):
-    """Fresh weights outside the backbone, and layers whose outputs on noise have the given mean and spread."""
-    torch.manual_seed(0)
+    """Fresh weights outside the backbone, and layers whose every output on noise has the given mean and spread."""
     for name, module in detector.named_modules():
+        if isinstance(module, torch.nn.Embedding):  # queries that differ
+            torch.nn.init.normal_(module.weight, std=10.0)
         if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)) and "backbone" not in name:
             torch.nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
@@ -91,11 +146,14 @@ def enliven(detector, spreads):
     raw = RawDetector(detector, SIZE)
     for name, (mean, spread) in spreads.items():
         layer, outputs = detector.get_submodule(name), []
-        hook = layer.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output.flatten()))
+        hook = layer.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
         raw.reference(export.noise(SIZE, 1))
         hook.remove()
-        layer.weight.data *= spread / torch.cat(outputs).std()
-        layer.bias.data.fill_(mean)
+        channel = -1 if isinstance(layer, torch.nn.Linear) else 1
+        rows = torch.cat([output.movedim(channel, -1).flatten(0, -2) for output in outputs])
+        factor = spread / (rows - rows.mean(0)).std()
+        layer.weight.data *= factor
+        layer.bias.data = mean - factor * rows.mean(0)
 
 
 def found(path, image):
@@ -120,8 +178,9 @@ def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
     assert not model.functions
     facts = {entry.key: entry.value for entry in model.metadata_props}
     names = ["boxes", "scores", "labels"] + (["masks"] if "mask" in name else [])
+    names += ["segments"] if "panoptic" in name else []
     assert facts["outputs"].split(", ") == names
-    assert len(json.loads(facts["classes"])) == 80
+    assert len(json.loads(facts["classes"])) == (133 if "panoptic" in name else 80)
     # Beside what the command compared: shapes, types and order.
     outputs = found(path, export.photo(Image.open(image), size, 1) if image else export.floor(size, 1))
     count = len(outputs["boxes"])

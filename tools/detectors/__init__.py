@@ -10,7 +10,9 @@ from torch.nn.functional import pad
 
 from terrazzo.errors import InputError
 from terrazzo.tools.detectors.dense import DenseReader
+from terrazzo.tools.detectors.queries import BoxQueryReader, MaskQueryReader
 from terrazzo.tools.detectors.regions import RegionReader
+from terrazzo.tools.fixed_maps import with_fixed_maps
 
 
 class RawDetector(nn.Module):
@@ -27,8 +29,10 @@ class RawDetector(nn.Module):
     def __init__(self, detector: nn.Module, size: tuple[int, int]):
         super().__init__()
         preprocessor = detector.data_preprocessor
-        self.detector, self.size = detector, size
-        self.reader = _reader(detector, size)
+        # in a tuple it is no part of this module, whose copy of it has other forms of some layers
+        self._original, self.size = (detector,), size
+        self.detector = with_fixed_maps(detector)
+        self.reader = _reader(self.detector, size)
         self.output_names = self.reader.output_names
         self.swap = not preprocessor._channel_conversion
         self.normalise = bool(preprocessor._enable_normalize)
@@ -54,18 +58,27 @@ class RawDetector(nn.Module):
         meta = {"img_shape": self.size, "ori_shape": self.size, "scale_factor": (1.0, 1.0)}
         pixels = image[0].flip(0)  # as a pipeline reads a file: BGR
         batch = {"inputs": [pixels], "data_samples": [DetDataSample(metainfo=meta)]}
-        found = self.detector.test_step(batch)[0].pred_instances
-        named = {"boxes": found.bboxes, "scores": found.scores, "labels": found.labels}
+        sample, named = self._original[0].test_step(batch)[0], {}
+        if "boxes" in self.output_names:
+            found = sample.pred_instances
+            named |= {"boxes": found.bboxes, "scores": found.scores, "labels": found.labels}
         if "masks" in self.output_names:
             named["masks"] = found.masks.to(torch.uint8)
+        if "segments" in self.output_names:
+            named["segments"] = sample.pred_panoptic_seg.sem_seg[0]
         return tuple(named[name] for name in self.output_names)
 
 
 def _reader(detector: nn.Module, size: tuple[int, int]) -> nn.Module:
     """What turns the detector's feature maps into detections; InputError if nothing here does."""
-    from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+    from mmdet.models.detectors import DetectionTransformer, MaskFormer, SingleStageDetector, TwoStageDetector
 
-    readers = {SingleStageDetector: DenseReader, TwoStageDetector: RegionReader}
+    readers = {
+        MaskFormer: MaskQueryReader,
+        DetectionTransformer: BoxQueryReader,
+        TwoStageDetector: RegionReader,
+        SingleStageDetector: DenseReader,
+    }
     for kind, reader in readers.items():
         if isinstance(detector, kind) and type(detector).predict is kind.predict:
             return reader(detector, size)
