@@ -109,6 +109,6 @@ def _fixed(segmentor: nn.Module) -> nn.Module:
     # its layers come from mmdet, which other segmentors do without
     if not any(type(part).__name__ == "MSDeformAttnPixelDecoder" for part in segmentor.modules()):
         return segmentor
-    from terrazzo.tools.fixed_maps import with_fixed_maps
+    from terrazzo.tools.detectors.fixed_maps import with_fixed_maps
 
     return with_fixed_maps(segmentor)

@@ -147,3 +147,23 @@ def test_checkpoint_of_other_classes(refused, tmp_path, classes):
     arguments = ("--checkpoint", tmp_path / "five.pth", "--num-classes", classes, "--out", tmp_path / "model.onnx")
     assert "shape" in refused("export", "resnet10t", *arguments)
     assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.slow
+def test_segmentor_with_deformable_attention(run, tmp_path):
+    """Mask2Former's results are compared with those of mmseg's own code."""
+    from mmengine.registry import MODELS
+
+    from terrazzo.openmmlab.config import load_config
+
+    small = {"num_queries": 20, "pixel_decoder.encoder.num_layers": 1, "transformer_decoder.num_layers": 2}
+    options = {f"model.decode_head.{key}": value for key, value in small.items()}
+    cfg = load_config("mask2former_dinat-large_8xb2-160k_ade20k-640x640", None, options)
+    cfg.model.backbone = dict(type="TerrazzoBackbone", name="resnet10t", out_indices=[1, 2, 3, 4])
+    cfg.model.decode_head.in_channels = [64, 128, 256, 512]
+    cfg.dump(tmp_path / "mask2former.py")
+    torch.save({"state_dict": MODELS.build(cfg.model).state_dict()}, tmp_path / "weights.pth")
+    arguments = ("--checkpoint", tmp_path / "weights.pth", "--size", 96, 128, "--out", tmp_path / "model.onnx")
+    result = run("export", tmp_path / "mask2former.py", *arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("passed") == 4

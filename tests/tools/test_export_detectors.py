@@ -109,6 +109,13 @@ CASES = {
 }
 """By config: what makes it small, and the mean and the spread of the outputs of layers that decide what is found."""
 
+SLOW = (
+    "fcos_dinat-mini_fpn_1x_coco",
+    "cascade-mask-rcnn_dinat-small_fpn_3x_coco",
+    "mask2former_dinat-large_16xb1-lsj-100e_coco",
+)
+"""What shares most of its code with the others."""
+
 
 @pytest.fixture
 def tiny(tmp_path):
@@ -162,7 +169,7 @@ def found(path, image):
     return dict(zip([output.name for output in session.get_outputs()], session.run(None, {"image": image.numpy()})))
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
     config, checkpoint = tiny(name)
     path = tmp_path / "detector.onnx"

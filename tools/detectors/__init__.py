@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+import terrazzo.openmmlab  # noqa: F401  makes mmcv.ops ready before mmdet looks for it
 from terrazzo.errors import InputError
 from terrazzo.tools.detectors.dense import DenseReader
+from terrazzo.tools.detectors.fixed_maps import with_fixed_maps
 from terrazzo.tools.detectors.queries import BoxQueryReader, MaskQueryReader
 from terrazzo.tools.detectors.regions import RegionReader
-from terrazzo.tools.fixed_maps import with_fixed_maps
 
 
 class RawDetector(nn.Module):

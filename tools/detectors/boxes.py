@@ -65,7 +65,7 @@ def check_nms(settings: dict) -> None:
 def kept(boxes: Tensor, scores: Tensor, groups: Tensor, settings: dict) -> Tensor:
     """Non-maximum suppression within groups, as mmcv's `batched_nms`: groups are moved apart, then seen at once.
 
-    Above `split_thr` boxes mmcv goes group by group, which finds the same boxes in the same order.
+    Above `split_thr` boxes mmcv goes group by group, which finds the same boxes, in another order only in ties.
 
     Args:
         boxes: N x 4; N may be 0.
