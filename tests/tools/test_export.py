@@ -50,11 +50,12 @@ def test_dinat_classifier(run, tmp_path):
     assert {node.domain for node in onnx.load(path).graph.node} == {""}
 
 
+@pytest.mark.parametrize("name", ["resnet10t", pytest.param("dinat_mini", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("form", "names"), [("openvino", ["m.bin", "m.xml"]), ("pt2", ["m.pt2"])])
-def test_other_formats(run, tmp_path, form, names):
+def test_other_formats(run, tmp_path, form, names, name):
     path = tmp_path / f"m.{'xml' if form == 'openvino' else form}"
     arguments = ("--format", form, "--size", 64, 96, "--dynamic-batch", "--num-classes", 7)
-    result = run("export", "dinat_mini", *arguments, "--out", path)
+    result = run("export", name, *arguments, "--out", path)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("passed") == 3
     assert sorted(file.name for file in tmp_path.iterdir()) == names
@@ -69,7 +70,7 @@ def test_failed_weights_lie_beside_the_failed_file(run, tmp_path, monkeypatch):
 
 def test_tensorrt_without_a_gpu(run, tmp_path):
     path = tmp_path / "m.onnx"
-    result = run("export", "dinat_mini", "--format", "tensorrt", "--size", 64, 64, "--out", path)
+    result = run("export", "resnet10t", "--format", "tensorrt", "--size", 64, 64, "--out", path)
     assert result.exit_code == 0, result.output
     assert "no engine was built" in result.stdout
     assert "trtexec --onnx=m.onnx" in result.stdout
