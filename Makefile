@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCHMARKS := neighborhood_attention dinat
 
 .PHONY: help demo test test-all check bench cards clean
 
@@ -11,7 +12,8 @@ help:
 	@echo "make test      set up, then run the tests (under 20 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     ruff: lint and format"
-	@echo "make bench     speed of the operators here, as ratios to named peers"
+	@echo "make bench     speed here, as ratios to named peers; on a GPU first the kernels' tests, then model_cards/results/*_gpu.csv"
+	@echo "               (make bench OPTIONS=--quick for fewer shapes)"
 	@echo "make cards     regenerate the tables of README.md and model_cards/"
 
 $(STAMP): pyproject.toml
@@ -34,8 +36,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# On a GPU every Triton kernel is held against the reference before anything is timed, and the rows are kept.
 bench: $(STAMP)
-	$(BIN)/terrazzo bench neighborhood_attention
+	@set -e; suffix=; \
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m pytest tests/kernels/test_neighborhood_attention_gpu.py; suffix=_gpu.csv; \
+	fi; \
+	for name in $(BENCHMARKS); do \
+		$(BIN)/python -m terrazzo bench $$name $${suffix:+--out model_cards/results/$$name$$suffix} $(OPTIONS); \
+	done
 
 cards: $(STAMP)
 	$(BIN)/terrazzo cards

@@ -1,6 +1,7 @@
-"""What the tests of Triton kernels run in a process of its own, where TRITON_INTERPRET=1 was set before triton came.
+"""What the tests of Triton kernels run: in Triton's interpreter, and on a GPU where there is one.
 
-Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+The interpreter wants a process of its own, where TRITON_INTERPRET=1 was set before triton came. So functions take and
+return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
 """
 
 import contextlib
@@ -22,37 +23,41 @@ def _pair(value):
 def _guarded(x):
     """The same numbers amid NaN, so that what is read beside a tensor shows."""
     margin = 4096
-    storage = torch.full((x.numel() + 2 * margin,), math.nan, dtype=x.dtype)
+    storage = torch.full((x.numel() + 2 * margin,), math.nan, dtype=x.dtype, device=x.device)
     return storage.as_strided(x.shape, x.stride(), margin).copy_(x)
 
 
-def _inputs(size, kernel, heads, dim, batch, dtype, bias, layout):
+def _inputs(size, kernel, heads, dim, batch, dtype, bias, layout, device="cpu"):
     """Query, key, value and bias; layout: "packed" views of one tensor, "plain", or "turned" ones with odd strides."""
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn((batch, *size, 3, heads, dim), dtype=torch.float64, generator=generator).to(dtype)
+    qkv = torch.randn((batch, *size, 3, heads, dim), dtype=torch.float64, generator=generator).to(device, dtype)
     qkv = list(_guarded(qkv).unbind(-3))
     if layout == "plain":
         qkv = [_guarded(x.contiguous()) for x in qkv]
     if layout == "turned":  # no two of one stride, none with its last axis contiguous
         qkv = [x.transpose(i, -1).contiguous().transpose(i, -1) for i, x in enumerate(qkv, 1 if len(size) > 1 else 0)]
-    table = torch.randn(heads, *(2 * k - 1 for k in kernel), dtype=torch.float64, generator=generator).to(dtype)
+    table = torch.randn(heads, *(2 * k - 1 for k in kernel), dtype=torch.float64, generator=generator).to(device, dtype)
     return [x.detach().requires_grad_() for x in (*qkv, *([_guarded(table)] if bias else []))]
+
+
+def _grad(out):
+    return torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
 
 
 def _run(arguments, kernel, dilation, backend):
     rpb = arguments[3] if len(arguments) > 3 else None
     out = neighborhood_attention(*arguments[:3], kernel, dilation, rpb, backend=backend)
-    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    return [out, *torch.autograd.grad(out, arguments, grad)]
+    return [out, *torch.autograd.grad(out, arguments, _grad(out))]
 
 
 @contextlib.contextmanager
-def _poisoned():
+def _poisoned(device="cpu"):
     """Fresh memory is full of NaN, so what is read without having been written shows."""
-    torch.use_deterministic_algorithms(True)
+    # Only a warning of what is not deterministic: on a GPU that may be the portable form's products.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        assert torch.empty(3).isnan().all(), "memory is not poisoned: the test would prove nothing"
+        assert torch.empty(3, device=device).isnan().all(), "memory is not poisoned: the test would prove nothing"
         yield
     finally:
         torch.use_deterministic_algorithms(False)
@@ -90,26 +95,29 @@ def errors(
     layout="packed",
     half_blocks=False,
     programs=None,
+    device="cpu",
+    judge="reference",
 ):
     """Root mean square errors against the float64 reference: {name: (of the fused form, largest allowed)}.
 
     Two-sided: at most twice the error of plain PyTorch in the same dtype, or in float32 three units in the last place
     of the result's root mean square, which the one number per row that is kept for the backward pass costs.
 
-    half_blocks: cut as half precision is; programs: at most so many with partial sums of the bias' gradient.
+    half_blocks: cut as half precision is; programs: at most so many with partial sums of the bias' gradient; judge: the
+    form that says what is right, for maps whose gathered windows fit no memory.
     """
     fused = importlib.import_module(f"{FOLDER}.fused")
     kernel = _pair(kernel) if len(size) == 2 else (kernel,)
-    arguments = _inputs(size, kernel, heads, dim, batch, getattr(torch, dtype), bias, layout)
-    exact = _run([x.detach().double().requires_grad_() for x in arguments], kernel, dilation, "reference")
-    plain = _run(arguments, kernel, dilation, "reference")
+    arguments = _inputs(size, kernel, heads, dim, batch, getattr(torch, dtype), bias, layout, device)
+    exact = _run([x.detach().double().requires_grad_() for x in arguments], kernel, dilation, judge)
+    plain = _run(arguments, kernel, dilation, judge)
     changes = {}
     if half_blocks:
         blocks = fused.blocks
         changes["fused.blocks"] = lambda name, window, head_dim, itemsize, amd: blocks(name, window, head_dim, 2, amd)
     if programs is not None:
         changes["fused._PROGRAMS"] = programs
-    with _replaced(changes), _poisoned():
+    with _replaced(changes), _poisoned(device):
         found = _run(arguments, kernel, dilation, "fused")
     limits = {}
     for name, f, p, e in zip(NAMES, found, plain, exact):
@@ -146,33 +154,33 @@ def mutated(helper, size, kernel, dilation):
     return max(math.inf if math.isnan(x) else x for x in differences)
 
 
-def repeats(size, kernel, dilation):
+def repeats(size, kernel, dilation, heads=1, dim=8, dtype="float32", device="cpu"):
     """Whether two runs give the same bits."""
-    arguments = _inputs(size, (kernel, kernel), 1, 8, 1, torch.float32, True, "packed")
+    arguments = _inputs(size, (kernel, kernel), heads, dim, 1, getattr(torch, dtype), True, "packed", device)
     first, second = (_run(arguments, kernel, dilation, "fused") for _ in range(2))
     return all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def large_scores(magnitude):
-    arguments = _inputs((12, 12), (7, 7), 1, 8, 1, torch.float32, True, "packed")
+def large_scores(magnitude, device="cpu"):
+    arguments = _inputs((12, 12), (7, 7), 1, 8, 1, torch.float32, True, "packed", device)
     arguments = [x.detach().mul(magnitude).requires_grad_() for x in arguments]
     return all(x.isfinite().all().item() for x in _run(arguments, 7, 1, "fused"))
 
 
-def far_apart():
+def far_apart(device="cpu"):
     """Error for maps whose images lie 2^31 elements apart: addresses need 64 bits."""
-    storage = torch.empty(2**31 + 3 * 81 * 8, dtype=torch.float16)
+    storage = torch.empty(2**31 + 3 * 81 * 8, dtype=torch.float16, device=device)
     qkv = [storage.as_strided((2, 9, 9, 1, 8), (2**31, 216, 24, 8, 1), 8 * i) for i in range(3)]
     near = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).half() for i, x in enumerate(qkv)]
     for x, values in zip(qkv, near):
         x.copy_(values)
     out = neighborhood_attention(*qkv, 7, backend="fused")
     wanted = neighborhood_attention(*(x.double() for x in near), 7, backend="reference")
-    return (out - wanted).abs().max().item()
+    return (out.cpu() - wanted).abs().max().item()
 
 
-def opcheck(size, kernel, dilation, bias):
-    arguments = _inputs(size, kernel, 1, 8, 1, torch.float32, bias, "packed")
+def opcheck(size, kernel, dilation, bias, device="cpu"):
+    arguments = _inputs(size, kernel, 1, 8, 1, torch.float32, bias, "packed", device)
     rpb = arguments[3] if bias else None
     torch.library.opcheck(
         torch.ops.terrazzo.neighborhood_attention.default, (*arguments[:3], rpb, kernel, dilation, 0.5, "fused")
@@ -187,32 +195,33 @@ def compiled(dynamic):
         arguments = _inputs(size, (7, 7), 1, 8, 1, torch.float32, True, "packed")
         wanted = _run(arguments, 7, 1, "fused")
         out = function(*arguments[:3], 7, 1, arguments[3], backend="fused")
-        grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).float()
-        found = [out, *torch.autograd.grad(out, arguments, grad)]
+        found = [out, *torch.autograd.grad(out, arguments, _grad(out))]
         worst = max(worst, *((a - b).abs().max().item() for a, b in zip(found, wanted)))
     return worst
 
 
-def model(compile_it):
+def model(compile_it, device="cpu", compiler="aot_eager"):
     """Largest relative difference of a small DiNAT, fused against portable: outputs and the gradient of each weight."""
     from terrazzo.backbones.dinat import NAT
 
     torch.manual_seed(0)
     net = NAT(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), kernel_size=3, dilations=[[2], [1], [1], [1]])
-    image = torch.randn(1, 3, 44, 37)
+    net, image = net.to(device), torch.randn(1, 3, 44, 37).to(device)
     results = []
     for backend in ("portable", "fused"):
         with use_backend(backend):
-            run = torch.compile(net, fullgraph=True, backend="aot_eager") if compile_it else net
+            # Only the fused form: Dynamo would find the graph of the other, for it does not guard the choice.
+            compile_now = compile_it and backend == "fused"
+            run = torch.compile(net, fullgraph=True, backend=compiler) if compile_now else net
             out = run(image)
             results.append([out, *torch.autograd.grad(out.square().sum(), list(net.parameters()), allow_unused=True)])
     pairs = [(a, b) for a, b in zip(*results) if a is not None]
     return max(((a - b).norm() / a.norm().clamp(min=1e-6)).item() for a, b in pairs)
 
 
-def mixed_autocast():
+def mixed_autocast(device="cpu"):
     """dtypes of the output and of the bias' gradient with half inputs and a float32 bias, as under autocast."""
-    arguments = _inputs((9, 9), (7, 7), 1, 8, 1, torch.bfloat16, True, "packed")
+    arguments = _inputs((9, 9), (7, 7), 1, 8, 1, torch.bfloat16, True, "packed", device)
     arguments[3] = arguments[3].detach().float().requires_grad_()
     results = _run(arguments, 7, 1, "fused")
     return str(results[0].dtype), str(results[4].dtype)

@@ -1,100 +1,101 @@
-"""The portable form of neighborhood attention against gathering the windows and against dense masked attention."""
+"""Neighborhood attention against what else computes it, forward and with backward.
 
-import importlib
+On a CPU the portable form meets gathering and dense attention with a mask; on a GPU the fused form meets
+FlexAttention, NATTEN, dense attention and the portable form (bench_neighborhood_attention_gpu.py).
+"""
 
-import click
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 
-from terrazzo.kernels import neighborhood_attention
+from terrazzo.tools import bench_neighborhood_attention_gpu as gpu
+from terrazzo.tools import neighborhood_peers as peers
 from terrazzo.tools import results
+from terrazzo.tools.neighborhood_cases import DENSE_TOKENS, NAME, Case, attend, expected, fault, gradients
+from terrazzo.tools.timing import FORWARD, TRAINING, Function, Plan, attempt, interleaved, kernel_timer
+from terrazzo.tools.verdicts import verdict
 
-reference = importlib.import_module("terrazzo.kernels.neighborhood_attention.reference")
-
-# heads, side, dilation: the maps of DiNAT-Tiny at 224 and of a segmentor at 512; kernel 7, head dimension 32, batch 1.
+# heads, side, dilation: the maps of DiNAT-Tiny at 224 and of a segmentor at 512, batch 1.
 SHAPES = [(2, 56, 1), (2, 56, 8), (4, 28, 1), (8, 14, 1), (2, 128, 1), (2, 128, 16), (4, 64, 1)]
-KERNEL, DIM = 7, 32
-# Dense attention needs a table of tokens squared per head; past this it is left out, and the table says so.
-DENSE_TOKENS = 64 * 64
+_QUICK = 4
 
 
-def _dense(query, key, value, rpb, dilation):
-    """What a user without the operator would write: one dense attention with a masked bias, made each time."""
-    batch, height, width, heads, dim = query.shape
-    (rows, row_offsets), (columns, column_offsets) = (
-        reference.axis_neighbors(side, KERNEL, dilation) for side in (height, width)
-    )
-    flat = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)
-    offset = (
-        (row_offsets[:, None, :, None] * (2 * KERNEL - 1) + column_offsets[None, :, None, :]).flatten(2).flatten(0, 1)
-    )
-    mask = query.new_full((heads, height * width, height * width), float("-inf"))
-    mask = mask.scatter(2, flat.expand(heads, -1, -1), rpb.flatten(1)[:, offset])
-    query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
-    return (
-        F.scaled_dot_product_attention(query, key, value, mask)
-        .transpose(1, 2)
-        .reshape(batch, height, width, heads, dim)
-    )
+def _on_gpu(plan: Plan) -> bool:
+    return plan.device.type == "cuda"
 
 
-def _peers(heads: int, side: int, dilation: int):
-    """The forms by name: forward alone, and forward and backward."""
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, side, side, heads, DIM, requires_grad=True) for _ in range(3))
-    rpb = torch.randn(heads, 2 * KERNEL - 1, 2 * KERNEL - 1, requires_grad=True)
+def cases(name: str, plan: Plan) -> list[Case]:
+    """What is measured on the plan's device."""
+    if _on_gpu(plan):
+        return gpu.cases(plan.quick)
+    shapes = SHAPES[:_QUICK] if plan.quick else SHAPES
+    return [Case(1, (side, side), heads, dilation=(dilation, dilation)) for heads, side, dilation in shapes]
+
+
+def _forms(case: Case, inputs: list[torch.Tensor], training: bool, plan: Plan) -> dict[str, Function]:
+    """The forms on a CPU, by name: each computes the output of these inputs."""
+    query, key, value, rpb = inputs
+
+    def dense() -> torch.Tensor:
+        """What a user without the operator would write, its mask made each time."""
+        return peers.dense(query, key, value, peers.dense_mask(rpb, case.window, query.dtype))
+
     forms = {
-        "portable": lambda: neighborhood_attention(query, key, value, KERNEL, dilation, rpb, backend="portable"),
-        "gather": lambda: neighborhood_attention(query, key, value, KERNEL, dilation, rpb, backend="reference"),
+        "portable": partial(attend, case, "portable", *inputs),
+        "gather": partial(attend, case, "reference", *inputs),
     }
-    if side * side <= DENSE_TOKENS:
-        forms["dense"] = lambda: _dense(query, key, value, rpb, dilation)
-    grad = torch.randn(1, side, side, heads, DIM)
-    inputs = (query, key, value, rpb)
-    return forms, {name: lambda form=form: torch.autograd.grad(form(), inputs, grad) for name, form in forms.items()}
+    if case.window.tokens <= DENSE_TOKENS:
+        forms["dense"] = dense
+    return forms
 
 
-def run(seconds: float) -> list[results.Row]:
-    """Time every form on every shape, forward alone and with backward."""
-    rows = []
-    about = (results.device_name(), results.versions(), results.commit())
-    with click.progressbar(SHAPES, label="neighborhood_attention", item_show_func=str) as shapes:
-        for heads, side, dilation in shapes:
-            forward_forms, both_forms = _peers(heads, side, dilation)
-            with torch.no_grad():
-                forward = results.interleaved(forward_forms, seconds)
-            both = results.interleaved(both_forms, seconds)
-            for metric, times in (("forward", forward), ("forward+backward", both)):
-                rows += [
-                    results.Row(
-                        "neighborhood_attention",
-                        f"kernel {KERNEL} dilation {dilation}",
-                        f"1x{side}x{side}x{heads}x{DIM}",
-                        "float32",
-                        name,
-                        metric,
-                        "ms",
-                        *(1e3 * t for t in times[name]),
-                        *about,
-                    )
-                    for name in times
-                ]
-    return rows
+def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
+    """Check and time every form on a case.
+
+    Returns:
+        The rows, and of each form that has none the reason.
+    """
+    forms_of, about = _forms, results.about(plan.device)
+    rows, reasons = [], {}
+
+    def row(backend: str, metric: str, unit: str, quantiles) -> results.Row:
+        return results.Row(NAME, case.variant, case.shape, case.dtype_name, backend, metric, unit, *quantiles, *about)
+
+    if _on_gpu(plan):
+        forms_of, about = gpu.forms, results.about(plan.device, "triton", "natten")
+        rows.append(gpu.bandwidth(row, plan.device))
+    inputs = case.inputs(plan.device)
+    grad = torch.randn(inputs[0].shape, device=plan.device).to(case.dtype)
+    timer = kernel_timer(plan.device)
+    for metric in plan.passes or (FORWARD, TRAINING):
+        training = metric == TRAINING
+        # FlexAttention has no forward pass on a CPU of what might want gradients.
+        given = inputs if training else [x.detach() for x in inputs]
+        forms = forms_of(case, given, training, plan)
+        if training:
+            forms = {name: partial(gradients, form, inputs, grad) for name, form in forms.items()}
+        wanted = expected(case, inputs, grad, training)
+        with torch.set_grad_enabled(training):
+            forms, wanting = attempt(forms, partial(fault, case, wanted))
+            times = interleaved(forms, plan.seconds, timer)
+        rows += [row(name, metric, "ms", (1e3 * t for t in times[name])) for name in times]
+        reasons |= {f"{name}, {metric}": reason for name, reason in wanting.items()}
+    return rows, reasons
 
 
 def table(rows: list[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and lines: the portable form's time, and how many times as long its peers take."""
+    """Head and lines: our time, and how many times as long others take; on a GPU also against the memory floor."""
+    if gpu.is_gpu(rows):
+        return gpu.table(rows)
     lines = []
     times = {(row.shape, row.variant, row.metric, row.backend): row.p50 for row in rows}
     for shape, variant, metric in dict.fromkeys(key[:3] for key in times):
-        ours = times[shape, variant, metric, "portable"]
-        ratios = (times.get((shape, variant, metric, peer)) for peer in ("gather", "dense"))
-        lines.append(
-            (
-                f"{shape}, {variant}",
-                metric,
-                f"{ours:.2f}",
-                *("not run" if r is None else f"{r / ours:.1f} x" for r in ratios),
-            )
-        )
+        ours = times.get((shape, variant, metric, "portable"))
+        ratios = (results.ratio(times.get((shape, variant, metric, peer)), ours) for peer in ("gather", "dense"))
+        lines.append((f"{shape}, {variant}", metric, results.milliseconds(ours), *ratios))
     return ("B x H x W x heads x dim", "pass", "portable, ms", "gather takes", "dense takes"), lines
+
+
+def verdicts(rows: list[results.Row], device: str) -> list[str]:
+    """What is promised, and whether it is kept: of a GPU only."""
+    return [verdict(*found) for found in gpu.promises(rows)] if gpu.is_gpu(rows) else []

@@ -3,7 +3,6 @@
 A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; what is between them is replaced.
 """
 
-import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -77,12 +76,20 @@ def _variants(family: str) -> str:
     return _markdown(("model", "params, M", "MACs, G", "at", "published top-1, %", "weights' licence"), lines)
 
 
-def _bench(operator: str) -> str:
-    """An operator's speed, from its result file, with the machine it was measured on."""
-    from terrazzo.tools.bench import BENCHMARKS
+def _bench(name: str) -> str:
+    """The speed of an operator or a family, from its result file, with the machine it was measured on.
 
-    rows = results.read(results.FOLDER / f"{operator}_cpu.csv")
-    head, lines = importlib.import_module(BENCHMARKS[operator]).table(rows)
+    `name` means the rows of a CPU; with `_gpu` behind it those of a GPU.
+    """
+    from terrazzo.tools.bench import BENCHMARKS, module_of
+
+    bare, device = (name, "cpu") if name in BENCHMARKS else (name.removesuffix("_gpu"), "cuda")
+    module = module_of(bare)
+    path = results.FOLDER / f"{bare}_{'gpu' if device == 'cuda' else 'cpu'}.csv"
+    rows = results.read(path) if path.exists() else []
+    if not rows:
+        raise InputError(f"{path} has no rows; run `terrazzo bench {bare} --device {device} --out {path}`")
+    head, lines = module.table(rows)
     return _markdown(head, lines) + f"\nMeasured on {rows[0].device}, {rows[0].versions}, medians.\n"
 
 

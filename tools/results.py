@@ -1,13 +1,13 @@
 """Measured numbers as rows of CSV files, in the long form that every table is made from."""
 
+import contextlib
 import csv
+import importlib.metadata
 import platform
-import statistics
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
@@ -68,10 +68,10 @@ def _text(value: str | float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.5g}"
 
 
-def device_name() -> str:
-    """This machine's processor, or its GPU, with the threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_name(device: torch.device | None = None) -> str:
+    """A GPU's name, or the processor's with the threads in use; by default the GPU's where there is one."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -81,32 +81,34 @@ def device_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def versions() -> str:
-    return f"torch {torch.__version__}"
+def versions(*packages: str) -> str:
+    """torch's version, and those of whichever of these packages are installed."""
+    said = [f"torch {torch.__version__}"]
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            said.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(said)
+
+
+def about(device: torch.device, *packages: str) -> tuple[str, str, str]:
+    """The last columns of a row measured now: device, versions, commit."""
+    return device_name(device), versions(*packages), commit()
 
 
 def commit() -> str:
     """The commit of this checkout, or nothing outside of one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def interleaved(
-    functions: dict[str, Callable[[], object]], seconds: float = 1.0
-) -> dict[str, tuple[float, float, float]]:
-    """Time functions in turns, so that a noisy machine disturbs all alike.
+def milliseconds(time: float | None, digits: int = 2) -> str:
+    """A cell of a table."""
+    return "not run" if time is None else f"{time:.{digits}f}"
 
-    Returns:
-        Per name p20, p50 and p80 in seconds, of at least 5 turns.
-    """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    end = perf_counter() + seconds * len(functions)
-    while perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, function in functions.items():
-            start = perf_counter()
-            function()
-            times[name].append(perf_counter() - start)
-    cuts = {name: statistics.quantiles(values, n=5) for name, values in times.items()}
-    return {name: (cut[0], statistics.median(times[name]), cut[3]) for name, cut in cuts.items()}
+
+def ratio(time: float | None, ours: float | None) -> str:
+    """A cell of a table: how many times as long as ours something takes."""
+    return "not run" if time is None or ours is None else f"{time / ours:.1f} x"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from neighborhood_shapes import LARGE, QUICK
 
 fused = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused")
 triton = pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
@@ -22,35 +23,7 @@ def check(errors):
         assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
 
 
-# Size, kernel, dilation. Tiles are 4 x 8, 8 x 8, 8 x 4 or 16 x 4.
-SHAPES = [
-    ((7, 7), 7, 1),  # map = kernel: one class, dense
-    ((14, 7), 7, (2, 1)),  # map = kernel x dilation: grid attention
-    ((6, 9), 3, (2, 3)),
-    ((8, 7), 7, 1),
-    ((7, 8), 7, 1),
-    ((9, 9), 7, 1),
-    ((14, 15), 7, 2),  # kernel x dilation and one more: classes of two lengths
-    ((17, 15), 7, 1),  # twice the tile, one more and one less
-    ((16, 17), 5, 1),
-    ((15, 16), 2, 1),
-    ((17, 19), (9, 7), (1, 2)),  # the awkward ones of the NATTEN tests
-    ((15, 20), (5, 15), (3, 1)),
-    ((11, 14), (6, 4), (1, 3)),  # even kernels
-    ((17, 14), (4, 3), (4, 4)),  # dilation leaves 1, 2 or dilation - 1 of an axis
-    ((15, 19), 3, (4, 5)),
-    ((13, 12), 11, 1),  # tiles of 4 columns
-    pytest.param((19, 29), 8, (2, 3), marks=SLOW),
-    pytest.param((23, 25), 7, 1, marks=SLOW),
-    pytest.param((31, 33), 7, 1, marks=SLOW),
-    pytest.param((29, 31), 7, (4, 2), marks=SLOW),
-    pytest.param((31, 29), 7, (4, 3), marks=SLOW),
-    pytest.param((28, 46), (11, 13), 1, marks=SLOW),
-    pytest.param((84, 19), (7, 3), (5, 1), marks=SLOW),
-    pytest.param((33, 20), 6, (5, 3), marks=SLOW),
-    pytest.param((56, 56), 7, (2, 4), marks=SLOW),
-    pytest.param((64, 30), (21, 29), (3, 1), marks=SLOW),
-]
+SHAPES = [*QUICK, *(pytest.param(*shape, marks=SLOW) for shape in LARGE)]
 
 
 class TestInterpreted:

@@ -1,0 +1,66 @@
+"""Which backbones are measured end to end, against whom, and on what: one entry per family."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch of images."""
+
+    height: int
+    width: int
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is promised of a family's forward pass against one peer.
+
+    Attributes:
+        device: type of the device, "cpu" or "cuda".
+        peer: one of the family's peers.
+        bound: of the ratio of times, ours to the peer's, from above; or with `throughput` of images per second, ours to
+            the peer's, from below.
+    """
+
+    device: str
+    peer: str
+    bound: float
+    throughput: bool = False
+
+
+_CPU = (Images(224, 224), Images(512, 512))
+_GPU = (Images(224, 224, 128), Images(512, 512, 16), Images(800, 1344, 2), Images(1024, 2048))
+_SWIN, _CONVNEXT = "swin_tiny_patch4_window7_224", "convnext_tiny"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model of a family, models of timm of its size, and the images they see.
+
+    Attributes:
+        model: ours.
+        peers: names that timm knows.
+        cpu: images on a CPU; the first of them for a quick look.
+        gpu: images on a GPU; the first two of them for a quick look.
+        targets: what is promised.
+    """
+
+    model: str
+    peers: tuple[str, ...]
+    cpu: tuple[Images, ...] = _CPU
+    gpu: tuple[Images, ...] = _GPU
+    targets: tuple[Target, ...] = ()
+
+
+FAMILIES = {
+    "dinat": Family(
+        "dinat_tiny",
+        (_SWIN, _CONVNEXT),
+        targets=(
+            Target("cpu", _SWIN, 0.6),
+            Target("cpu", _CONVNEXT, 1.2),
+            Target("cuda", _SWIN, 1.15, throughput=True),
+        ),
+    ),
+}
