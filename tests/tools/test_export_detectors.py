@@ -150,6 +150,8 @@ def enliven(detector, spreads):
             torch.nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
+    if hasattr(detector, "level_embed"):  # DINO's, which is not initialised when built
+        torch.nn.init.normal_(detector.level_embed)
     raw = RawDetector(detector, SIZE)
     for name, (mean, spread) in spreads.items():
         layer, outputs = detector.get_submodule(name), []
