@@ -7,6 +7,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from terrazzo.errors import InputError
 from terrazzo.tools.checked_export import Report, Task, checked_export, not_exportable, open_batch
 from terrazzo.tools.divergence import first_divergence
 
@@ -33,7 +34,11 @@ class OnnxForm:
     def load(self, path: Path, task: Task | None = None) -> Callable[..., Sequence[Tensor]]:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"PyTorch's exporter wrote a graph that ONNX Runtime does not load: {reason}") from error
         names = [value.name for value in session.get_inputs()]
 
         def run(*arguments: Tensor) -> list[Tensor]:

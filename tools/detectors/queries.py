@@ -1,11 +1,11 @@
-"""Detections of models with queries: Mask2Former (instances and panoptic segments), DINO and Deformable DETR."""
+"""Detections of models with queries: Mask2Former (instances and panoptic segments) and DINO."""
 
 import math
 
 import torch
 from mmdet.evaluation import INSTANCE_OFFSET
 from mmdet.models.dense_heads import DETRHead, Mask2FormerHead
-from mmdet.models.detectors import DINO, DeformableDETR
+from mmdet.models.detectors import DINO
 from mmdet.models.seg_heads.panoptic_fusion_heads import MaskFormerFusionHead
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
@@ -97,7 +97,7 @@ class BoxQueryReader(nn.Module):
     """Reads detections from feature maps with an encoder and a decoder of box queries.
 
     Args:
-        detector: an mmdet DINO or Deformable DETR.
+        detector: an mmdet DINO.
         size: H, W of the image.
 
     Raises:
@@ -110,10 +110,10 @@ class BoxQueryReader(nn.Module):
         super().__init__()
         head = detector.bbox_head
         own = type(head)._predict_by_feat_single is not DETRHead._predict_by_feat_single
-        if type(detector) not in (DINO, DeformableDETR) or own or not head.loss_cls.use_sigmoid:
+        if type(detector) is not DINO or own or not head.loss_cls.use_sigmoid:
             raise InputError(
                 f"a {type(detector).__name__} with {type(head).__name__} cannot be exported; of the detectors with box "
-                "queries, DINO and DeformableDETR can"
+                "queries, DINO can"
             )
         divisor = detector.data_preprocessor.pad_size_divisor
         if any(side % divisor for side in size):
