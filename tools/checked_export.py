@@ -2,18 +2,22 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from terrazzo._files import written_whole
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, TerrazzoError
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.parity import LABEL_LIMIT, RELATIVE_LIMIT, Parity, compare
+
+# Rows and columns that are added to an example to try an open size.
+LARGER = (32, 64)
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Task:
         module: in evaluation mode; gives a tensor, or a list or tuple of tensors.
         arguments: the tensors to trace with; their first dimension is the batch.
         input_names, output_names: names in the file.
-        dynamic_batch: whether the batch size stays open.
+        dynamic: which of "batch" and "hw" (height and width) stay open.
         metadata: texts to store in the file, where the format has a place for them.
     """
 
@@ -32,7 +36,7 @@ class Task:
     arguments: tuple[Tensor, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    dynamic_batch: bool
+    dynamic: frozenset[str]
     metadata: Mapping[str, str]
 
 
@@ -61,12 +65,14 @@ class Report:
 
     Attributes:
         path: the file that was written; it ends in `.failed` when the check failed.
+        volume: bytes of it and of what lies beside it.
         parities: one for each output and input.
         version: of the format, such as "opset 20".
         divergence: where a file that failed goes astray, or None.
     """
 
     path: Path
+    volume: int
     parities: tuple[Parity, ...]
     version: str
     divergence: str | None = None
@@ -98,7 +104,7 @@ def checked_export(
     reference: Callable[..., Tensor | Sequence[Tensor]] | None = None,
     input_names: Sequence[str] = ("image",),
     output_names: Sequence[str] | None = None,
-    dynamic_batch: bool = False,
+    dynamic: Collection[str] = (),
     metadata: Mapping[str, str] | None = None,
     relative_limit: float = RELATIVE_LIMIT,
     label_limit: float = LABEL_LIMIT,
@@ -114,7 +120,8 @@ def checked_export(
         reference: gives the results to compare with, from the same inputs; None for the module itself.
         input_names: names of the inputs in the file.
         output_names: names of the outputs in the file; None for output_0, output_1, ...
-        dynamic_batch: leave the batch size open; a batch one larger than the example's is compared too.
+        dynamic: which of "batch" and "hw" (height and width) to leave open; a batch one larger than the example's, or
+            images `LARGER` pixels higher and wider, are compared too.
         metadata: texts to store in the file.
         relative_limit: largest max |difference| / max |reference| of outputs of real numbers.
         label_limit: largest share of differing elements of integer outputs.
@@ -131,15 +138,17 @@ def checked_export(
     arguments = as_tuple(example)
     module = module.eval()
     inputs = {"example": arguments, **{name: as_tuple(value) for name, value in (checks or {}).items()}}
-    if dynamic_batch:
+    if "batch" in dynamic:
         inputs["larger batch"] = tuple(torch.cat([value, value[:1].flip(-1)]) for value in arguments)
+    if "hw" in dynamic:
+        inputs["larger image"] = tuple(pad(value, (0, LARGER[1], 0, LARGER[0]), "replicate") for value in arguments)
     with torch.no_grad():
         references = {name: as_tuple((reference or module)(*value)) for name, value in inputs.items()}
     count = len(references["example"])
     names = tuple(output_names or (f"output_{index}" for index in range(count)))
     if len(names) != count:
         raise InputError(f"the module has {count} outputs, but {len(names)} names are given: {', '.join(names)}")
-    task = Task(module, arguments, tuple(input_names), names, dynamic_batch, metadata or {})
+    task = Task(module, arguments, tuple(input_names), names, frozenset(dynamic), metadata or {})
     divergence = None
     with tempfile.TemporaryDirectory(prefix="terrazzo-export-") as folder:
         file = Path(folder) / path.with_suffix(form.suffixes[0]).name
@@ -153,8 +162,9 @@ def checked_export(
         if not all(parity.passed for parity in parities):
             divergence = form.divergence(task, relative_limit)
             path = path.with_name(f"{path.name}.failed")
+        volume = sum(file.with_suffix(suffix).stat().st_size for suffix in form.suffixes)
         _publish(file, form.suffixes, path)
-    return Report(path, parities, version, divergence)
+    return Report(path, volume, parities, version, divergence)
 
 
 def _publish(file: Path, suffixes: tuple[str, ...], path: Path) -> None:
@@ -172,19 +182,25 @@ def as_tuple(value: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
-def open_batch(arguments: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[dict[int, torch.export.Dim], ...]]:
-    """Arguments to trace an open batch with, and the shapes to tell `torch.export`.
-
-    It takes a size of 1 for a constant, so it must see another one.
-    """
-    shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in arguments)
-    if arguments[0].shape[0] == 1:
-        arguments = tuple(torch.cat([x, x]) for x in arguments)
-    return arguments, shapes
+def opened(task: Task) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...] | None]:
+    """Arguments to trace a task with, and the shapes to tell `torch.export`: None where all are fixed."""
+    arguments, shape = task.arguments, {}
+    if "batch" in task.dynamic:
+        shape[0] = torch.export.Dim("batch", min=1)
+        if arguments[0].shape[0] == 1:  # torch.export takes a size of 1 for a constant, so it must see another one
+            arguments = tuple(torch.cat([x, x]) for x in arguments)
+    if "hw" in task.dynamic:  # unlike a named one, such a size may turn out to be a multiple of something
+        shape |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    return arguments, tuple(dict(shape) for _ in arguments) if shape else None
 
 
 def not_exportable(module: nn.Module, form: str, error: Exception) -> InputError:
     """One line for what an exporter of PyTorch threw."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+        if isinstance(cause, TerrazzoError):  # an operator of ours says why
+            return InputError(f"{type(module).__name__} cannot be exported to {form}: {cause}")
     cause = error.__cause__ or error
     reason = str(cause).strip().split("\n")[0]
     return InputError(

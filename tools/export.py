@@ -58,7 +58,9 @@ class Exportable:
 )
 @click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: the model's own].")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images a run.")
-@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@click.option(
+    "--dynamic", type=click.Choice(("batch", "hw")), multiple=True, help="Leave batch, or height and width, open."
+)
 @click.option("--features", is_flag=True, help="A timm model's feature maps, an output for each, not its logits.")
 @click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set [default: PyTorch's choice].")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Compare on it, not on a drawn one.")
@@ -73,7 +75,7 @@ def command(
     form: str,
     size: tuple[int, int] | None,
     batch: int,
-    dynamic_batch: bool,
+    dynamic: tuple[str, ...],
     features: bool,
     opset: int | None,
     image: Path | None,
@@ -98,8 +100,8 @@ def command(
         check_output_file(out)
     picture = None if image is None else Picture(image, image.name).read()
     ready = _exportable(model_or_config, checkpoint, pretrained, num_classes, size, features)
-    if ready.single and (batch > 1 or dynamic_batch):
-        raise InputError(f"{ready.source} is a detector: one image a run; leave --batch and --dynamic-batch out")
+    if ready.single and (batch > 1 or dynamic):
+        raise InputError(f"{ready.source} is a detector: one image a run, of one size; leave --batch and --dynamic out")
     height, width = ready.size
     seen = ("floor", floor(ready.size, batch)) if picture is None else (image.name, photo(picture, ready.size, batch))
     out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}{suffix}"
@@ -111,7 +113,7 @@ def command(
         checks=dict([seen]),
         reference=getattr(ready.module, "reference", None),
         output_names=ready.module.output_names,
-        dynamic_batch=dynamic_batch,
+        dynamic=dynamic,
         metadata=metadata(ready),
     )
     rows = [
@@ -119,8 +121,9 @@ def command(
         for parity in report.parities
     ]
     print_table(rows, ("output", "input", f"{RUNTIMES[form]} against PyTorch", "check"))
-    shape = f"{'any' if dynamic_batch else batch}x3x{height}x{width}"
-    volume = f"{report.path.stat().st_size / 2**20:.1f} MiB"
+    sides = "any size" if "hw" in dynamic else f"{height}x{width}"
+    shape = f"{'any' if 'batch' in dynamic else batch} x 3 x {sides}"
+    volume = f"{report.volume / 2**20:.1f} MiB"
     click.echo(f"written: {report.path} ({report.version}, {volume}; input: RGB 0..255, {shape})")
     if not report.passed:
         click.echo(f"error: {RUNTIMES[form]} and PyTorch disagree; the file keeps the suffix .failed", err=True)
@@ -212,7 +215,7 @@ def segmentor_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> 
 
     with mm.quiet():
         model, facts = mm.build_model(cfg, checkpoint)
-    return Exportable(RawSegmentor(model, size).eval(), size, facts["classes"], Path(cfg.filename).stem)
+    return Exportable(RawSegmentor(model).eval(), size, facts["classes"], Path(cfg.filename).stem)
 
 
 def detector_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> Exportable:

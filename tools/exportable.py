@@ -65,12 +65,11 @@ class RawSegmentor(nn.Module):
 
     Args:
         segmentor: an mmseg EncoderDecoder.
-        size: height and width that the graph is for.
     """
 
     output_names = ("logits", "labels")
 
-    def __init__(self, segmentor: nn.Module, size: tuple[int, int]):
+    def __init__(self, segmentor: nn.Module):
         super().__init__()
         preprocessor = segmentor.data_preprocessor
         # in a tuple it is no part of this module, whose copy of it may have other forms of some layers
@@ -81,7 +80,6 @@ class RawSegmentor(nn.Module):
         if self.normalise:
             self.register_buffer("mean", preprocessor.mean.detach().clone(), persistent=False)
             self.register_buffer("std", preprocessor.std.detach().clone(), persistent=False)
-        self.meta = {"img_shape": size, "ori_shape": size, "pad_shape": size}
         if segmentor.num_classes < 1 or segmentor.out_channels < 1:
             raise InputError(f"the segmentor says it has {segmentor.num_classes} classes; there is nothing to export")
 
@@ -98,7 +96,8 @@ class RawSegmentor(nn.Module):
         # The preprocessor is told to turn BGR files into RGB, or else the network wants BGR.
         image = image.flip(1) if self.swap else image
         image = (image - self.mean) / self.std if self.normalise else image
-        logits = segmentor.encode_decode(image, [self.meta])
+        size = tuple(image.shape[2:])
+        logits = segmentor.encode_decode(image, [{"img_shape": size, "ori_shape": size, "pad_shape": size}])
         if logits.shape[1] == 1:
             return logits, (logits[:, 0].sigmoid() > segmentor.decode_head.threshold).long()
         return logits, logits.argmax(dim=1)

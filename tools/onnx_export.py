@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from terrazzo.errors import InputError
-from terrazzo.tools.checked_export import Report, Task, checked_export, not_exportable, open_batch
+from terrazzo.tools.checked_export import Report, Task, checked_export, not_exportable, opened
 from terrazzo.tools.divergence import first_divergence
 
 
@@ -51,7 +51,7 @@ class OnnxForm:
         return first_divergence(self.program, limit)
 
     def _trace(self, task: Task) -> torch.onnx.ONNXProgram:
-        arguments, shapes = open_batch(task.arguments) if task.dynamic_batch else (task.arguments, None)
+        arguments, shapes = opened(task)
         try:
             with torch.no_grad():
                 return torch.onnx.export(

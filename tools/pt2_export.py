@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from terrazzo.tools.checked_export import Task, as_tuple, not_exportable, open_batch
+from terrazzo.tools.checked_export import Task, as_tuple, not_exportable, opened
 
 
 class ProgramForm:
@@ -15,7 +15,7 @@ class ProgramForm:
     suffixes = (".pt2",)
 
     def write(self, task: Task, path: Path) -> str:
-        arguments, shapes = open_batch(task.arguments) if task.dynamic_batch else (task.arguments, None)
+        arguments, shapes = opened(task)
         try:
             with torch.no_grad():
                 program = torch.export.export(task.module, arguments, dynamic_shapes=shapes)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
@@ -153,6 +154,8 @@ def _per_axis(values: Sequence[int]) -> str:
 def attend(query, key, value, rpb, kernel_size, dilation, scale, backend) -> torch.Tensor:
     """Neighborhood attention on a map, arguments checked and complete."""
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
+        if any(isinstance(length, torch.SymInt) for length in query.shape[1:3]):
+            raise InputError("neighborhood attention is exported for images of one size: its windows become constants")
         return portable.forward(query, key, value, rpb, kernel_size, dilation, scale)
     backend = _chosen(backend, query.device, query.dtype, fused.fits(query.shape[-1]))
     if backend == "reference":

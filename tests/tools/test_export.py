@@ -54,7 +54,7 @@ def test_dinat_classifier(run, tmp_path):
 @pytest.mark.parametrize(("form", "names"), [("openvino", ["m.bin", "m.xml"]), ("pt2", ["m.pt2"])])
 def test_other_formats(run, tmp_path, form, names, name):
     path = tmp_path / f"m.{'xml' if form == 'openvino' else form}"
-    arguments = ("--format", form, "--size", 64, 96, "--dynamic-batch", "--num-classes", 7)
+    arguments = ("--format", form, "--size", 64, 96, "--dynamic", "batch", "--num-classes", 7)
     result = run("export", name, *arguments, "--out", path)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("passed") == 3
@@ -84,6 +84,22 @@ def test_tensorrt_names_what_it_does_not_document(run, tmp_path, monkeypatch):
     assert "does not support Relu" in result.stderr
 
 
+def test_any_size(run, tmp_path):
+    path = tmp_path / "m.onnx"
+    arguments = ("--num-classes", 7, "--size", 64, 96, "--dynamic", "hw", "--dynamic", "batch", "--out", path)
+    result = run("export", "resnet10t", *arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("passed") == 4
+    session = onnxruntime.InferenceSession(path)
+    assert session.run(None, {"image": np.zeros((3, 3, 70, 41), np.float32)})[0].shape == (3, 7)
+
+
+def test_one_size_of_neighborhood_attention(refused, tmp_path):
+    reason = refused("export", "dinat_mini", "--size", 64, 64, "--dynamic", "hw", "--out", tmp_path / "m.onnx")
+    assert "images of one size" in reason
+    assert not list(tmp_path.iterdir())
+
+
 def test_features(run, tmp_path):
     path = tmp_path / "m.onnx"
     result = run("export", "resnet10t", "--features", "--size", 64, 96, "--out", path)
@@ -96,7 +112,7 @@ def test_features(run, tmp_path):
 def test_segmentor(run, trained, floors, tmp_path):
     config, checkpoint = trained
     path = tmp_path / "segmentor.onnx"
-    result = run("export", config, "--checkpoint", checkpoint, "--dynamic-batch", "--out", path)
+    result = run("export", config, "--checkpoint", checkpoint, "--dynamic", "batch", "--out", path)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("passed") == 6
     image = Image.open(floors / "images" / "val" / "floor_0000.png")

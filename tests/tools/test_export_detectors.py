@@ -244,7 +244,7 @@ def test_refusals(refused, tiny, tmp_path):
     assert "--size H W" in refused(*arguments)
     sized = (*arguments, "--size", *SIZE)
     assert "one image a run" in refused(*sized, "--batch", 2)
-    assert "one image a run" in refused(*sized, "--dynamic-batch")
+    assert "one image a run" in refused(*sized, "--dynamic", "batch")
     assert "does not exist" in refused(*sized, "--image", tmp_path / "none.png")
     assert not (tmp_path / "out").exists()
 

@@ -38,7 +38,7 @@ def test_passes_and_describes(tmp_path, image):
         path,
         checks={"other": 3 * image},
         output_names=("logits", "labels"),
-        dynamic_batch=True,
+        dynamic=("batch",),
         metadata={"model": "net"},
     )
     assert report.passed
