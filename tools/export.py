@@ -1,8 +1,10 @@
 """`terrazzo export`: a classifier, segmentor or detector as one checked file."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -38,6 +40,8 @@ class Exportable:
         size: H, W.
         classes: class names, or None.
         source: what the user named.
+        task: classification, features, segmentation, detection or panoptic.
+        preparation: what else `terrazzo infer --runtime` must know, JSON-ready: how pictures are cropped, colours.
         single: whether it takes one image a run only.
     """
 
@@ -45,6 +49,8 @@ class Exportable:
     size: tuple[int, int]
     classes: list[str] | None
     source: str
+    task: str
+    preparation: dict[str, Any] = field(default_factory=dict)
     single: bool = False
 
 
@@ -121,8 +127,8 @@ def command(
         for parity in report.parities
     ]
     print_table(rows, ("output", "input", f"{RUNTIMES[form]} against PyTorch", "check"))
-    sides = "any size" if "hw" in dynamic else f"{height}x{width}"
-    shape = f"{'any' if 'batch' in dynamic else batch} x 3 x {sides}"
+    sides = "HxW" if "hw" in dynamic else f"{height}x{width}"
+    shape = f"{'B' if 'batch' in dynamic else batch}x3x{sides}"
     volume = f"{report.volume / 2**20:.1f} MiB"
     click.echo(f"written: {report.path} ({report.version}, {volume}; input: RGB 0..255, {shape})")
     if not report.passed:
@@ -195,6 +201,8 @@ def metadata(ready: Exportable) -> dict[str, str]:
         "model": ready.source,
         "input": "float32 RGB pixels in 0..255, batch x 3 x height x width; normalisation is in the graph",
         "outputs": ", ".join(ready.module.output_names),
+        "task": ready.task,
+        "preparation": json.dumps(ready.preparation),
     }
     if "boxes" in ready.module.output_names:
         facts["boxes"] = "x1, y1, x2, y2 in pixels of the input"
@@ -215,7 +223,10 @@ def segmentor_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> 
 
     with mm.quiet():
         model, facts = mm.build_model(cfg, checkpoint)
-    return Exportable(RawSegmentor(model).eval(), size, facts["classes"], Path(cfg.filename).stem)
+    colours = {"palette": facts["palette"]}
+    return Exportable(
+        RawSegmentor(model).eval(), size, facts["classes"], Path(cfg.filename).stem, "segmentation", colours
+    )
 
 
 def detector_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> Exportable:
@@ -231,7 +242,17 @@ def detector_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> E
 
     with mm.quiet():
         model, facts = mm.build_model(cfg, checkpoint)
-    return Exportable(RawDetector(model, size).eval(), size, facts["classes"], Path(cfg.filename).stem, single=True)
+    module = RawDetector(model, size).eval()
+    preparation = {"palette": facts["palette"]}
+    if "segments" in module.output_names:
+        preparation["things"] = model.panoptic_fusion_head.num_things_classes
+    name, task = Path(cfg.filename).stem, mm.task_of(cfg)
+    return Exportable(module, size, facts["classes"], name, task, preparation, single=True)
+
+
+def _cropping(data: Mapping[str, Any]) -> dict[str, Any]:
+    """How timm resizes and crops a picture for a classifier."""
+    return {key: data[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in data}
 
 
 def _verdict(parity: Parity) -> str:
@@ -257,7 +278,8 @@ def _exportable(
         data = resolve_model_data_config(model)
         size = size or tuple(data["input_size"][1:])
         module = (RawFeatures if features else RawClassifier)(model, data["mean"], data["std"]).eval()
-        return Exportable(module, size, timm_class_names(model), name)
+        task = "features" if features else "classification"
+        return Exportable(module, size, timm_class_names(model), name, task, _cropping(data))
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 
@@ -285,4 +307,5 @@ def _exportable(
     size = size or (image_size(given) if isinstance(given, int) else tuple(given)[-2:])
     mean, std = transform.get("mean", IMAGENET_DEFAULT_MEAN), transform.get("std", IMAGENET_DEFAULT_STD)
     module = RawClassifier(model.backbone, mean, std)
-    return Exportable(module.eval(), size, facts["classes"], Path(cfg.filename).stem)
+    name = Path(cfg.filename).stem
+    return Exportable(module.eval(), size, facts["classes"], name, "classification", _cropping(transform))

@@ -31,6 +31,13 @@ from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Weakest detection kept."
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(("torch", "onnx", "openvino")),
+    default="torch",
+    show_default=True,
+    help="Who runs it.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
 def command(
     model_or_config: str,
@@ -40,18 +47,27 @@ def command(
     num_classes: int | None,
     out: Path,
     min_score: float,
+    runtime: str,
     device: str | None,
 ) -> None:
     """Run a classifier, segmentor or detector on each IMAGE (a file, or a folder of them).
 
-    MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name. For each picture there are
+    MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name; with --runtime onnx or
+    openvino it is a file that `terrazzo export` wrote. For each picture there are
     NAME.overlay.jpg (the result drawn), NAME.json, for a segmentor NAME.labels.png (a class index for each pixel), and
     for a panoptic one NAME.segments.png (the number of a segment for each pixel; the JSON has its class).
     """
+    if runtime != "torch" and (checkpoint or pretrained or num_classes or device):
+        raise InputError("an exported file has its weights, and runs on the CPU: leave the other options out")
     chosen = pick_device(device)
     pictures = find_pictures(images)
     check_folder(out)
-    predictor = _predictor(model_or_config, checkpoint, pretrained, num_classes, min_score, chosen)
+    if runtime == "torch":
+        predictor = _predictor(model_or_config, checkpoint, pretrained, num_classes, min_score, chosen)
+    else:
+        from terrazzo.tools.predict_file import file_predictor
+
+        predictor = file_predictor(runtime, Path(model_or_config), min_score)
     rows = []
     with progress("predicting", len(pictures)) as bar:
         for picture in pictures:

@@ -31,21 +31,31 @@ class OnnxForm:
         path.write_bytes(self.program.model_proto.SerializeToString())
         return f"opset {self.program.model.opset_imports['']}"
 
-    def load(self, path: Path, task: Task | None = None) -> Callable[..., Sequence[Tensor]]:
+    def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
+        return self.open(path)[0]
+
+    def open(self, path: Path) -> tuple[Callable[..., Sequence[Tensor]], dict[str, str], tuple[int, int] | None]:
+        """A file as a function of tensors, what it says about itself, and H, W of its images; None if they are open.
+
+        Raises:
+            InputError: ONNX Runtime cannot load it.
+        """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base
             reason = str(error).strip().split("\n")[0]
-            raise InputError(f"PyTorch's exporter wrote a graph that ONNX Runtime does not load: {reason}") from error
+            raise InputError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
         names = [value.name for value in session.get_inputs()]
 
         def run(*arguments: Tensor) -> list[Tensor]:
             feeds = {name: value.numpy() for name, value in zip(names, arguments, strict=True)}
             return [torch.as_tensor(output) for output in session.run(None, feeds)]
 
-        return run
+        sides = session.get_inputs()[0].shape[-2:]
+        size = tuple(sides) if all(isinstance(side, int) for side in sides) else None
+        return run, dict(session.get_modelmeta().custom_metadata_map), size
 
     def divergence(self, task: Task, limit: float) -> str | None:
         return first_divergence(self.program, limit)

@@ -7,6 +7,7 @@ import openvino
 import torch
 from torch import Tensor
 
+from terrazzo.errors import InputError
 from terrazzo.tools.checked_export import Task
 from terrazzo.tools.onnx_export import OnnxForm
 
@@ -30,21 +31,33 @@ class OpenVinoForm:
         graph.unlink()
         return f"IR of OpenVINO {openvino.__version__.split('-')[0]}"
 
-    def load(self, path: Path, task: Task | None = None, precision: str = "f32") -> Callable[..., Sequence[Tensor]]:
-        """As a function of tensors.
+    def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
+        return self.open(path)[0]
 
-        Args:
-            precision: OpenVINO computes in bfloat16 of itself where a processor can, which costs two digits; "f32" is
-                what a comparison with PyTorch needs.
+    def open(self, path: Path) -> tuple[Callable[..., Sequence[Tensor]], dict[str, str], tuple[int, int] | None]:
+        """A file as a function of tensors, what it says about itself, and H, W of its images; None if they are open.
+
+        It computes in float32: of itself OpenVINO takes bfloat16 where a processor can, which costs two digits.
+
+        Raises:
+            InputError: OpenVINO cannot load it.
         """
-        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-        names = [next(iter(value.names)) for value in compiled.outputs] if task is None else task.output_names
+        try:
+            model = openvino.Core().read_model(path)
+            compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise InputError(f"OpenVINO cannot load {path.name}: {reason}") from error
 
         def run(*arguments: Tensor) -> list[Tensor]:
             found = compiled([value.numpy() for value in arguments])
-            return [torch.from_numpy(found[name].copy()) for name in names]
+            return [torch.from_numpy(found[output].copy()) for output in compiled.outputs]
 
-        return run
+        info = model.get_rt_info()
+        facts = {key: value.astype(str) for key, value in info["terrazzo"].items()} if "terrazzo" in info else {}
+        sides = model.inputs[0].partial_shape[2:]
+        size = tuple(side.get_length() for side in sides) if sides.is_static else None
+        return run, facts, size
 
     def divergence(self, task: Task, limit: float) -> str | None:
         return self.onnx.divergence(task, limit)

@@ -1,36 +1,14 @@
 """What a model says about one picture: as JSON, and drawn on it. Here the shared form, and classifiers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from terrazzo.tools.draw import caption_bars
-
-TOP = 5
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What is known about one picture after a model has seen it.
-
-    Attributes:
-        record: JSON-ready facts.
-        drawing: the picture with the result on it.
-        labels: (H, W) class indices, for a segmentor.
-        segments: (H, W) numbers of segments as in the record, 0 for none, for a panoptic segmentor.
-    """
-
-    record: dict
-    drawing: Image.Image
-    labels: np.ndarray | None = None
-    segments: np.ndarray | None = None
-
+from terrazzo.tools.prediction import Prediction, class_prediction
 
 Predictor = Callable[[Image.Image], Prediction]
 
@@ -57,16 +35,7 @@ class ClassPredictor:
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Prediction:
         logits = self.model(self.transform(image)[None].to(self.device))[0].float()
-        scores, indices = logits.softmax(0).topk(min(TOP, len(logits)))
-        top = [
-            {"label": self._name(index), "index": index, "score": round(score, 6)}
-            for index, score in zip(indices.tolist(), scores.tolist())
-        ]
-        drawing = caption_bars(image, [(entry["label"], entry["score"]) for entry in top])
-        return Prediction({"task": "classification", "top": top}, drawing)
-
-    def _name(self, index: int) -> str:
-        return self.names[index] if self.names and index < len(self.names) else f"class {index}"
+        return class_prediction(image, logits.softmax(0).cpu().numpy(), self.names)
 
 
 def timm_predictor(model: nn.Module, device: torch.device) -> ClassPredictor:

@@ -25,7 +25,7 @@ class ProgramForm:
         torch.export.save(program, path, extra_files={**task.metadata, **names})
         return f"torch.export of PyTorch {torch.__version__.split('+')[0]}"
 
-    def load(self, path: Path, task: Task | None = None) -> Callable[..., Sequence[Tensor]]:
+    def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
         module = torch.export.load(path).module()
 
         def run(*arguments: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -14,6 +15,21 @@ from terrazzo.tools.cli import cli
 from terrazzo.tools.floors import FloorMaker, write_floors
 
 BACKBONE = {"model.backbone.name": "resnet10t", "model.backbone.out_indices": (1, 2, 3, 4)}
+
+DETECTOR = """
+_base_ = ["{base}"]
+model = dict(
+    backbone=dict(name="resnet10t", out_indices=(1, 2, 3, 4)),
+    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20), rcnn=dict(score_thr=0.0, max_per_img=5)),
+)
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(64, 64), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +128,20 @@ def bad_picture(request, tmp_path) -> Path:
     if request.param in contents:
         path.write_bytes(contents[request.param])
     return path
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    """A Mask R-CNN with random weights: a config, and a checkpoint of it."""
+    from mmengine.registry import MODELS
+
+    from terrazzo.openmmlab.config import load_config, packaged_configs
+
+    folder = tmp_path_factory.mktemp("detector")
+    base = packaged_configs()["mask-rcnn_dinat-mini_fpn_1xb2-36e_nuclei-768x768"]
+    config, checkpoint = folder / "detector.py", folder / "detector.pth"
+    config.write_text(DETECTOR.format(base=base))
+    torch.manual_seed(0)
+    model = MODELS.build(load_config(config).model)
+    torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": ("chip",)}}}, checkpoint)
+    return config, checkpoint

@@ -1,0 +1,94 @@
+"""`terrazzo infer --runtime`: exported files give what PyTorch gives, as records and as pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from terrazzo.tools import rle
+from terrazzo.tools.floors import FloorMaker
+
+RUNTIMES = [("onnx", "onnx"), ("openvino", "xml")]
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    """A picture of the size that the files are for, so that nothing is resized."""
+    path = tmp_path_factory.mktemp("square") / "floor.png"
+    Image.fromarray(FloorMaker(seed=5, size=64).make().image).save(path)
+    return path
+
+
+def _both(run, tmp_path, runtime, suffix, model, picture, weights, size, *options):
+    """The records and the drawings by PyTorch and by an exported file."""
+    file = tmp_path / f"model.{suffix}"
+    result = run("export", model, *weights, "--format", runtime, "--size", *size, "--out", file)
+    assert result.exit_code == 0, result.output
+    by_torch = run("infer", model, picture, *weights, *options, "--out", tmp_path / "torch")
+    assert by_torch.exit_code == 0, by_torch.output
+    by_file = run("infer", "--runtime", runtime, file, picture, *options, "--out", tmp_path / "file")
+    assert by_file.exit_code == 0, by_file.output
+    folders = (tmp_path / "torch", tmp_path / "file")
+    records = [json.loads((folder / f"{picture.stem}.json").read_text()) for folder in folders]
+    drawings = [Image.open(folder / f"{picture.stem}.overlay.jpg") for folder in folders]
+    assert drawings[0].size == drawings[1].size
+    difference = np.abs(np.subtract(*(np.asarray(drawing, np.int16) for drawing in drawings)))
+    assert (difference > 8).mean() < 1e-3
+    return records
+
+
+@pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES)
+def test_classifier(run, picture, tmp_path, runtime, suffix):
+    """Of any picture: it is resized and cropped as timm says."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "weights.pth")
+    weights = ("--checkpoint", tmp_path / "weights.pth", "--num-classes", 7)
+    mine, theirs = _both(run, tmp_path, runtime, suffix, "resnet10t", picture, weights, (176, 176))
+    assert [entry["index"] for entry in mine["top"]] == [entry["index"] for entry in theirs["top"]]
+    for one, other in zip(mine["top"], theirs["top"]):
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES)
+def test_segmentor(run, trained, square, tmp_path, runtime, suffix):
+    config, checkpoint = trained
+    mine, theirs = _both(run, tmp_path, runtime, suffix, config, square, ("--checkpoint", checkpoint), (64, 64))
+    assert mine["classes"] == theirs["classes"]
+    labels = [np.asarray(Image.open(tmp_path / name / "floor.labels.png")) for name in ("torch", "file")]
+    assert (labels[0] != labels[1]).mean() < 1e-3
+
+
+def test_segmentor_on_a_picture_of_another_size(run, trained, picture, tmp_path):
+    config, checkpoint = trained
+    file = tmp_path / "model.onnx"
+    assert run("export", config, "--checkpoint", checkpoint, "--size", 64, 64, "--out", file).exit_code == 0
+    assert run("infer", "--runtime", "onnx", file, picture, "--out", tmp_path).exit_code == 0
+    assert np.asarray(Image.open(tmp_path / "floor.labels.png")).shape == (67, 91)
+
+
+def test_detector(run, detector, square, tmp_path):
+    config, checkpoint = detector
+    weights = ("--checkpoint", checkpoint)
+    mine, theirs = _both(run, tmp_path, "onnx", "onnx", config, square, weights, (64, 64), "--min-score", 0)
+    assert len(mine["things"]) == len(theirs["things"]) > 0
+    for one, other in zip(mine["things"], theirs["things"]):
+        assert one["label"] == other["label"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        assert one["box"] == pytest.approx(other["box"], abs=0.05)
+        assert (rle.decode(one["mask"]) != rle.decode(other["mask"])).mean() < 0.01
+
+
+def test_refusals(run, refused, picture, tmp_path):
+    call = ("infer", "--runtime", "onnx")
+    assert "does not exist" in refused(*call, tmp_path / "none.onnx", picture)
+    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    assert "cannot load broken.onnx" in refused(*call, tmp_path / "broken.onnx", picture)
+    (tmp_path / "broken.xml").write_bytes(b"not a graph")
+    assert "cannot load broken.xml" in refused("infer", "--runtime", "openvino", tmp_path / "broken.xml", picture)
+    assert "has its weights" in refused(*call, tmp_path / "broken.onnx", picture, "--device", "cpu")
+    features = tmp_path / "features.onnx"
+    assert run("export", "resnet10t", "--features", "--size", 32, 32, "--out", features).exit_code == 0
+    assert "nothing to draw" in refused(*call, features, picture)
