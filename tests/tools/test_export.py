@@ -43,13 +43,6 @@ def test_normalisation_is_in_the_graph(run, tmp_path):
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_dinat_classifier(run, tmp_path):
-    path = tmp_path / "dinat.onnx"
-    result = run("export", "dinat_mini", "--size", 64, 96, "--out", path)
-    assert result.exit_code == 0, result.output
-    assert {node.domain for node in onnx.load(path).graph.node} == {""}
-
-
 @pytest.mark.parametrize("name", ["resnet10t", pytest.param("dinat_mini", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("form", "names"), [("openvino", ["m.bin", "m.xml"]), ("pt2", ["m.pt2"])])
 def test_other_formats(run, tmp_path, form, names, name):
