@@ -56,7 +56,7 @@ class Exportable:
 
 @click.command()
 @click.argument("model_or_config")
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Weights; a config needs them.")
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
 @click.option(
@@ -88,6 +88,8 @@ def command(
     out: Path | None,
 ) -> int:
     """Export a timm classifier, or the segmentor or detector of an OpenMMLab config, from raw pixels to results.
+
+    CHECKPOINT is a file of weights; a config needs it, a timm model without it has random weights or --pretrained ones.
 
     The input is float RGB in 0..255, (batch, 3, H, W); normalisation is in the graph. The outputs are `logits` and, for
     a segmentor, `labels`, both at the input's size; for a detector, `boxes`, `scores`, `labels` and `masks` as its
@@ -287,9 +289,9 @@ def _exportable(
     if features:
         raise InputError("--features is for timm models; what a config says has a head")
     if pretrained or num_classes is not None:
-        raise InputError("--pretrained and --num-classes are for timm models; a config takes --checkpoint FILE alone")
+        raise InputError("--pretrained and --num-classes are for timm models; a config takes a CHECKPOINT alone")
     if checkpoint is None:
-        raise InputError(f"the config {name} needs weights; name a file that its training wrote with --checkpoint FILE")
+        raise InputError(f"the config {name} needs weights; name a file that its training wrote as CHECKPOINT")
     task = mm.task_of(cfg)
     if task in ("detection", "panoptic"):
         if size is None:

@@ -46,14 +46,14 @@ def load_timm_model(
     """
     require_model(name)
     if checkpoint is not None and pretrained:
-        raise InputError("--checkpoint and --pretrained both name weights; give one of them")
+        raise InputError("a checkpoint and --pretrained both name weights; give one of them")
     options = {} if num_classes is None else {"num_classes": num_classes}
     if pretrained:
         try:
             return timm.create_model(name, pretrained=True, **options).eval()
         except Exception as error:  # the hub's clients fail in many ways: no network, no file, no such weights
             reason = str(error).strip().split("\n")[0]
-            raise InputError(f"the weights of {name} cannot be had: {reason}; name a file with --checkpoint") from error
+            raise InputError(f"the weights of {name} cannot be had: {reason}; name a file of weights") from error
     model = timm.create_model(name, **options).eval()
     if checkpoint is not None:
         from terrazzo.openmmlab._timm import load_weights

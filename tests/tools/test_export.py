@@ -33,7 +33,7 @@ def test_normalisation_is_in_the_graph(run, tmp_path):
     model = timm.create_model("resnet10t", num_classes=7).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     path = tmp_path / "model.onnx"
-    weights = ("--checkpoint", tmp_path / "weights.pth", "--num-classes", 7)
+    weights = (tmp_path / "weights.pth", "--num-classes", 7)
     assert run("export", "resnet10t", *weights, "--size", 64, 64, "--out", path).exit_code == 0
     pixels = 255 * torch.rand(1, 3, 64, 64)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -105,7 +105,7 @@ def test_features(run, tmp_path):
 def test_segmentor(run, trained, floors, tmp_path):
     config, checkpoint = trained
     path = tmp_path / "segmentor.onnx"
-    result = run("export", config, "--checkpoint", checkpoint, "--dynamic", "batch", "--out", path)
+    result = run("export", config, checkpoint, "--dynamic", "batch", "--out", path)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("passed") == 6
     image = Image.open(floors / "images" / "val" / "floor_0000.png")
@@ -137,10 +137,10 @@ def test_refusals(refused, trained, tmp_path):
     out = ("--out", tmp_path / "out" / "model.onnx")
     assert "dinat_mini" in refused("export", "dinat_minny", *out)
     assert "did you mean" in refused("export", "fpn_dinat-mini_flors.py", *out)
-    assert "--checkpoint FILE" in refused("export", config, *out)
-    assert "does not exist" in refused("export", config, "--checkpoint", tmp_path / "none.pth", *out)
-    assert "is refused" in refused("export", config, "--checkpoint", tmp_path / "broken.pth", *out)
-    assert "does not exist" in refused("export", "resnet10t", "--checkpoint", tmp_path / "none.pth", *out)
+    assert "needs weights" in refused("export", config, *out)
+    assert "does not exist" in refused("export", config, tmp_path / "none.pth", *out)
+    assert "is refused" in refused("export", config, tmp_path / "broken.pth", *out)
+    assert "does not exist" in refused("export", "resnet10t", tmp_path / "none.pth", *out)
     assert "is a file" in refused("export", "resnet10t", "--out", tmp_path / "broken.pth" / "model.onnx")
     assert "is a folder" in refused("export", "resnet10t", "--out", tmp_path)
     assert "at least 1" in refused("export", "resnet10t", "--size", 0, 8, *out)
@@ -154,7 +154,7 @@ def test_refusals(refused, trained, tmp_path):
 def test_checkpoint_of_other_classes(refused, tmp_path, classes):
     model = timm.create_model("resnet10t", num_classes=5)
     torch.save(model.state_dict(), tmp_path / "five.pth")
-    arguments = ("--checkpoint", tmp_path / "five.pth", "--num-classes", classes, "--out", tmp_path / "model.onnx")
+    arguments = (tmp_path / "five.pth", "--num-classes", classes, "--out", tmp_path / "model.onnx")
     assert "shape" in refused("export", "resnet10t", *arguments)
     assert not (tmp_path / "model.onnx").exists()
 
@@ -173,7 +173,7 @@ def test_segmentor_with_deformable_attention(run, tmp_path):
     cfg.model.decode_head.in_channels = [64, 128, 256, 512]
     cfg.dump(tmp_path / "mask2former.py")
     torch.save({"state_dict": MODELS.build(cfg.model).state_dict()}, tmp_path / "weights.pth")
-    arguments = ("--checkpoint", tmp_path / "weights.pth", "--size", 96, 128, "--out", tmp_path / "model.onnx")
+    arguments = (tmp_path / "weights.pth", "--size", 96, 128, "--out", tmp_path / "model.onnx")
     result = run("export", tmp_path / "mask2former.py", *arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("passed") == 4

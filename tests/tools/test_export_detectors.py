@@ -178,7 +178,7 @@ def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
     # RetinaNet pads sizes that its strides do not divide
     size, image = ((67, 91), picture) if "retinanet" in name else (SIZE, None)
     own = ("--image", image) if image else ()
-    result = run("export", config, "--checkpoint", checkpoint, "--size", *size, *own, "--out", path)
+    result = run("export", config, checkpoint, "--size", *size, *own, "--out", path)
     assert result.exit_code == 0, result.output
     assert "nothing" not in result.output
     assert ("floor.png" in result.stdout) == bool(image)
@@ -211,7 +211,7 @@ def test_nothing_found(run, tiny, tmp_path, name):
     key = "model.test_cfg.rcnn.score_thr" if "rcnn" in name else "model.test_cfg.score_thr"
     config, checkpoint = tiny(name, **{key: 0.999999})
     path = tmp_path / "detector.onnx"
-    result = run("export", config, "--checkpoint", checkpoint, "--size", *SIZE, "--out", path)
+    result = run("export", config, checkpoint, "--size", *SIZE, "--out", path)
     assert result.exit_code == 0, result.output
     assert "warning: the model found nothing" in result.stderr
     assert "no boxes found" in result.stdout
@@ -231,7 +231,7 @@ def test_another_result_fails(run, tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(RawDetector, "forward", changed)
     (tmp_path / "out").mkdir()
-    result = run("export", config, "--checkpoint", checkpoint, "--size", *SIZE, "--out", tmp_path / "out" / "a.onnx")
+    result = run("export", config, checkpoint, "--size", *SIZE, "--out", tmp_path / "out" / "a.onnx")
     assert result.exit_code == 1, result.output
     assert "FAILED" in result.stdout
     assert "disagree" in result.stderr
@@ -240,7 +240,7 @@ def test_another_result_fails(run, tiny, tmp_path, monkeypatch):
 
 def test_refusals(refused, tiny, tmp_path):
     config, checkpoint = tiny("retinanet_dinat-mini_fpn_1x_coco")
-    arguments = ("export", config, "--checkpoint", checkpoint, "--out", tmp_path / "out" / "a.onnx")
+    arguments = ("export", config, checkpoint, "--out", tmp_path / "out" / "a.onnx")
     assert "--size H W" in refused(*arguments)
     sized = (*arguments, "--size", *SIZE)
     assert "one image a run" in refused(*sized, "--batch", 2)

@@ -58,13 +58,13 @@ def test_classifier_of_a_config(run, picture, tmp_path):
     config = tmp_path / "classifier.py"
     config.write_text(f'_base_ = ["{base}"]\nmodel = dict(backbone=dict(name="resnet10t", drop_path_rate=0.0))\n')
     model = MODELS.build(load_config(config).model)
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "classifier.pth")
-    weights = ("--checkpoint", tmp_path / "classifier.pth")
-    result = run("infer", config, picture, *weights, "--out", tmp_path / "out")
+    checkpoint = tmp_path / "classifier.pth"
+    torch.save({"state_dict": model.state_dict()}, checkpoint)
+    result = run("infer", config, picture, "--checkpoint", checkpoint, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     top = json.loads((tmp_path / "out" / "floor.json").read_text())["top"]
     assert {entry["label"] for entry in top} <= set(load_config(config).metainfo.classes)
-    exported = run("export", config, *weights, "--out", tmp_path / "model.onnx")
+    exported = run("export", config, checkpoint, "--out", tmp_path / "model.onnx")
     assert exported.exit_code == 0, exported.output
     assert "1x3x64x64" in exported.stdout
 
@@ -155,7 +155,7 @@ def test_mask2former_of_panoptic_segments(run, refused, picture, tmp_path):
     assert drawing.width == 91
     assert drawing.height > 67
     assert sorted(path.suffix for path in out.iterdir()) == [".jpg", ".json", ".png"]
-    words = refused("export", config, "--checkpoint", checkpoint, "--out", tmp_path / "model.onnx")
+    words = refused("export", config, checkpoint, "--out", tmp_path / "model.onnx")
     assert "give it with --size H W" in words
 
 

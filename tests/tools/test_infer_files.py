@@ -22,11 +22,12 @@ def square(tmp_path_factory):
     return path
 
 
-def _both(run, tmp_path, runtime, suffix, model, picture, weights, size, *options):
+def _both(run, tmp_path, runtime, suffix, model, checkpoint, picture, size, classes=(), options=()):
     """The records and the drawings by PyTorch and by an exported file."""
     file = tmp_path / f"model.{suffix}"
-    result = run("export", model, *weights, "--format", runtime, "--size", *size, "--out", file)
+    result = run("export", model, checkpoint, *classes, "--format", runtime, "--size", *size, "--out", file)
     assert result.exit_code == 0, result.output
+    weights = ("--checkpoint", checkpoint, *classes)
     by_torch = run("infer", model, picture, *weights, *options, "--out", tmp_path / "torch")
     assert by_torch.exit_code == 0, by_torch.output
     by_file = run("infer", "--runtime", runtime, file, picture, *options, "--out", tmp_path / "file")
@@ -44,9 +45,9 @@ def _both(run, tmp_path, runtime, suffix, model, picture, weights, size, *option
 def test_classifier(run, picture, tmp_path, runtime, suffix):
     """Of any picture: it is resized and cropped as timm says."""
     torch.manual_seed(0)
-    torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "weights.pth")
-    weights = ("--checkpoint", tmp_path / "weights.pth", "--num-classes", 7)
-    mine, theirs = _both(run, tmp_path, runtime, suffix, "resnet10t", picture, weights, (176, 176))
+    checkpoint, classes = tmp_path / "weights.pth", ("--num-classes", 7)
+    torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), checkpoint)
+    mine, theirs = _both(run, tmp_path, runtime, suffix, "resnet10t", checkpoint, picture, (176, 176), classes)
     assert [entry["index"] for entry in mine["top"]] == [entry["index"] for entry in theirs["top"]]
     for one, other in zip(mine["top"], theirs["top"]):
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
@@ -54,8 +55,7 @@ def test_classifier(run, picture, tmp_path, runtime, suffix):
 
 @pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES)
 def test_segmentor(run, trained, square, tmp_path, runtime, suffix):
-    config, checkpoint = trained
-    mine, theirs = _both(run, tmp_path, runtime, suffix, config, square, ("--checkpoint", checkpoint), (64, 64))
+    mine, theirs = _both(run, tmp_path, runtime, suffix, *trained, square, (64, 64))
     assert mine["classes"] == theirs["classes"]
     labels = [np.asarray(Image.open(tmp_path / name / "floor.labels.png")) for name in ("torch", "file")]
     assert (labels[0] != labels[1]).mean() < 1e-3
@@ -64,15 +64,13 @@ def test_segmentor(run, trained, square, tmp_path, runtime, suffix):
 def test_segmentor_on_a_picture_of_another_size(run, trained, picture, tmp_path):
     config, checkpoint = trained
     file = tmp_path / "model.onnx"
-    assert run("export", config, "--checkpoint", checkpoint, "--size", 64, 64, "--out", file).exit_code == 0
+    assert run("export", config, checkpoint, "--size", 64, 64, "--out", file).exit_code == 0
     assert run("infer", "--runtime", "onnx", file, picture, "--out", tmp_path).exit_code == 0
     assert np.asarray(Image.open(tmp_path / "floor.labels.png")).shape == (67, 91)
 
 
 def test_detector(run, detector, square, tmp_path):
-    config, checkpoint = detector
-    weights = ("--checkpoint", checkpoint)
-    mine, theirs = _both(run, tmp_path, "onnx", "onnx", config, square, weights, (64, 64), "--min-score", 0)
+    mine, theirs = _both(run, tmp_path, "onnx", "onnx", *detector, square, (64, 64), options=("--min-score", 0))
     assert len(mine["things"]) == len(theirs["things"]) > 0
     for one, other in zip(mine["things"], theirs["things"]):
         assert one["label"] == other["label"]
