@@ -1,10 +1,11 @@
 """`terrazzo export`: a classifier, segmentor or detector as one checked file."""
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -15,19 +16,26 @@ from torch import Tensor, nn
 
 from terrazzo._version import __version__
 from terrazzo.errors import InputError
-from terrazzo.tools.checked_export import Form, checked_export
+from terrazzo.tools.checked_export import Form, Report, checked_export
 from terrazzo.tools.console import print_table
 from terrazzo.tools.exportable import RawClassifier, RawFeatures, RawSegmentor
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.floors import FloorMaker
+from terrazzo.tools.options import config_options
 from terrazzo.tools.parity import Parity
-from terrazzo.tools.pictures import Picture
+from terrazzo.tools.pictures import Picture, find_pictures
+from terrazzo.tools.predict_file import file_predictor
 from terrazzo.tools.targets import is_config, load_timm_model
 from terrazzo.tools.trace import image_size
+
+if TYPE_CHECKING:  # it needs onnx, and not every export does
+    from terrazzo.tools.lowered_export import LoweredFile
 
 # By format, what runs the file here.
 RUNTIMES = {"onnx": "ONNX Runtime", "tensorrt": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "the exported program"}
 EXIT_PARITY = 1
+# Pictures that layers are compared on and ranges set by, at most.
+CALIBRATION = 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Exportable:
         task: classification, features, segmentation, detection or panoptic.
         preparation: what else `terrazzo infer --runtime` must know, JSON-ready: how pictures are cropped, colours.
         single: whether it takes one image a run only.
+        config: the config that it is of, or None.
     """
 
     module: nn.Module
@@ -52,6 +61,7 @@ class Exportable:
     task: str
     preparation: dict[str, Any] = field(default_factory=dict)
     single: bool = False
+    config: Any = None
 
 
 @click.command()
@@ -70,6 +80,22 @@ class Exportable:
 @click.option("--features", is_flag=True, help="A timm model's feature maps, an output for each, not its logits.")
 @click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set [default: PyTorch's choice].")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Compare on it, not on a drawn one.")
+@click.option("--fp16", "precision", flag_value="fp16", help="Half precision, where the model bears it.")
+@click.option("--int8", "precision", flag_value="int8", help="INT8, where the model bears it.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Points of the config's metric, of 100, that --fp16 and --int8 may cost.",
+)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Pictures for --fp16 and --int8 [default: the config's training data].",
+)
+@config_options
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: exports/NAME_HxW and the format's suffix]"
 )
@@ -85,6 +111,11 @@ def command(
     features: bool,
     opset: int | None,
     image: Path | None,
+    precision: str | None,
+    tolerance: float,
+    pictures: Path | None,
+    overrides: dict,
+    data_root: Path | None,
     out: Path | None,
 ) -> int:
     """Export a timm classifier, or the segmentor or detector of an OpenMMLab config, from raw pixels to results.
@@ -99,6 +130,9 @@ def command(
     those of mmdet's own code: where they differ by too much, the exit code is 1 and the file keeps the suffix .failed.
     The format tensorrt is an ONNX file of which every node is looked up in TensorRT's documented operators; the engine
     is built by the printed command, on a machine with the GPU.
+
+    --fp16 and --int8 write an ONNX file in lower precision: with a config's test data at hand (--data-root), as many
+    layers stay in float32 as its metric asks for; a table of both figures and of each layer's error lies beside it.
     """
     if opset is not None and form == "pt2":
         raise InputError("--opset is of ONNX; pt2 files have none: leave it out")
@@ -107,12 +141,43 @@ def command(
     if out is not None:
         check_output_file(out)
     picture = None if image is None else Picture(image, image.name).read()
-    ready = _exportable(model_or_config, checkpoint, pretrained, num_classes, size, features)
+    ready = _exportable(model_or_config, checkpoint, pretrained, num_classes, size, features, data_root, overrides)
     if ready.single and (batch > 1 or dynamic):
         raise InputError(f"{ready.source} is a detector: one image a run, of one size; leave --batch and --dynamic out")
     height, width = ready.size
+    ending = f"_{precision}{suffix}" if precision else suffix
+    out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}{ending}"
     seen = ("floor", floor(ready.size, batch)) if picture is None else (image.name, photo(picture, ready.size, batch))
-    out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}{suffix}"
+    if precision is None:
+        report = _checked(writer, form, ready, batch, dynamic, seen, out)
+    else:
+        from terrazzo.tools.lowered_export import check_request, lower_file
+
+        check_request(precision, form, batch, dynamic)
+        samples, points = _evidence(ready, precision, pictures)
+        with tempfile.TemporaryDirectory(prefix="terrazzo-float32-") as folder:
+            report = _checked(writer, form, ready, batch, dynamic, seen, Path(folder) / out.name, kept=False)
+            if report.passed:
+                result = lower_file(report.path, precision, out, samples, points, tolerance, ready.source)
+        if report.passed and not _lowered(result):
+            return EXIT_PARITY
+    if not report.passed:
+        return EXIT_PARITY
+    return _tensorrt(out) if form == "tensorrt" else 0
+
+
+def _checked(
+    writer: Form,
+    form: str,
+    ready: Exportable,
+    batch: int,
+    dynamic: tuple[str, ...],
+    seen: tuple[str, Tensor],
+    out: Path,
+    kept: bool = True,
+) -> Report:
+    """Export, compare and say what came out of it; a file that is not `kept` is but a step to another."""
+    height, width = ready.size
     report = checked_export(
         writer,
         ready.module,
@@ -132,19 +197,70 @@ def command(
     sides = "HxW" if "hw" in dynamic else f"{height}x{width}"
     shape = f"{'B' if 'batch' in dynamic else batch}x3x{sides}"
     volume = f"{report.volume / 2**20:.1f} MiB"
-    click.echo(f"written: {report.path} ({report.version}, {volume}; input: RGB 0..255, {shape})")
+    place = report.path if kept else "float32"
+    click.echo(f"{'written' if kept else 'checked'}: {place} ({report.version}, {volume}; input: RGB 0..255, {shape})")
     if not report.passed:
-        click.echo(f"error: {RUNTIMES[form]} and PyTorch disagree; the file keeps the suffix .failed", err=True)
+        click.echo(
+            f"error: {RUNTIMES[form]} and PyTorch disagree{'; the file keeps the suffix .failed' * kept}", err=True
+        )
         if report.divergence is not None:
             click.echo(f"       {report.divergence}", err=True)
-        return EXIT_PARITY
-    if not report.compared:
+    elif not report.compared:
         click.echo(
             "warning: the model found nothing on any input, so its boxes were compared with nothing; name a picture "
             "that has something in it with --image FILE",
             err=True,
         )
-    return _tensorrt(report.path) if form == "tensorrt" else 0
+    return report
+
+
+def _evidence(
+    ready: Exportable, precision: str, pictures: Path | None
+) -> tuple[list[tuple[Tensor, ...]], Callable[[Path], dict[str, float]] | None]:
+    """Inputs to compare layers and set ranges by, and what measures a file; the latter is None without a config."""
+    measure = None
+    if ready.config is not None:
+        from terrazzo.tools.data_checks import check_data
+        from terrazzo.tools.file_metric import FileMetric, training_pictures
+
+        check_data(ready.config, ("test",) if pictures else ("train", "test"))
+        metric = FileMetric(ready.config)
+
+        def measure(path: Path) -> dict[str, float]:
+            return metric(file_predictor("onnx", path))
+
+    if pictures is not None:
+        found = find_pictures([pictures])[:CALIBRATION]
+    elif ready.config is not None:
+        found = [Picture(path, path.name) for path in training_pictures(ready.config, CALIBRATION)]
+    elif precision == "int8":
+        raise InputError("--int8 sets its ranges by pictures: name a folder of them with --pictures DIR")
+    else:
+        return [(floor(ready.size, 1),), (noise(ready.size, 1),)], measure
+    return [(photo(picture.read(), ready.size, 1),) for picture in found], measure
+
+
+def _lowered(result: "LoweredFile") -> bool:
+    """Say what lower precision costs; whether that is little enough."""
+    lowered, name = result.lowered, result.lowered.precision
+    if result.before:
+        rows = [
+            (metric, f"{value:.2f}", f"{result.after[metric]:.2f}", f"{result.after[metric] - value:+.2f}")
+            for metric, value in result.before.items()
+        ]
+        print_table(rows, ("points", "float32", name, "change"), right=(1, 2, 3))
+    else:
+        click.echo("no test data decides: name a config with its data, for classification alone says little")
+    worst = sorted(lowered.errors.items(), key=lambda item: item[1], reverse=True)[:5]
+    print_table([(layer, f"{error:.1e}") for layer, error in worst], ("most changed layers", "error"), right=(1,))
+    click.echo(f"the outputs change by {result.error:.1e}; {len(lowered.kept)} of {result.layers} layers in float32")
+    for layer in lowered.kept:
+        click.echo(f"  float32: {layer}")
+    volume = f"{lowered.model.ByteSize() / 2**20:.1f} MiB"
+    click.echo(f"written: {result.path} ({name}, {volume}) and {result.table.name}, the table of all layers")
+    if not lowered.passed:
+        click.echo(f"error: {name} costs {lowered.loss:.3g}, too much; the file keeps the suffix .failed", err=True)
+    return lowered.passed
 
 
 def _form(name: str, opset: int | None) -> Form:
@@ -227,7 +343,7 @@ def segmentor_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> 
         model, facts = mm.build_model(cfg, checkpoint)
     colours = {"palette": facts["palette"]}
     return Exportable(
-        RawSegmentor(model).eval(), size, facts["classes"], Path(cfg.filename).stem, "segmentation", colours
+        RawSegmentor(model).eval(), size, facts["classes"], Path(cfg.filename).stem, "segmentation", colours, config=cfg
     )
 
 
@@ -249,7 +365,7 @@ def detector_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> E
     if "segments" in module.output_names:
         preparation["things"] = model.panoptic_fusion_head.num_things_classes
     name, task = Path(cfg.filename).stem, mm.task_of(cfg)
-    return Exportable(module, size, facts["classes"], name, task, preparation, single=True)
+    return Exportable(module, size, facts["classes"], name, task, preparation, single=True, config=cfg)
 
 
 def _cropping(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,10 +386,14 @@ def _exportable(
     num_classes: int | None,
     size: tuple[int, int] | None,
     features: bool,
+    data_root: Path | None,
+    overrides: dict,
 ) -> Exportable:
     if size is not None:
         image_size(size)
     if not is_config(name):
+        if data_root is not None or overrides:
+            raise InputError(f"{name} is a timm model; --data-root and --cfg-options are for configs")
         from terrazzo.tools.predict import timm_class_names
 
         model = load_timm_model(name, checkpoint, pretrained, num_classes)
@@ -285,7 +405,7 @@ def _exportable(
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 
-    cfg = load_config(name)
+    cfg = load_config(name, data_root, overrides)
     if features:
         raise InputError("--features is for timm models; what a config says has a head")
     if pretrained or num_classes is not None:
@@ -310,4 +430,4 @@ def _exportable(
     mean, std = transform.get("mean", IMAGENET_DEFAULT_MEAN), transform.get("std", IMAGENET_DEFAULT_STD)
     module = RawClassifier(model.backbone, mean, std)
     name = Path(cfg.filename).stem
-    return Exportable(module.eval(), size, facts["classes"], name, "classification", _cropping(transform))
+    return Exportable(module.eval(), size, facts["classes"], name, "classification", _cropping(transform), config=cfg)

@@ -30,7 +30,7 @@ from terrazzo.tools.prediction import (
 INSTANCE_OFFSET = 1000
 
 
-def file_predictor(runtime: str, path: Path, min_score: float = 0.3) -> Callable[[Image.Image], Prediction]:
+def file_predictor(runtime: str, path: Path, min_score: float = 0.3) -> "FilePredictor":
     """The predictor of a file that `terrazzo export` wrote.
 
     Args:
@@ -56,14 +56,14 @@ def file_predictor(runtime: str, path: Path, min_score: float = 0.3) -> Callable
     return kind(run, facts, size, min_score)
 
 
-class _Predictor:
-    """Runs a file on a picture.
+class FilePredictor:
+    """Runs a file on pictures.
 
     Args:
         run: the file as a function of (1, 3, H, W), float RGB in 0..255.
         facts: what it says about itself.
         size: H, W that it takes; None for any.
-        min_score: detections below this score are left out.
+        min_score: detections below this score are left out of predictions.
     """
 
     def __init__(
@@ -74,66 +74,105 @@ class _Predictor:
         min_score: float,
     ):
         self.run, self.size, self.min_score = run, size, min_score
+        self.task = facts["task"]
         self.names = json.loads(facts.get("classes", "null"))
         self.preparation = json.loads(facts["preparation"])
         self.outputs = facts["outputs"].split(", ")
 
-    def colours(self, count: int) -> list[tuple[int, int, int]]:
-        return palette(count, self.preparation.get("palette"))
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        """What the file finds in a picture, in the picture's own pixels.
 
-    def found(self, image: Image.Image) -> dict[str, Tensor]:
-        """The outputs by name, for a picture that is stretched to what the file takes."""
+        Returns:
+            Of a classifier `scores` (classes); of a segmentor `labels` (H, W); of a panoptic one `segments` (H, W); of
+            a detector `boxes` (N, 4: x1, y1, x2, y2), `labels` and `scores` (N), highest first, and perhaps `masks`
+            (N, H, W).
+        """
+        raise NotImplementedError
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        """What the file finds, as a record and drawn on the picture."""
+        raise NotImplementedError
+
+    def prepared(self, image: Image.Image) -> Tensor:
+        """A picture as the file takes it: (1, 3, H, W), float RGB in 0..255; by default it is stretched to the size."""
         height, width = self.size or (image.height, image.width)
         pixels = torch.from_numpy(np.asarray(image.convert("RGB"), np.float32).copy()).permute(2, 0, 1)[None]
         if (height, width) != (image.height, image.width):
             pixels = interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-        return dict(zip(self.outputs, self.run(pixels), strict=True))
+        return pixels
+
+    def found(self, image: Image.Image) -> dict[str, Tensor]:
+        """The file's outputs by name."""
+        return dict(zip(self.outputs, self.run(self.prepared(image)), strict=True))
+
+    def colours(self, count: int) -> list[tuple[int, int, int]]:
+        return palette(count, self.preparation.get("palette"))
 
 
-class _Classes(_Predictor):
-    def __call__(self, image: Image.Image) -> Prediction:
+class _Classes(FilePredictor):
+    def prepared(self, image: Image.Image) -> Tensor:
         size = self.size or (224, 224)
         # The graph normalises: here pixels only get the size.
         crop = create_transform((3, *size), mean=(0, 0, 0), std=(1, 1, 1), **self.preparation)
-        logits = self.run(255 * crop(image.convert("RGB"))[None])[0][0]
-        return class_prediction(image, logits.softmax(0).numpy(), self.names)
+        return 255 * crop(image.convert("RGB"))[None]
+
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        return {"scores": self.found(image)["logits"][0].softmax(0)}
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        return class_prediction(image, self.results(image)["scores"].numpy(), self.names)
 
 
-class _Labels(_Predictor):
+class _Labels(FilePredictor):
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        return {"labels": self._labels(image, self.found(image))}
+
     def __call__(self, image: Image.Image) -> Prediction:
         found = self.found(image)
+        names = class_names(self.names, max(found["logits"].shape[1], 2))
+        return label_prediction(image, self._labels(image, found).numpy(), names, self.colours(len(names)))
+
+    @staticmethod
+    def _labels(image: Image.Image, found: Mapping[str, Tensor]) -> Tensor:
         logits, size = found["logits"], (image.height, image.width)
         if logits.shape[1] == 1 or logits.shape[2:] == size:
-            labels = interpolate(found["labels"][:, None].float(), size, mode="nearest")[0, 0].long()
-        else:
-            labels = interpolate(logits, size, mode="bilinear")[0].argmax(0)
-        names = class_names(self.names, max(logits.shape[1], 2))
-        return label_prediction(image, labels.numpy(), names, self.colours(len(names)))
+            return interpolate(found["labels"][:, None].float(), size, mode="nearest")[0, 0].long()
+        return interpolate(logits, size, mode="bilinear")[0].argmax(0)
 
 
-class _Segments(_Predictor):
+class _Segments(FilePredictor):
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        segments = self.found(image)["segments"][None, None].double()
+        return {"segments": interpolate(segments, (image.height, image.width), mode="nearest")[0, 0].long()}
+
     def __call__(self, image: Image.Image) -> Prediction:
-        segments = self.found(image)["segments"]
-        values = interpolate(segments[None, None].double(), (image.height, image.width), mode="nearest")[0, 0]
-        arguments = (values.long().numpy(), INSTANCE_OFFSET, self.preparation["things"], self.names or [])
+        segments = self.results(image)["segments"].numpy()
+        arguments = (segments, INSTANCE_OFFSET, self.preparation["things"], self.names or [])
         return panoptic_prediction(image, *arguments, self.colours(len(self.names or [1])))
 
 
-class _Boxes(_Predictor):
-    def __call__(self, image: Image.Image) -> Prediction:
+class _Boxes(FilePredictor):
+    def results(self, image: Image.Image, min_score: float = 0.0) -> dict[str, Tensor]:
         found = self.found(image)
         order = found["scores"].argsort(descending=True, stable=True)
-        order = order[found["scores"][order] >= self.min_score]
-        boxes, labels, scores = (found[name][order] for name in ("boxes", "labels", "scores"))
+        order = order[found["scores"][order] >= min_score]
         height, width = self.size or (image.height, image.width)
         ratios = torch.tensor([image.width / width, image.height / height])
-        masks = None
+        results = {name: found[name][order] for name in ("boxes", "labels", "scores")}
+        results["boxes"] = results["boxes"] * ratios.repeat(2)
         if "masks" in found:
-            picked = found["masks"][order].float()[None]
             size = (image.height, image.width)
-            masks = interpolate(picked, size, mode="bilinear")[0].numpy() > 0.5 if len(order) else np.zeros((0, *size))
+            masks = found["masks"][order].float()[None]
+            results["masks"] = (
+                interpolate(masks, size, mode="bilinear")[0] > 0.5 if len(order) else torch.zeros(0, *size).bool()
+            )
+        return results
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        found = self.results(image, self.min_score)
+        masks = found["masks"].numpy() if "masks" in found else None
+        arrays = (found["boxes"].numpy(), found["labels"].tolist(), found["scores"].tolist(), masks)
         names = self.names or []
-        arrays = ((boxes * ratios.repeat(2)).numpy(), labels.tolist(), scores.tolist(), masks)
         return box_prediction(image, *arrays, names, self.colours(max(len(names), 1)), self.min_score)
 
 
