@@ -32,7 +32,13 @@ if TYPE_CHECKING:  # it needs onnx, and not every export does
     from terrazzo.tools.lowered_export import LoweredFile
 
 # By format, what runs the file here.
-RUNTIMES = {"onnx": "ONNX Runtime", "tensorrt": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "the exported program"}
+RUNTIMES = {
+    "onnx": "ONNX Runtime",
+    "tensorrt": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "pt2": "the exported program",
+    "aoti": "the compiled program",
+}
 EXIT_PARITY = 1
 # Pictures that layers are compared on and ranges set by, at most.
 CALIBRATION = 64
@@ -126,6 +132,8 @@ def command(
     a segmentor, `labels`, both at the input's size; for a detector, `boxes`, `scores`, `labels` and `masks` as its
     config keeps them, non-maximum suppression included; for --features, `stride4` and so on.
 
+    The format pt2 is a torch.export program; aoti compiles that to machine code, where there is a C++ compiler.
+
     The file's results (by ONNX Runtime, OpenVINO in float32, or PyTorch) are compared with PyTorch's, a detector's with
     those of mmdet's own code: where they differ by too much, the exit code is 1 and the file keeps the suffix .failed.
     The format tensorrt is an ONNX file of which every node is looked up in TensorRT's documented operators; the engine
@@ -134,8 +142,8 @@ def command(
     --fp16 and --int8 write an ONNX file in lower precision: with a config's test data at hand (--data-root), as many
     layers stay in float32 as its metric asks for; a table of both figures and of each layer's error lies beside it.
     """
-    if opset is not None and form == "pt2":
-        raise InputError("--opset is of ONNX; pt2 files have none: leave it out")
+    if opset is not None and form in ("pt2", "aoti"):
+        raise InputError(f"--opset is of ONNX; {form} files have none: leave it out")
     writer = _form(form, opset)
     suffix = writer.suffixes[0]
     if out is not None:
@@ -145,7 +153,8 @@ def command(
     if ready.single and (batch > 1 or dynamic):
         raise InputError(f"{ready.source} is a detector: one image a run, of one size; leave --batch and --dynamic out")
     height, width = ready.size
-    ending = f"_{precision}{suffix}" if precision else suffix
+    kind = "aoti" if form == "aoti" else precision  # pt2 has the suffix of aoti, and float32 that of the others
+    ending = f"_{kind}{suffix}" if kind else suffix
     out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}{ending}"
     seen = ("floor", floor(ready.size, batch)) if picture is None else (image.name, photo(picture, ready.size, batch))
     if precision is None:
@@ -269,6 +278,10 @@ def _form(name: str, opset: int | None) -> Form:
         from terrazzo.tools.pt2_export import ProgramForm
 
         return ProgramForm()
+    if name == "aoti":
+        from terrazzo.tools.aoti_export import CompiledForm
+
+        return CompiledForm()
     if name == "openvino":
         from terrazzo.tools.openvino_export import OpenVinoForm
 

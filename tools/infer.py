@@ -33,7 +33,7 @@ from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 )
 @click.option(
     "--runtime",
-    type=click.Choice(("torch", "onnx", "openvino")),
+    type=click.Choice(("torch", "onnx", "openvino", "pt2", "aoti")),
     default="torch",
     show_default=True,
     help="Who runs it.",
@@ -52,8 +52,8 @@ def command(
 ) -> None:
     """Run a classifier, segmentor or detector on each IMAGE (a file, or a folder of them).
 
-    MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name; with --runtime onnx or
-    openvino it is a file that `terrazzo export` wrote. For each picture there are
+    MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name; with another --runtime than
+    torch it is a file that `terrazzo export` wrote in that format. For each picture there are
     NAME.overlay.jpg (the result drawn), NAME.json, for a segmentor NAME.labels.png (a class index for each pixel), and
     for a panoptic one NAME.segments.png (the number of a segment for each pixel; the JSON has its class).
     """

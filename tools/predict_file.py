@@ -34,7 +34,7 @@ def file_predictor(runtime: str, path: Path, min_score: float = 0.3) -> "FilePre
     """The predictor of a file that `terrazzo export` wrote.
 
     Args:
-        runtime: "onnx" or "openvino".
+        runtime: "onnx", "openvino", "pt2" or "aoti".
         path: the file.
         min_score: detections below this score are left out.
 
@@ -43,17 +43,32 @@ def file_predictor(runtime: str, path: Path, min_score: float = 0.3) -> "FilePre
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; name a file that `terrazzo export` wrote")
-    if runtime == "onnx":
-        from terrazzo.tools.onnx_export import OnnxForm as Form
-    else:
-        from terrazzo.tools.openvino_export import OpenVinoForm as Form
-    run, facts, size = Form().open(path)
+    run, facts, size = _opened(runtime, path)
     if "task" not in facts or "preparation" not in facts:
         raise InputError(f"{path} does not say what it is: name a file that `terrazzo export` wrote")
     kind = _PREDICTORS.get(facts["task"])
     if kind is None:
         raise InputError(f"{path} gives {facts['outputs']}, of which there is nothing to draw; export it with a head")
     return kind(run, facts, size, min_score)
+
+
+def _opened(runtime: str, path: Path) -> tuple[Callable[..., Sequence[Tensor]], Mapping[str, str], tuple | None]:
+    """A file as a function of tensors, what it says about itself, and the size it takes; each needs its own package."""
+    if runtime == "onnx":
+        from terrazzo.tools.onnx_export import OnnxForm
+
+        return OnnxForm().open(path)
+    if runtime == "openvino":
+        from terrazzo.tools.openvino_export import OpenVinoForm
+
+        return OpenVinoForm().open(path)
+    if runtime == "pt2":
+        from terrazzo.tools.pt2_export import ProgramForm
+
+        return ProgramForm().open(path)
+    from terrazzo.tools.aoti_export import open_package
+
+    return open_package(path)
 
 
 class FilePredictor:

@@ -44,9 +44,16 @@ def test_normalisation_is_in_the_graph(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet10t", pytest.param("dinat_mini", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("form", "names"), [("openvino", ["m.bin", "m.xml"]), ("pt2", ["m.pt2"])])
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("openvino", ["m.bin", "m.xml"]),
+        ("pt2", ["m.pt2"]),
+        pytest.param("aoti", ["m.pt2"], marks=pytest.mark.slow),  # a compiler works for a minute or more
+    ],
+)
 def test_other_formats(run, tmp_path, form, names, name):
-    path = tmp_path / f"m.{'xml' if form == 'openvino' else form}"
+    path = tmp_path / names[-1]
     arguments = ("--format", form, "--size", 64, 96, "--dynamic", "batch", "--num-classes", 7)
     result = run("export", name, *arguments, "--out", path)
     assert result.exit_code == 0, result.output
@@ -144,7 +151,8 @@ def test_refusals(refused, trained, tmp_path):
     assert "is a file" in refused("export", "resnet10t", "--out", tmp_path / "broken.pth" / "model.onnx")
     assert "is a folder" in refused("export", "resnet10t", "--out", tmp_path)
     assert "at least 1" in refused("export", "resnet10t", "--size", 0, 8, *out)
-    assert "pt2 files have none" in refused("export", "resnet10t", "--format", "pt2", "--opset", 20, *out)
+    for form in ("pt2", "aoti"):
+        assert f"{form} files have none" in refused("export", "resnet10t", "--format", form, "--opset", 20, *out)
     assert "must end in .xml" in refused("export", "resnet10t", "--format", "openvino", "--size", 32, 32, *out)
     assert "--features is for timm models" in refused("export", config, "--features", *out)
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from terrazzo.tools import rle
 from terrazzo.tools.floors import FloorMaker
 
 RUNTIMES = [("onnx", "onnx"), ("openvino", "xml")]
+PYTORCH = [("pt2", "pt2"), pytest.param("aoti", "pt2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def _both(run, tmp_path, runtime, suffix, model, checkpoint, picture, size, clas
     return records
 
 
-@pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES)
+@pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES + PYTORCH)
 def test_classifier(run, picture, tmp_path, runtime, suffix):
     """Of any picture: it is resized and cropped as timm says."""
     torch.manual_seed(0)
@@ -69,8 +70,12 @@ def test_segmentor_on_a_picture_of_another_size(run, trained, picture, tmp_path)
     assert np.asarray(Image.open(tmp_path / "floor.labels.png")).shape == (67, 91)
 
 
-def test_detector(run, detector, square, tmp_path):
-    mine, theirs = _both(run, tmp_path, "onnx", "onnx", *detector, square, (64, 64), options=("--min-score", 0))
+@pytest.mark.parametrize(
+    ("runtime", "suffix"),
+    [RUNTIMES[0], *(pytest.param(name, "pt2", marks=pytest.mark.slow) for name in ("pt2", "aoti"))],
+)
+def test_detector(run, detector, square, tmp_path, runtime, suffix):
+    mine, theirs = _both(run, tmp_path, runtime, suffix, *detector, square, (64, 64), options=("--min-score", 0))
     assert len(mine["things"]) == len(theirs["things"]) > 0
     for one, other in zip(mine["things"], theirs["things"]):
         assert one["label"] == other["label"]
@@ -86,6 +91,9 @@ def test_refusals(run, refused, picture, tmp_path):
     assert "cannot load broken.onnx" in refused(*call, tmp_path / "broken.onnx", picture)
     (tmp_path / "broken.xml").write_bytes(b"not a graph")
     assert "cannot load broken.xml" in refused("infer", "--runtime", "openvino", tmp_path / "broken.xml", picture)
+    (tmp_path / "broken.pt2").write_bytes(b"not a graph")
+    for runtime in ("pt2", "aoti"):
+        assert "cannot load broken.pt2" in refused("infer", "--runtime", runtime, tmp_path / "broken.pt2", picture)
     assert "has its weights" in refused(*call, tmp_path / "broken.onnx", picture, "--device", "cpu")
     features = tmp_path / "features.onnx"
     assert run("export", "resnet10t", "--features", "--size", 32, 32, "--out", features).exit_code == 0

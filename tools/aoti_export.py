@@ -1,0 +1,79 @@
+"""Models that AOTInductor compiles to machine code of this processor, run without the model's code or a compiler."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torchvision  # noqa: F401  packages of detectors call its operators
+from torch import Tensor
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from terrazzo.errors import InputError
+from terrazzo.tools.checked_export import Task, as_tuple, not_exportable
+from terrazzo.tools.pt2_export import loading, traced
+
+
+class CompiledForm:
+    """A package of AOTInductor, for `aoti_load_package` or C++: NAME.pt2, a shared library with the weights inside.
+
+    It needs PyTorch, but neither terrazzo nor a compiler, and a processor with the instructions of the one that it was
+    compiled on.
+
+    Raises:
+        InputError: there is no C++ compiler.
+    """
+
+    suffixes = (".pt2",)
+
+    def __init__(self):
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise InputError(
+                "AOTInductor needs a C++ compiler and finds none: install g++, name one in the variable CXX, or export "
+                "with --format pt2, which needs none"
+            ) from error
+
+    def write(self, task: Task, path: Path) -> str:
+        program = traced(task, "aoti")
+        facts = {"outputs": ", ".join(task.output_names), **task.metadata}
+        if "hw" not in task.dynamic:
+            facts["size"] = "x".join(map(str, task.arguments[0].shape[-2:]))
+        settings = {"aot_inductor.metadata": facts}
+        if any(free_unbacked_symbols(node.meta.get("val")) for node in program.graph.nodes):
+            # Of convolutions in a row on as many images as were found, PyTorch 2.15 mixes up the order in memory.
+            settings["layout_optimization"] = False
+        try:
+            with torch.no_grad():
+                aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        except RuntimeError as error:
+            raise not_exportable(task.module, "aoti", error) from error
+        return f"AOTInductor of PyTorch {torch.__version__.split('+')[0]}"
+
+    def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
+        return open_package(path)[0]
+
+    def divergence(self, task: Task, limit: float) -> str | None:
+        return None
+
+
+def open_package(path: Path) -> tuple[Callable[..., Sequence[Tensor]], dict[str, str], tuple[int, int] | None]:
+    """A file as a function of tensors, what it says about itself, and H, W of its images; None if they are open.
+
+    Raises:
+        InputError: it is no package that can be loaded here.
+    """
+    with loading(path, "AOTInductor"):
+        module = aoti_load_package(str(path))
+    facts = module.get_metadata()
+    size = tuple(map(int, facts["size"].split("x"))) if "size" in facts else None
+
+    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+        # The library takes the strides of the example for granted.
+        with torch.no_grad():
+            return as_tuple(module(*(value.contiguous() for value in arguments)))
+
+    return run, facts, size
