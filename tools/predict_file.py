@@ -177,10 +177,10 @@ class _Boxes(FilePredictor):
         results["boxes"] = results["boxes"] * ratios.repeat(2)
         if "masks" in found:
             size = (image.height, image.width)
-            masks = found["masks"][order].float()[None]
-            results["masks"] = (
-                interpolate(masks, size, mode="bilinear")[0] > 0.5 if len(order) else torch.zeros(0, *size).bool()
-            )
+            # a few at a time: four hundred of a large picture would not fit in memory as real numbers
+            parts = found["masks"][order].split(32) if len(order) else ()
+            grown = [interpolate(part[None].float(), size, mode="bilinear")[0] > 0.5 for part in parts]
+            results["masks"] = torch.cat([torch.zeros(0, *size, dtype=torch.bool), *grown])
         return results
 
     def __call__(self, image: Image.Image) -> Prediction:
