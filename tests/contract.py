@@ -5,7 +5,8 @@
         costs = {"family_tiny": (28_288_354, 4.491), ...}
 
 `costs` holds every variant's parameters and G multiply-adds at its default size. Structure is checked for every variant
-on the meta device; numbers for the representatives, and under `-m slow` for every variant.
+on the meta device; numbers for the representatives, and under `-m slow` for every variant. What the family cannot do of
+what tests/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
 """
 
 import copy
@@ -16,44 +17,27 @@ import pickle
 import pytest
 import timm
 import torch
+from capabilities import CapabilityContract
+from seeded import build, image
 from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters, group_with_matcher
 
-import terrazzo  # noqa: F401
 from terrazzo.tools.measure import measure
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, plain
 MAX_SIDE = 96  # of the costlier checks
 
 
-def build(name: str, **kwargs) -> torch.nn.Module:
-    """The model with its weights fixed, and none of them at a value that hides a mistake."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() <= 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def image(size: tuple[int, int], batch: int = 1, chans: int = 3) -> torch.Tensor:
-    return torch.randn(batch, chans, *size, generator=torch.Generator().manual_seed(1))
-
-
-class BackboneContract:
-    representatives: tuple[str, ...] = ()
+class BackboneContract(CapabilityContract):
     costs: dict[str, tuple[int, float]] = {}
 
     def pytest_generate_tests(self, metafunc):
         if "variant" in metafunc.fixturenames:
             metafunc.parametrize("variant", list(self.costs))
-        if "name" in metafunc.fixturenames:
-            names = [
-                name if name in self.representatives else pytest.param(name, marks=pytest.mark.slow)
-                for name in self.costs
-            ]
-            metafunc.parametrize("name", names)
+        for fixture, quick in (("name", self.representatives), ("example", self.representatives[:1])):
+            if fixture in metafunc.fixturenames:
+                models = [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in self.costs]
+                metafunc.parametrize(fixture, models, scope="class")
 
     # Structure, every variant, on the meta device.
 
@@ -219,39 +203,11 @@ class BackboneContract:
         assert out.isfinite().all()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
-    def test_compile(self, name):
-        """One graph, no break, for every size. The code generator is left out here (see test_inductor)."""
-        torch._dynamo.reset()
-        model = build(name)
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-        with torch.no_grad():
-            for size in ((64, 96), (96, 70)):
-                torch.testing.assert_close(compiled(image(size)), model(image(size)), rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.slow
-    def test_inductor(self, name):
-        torch._dynamo.reset()
-        model = build(name)
-        compiled = torch.compile(model, fullgraph=True, dynamic=True)
-        with torch.no_grad():
-            for size in ((64, 96), (96, 70)):
-                torch.testing.assert_close(compiled(image(size)), model(image(size)), rtol=1e-3, atol=1e-3)
-
     def test_export(self, name):
+        torch._dynamo.reset()  # a refused export with open sizes leaves them open
         model = build(name)
         x = image((64, MAX_SIDE))
         program = torch.export.export(model, (x,), strict=True)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
         ours = {node.target for node in program.graph.nodes if "terrazzo" in str(node.target)}
         assert not ours, f"an exported graph must hold standard operations only, found {ours}"
-
-    @pytest.mark.parametrize("size", [(64, 96), (97, 70)])
-    def test_onnx(self, name, size, tmp_path):
-        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
-        model = build(name)
-        dynamic = size == (64, 96)
-        report = onnx_export.export_onnx(
-            model, image(size), tmp_path / "model.onnx", dynamic=("batch",) if dynamic else ()
-        )
-        assert report.passed, report
-        assert report.worst <= 1e-4

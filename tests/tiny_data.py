@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -33,6 +34,20 @@ def write_segmentation(root, suffix, classes, size):
             labels[:4] = 255
             picture(random, size).save(root / "images" / split / f"{index}{suffix}")
             Image.fromarray(labels).save(root / "labels" / split / f"{index}.png")
+
+
+def segmentation_batch(classes, channels, size):
+    """Two pictures (height, width) of noise with a class and an edge for each pixel, as mmseg's pipelines give them."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    generator = torch.Generator().manual_seed(0)
+    samples = [SegDataSample(metainfo=dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), size)) for _ in range(2)]
+    for sample in samples:
+        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *size), generator=generator))
+        sample.gt_edge_map = PixelData(data=torch.randint(2, (1, *size), generator=generator))
+    images = [torch.randint(256, (channels, *size), generator=generator, dtype=torch.uint8) for _ in samples]
+    return {"inputs": images, "data_samples": samples}
 
 
 def write_instances(file, images, categories, size, masks=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from terrazzo.errors import InputError
-from terrazzo.tools import results, zoo_results
+from terrazzo.tools import capability_results, results, zoo_results
 
 _TABLE = re.compile(r"(<!-- table: (\w+)(?: ([^ ]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MODELS = results.FOLDER / "models.csv"
@@ -112,7 +112,20 @@ def _zoo(argument: str | None) -> str:
     return _markdown(*zoo_results.table(rows)) + "\n" + "\n".join(zoo_results.notes(rows)) + "\n"
 
 
-TABLES: dict[str, Callable[[str], str]] = {"variants": _variants, "bench": _bench, "training": _training, "zoo": _zoo}
+def _capabilities(family: str | None) -> str:
+    """What every family can do, or one of them: as the tests found it."""
+    cells = [cell for cell in capability_results.read().values() if family in (None, cell.family)]
+    table = capability_results.table(cells) if family is None else capability_results.family_table(cells, family)
+    return _markdown(*table) + "\n" + "\n".join(capability_results.notes(cells)) + "\n"
+
+
+TABLES: dict[str, Callable[[str | None], str]] = {
+    "variants": _variants,
+    "bench": _bench,
+    "training": _training,
+    "zoo": _zoo,
+    "capabilities": _capabilities,
+}
 
 
 def render(text: str) -> str:

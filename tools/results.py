@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -37,27 +38,30 @@ class Row:
     commit: str
 
 
-def read(path: Path) -> list[Row]:
+R = TypeVar("R")
+
+
+def read(path: Path, kind: type[R] = Row) -> list[R]:
     """The rows of a file.
+
+    Args:
+        kind: a dataclass whose fields, texts and floats, are the columns.
 
     Raises:
         InputError: The file is not such a table.
     """
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != [field.name for field in fields(Row)]:
+        if reader.fieldnames != [field.name for field in fields(kind)]:
             raise InputError(f"{path} is not a table of results: its columns are {reader.fieldnames}")
-        return [
-            Row(**{key: float(text) if key in ("p20", "p50", "p80") else text for key, text in row.items()})
-            for row in reader
-        ]
+        return [kind(**{field.name: field.type(row[field.name]) for field in fields(kind)}) for row in reader]
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write a whole file, or nothing."""
+def write(path: Path, rows: Iterable[R], kind: type[R] = Row) -> None:
+    """Write a whole file, or nothing; `kind` as in `read`."""
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Row))
+        writer.writerow(field.name for field in fields(kind))
         writer.writerows([_text(x) for x in astuple(row)] for row in rows)
 
 

@@ -16,7 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import PixelData
+from tiny_data import segmentation_batch
 
 from terrazzo.tools import zoo
 from terrazzo.tools.unfilled import Unfilled
@@ -113,18 +113,8 @@ def _detection(cfg, side):
 
 def _segmentation(cfg, side):
     """Two pictures with a class for each pixel."""
-    from mmseg.structures import SegDataSample
-
     classes = min(n for n in _all(cfg.model.decode_head, "num_classes") if isinstance(n, int))
-    generator = torch.Generator().manual_seed(0)
-    shape = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), (side, side))
-    samples = [SegDataSample(metainfo=shape) for _ in range(2)]
-    for sample in samples:
-        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, side, side), generator=generator))
-        sample.gt_edge_map = PixelData(data=torch.randint(2, (1, side, side), generator=generator))
-    channels = len(cfg.model.data_preprocessor.mean)
-    images = [torch.randint(256, (channels, side, side), generator=generator, dtype=torch.uint8) for _ in samples]
-    return {"inputs": images, "data_samples": samples}
+    return segmentation_batch(classes, len(cfg.model.data_preprocessor.mean), (side, side))
 
 
 def _branches(data):

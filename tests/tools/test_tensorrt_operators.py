@@ -1,12 +1,10 @@
-"""What TensorRT documents: the table, the rules beside it, and a whole exported graph."""
+"""What TensorRT documents: the table, and the rules beside it. (Whole backbones: tests/capabilities.py.)"""
 
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper
 
 from terrazzo.tools import tensorrt_operators as trt
-from terrazzo.tools.onnx_export import export_onnx
 
 
 def _model(nodes, inputs, outputs, initializers=(), opset=20):
@@ -110,13 +108,3 @@ def test_quantisation_must_be_symmetric():
 
     assert not trt.problems(model(0))
     assert "symmetrically" in trt.problems(model(3))[0].reason
-
-
-def test_a_backbone(tmp_path):
-    import timm
-
-    import terrazzo  # noqa: F401
-
-    net = timm.create_model("dinat_mini", num_classes=7).eval()
-    report = export_onnx(net, torch.rand(1, 3, 64, 96), tmp_path / "net.onnx")
-    assert trt.problems(onnx.load(report.path)) == []

@@ -1,0 +1,257 @@
+"""What a family can do, proven both ways: what it refuses must fail for the reason it gives, and all else must work.
+
+`BackboneContract` inherits these tests; `test_NAME` is of the capability NAME, as tools/capability_results.py lists and
+explains them. What a test finds must be what model_cards/results/capabilities.csv says, from which the tables of README
+and cards are made; `pytest tests/backbones --write-capabilities` writes it there.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from seeded import build, image
+
+from terrazzo.tools import capability_results, results
+from terrazzo.tools.capability_results import NO, YES, Cell
+from terrazzo.tools.models import family_of
+
+SIZE, ODD = (64, 96), (97, 70)
+
+CONFIG = """
+_base_ = ["{base}"]
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(
+    backbone=dict(_delete_=True, type="TerrazzoBackbone", name="{name}", out_indices={indices}),
+    neck=dict(in_channels={channels}),
+)
+"""
+
+
+@contextlib.contextmanager
+def proven(cell: Cell, write: bool) -> Iterator[None]:
+    """Around the body of a capability's test: it works or fails as the cell says, and so does the stored cell say.
+
+    Args:
+        cell: what the family's test class claims.
+        write: store the cell, rather than compare it with the stored one.
+    """
+    with pytest.raises(Exception, match=re.escape(cell.reason)) if cell.supported == NO else contextlib.nullcontext():
+        yield
+    if write:
+        capability_results.store(cell)
+        return
+    stored = capability_results.read().get((cell.family, cell.capability))
+    hint = f"run `pytest {cell.test.split('::')[0]} --write-capabilities`, then `terrazzo cards`"
+    assert stored is not None, f"{capability_results.PATH} has no row of {cell.family}, {cell.capability}; {hint}"
+    assert stored == dataclasses.replace(cell, versions=stored.versions, commit=stored.commit), hint
+
+
+class Files:
+    """The exported files of a model, each made when it is first asked for.
+
+    Args:
+        name: of the model.
+        folder: where the files go.
+        allowed: which of "batch" and "hw" the family can leave open; the classifier has these open.
+    """
+
+    def __init__(self, name: str, folder: Path, allowed: tuple[str, ...]):
+        pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+        self.model, self.folder, self.allowed = build(name), folder, allowed
+
+    @cached_property
+    def classifier(self):
+        return self._onnx("RawClassifier", ODD, self.allowed)
+
+    @cached_property
+    def features(self):
+        return self._onnx("RawFeatures", SIZE, ())
+
+    def opened(self, what: str):
+        """A classifier with "batch" or "hw" left open."""
+        return self.classifier if what in self.allowed else self._onnx("RawClassifier", SIZE, (what,))
+
+    def export(self, form, kind: str, size: tuple[int, int], dynamic: tuple[str, ...], suffix: str):
+        from terrazzo.tools import exportable
+        from terrazzo.tools.checked_export import checked_export
+
+        data = timm.data.resolve_model_data_config(self.model)
+        module = getattr(exportable, kind)(self.model, data["mean"], data["std"])
+        path = self.folder / f"{kind}_{'_'.join(dynamic)}{suffix}"
+        names = module.output_names
+        return checked_export(form, module, pixels(size), path, output_names=names, dynamic=dynamic)
+
+    def _onnx(self, kind: str, size: tuple[int, int], dynamic: tuple[str, ...]):
+        from terrazzo.tools.onnx_export import OnnxForm
+
+        return self.export(OnnxForm(), kind, size, dynamic, ".onnx")
+
+
+def pixels(size: tuple[int, int], batch: int = 1) -> torch.Tensor:
+    return 255 * torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+class CapabilityContract:
+    """`example` is the first representative, and under `-m slow` every variant."""
+
+    representatives: tuple[str, ...] = ()
+    refused: dict[str, str] = {}
+
+    @pytest.fixture
+    def capability(self, request):
+        title = request.function.__name__.removeprefix("test_").replace("_", " ")
+        reason = self.refused.get(title, "")
+        cell = Cell(
+            family=family_of(self.representatives[0]),
+            capability=title,
+            supported=NO if reason else YES,
+            reason=reason,
+            model=self.representatives[0],
+            test=request.node.nodeid.split("[")[0],
+            versions=results.versions("timm", "mmdet", "mmsegmentation", "onnx", "onnxruntime", "openvino"),
+            commit=results.commit(),
+        )
+        return proven(cell, request.config.getoption("--write-capabilities"))
+
+    @pytest.fixture(scope="class")
+    def files(self, example, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("files")
+        allowed = tuple(what for what in ("batch", "hw") if f"onnx dynamic {what}" not in self.refused)
+        yield Files(example, folder, allowed)
+        shutil.rmtree(folder)  # up to gigabytes
+
+    @pytest.fixture
+    def openmmlab(self):
+        pytest.importorskip("mmengine", reason="needs the extra 'openmmlab'")
+        import terrazzo.openmmlab  # noqa: F401  before mmdet and mmseg, which want mmcv's operators
+
+    def test_timm(self, example, capability):
+        with capability, torch.no_grad():
+            x = image(ODD)
+            model = build(example)
+            logits = model(x)
+            assert logits.shape == (1, model.num_classes)
+            assert logits.isfinite().all()
+            model = build(example, features_only=True)
+            info, maps = model.feature_info, model(x)
+            wanted = [(1, c, *(math.ceil(side / r) for side in ODD)) for c, r in zip(info.channels(), info.reduction())]
+            assert [tuple(found.shape) for found in maps] == wanted
+            assert all(found.isfinite().all() for found in maps)
+
+    def test_mmdet(self, example, capability, openmmlab, tmp_path):
+        from mmdet.testing import demo_mm_inputs
+
+        data = demo_mm_inputs(2, [(3, *SIZE)] * 2, [2, 3], num_classes=80)
+        with capability:
+            train_step(example, "mmdet", "retinanet_r50_fpn", {}, data, tmp_path)
+
+    def test_mmseg(self, example, capability, openmmlab, tmp_path):
+        from tiny_data import segmentation_batch
+
+        options = {"model.pretrained": None, "model.data_preprocessor.size": SIZE}
+        data = segmentation_batch(classes=19, channels=3, size=SIZE)
+        with capability:
+            train_step(example, "mmseg", "fpn_r50", options, data, tmp_path)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_compile(self, name, backend, capability):
+        """One graph, no break, for every size. `aot_eager` leaves out the code generator, which takes minutes."""
+        torch._dynamo.reset()
+        limit = {"aot_eager": 1e-4, "inductor": 1e-3}[backend]
+        model = build(name)
+        with capability, torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+            for size in ((64, 96), (96, 70)):
+                torch.testing.assert_close(compiled(image(size)), model(image(size)), rtol=limit, atol=limit)
+
+    def test_pt2(self, files, capability):
+        from terrazzo.tools.pt2_export import ProgramForm
+
+        with capability:
+            report = files.export(ProgramForm(), "RawClassifier", ODD, files.allowed, ".pt2")
+            assert report.passed, report
+
+    def test_onnx(self, files, capability):
+        import onnx
+
+        with capability:
+            assert files.classifier.passed, files.classifier
+            assert files.features.passed, files.features
+            names = [output.name for output in onnx.load(files.features.path).graph.output]
+            assert len(set(names)) == len(files.model.feature_info)
+            assert all(f"stride{info['reduction']}" in name for name, info in zip(names, files.model.feature_info))
+
+    def test_onnx_dynamic_batch(self, files, capability):
+        with capability:
+            report = files.opened("batch")
+            assert "larger batch" in {parity.source for parity in report.parities}
+            assert report.passed, report
+
+    def test_onnx_dynamic_hw(self, files, capability):
+        with capability:
+            report = files.opened("hw")
+            assert "larger image" in {parity.source for parity in report.parities}
+            assert report.passed, report
+
+    def test_tensorrt_operators(self, files, capability):
+        import onnx
+
+        from terrazzo.tools.tensorrt_operators import problems
+
+        with capability:
+            for report in (files.classifier, files.features):
+                found = problems(onnx.load(report.path))
+                assert not found, "; ".join(map(str, found))
+
+    def test_openvino(self, files, capability):
+        from terrazzo.tools.openvino_export import OpenVinoForm
+
+        with capability:
+            form = OpenVinoForm()
+            form.onnx = Copy(files.classifier.path)  # the costly half of the export is made already
+            report = files.export(form, "RawClassifier", ODD, files.allowed, ".xml")
+            assert report.passed, report
+
+
+class Copy:
+    """In place of `OnnxForm`: an ONNX file that is there already."""
+
+    def __init__(self, source: Path):
+        self.source = source
+
+    def write(self, task, path: Path) -> str:
+        shutil.copyfile(self.source, path)
+        return "a copy"
+
+
+def train_step(name: str, package: str, base: str, options: dict, data: dict, folder: Path) -> None:
+    """Put a backbone into a config of mmdet or mmseg, and take a training step that must reach its first layer."""
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.optim import OptimWrapper
+    from mmengine.registry import MODELS, DefaultScope
+
+    from terrazzo.openmmlab.config import load_config
+
+    pyramid = timm.create_model(name, features_only=True, device="meta")
+    indices, channels = pyramid.feature_info.out_indices, pyramid.feature_info.channels()
+    config = folder / "model.py"
+    config.write_text(
+        CONFIG.format(base=f"{package}::_base_/models/{base}.py", name=name, indices=indices, channels=channels)
+    )
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(package):
+        model = revert_sync_batchnorm(MODELS.build(load_config(config, options=options).model))
+        model.init_weights()
+        first = next(model.backbone.parameters())
+        before = first.detach().clone()
+        losses = model.train().train_step(data, OptimWrapper(torch.optim.SGD(model.parameters(), 0.01)))
+    assert all(torch.as_tensor(loss).isfinite().all() for loss in losses.values()), losses
+    assert not torch.equal(first, before)

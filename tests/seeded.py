@@ -1,0 +1,21 @@
+"""Models and images that are the same at every run."""
+
+import timm
+import torch
+
+import terrazzo  # noqa: F401
+
+
+def build(name: str, **kwargs) -> torch.nn.Module:
+    """The model with its weights fixed, and none of them at a value that hides a mistake."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() <= 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def image(size: tuple[int, int], batch: int = 1, chans: int = 3) -> torch.Tensor:
+    return torch.randn(batch, chans, *size, generator=torch.Generator().manual_seed(1))
