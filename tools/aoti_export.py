@@ -27,6 +27,7 @@ class CompiledForm:
     """
 
     suffixes = (".pt2",)
+    runtime = "the compiled program"
 
     def __init__(self):
         try:

@@ -41,9 +41,15 @@ class Task:
 
 
 class Form(Protocol):
-    """A file format. `suffixes` are those of its files; the first is the one that users name."""
+    """A file format.
+
+    Attributes:
+        suffixes: of its files; the first is that of the one that users name.
+        runtime: what runs the file, in words.
+    """
 
     suffixes: tuple[str, ...]
+    runtime: str
 
     def write(self, task: Task, path: Path) -> str:
         """Write the file at `path`, and those of the other suffixes beside it; returns what it is, such as a version.
@@ -130,7 +136,8 @@ def checked_export(
         The figures, and where the file is.
 
     Raises:
-        InputError: the module cannot be traced or has an operation without a form there, or the path cannot be written.
+        InputError: the module does not take the inputs, cannot be traced or has an operation without a form there, or
+            the path cannot be written.
     """
     path = check_output_file(Path(path))
     if len(form.suffixes) > 1 and path.suffix != form.suffixes[0]:
@@ -142,8 +149,7 @@ def checked_export(
         inputs["larger batch"] = tuple(torch.cat([value, value[:1].flip(-1)]) for value in arguments)
     if "hw" in dynamic:
         inputs["larger image"] = tuple(pad(value, (0, LARGER[1], 0, LARGER[0]), "replicate") for value in arguments)
-    with torch.no_grad():
-        references = {name: as_tuple((reference or module)(*value)) for name, value in inputs.items()}
+    references = {name: _expected(reference or module, value) for name, value in inputs.items()}
     count = len(references["example"])
     names = tuple(output_names or (f"output_{index}" for index in range(count)))
     if len(names) != count:
@@ -165,6 +171,19 @@ def checked_export(
         volume = sum(file.with_suffix(suffix).stat().st_size for suffix in form.suffixes)
         _publish(file, form.suffixes, path)
     return Report(path, volume, parities, version, divergence)
+
+
+@torch.no_grad()
+def _expected(reference: Callable[..., Tensor | Sequence[Tensor]], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """PyTorch's results; InputError if the model does not take the inputs."""
+    try:
+        return as_tuple(reference(*inputs))
+    except TerrazzoError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs)
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"the model cannot take images of {shapes}: {reason}; name another size") from error
 
 
 def _publish(file: Path, suffixes: tuple[str, ...], path: Path) -> None:

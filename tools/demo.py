@@ -101,7 +101,7 @@ def run_demo(
     """
     from terrazzo.openmmlab.config import build_runner, load_config
     from terrazzo.tools import mm
-    from terrazzo.tools.export import floor, metadata, noise, segmentor_for_export
+    from terrazzo.tools.export_targets import floor, metadata, noise, segmentor_for_export
     from terrazzo.tools.onnx_export import export_onnx
     from terrazzo.tools.test import evaluate
 

@@ -1,4 +1,4 @@
-"""`terrazzo export --fp16` and `--int8`: an ONNX file in lower precision, and what that costs, layer by layer.
+"""`terrazzo export --fp16` and `--int8`: files in lower precision, and what that costs, layer by layer.
 
 Where a config has test data its metric decides, before and after, on the files themselves: errors of outputs say little
 (a detector can lose boxes that a classifier's logits do not show).
@@ -9,21 +9,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import onnx
 import torch
 from torch import Tensor
 
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError
+from terrazzo.tools.console import print_table
+from terrazzo.tools.export_targets import Exportable, floor, noise, photo
 from terrazzo.tools.low_precision import Half, Int8, Precision
+from terrazzo.tools.pictures import Picture, find_pictures
+from terrazzo.tools.predict_file import FilePredictor, file_predictor
 from terrazzo.tools.results import Row, about, write
 from terrazzo.tools.sensitivity import Lowered, lower, output_error
 
-# Images that values inside of the graph are compared on; ranges of INT8 are set by all that there are.
-_COMPARED = 4
+# Pictures that ranges of INT8 are set by, at most, and those of them that values inside of the graph are compared on.
+_CALIBRATION, _COMPARED = 64, 4
 SUFFIX = ".precision.csv"
 
 Points = Mapping[str, float]
+Metric = Callable[[FilePredictor], Points]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,35 @@ class LoweredFile:
     before: Points
     after: Points
     error: float
+
+
+def evidence(ready: Exportable, name: str, pictures: Path | None) -> tuple[list[tuple[Tensor, ...]], Metric | None]:
+    """What a lower precision is judged by: inputs for real images, and what measures a file; None without a config.
+
+    Args:
+        ready: the model.
+        name: "fp16" or "int8".
+        pictures: a folder; None for the config's training data, or else drawn ones.
+
+    Raises:
+        InputError: the data is not there, or INT8 has no pictures to set its ranges by.
+    """
+    metric = None
+    if ready.config is not None:
+        from terrazzo.tools.data_checks import check_data
+        from terrazzo.tools.file_metric import FileMetric, training_pictures
+
+        check_data(ready.config, ("test",) if pictures else ("train", "test"))
+        metric = FileMetric(ready.config)
+    if pictures is not None:
+        found = find_pictures([pictures])[:_CALIBRATION]
+    elif ready.config is not None:
+        found = [Picture(path, path.name) for path in training_pictures(ready.config, _CALIBRATION)]
+    elif name == "int8":
+        raise InputError("--int8 sets its ranges by pictures: name a folder of them with --pictures DIR")
+    else:
+        return [(floor(ready.size, 1),), (noise(ready.size, 1),)], None
+    return [(photo(picture.read(), ready.size, 1),) for picture in found], metric
 
 
 def lower_file(
@@ -78,11 +113,11 @@ def lower_file(
     before, measured = {}, {}
     with tempfile.TemporaryDirectory(prefix="terrazzo-precision-") as folder:
 
-        def lost(candidate: onnx.ModelProto) -> float:
+        def cost(candidate: onnx.ModelProto) -> float:
             path = Path(folder) / "candidate.onnx"
             onnx.save(candidate, path)
             measured.update(dict.fromkeys(before, 0.0) | dict(points(path)))
-            return max(before[metric] - measured[metric] for metric in before)
+            return lost(before, measured)
 
         if points is None:
             lowered = lower(precision, compared, error_of, precision.limit)
@@ -92,24 +127,54 @@ def lower_file(
                 raise InputError(
                     f"{variant} finds nothing in the test data, in float32 either; give it trained weights"
                 )
-            lowered = lower(precision, compared, lost, tolerance)
-    path = out if lowered.passed else out.with_name(f"{out.name}.failed")
+            lowered = lower(precision, compared, cost, tolerance)
     entry = lowered.model.metadata_props.add()
     entry.key, entry.value = "precision", f"{name}, but float32 in: {', '.join(lowered.kept) or 'no layer'}"
+    path = out if lowered.passed else out.with_name(f"{out.name}.failed")
     with written_whole(path) as temporary:
         temporary.write_bytes(lowered.model.SerializeToString())
-    result = LoweredFile(
-        path,
-        out.with_name(f"{out.stem}{SUFFIX}"),
-        lowered,
-        len(precision.layers),
-        before,
-        dict(measured),
-        error_of(lowered.model),
-    )
-    shape = "x".join(str(side) for side in samples[0][0].shape)
-    write(result.table, _rows(result, variant, shape, file.stat().st_size))
+    error = error_of(precision.measurable(lowered.kept))
+    table = out.with_name(f"{out.stem}{SUFFIX}")
+    result = LoweredFile(path, table, lowered, len(precision.layers), before, dict(measured), error)
+    write(table, _rows(result, variant, "x".join(map(str, samples[0][0].shape)), file.stat().st_size))
     return result
+
+
+def lost(before: Points, after: Points) -> float:
+    """How many points the worst of the metrics lost; what is not there any more lost all."""
+    return max(value - after.get(metric, 0.0) for metric, value in before.items())
+
+
+def measure(metric: Metric | None) -> Callable[[Path], Points] | None:
+    """A metric of predictors as one of ONNX files."""
+    return None if metric is None else lambda path: metric(file_predictor("onnx", path))
+
+
+def tell(result: LoweredFile) -> bool:
+    """Say what lower precision costs; whether that is little enough."""
+    lowered, name = result.lowered, result.lowered.precision
+    if result.before:
+        tell_points(result.before, result.after, name)
+    else:
+        click.echo("no test data decides: name a config with its data, for classification alone says little")
+    worst = sorted(lowered.errors.items(), key=lambda item: item[1], reverse=True)[:5]
+    print_table([(layer, f"{error:.1e}") for layer, error in worst], ("most changed layers", "error"), right=(1,))
+    click.echo(f"the outputs change by {result.error:.1e}; {len(lowered.kept)} of {result.layers} layers in float32")
+    for layer in lowered.kept:
+        click.echo(f"  float32: {layer}")
+    volume = f"{lowered.model.ByteSize() / 2**20:.1f} MiB"
+    click.echo(f"written: {result.path} ({name}, {volume}) and {result.table.name}, the table of all layers")
+    if not lowered.passed:
+        click.echo(f"error: {name} costs {lowered.loss:.3g}, too much; the file keeps the suffix .failed", err=True)
+    return lowered.passed
+
+
+def tell_points(before: Points, after: Points, name: str) -> None:
+    rows = [
+        (metric, f"{value:.2f}", f"{after.get(metric, 0.0):.2f}", f"{after.get(metric, 0.0) - value:+.2f}")
+        for metric, value in before.items()
+    ]
+    print_table(rows, ("points", "float32", name, "change"), right=(1, 2, 3))
 
 
 def _rows(result: LoweredFile, variant: str, shape: str, volume: int) -> list[Row]:
@@ -134,11 +199,3 @@ def _rows(result: LoweredFile, variant: str, shape: str, volume: int) -> list[Ro
         rows.append(row(dtype, f"error at {layer}", "1", error))
     rows += [row(lowered.precision, f"error by {layer} alone", "1", error) for layer, error in lowered.alone.items()]
     return rows
-
-
-def check_request(name: str, form: str, batch: int, dynamic: Sequence[str]) -> None:
-    """InputError where a file in lower precision is asked for that cannot be written or measured."""
-    if form not in ("onnx", "tensorrt"):
-        raise InputError(f"--{name} writes ONNX files, which OpenVINO reads too; use --format onnx instead of {form}")
-    if batch > 1 and "batch" not in dynamic:
-        raise InputError(f"--{name} is measured one image a run: leave --batch out, or add --dynamic batch")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -11,25 +12,40 @@ from terrazzo.errors import InputError
 from terrazzo.tools.checked_export import Report, Task, checked_export, not_exportable, opened
 from terrazzo.tools.divergence import first_divergence
 
+OLDEST_OPSET = 18
+
 
 class OnnxForm:
     """One ONNX file of standard operators, by PyTorch's dynamo exporter.
 
     Args:
         opset: version of the operator set; None for PyTorch's choice.
+
+    Raises:
+        InputError: there is no such version, or PyTorch does not write it.
     """
 
     suffixes = (".onnx",)
+    runtime = "ONNX Runtime"
 
     def __init__(self, opset: int | None = None):
+        newest = onnx.defs.onnx_opset_version()
+        if opset is not None and not OLDEST_OPSET <= opset <= newest:
+            raise InputError(
+                f"the opset is {opset}; PyTorch writes {OLDEST_OPSET} to {newest}: name one of them or none"
+            )
         self.opset = opset
         self.program: torch.onnx.ONNXProgram | None = None
 
     def write(self, task: Task, path: Path) -> str:
         self.program = self._trace(task)
+        opset = self.program.model.opset_imports[""]
+        if self.opset not in (None, opset):  # where the conversion fails, PyTorch goes on without it
+            name = type(task.module).__name__
+            raise InputError(f"{name} cannot be exported to opset {self.opset}, only to {opset}; leave the opset out")
         self.program.model.metadata_props.update(task.metadata)
         path.write_bytes(self.program.model_proto.SerializeToString())
-        return f"opset {self.program.model.opset_imports['']}"
+        return f"opset {opset}"
 
     def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
         return self.open(path)[0]

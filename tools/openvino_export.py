@@ -16,6 +16,7 @@ class OpenVinoForm:
     """An OpenVINO IR, made from an ONNX graph: NAME.xml and its weights NAME.bin."""
 
     suffixes = (".xml", ".bin")
+    runtime = "OpenVINO"
 
     def __init__(self, opset: int | None = None):
         self.onnx = OnnxForm(opset)

@@ -46,9 +46,23 @@ def file_predictor(runtime: str, path: Path, min_score: float = 0.3) -> "FilePre
     run, facts, size = _opened(runtime, path)
     if "task" not in facts or "preparation" not in facts:
         raise InputError(f"{path} does not say what it is: name a file that `terrazzo export` wrote")
+    return predictor(run, facts, size, min_score)
+
+
+def predictor(
+    run: Callable[..., Sequence[Tensor]],
+    facts: Mapping[str, str],
+    size: tuple[int, int] | None,
+    min_score: float = 0.3,
+) -> "FilePredictor":
+    """The predictor of a file, or of an engine, that is a function of tensors already; as `FilePredictor`.
+
+    Raises:
+        InputError: there is nothing to predict, as from feature maps.
+    """
     kind = _PREDICTORS.get(facts["task"])
     if kind is None:
-        raise InputError(f"{path} gives {facts['outputs']}, of which there is nothing to draw; export it with a head")
+        raise InputError(f"the file gives {facts['outputs']}, of which there is nothing to draw; export it with a head")
     return kind(run, facts, size, min_score)
 
 

@@ -18,6 +18,7 @@ class ProgramForm:
     """A `torch.export` program: NAME.pt2, for `torch.export.load`. The input is positional, and so are the outputs."""
 
     suffixes = (".pt2",)
+    runtime = "the exported program"
 
     def write(self, task: Task, path: Path) -> str:
         names = {"inputs": ", ".join(task.input_names), "outputs": ", ".join(task.output_names)}

@@ -1,8 +1,9 @@
 """Whether TensorRT documents support for every node of an ONNX graph: an answer that needs neither TensorRT nor a GPU.
 
 The table `data/tensorrt_operators.csv` and the rules below hold what `docs/operators.md` of
-github.com/onnx/onnx-tensorrt says for the version named here. A graph that passes has only documented operators, types
-and attributes; whether an engine builds, and how fast it is, only a GPU tells.
+github.com/onnx/onnx-tensorrt says for the version named here, and of bytes TensorRT's own `DataType`. A graph that
+passes has only documented operators, types and attributes; whether an engine builds, and how fast it is, only a GPU
+tells.
 """
 
 import contextlib
@@ -160,6 +161,14 @@ def _reasons(node: onnx.NodeProto, scope: _Scope) -> Iterator[str]:
         yield from rule(node, attributes, scope)
 
 
+def _cast(node, attributes, scope) -> Iterator[str]:
+    """A byte is converted to and from real numbers alone."""
+    real = ("FP16", "FP32")
+    kinds = [scope.type_of(node.input[0]), _TYPES.get(onnx.TensorProto.DataType.Name(attributes["to"]))]
+    if "UINT8" in kinds and any(kind not in (None, "UINT8", *real) for kind in kinds):
+        yield f"from {kinds[0]} to {kinds[1]} is not supported; UINT8 is converted from and to {', '.join(real)} only"
+
+
 def _pool(node, attributes, scope) -> Iterator[str]:
     if len(attributes.get("kernel_shape", (1, 1))) not in (2, 3):
         yield "pooling is supported in 2 and 3 dimensions only"
@@ -218,6 +227,7 @@ def _zero_point(node, attributes, scope) -> Iterator[str]:
 
 
 _RULES: dict[str, Callable[..., Iterator[str]]] = {
+    "Cast": _cast,
     "AveragePool": _pool,
     "MaxPool": _pool,
     "Resize": _resize,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import load_config
-from terrazzo.tools import export, mm
+from terrazzo.tools import export_targets, mm
 from terrazzo.tools.detectors import RawDetector
 
 SIZE = (96, 128)
@@ -156,7 +156,7 @@ def enliven(detector, spreads):
     for name, (mean, spread) in spreads.items():
         layer, outputs = detector.get_submodule(name), []
         hook = layer.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
-        raw.reference(export.noise(SIZE, 1))
+        raw.reference(export_targets.noise(SIZE, 1))
         hook.remove()
         channel = -1 if isinstance(layer, torch.nn.Linear) else 1
         rows = torch.cat([output.movedim(channel, -1).flatten(0, -2) for output in outputs])
@@ -191,7 +191,7 @@ def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
     assert facts["outputs"].split(", ") == names
     assert len(json.loads(facts["classes"])) == (133 if "panoptic" in name else 80)
     # Beside what the command compared: shapes, types and order.
-    outputs = found(path, export.photo(Image.open(image), size, 1) if image else export.floor(size, 1))
+    outputs = found(path, export_targets.photo(Image.open(image), size, 1) if image else export_targets.floor(size, 1))
     count = len(outputs["boxes"])
     assert count > 5
     assert outputs["boxes"].shape == (count, 4)
@@ -215,7 +215,7 @@ def test_nothing_found(run, tiny, tmp_path, name):
     assert result.exit_code == 0, result.output
     assert "warning: the model found nothing" in result.stderr
     assert "no boxes found" in result.stdout
-    outputs = found(path, export.noise(SIZE, 1))
+    outputs = found(path, export_targets.noise(SIZE, 1))
     assert outputs["boxes"].shape == (0, 4)
     assert outputs["scores"].shape == outputs["labels"].shape == (0,)
     assert "masks" not in outputs or outputs["masks"].shape == (0, *SIZE)

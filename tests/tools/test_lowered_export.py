@@ -70,6 +70,7 @@ def test_a_loss_that_is_too_large(run, trained, floors, tmp_path, monkeypatch):
     assert any(metric.endswith(" alone") for _, metric in table)
 
 
+@pytest.mark.slow
 def test_detector(run, detector, nuclei, tmp_path):
     """Boxes and masks are measured, on pictures of the file's own size as `terrazzo test` measures them."""
     config, checkpoint = detector

@@ -89,6 +89,14 @@ def test_resize(mode, fine):
     assert (not trt.problems(model)) == fine
 
 
+@pytest.mark.parametrize(("kind", "fine"), [(TensorProto.FLOAT, True), (TensorProto.BOOL, False)])
+def test_bytes_are_made_of_real_numbers(kind, fine):
+    node = helper.make_node("Cast", ["x"], ["y"], name="cast", to=TensorProto.UINT8)
+    problems = trt.problems(_model([node], [("x", kind, [2])], [("y", TensorProto.UINT8, [2])]))
+    assert (not problems) == fine
+    assert fine or "from BOOL to UINT8" in problems[0].reason
+
+
 def test_subgraphs_and_other_domains():
     result = helper.make_tensor_value_info("u", TensorProto.FLOAT, None)
     body = helper.make_graph([helper.make_node("Unique", ["x"], ["u"], name="inner")], "body", [], [result])

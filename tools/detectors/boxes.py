@@ -85,9 +85,14 @@ def kept(boxes: Tensor, scores: Tensor, groups: Tensor, settings: dict) -> Tenso
     return keep
 
 
+def coordinates(condition: Tensor) -> Tensor:
+    """Indices (N, axes) where a condition holds, asked of real numbers: TensorRT has the operator for those only."""
+    return condition.float().nonzero()
+
+
 def places(condition: Tensor) -> Tensor:
-    """Indices where a one-dimensional condition holds."""
-    return condition.nonzero().squeeze(1)
+    """Indices (N) where a one-dimensional condition holds."""
+    return coordinates(condition).squeeze(1)
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

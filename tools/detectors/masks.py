@@ -35,6 +35,11 @@ def _weights(start: Tensor, end: Tensor, pixels: int, cells: int) -> Tensor:
     return weights * near[..., None].to(weights.dtype)
 
 
+def as_bytes(inside: Tensor) -> Tensor:
+    """Truth values as 0 and 1 of one byte, by way of real numbers: TensorRT makes bytes of those only."""
+    return inside.float().to(torch.uint8)
+
+
 def boxes_of(masks: Tensor) -> Tensor:
     """The smallest boxes (N, 4), x1 y1 x2 y2 in pixels, around masks (N, H, W) of truth values; 0 for an empty mask."""
     (x1, x2), (y1, y2) = (_ends(masks.any(dim=axis)) for axis in (1, 2))

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, softplus
 
 from terrazzo.errors import InputError
 from terrazzo.tools.detectors.boxes import best, clipped, places
-from terrazzo.tools.detectors.masks import boxes_of
+from terrazzo.tools.detectors.masks import as_bytes, boxes_of
 
 
 class MaskQueryReader(nn.Module):
@@ -64,7 +64,7 @@ class MaskQueryReader(nn.Module):
             query, labels, scores = query[thing], labels[thing], scores[thing]
         scores, order = scores.sort(descending=True)
         query = query[order]
-        return boxes_of(inside)[query], scores, labels[order], inside.to(torch.uint8)[query]
+        return boxes_of(inside)[query], scores, labels[order], as_bytes(inside[query])
 
     def _segments(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Class + INSTANCE_OFFSET x number of the thing, or the number of classes where nothing is, for each pixel.
@@ -86,7 +86,8 @@ class MaskQueryReader(nn.Module):
         # an area divided by 0 is not compared, as that query is left out by the conditions before
         valid = keep & (area > 0) & (whole > 0) & (area / whole.clamp(min=1) >= settings.get("iou_thr", 0.8))
         thing = valid & (labels < self.fusion.num_things_classes)
-        values = labels + thing * thing.long().cumsum(0) * INSTANCE_OFFSET
+        instance = thing.float().cumsum(0).long()  # of real numbers, as TensorRT has no other sums
+        values = labels + thing * instance * INSTANCE_OFFSET
         mine = valid[owner]
         if settings.get("filter_low_score", False):
             mine = mine & sure.gather(0, owner[None])[0]

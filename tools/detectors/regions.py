@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from terrazzo.errors import InputError
-from terrazzo.tools.detectors.boxes import best, check_coder, check_nms, decoded, kept, places
-from terrazzo.tools.detectors.masks import pasted
+from terrazzo.tools.detectors.boxes import best, check_coder, check_nms, coordinates, decoded, kept, places
+from terrazzo.tools.detectors.masks import as_bytes, pasted
 
 
 class RegionReader(nn.Module):
@@ -91,7 +91,7 @@ class RegionReader(nn.Module):
                 boxes = decoded(head.bbox_coder, boxes, _of_label(offsets, labels), self.size)
         settings = self.roi.test_cfg
         scores = (total / len(self.box_heads)).softmax(dim=-1)[:, :-1]
-        row, labels = (scores > settings.score_thr).nonzero().unbind(1)
+        row, labels = coordinates(scores > settings.score_thr).unbind(1)
         boxes = decoded(self.box_heads[-1].bbox_coder, boxes[row], _of_label(offsets[row], labels), self.size)
         scores = scores[row, labels]
         keep = kept(boxes, scores, labels, settings.nms)
@@ -104,7 +104,7 @@ class RegionReader(nn.Module):
         for head, extractor in zip(self.mask_heads, self.mask_extractors, strict=True):
             total = total + head(pooled(extractor, maps, boxes)).sigmoid()
         masks = _of_label(total / len(self.mask_heads), labels)
-        return (pasted(masks, boxes, self.size) >= self.roi.test_cfg.mask_thr_binary).to(torch.uint8)
+        return as_bytes(pasted(masks, boxes, self.size) >= self.roi.test_cfg.mask_thr_binary)
 
 
 def pooled(extractor: nn.Module, maps: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
