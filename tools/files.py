@@ -1,14 +1,17 @@
 """Saying early that a place cannot be written to."""
 
+import os
 from pathlib import Path
 
 from terrazzo.errors import InputError
 
 
 def check_folder(path: Path) -> Path:
-    """Return `path` if it is a folder or could be made one; InputError if a file is in the way. Creates nothing."""
+    """Return `path` if it is a folder to write to or could be made one; InputError if not. Creates nothing."""
     for ancestor in (path, *path.parents):
         if ancestor.is_dir():
+            if not os.access(ancestor, os.W_OK):
+                raise InputError(f"{path} cannot be written: {ancestor} is read-only; name another place")
             return path
         if ancestor.exists() or ancestor.is_symlink():
             raise InputError(f"{path} cannot be a folder: {ancestor} is a file; name another place")

@@ -1,6 +1,7 @@
 """`terrazzo export`: classifiers and segmentors, and what it refuses."""
 
 import json
+import os
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-from terrazzo.tools import checked_export, tensorrt_operators
+from terrazzo.tools import checked_export, export, tensorrt_operators
 
 
 def test_classifier(run, tmp_path):
@@ -68,17 +69,20 @@ def test_failed_weights_lie_beside_the_failed_file(run, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.bin.failed", "m.xml.failed"]
 
 
-def test_tensorrt_without_a_gpu(run, tmp_path):
-    path = tmp_path / "m.onnx"
+def test_tensorrt_without_a_gpu(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "why_no_engine", lambda: "no GPU")
+    path = tmp_path / "m.engine"
     result = run("export", "resnet10t", "--format", "tensorrt", "--size", 64, 64, "--out", path)
     assert result.exit_code == 0, result.output
-    assert "no engine was built" in result.stdout
-    assert "trtexec --onnx=m.onnx" in result.stdout
+    assert "no engine was built: no GPU" in result.stdout
+    assert "trtexec --onnx=m.onnx --saveEngine=m.engine --stronglyTyped --noTF32\n" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_tensorrt_names_what_it_does_not_document(run, tmp_path, monkeypatch):
     table = dict(tensorrt_operators.operators(), Relu=frozenset())
     monkeypatch.setattr(tensorrt_operators, "operators", lambda: table)
+    monkeypatch.setattr(export, "why_no_engine", lambda: "no GPU")
     result = run("export", "resnet10t", "--format", "tensorrt", "--size", 32, 32, "--out", tmp_path / "m.onnx")
     assert result.exit_code == 1
     assert "does not support Relu" in result.stderr
@@ -138,6 +142,14 @@ def _always_wrong(names, source, *rest):
     return tuple(checked_export.Parity(name, source, 1.0, 1e-4, False) for name in names)
 
 
+@pytest.mark.parametrize("form", export.FORMATS)
+def test_a_place_that_cannot_be_written(refused, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+    out = tmp_path / "new" / ("m.xml" if form == "openvino" else "m.out")
+    assert f"{tmp_path} is read-only" in refused("export", "resnet10t", "--format", form, "--out", out)
+    assert not list(tmp_path.iterdir())
+
+
 def test_refusals(refused, trained, tmp_path):
     config, _ = trained
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
@@ -151,6 +163,14 @@ def test_refusals(refused, trained, tmp_path):
     assert "is a file" in refused("export", "resnet10t", "--out", tmp_path / "broken.pth" / "model.onnx")
     assert "is a folder" in refused("export", "resnet10t", "--out", tmp_path)
     assert "at least 1" in refused("export", "resnet10t", "--size", 0, 8, *out)
+    assert "resnet10t takes 32x32 and larger" in refused("export", "resnet10t", "--size", 31, 64, *out)
+    swin = "swin_tiny_patch4_window7_224"
+    assert "the model cannot take images of 1x3x96x96: " in refused("export", swin, "--size", 96, 96, *out)
+    for opset in (17, 99):
+        reason = refused("export", "resnet10t", "--opset", opset, *out)
+        assert f"the opset is {opset}; PyTorch writes 18 to " in reason
+    assert "no config file" in refused("export", tmp_path / "none.py", *out)
+    assert "takes 32x32 and larger" in refused("export", *trained, "--size", 16, 96, *out)
     for form in ("pt2", "aoti"):
         assert f"{form} files have none" in refused("export", "resnet10t", "--format", form, "--opset", 20, *out)
     assert "must end in .xml" in refused("export", "resnet10t", "--format", "openvino", "--size", 32, 32, *out)

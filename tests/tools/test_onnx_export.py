@@ -72,6 +72,15 @@ def test_opset_is_the_one_asked_for(tmp_path, image):
     assert export_onnx(Net(), image, tmp_path / "net.onnx", opset=18).version == "opset 18"
 
 
+def test_another_opset_than_asked_for_is_refused(tmp_path, image, monkeypatch):
+    """Where its conversion fails, PyTorch writes the opset that it began with, and only logs it."""
+    whole = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: whole(*args, **{**options, "opset_version": 18}))
+    with pytest.raises(InputError, match="cannot be exported to opset 21, only to 18"):
+        export_onnx(Net(), image, tmp_path / "net.onnx", opset=21)
+    assert not list(tmp_path.iterdir())
+
+
 class NoForm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.eigvals(x.mean(1)[:, :8, :8]).real
