@@ -153,7 +153,28 @@ def _build_folding(size: tuple[int, int], dilation: tuple[int, int], device: tor
     if len(groups) == 1:
         return _Folding(members, None, None)
     positions = tuple(_class_positions(rows, columns, dilation, size[1], device) for rows, columns in groups)
-    return _Folding(members, positions, torch.cat(positions).argsort())
+    return _Folding(members, positions, _folded_places(groups, size, dilation, device))
+
+
+def _folded_places(
+    groups: list[tuple[Fold, Fold]], size: tuple[int, int], dilation: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """Where each position of a map sits in the concatenation of the groups: (H * W,).
+
+    By arithmetic and not by sorting the groups' positions, which in an exported graph would be done at every run.
+    """
+    y, x = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
+    row_class, column_class = y % dilation[0], x % dilation[1]
+    row_member, column_member = y // dilation[0], x // dilation[1]
+    places, begin = torch.zeros(size, dtype=torch.int64, device=device), 0
+    for rows, columns in groups:
+        number = (row_class - rows.first) * columns.classes + (column_class - columns.first)
+        place = begin + (number * rows.members + row_member) * columns.members + column_member
+        of_rows = (row_class >= rows.first) & (row_class < rows.last)
+        of_columns = (column_class >= columns.first) & (column_class < columns.last)
+        places = torch.where(of_rows & of_columns, place, places)
+        begin += rows.classes * columns.classes * rows.members * columns.members
+    return places.flatten()
 
 
 class Traced:

@@ -483,3 +483,16 @@ def _slots_by_hand(axis, device):
     homes = sorted((number, k, t) for k, kind in enumerate(axis) for t, number in enumerate(kind.tiles))
     home = torch.tensor(homes, device=device).repeat_interleave(tile, 0)[:count]
     return home[:, 1], home[:, 2], torch.arange(count, device=device) % tile
+
+
+@pytest.mark.parametrize("size", [(23, 30), (7, 11), (45, 12)])
+@pytest.mark.parametrize("dilation", [(2, 2), (4, 7), (5, 3), (1, 4)])
+def test_places_undo_the_folding(size, dilation):
+    """The gather behind the groups is the inverse of those in front of them, though nothing is sorted."""
+    from terrazzo.kernels.neighborhood_attention.portable import _build_folding
+
+    folding = _build_folding(size, dilation, torch.device("cpu"))
+    if folding.positions is None:
+        assert all(length % step == 0 for length, step in zip(size, dilation))
+        return
+    assert torch.equal(torch.cat(folding.positions)[folding.order], torch.arange(size[0] * size[1]))
