@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lively import enliven
 from mmengine.registry import MODELS
 from PIL import Image
 
@@ -36,78 +37,43 @@ SMALL_QUERIES = {
     "model.panoptic_head.transformer_decoder.num_layers": 3,
     "model.test_cfg.max_per_image": 15,
 }
-SPREAD_QUERIES = {
-    "panoptic_head.cls_embed": (0.0, 3.0),
-    "panoptic_head.pixel_decoder.mask_feature": (0.0, 1.0),
-    "panoptic_head.mask_embed.4": (0.0, 0.3),
-}
-
 CASES = {
-    "fcos_dinat-mini_fpn_1x_coco": (
-        {
-            "model.neck.out_channels": 32,
-            "model.bbox_head.in_channels": 32,
-            "model.bbox_head.feat_channels": 64,  # in 32 groups, of maps that may be of one pixel
-            "model.bbox_head.num_classes": 5,
-        },
-        {"bbox_head.conv_cls": (-3.0, 1.0), "bbox_head.conv_reg": (2.0, 1.0), "bbox_head.conv_centerness": (0.0, 1.0)},
-    ),
-    "cascade-mask-rcnn_dinat-small_fpn_3x_coco": (
-        {
-            **SMALL_REGIONS,
-            **{f"model.roi_head.bbox_head.{n}.{key}": value for n in range(3) for key, value in SMALL_BOX_HEAD.items()},
-            **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
-        },
-        {
-            "rpn_head.rpn_cls": (0.0, 1.0),
-            "rpn_head.rpn_reg": (0.0, 0.3),
-            **{f"roi_head.bbox_head.{stage}.fc_cls": (0.0, 3.0) for stage in range(3)},
-            **{f"roi_head.bbox_head.{stage}.fc_reg": (0.0, 1.0) for stage in range(3)},
-            **{f"roi_head.mask_head.{stage}.conv_logits": (0.0, 2.0) for stage in range(3)},
-        },
-    ),
-    "mask2former_dinat-large_16xb1-lsj-100e_coco": (
-        SMALL_QUERIES,
-        SPREAD_QUERIES,
-    ),
-    "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic": (
-        {**SMALL_QUERIES, "model.test_cfg.object_mask_thr": 0.1, "model.test_cfg.iou_thr": 0.1},
-        SPREAD_QUERIES,
-    ),
-    "dino-4scale_dinat-tiny_8xb2-12e_coco": (
-        {
-            "model.num_queries": 30,
-            "model.test_cfg.max_per_img": 40,
-            "model.encoder.num_layers": 1,
-            "model.decoder.num_layers": 2,
-        },
-        {"bbox_head.cls_branches.1": (-2.0, 1.0)},
-    ),
-    "retinanet_dinat-mini_fpn_1x_coco": (
-        {
-            "model.neck.out_channels": 32,
-            "model.bbox_head.in_channels": 32,
-            "model.bbox_head.feat_channels": 32,
-            "model.bbox_head.num_classes": 5,
-        },
-        {"bbox_head.retina_cls": (-4.5, 1.0), "bbox_head.retina_reg": (0.0, 0.5)},
-    ),
-    "mask-rcnn_dinat-mini_fpn_1x_coco": (
-        {
-            **SMALL_REGIONS,
-            **{f"model.roi_head.bbox_head.{key}": value for key, value in SMALL_BOX_HEAD.items()},
-            **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
-        },
-        {
-            "rpn_head.rpn_cls": (0.0, 1.0),
-            "rpn_head.rpn_reg": (0.0, 0.3),
-            "roi_head.bbox_head.fc_cls": (0.0, 2.0),
-            "roi_head.bbox_head.fc_reg": (0.0, 1.0),
-            "roi_head.mask_head.conv_logits": (0.0, 2.0),
-        },
-    ),
+    "fcos_dinat-mini_fpn_1x_coco": {
+        "model.neck.out_channels": 32,
+        "model.bbox_head.in_channels": 32,
+        "model.bbox_head.feat_channels": 64,  # in 32 groups, of maps that may be of one pixel
+        "model.bbox_head.num_classes": 5,
+    },
+    "cascade-mask-rcnn_dinat-small_fpn_3x_coco": {
+        **SMALL_REGIONS,
+        **{f"model.roi_head.bbox_head.{n}.{key}": value for n in range(3) for key, value in SMALL_BOX_HEAD.items()},
+        **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
+    },
+    "mask2former_dinat-large_16xb1-lsj-100e_coco": SMALL_QUERIES,
+    "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic": {
+        **SMALL_QUERIES,
+        "model.test_cfg.object_mask_thr": 0.1,
+        "model.test_cfg.iou_thr": 0.1,
+    },
+    "dino-4scale_dinat-tiny_8xb2-12e_coco": {
+        "model.num_queries": 30,
+        "model.test_cfg.max_per_img": 40,
+        "model.encoder.num_layers": 1,
+        "model.decoder.num_layers": 2,
+    },
+    "retinanet_dinat-mini_fpn_1x_coco": {
+        "model.neck.out_channels": 32,
+        "model.bbox_head.in_channels": 32,
+        "model.bbox_head.feat_channels": 32,
+        "model.bbox_head.num_classes": 5,
+    },
+    "mask-rcnn_dinat-mini_fpn_1x_coco": {
+        **SMALL_REGIONS,
+        **{f"model.roi_head.bbox_head.{key}": value for key, value in SMALL_BOX_HEAD.items()},
+        **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
+    },
 }
-"""By config: what makes it small, and the mean and the spread of the outputs of layers that decide what is found."""
+"""By config: what makes it small."""
 
 SLOW = (
     "fcos_dinat-mini_fpn_1x_coco",
@@ -122,8 +88,7 @@ def tiny(tmp_path):
     """A function from the name of a config to a small double of it on disk, and weights that find many things."""
 
     def write(name, **options):
-        small, spreads = CASES[name]
-        cfg = load_config(name, None, small)
+        cfg = load_config(name, None, CASES[name])
         levels = cfg.model.backbone.get("out_indices", (0, 1, 2, 3))
         indices = [level + 1 for level in levels]
         cfg.model.backbone = dict(type="TerrazzoBackbone", name="resnet10t", out_indices=indices)
@@ -131,7 +96,7 @@ def tiny(tmp_path):
         behind["in_channels"] = [(64, 128, 256, 512)[level] for level in levels]
         torch.manual_seed(0)
         detector = MODELS.build(copy.deepcopy(cfg.model)).eval()
-        enliven(detector, spreads)
+        enliven(detector, name, SIZE)
         cfg.merge_from_dict(options)
         config, checkpoint = tmp_path / f"{name}.py", tmp_path / "weights.pth"
         cfg.dump(config)
@@ -139,30 +104,6 @@ def tiny(tmp_path):
         return config, checkpoint
 
     return write
-
-
-def enliven(detector, spreads):
-    """Fresh weights outside the backbone, and layers whose every output on noise has the given mean and spread."""
-    for name, module in detector.named_modules():
-        if isinstance(module, torch.nn.Embedding):  # queries that differ
-            torch.nn.init.normal_(module.weight, std=10.0)
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)) and "backbone" not in name:
-            torch.nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
-    if hasattr(detector, "level_embed"):  # DINO's, which is not initialised when built
-        torch.nn.init.normal_(detector.level_embed)
-    raw = RawDetector(detector, SIZE)
-    for name, (mean, spread) in spreads.items():
-        layer, outputs = detector.get_submodule(name), []
-        hook = layer.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
-        raw.reference(export_targets.noise(SIZE, 1))
-        hook.remove()
-        channel = -1 if isinstance(layer, torch.nn.Linear) else 1
-        rows = torch.cat([output.movedim(channel, -1).flatten(0, -2) for output in outputs])
-        factor = spread / (rows - rows.mean(0)).std()
-        layer.weight.data *= factor
-        layer.bias.data = mean - factor * rows.mean(0)
 
 
 def found(path, image):
@@ -260,7 +201,7 @@ def test_refusals(refused, tiny, tmp_path):
     ],
 )
 def test_what_is_not_covered_is_named(name, options, message):
-    cfg = load_config(name, None, {**CASES[name][0], **options, "model.backbone.pretrained": False})
+    cfg = load_config(name, None, {**CASES[name], **options, "model.backbone.pretrained": False})
     if "YOLO" in message:
         cfg.model.bbox_head.bbox_coder = dict(type="YOLOBBoxCoder")
     with mm.quiet(), pytest.raises(InputError, match=message):
