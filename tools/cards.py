@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from terrazzo.errors import InputError
-from terrazzo.tools import capability_results, results, zoo_results
+from terrazzo.tools import capability_results, precision_results, results, zoo_results
 
 _TABLE = re.compile(r"(<!-- table: (\w+)(?: ([^ ]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MODELS = results.FOLDER / "models.csv"
@@ -106,6 +106,13 @@ def _training(name: str) -> str:
     return _markdown(head, lines) + f"\n{rows[0].shape}: {rows[0].backend}, on {rows[0].device}, {rows[0].versions}.\n"
 
 
+def _precision(name: str) -> str:
+    """What half precision and INT8 cost a family, on the data of its configs."""
+    rows = results.read(results.FOLDER / f"{name}_precision.csv")
+    note = "Points of 100 on the test data; layer errors are rms of the difference to float32 / rms."
+    return _markdown(*precision_results.table(rows)) + f"\n{note} {rows[0].device}, {rows[0].versions}.\n"
+
+
 def _zoo(argument: str | None) -> str:
     """How many configs of mmdet and mmseg `terrazzo doctor openmmlab` could build."""
     rows = results.read(zoo_results.PATH)
@@ -125,6 +132,7 @@ TABLES: dict[str, Callable[[str | None], str]] = {
     "training": _training,
     "zoo": _zoo,
     "capabilities": _capabilities,
+    "precision": _precision,
 }
 
 

@@ -19,7 +19,7 @@ def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         "precision",
         "metric",
         "float32",
-        "so",
+        "lowered",
         "change",
         "layers in float32",
         "size",
@@ -29,7 +29,6 @@ def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     for variant, shape in dict.fromkeys((row.variant, row.shape) for row in rows):
         own = [row for row in rows if (row.variant, row.shape) == (variant, shape)]
         for precision in dict.fromkeys(row.dtype for row in own if row.metric == "error of the outputs"):
-            # rows of both files may say the same of float32, and layers that stay are listed in it
             found = {(row.dtype, row.metric): row.p50 for row in own}
             layers = {
                 row.metric.removeprefix(ERROR): row.p50
