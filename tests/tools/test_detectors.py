@@ -1,11 +1,14 @@
 """The parts that exported detectors are made of give what mmdet's and mmcv's own give."""
 
+import onnx
 import pytest
 import torch
 
-from terrazzo.tools.detectors.boxes import decoded, kept
+from terrazzo.tools.detectors.boxes import decoded, divided, kept
 from terrazzo.tools.detectors.masks import boxes_of, pasted
 from terrazzo.tools.detectors.queries import MaskQueryReader
+from terrazzo.tools.onnx_export import export_onnx
+from terrazzo.tools.tensorrt_operators import problems
 
 SIZE = (40, 56)
 
@@ -102,3 +105,18 @@ def test_segments(random, filtered, threshold):
     expected = fusion.panoptic_postprocess(logits, masks).sem_seg[0]
     assert len(expected.unique()) > 2 or threshold == 1.0
     assert torch.equal(reader._segments(logits, masks), expected)
+
+
+def test_divided(tmp_path):
+    """As ONNX has it: by float32, which knows no whole numbers of this size."""
+
+    class Net(torch.nn.Module):
+        def forward(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return divided(numbers, 80)
+
+    whole = torch.randint(2**20, (50_000,), generator=torch.Generator().manual_seed(0))
+    numbers = torch.cat([80 * whole, 80 * whole + 1, 80 * whole + 79, torch.arange(1000)])
+    report = export_onnx(Net(), numbers, tmp_path / "net.onnx", label_limit=0)
+    assert [parity.figure for parity in report.parities] == [0, 0]
+    assert all((mine == theirs).all() for mine, theirs in zip(divided(numbers, 80), (numbers // 80, numbers % 80)))
+    assert not problems(onnx.load(report.path))

@@ -98,3 +98,15 @@ def places(condition: Tensor) -> Tensor:
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of N scores, or all, by descending score, and their indices. N must be known to the graph."""
     return scores.topk(min(count, scores.shape[0]))
+
+
+def divided(numbers: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """The whole parts and the rests of numbers that are not negative, of any size that a place in a map has.
+
+    `//` becomes a comparison of truth values in ONNX, which TensorRT does not have. This becomes a division of float32,
+    whose whole part may be off by one, and is then put right.
+    """
+    whole = torch.div(numbers, by, rounding_mode="trunc")
+    rest = numbers - whole * by
+    off = (rest >= by).long() - (rest < 0).long()
+    return whole + off, rest - off * by

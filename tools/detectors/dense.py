@@ -5,7 +5,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 
 from terrazzo.errors import InputError
-from terrazzo.tools.detectors.boxes import best, check_coder, check_nms, decoded, kept, places
+from terrazzo.tools.detectors.boxes import best, check_coder, check_nms, decoded, divided, kept, places
 
 _INHERITED = ("predict", "predict_by_feat", "_predict_by_feat_single", "_bbox_post_process")
 
@@ -66,6 +66,6 @@ class DenseReader(nn.Module):
         scores = scores.flatten()
         # mmdet drops what is below the threshold first; the order of the two steps makes no difference
         scores, chosen = best(scores, limit if limit >= 0 else scores.shape[0])
-        place, labels = chosen // classes, chosen % classes
+        place, labels = divided(chosen, classes)
         factors = scores.new_ones(scores.shape) if factors is None else factors.reshape(-1).sigmoid()[place]
         return priors[place], offsets.reshape(-1, 4)[place], scores, factors, labels

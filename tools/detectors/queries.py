@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
 
 from terrazzo.errors import InputError
-from terrazzo.tools.detectors.boxes import best, clipped, places
+from terrazzo.tools.detectors.boxes import best, clipped, divided, places
 from terrazzo.tools.detectors.masks import as_bytes, boxes_of
 
 
@@ -55,7 +55,7 @@ class MaskQueryReader(nn.Module):
         """Boxes, scores, labels and masks, best first, from logits (queries, classes + 1) and masks (queries, H, W)."""
         classes, things = self.fusion.num_classes, self.fusion.num_things_classes
         scores, chosen = best(logits.softmax(-1)[:, :-1].flatten(), self.fusion.test_cfg.get("max_per_image", 100))
-        query, labels = chosen // classes, chosen % classes
+        query, labels = divided(chosen, classes)
         inside = masks > 0
         sure = (masks.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1).to(masks.dtype) + 1e-6)
         scores = scores * sure[query]
@@ -149,7 +149,7 @@ class BoxQueryReader(nn.Module):
         """Boxes, scores and labels from logits (queries, classes) and boxes (queries, 4), centre and extent in 0..1."""
         head, classes = self.detector.bbox_head, logits.shape[1]
         scores, chosen = best(logits.sigmoid().flatten(), head.test_cfg.get("max_per_img", len(logits)))
-        query, labels = chosen // classes, chosen % classes
+        query, labels = divided(chosen, classes)
         centre, half = boxes[query, :2], boxes[query, 2:] * 0.5
         height, width = self.size
         boxes = torch.cat([centre - half, centre + half], dim=1) * boxes.new_tensor([width, height, width, height])
