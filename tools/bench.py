@@ -1,4 +1,4 @@
-"""`terrazzo bench`: speed of an operator, or of a family's backbone, as ratios to named peers of the same run."""
+"""`terrazzo bench`: speed of an operator, a family's backbone, or its runtimes, as ratios to named peers of one run."""
 
 import importlib
 from collections.abc import Iterable
@@ -10,11 +10,12 @@ import click
 from terrazzo.errors import InputError
 from terrazzo.tools.bench_families import FAMILIES
 
-# An operator has a module of its own; families share one, and have an entry each in `FAMILIES`. A module has
+# An operator has a module of its own; families share two, and have an entry each in `FAMILIES`. A module has
 # `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and `verdicts(rows, device)`.
 BENCHMARKS = {
     "neighborhood_attention": "terrazzo.tools.bench_neighborhood_attention",
     **dict.fromkeys(FAMILIES, "terrazzo.tools.bench_backbones"),
+    **{f"{family}_runtimes": "terrazzo.tools.bench_runtimes" for family in FAMILIES},
 }
 _PASSES = {"forward": ("forward",), "training": ("forward+backward",), "both": ("forward", "forward+backward")}
 _SECONDS = {"cuda": 0.3}
@@ -37,7 +38,10 @@ def module_of(name: str) -> ModuleType:
 )
 @click.option("--pass", "passes", type=click.Choice(list(_PASSES)), help="Operators: both; backbones: forward.")
 @click.option(
-    "--compile/--no-compile", "compiled", default=None, help="Measure compiled forms too; by default on a GPU."
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Measure compiled forms too; by default on a GPU, and among runtimes.",
 )
 @click.option("--quick", is_flag=True, help="Fewer shapes.")
 @click.option(
@@ -54,7 +58,7 @@ def command(
     out: Path | None,
     resume: bool,
 ) -> None:
-    """Measure the operator or family NAME against its peers on this machine."""
+    """Measure the operator or family NAME against its peers on this machine; or, as FAMILY_runtimes, its runtimes."""
     module = module_of(name)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
@@ -70,7 +74,7 @@ def command(
         where,
         seconds if seconds is not None else _SECONDS.get(where.type, 2.0),
         _PASSES[passes] if passes else (),
-        where.type == "cuda" if compiled is None else compiled,
+        compiled,
         quick,
     )
     rows = _kept(out, where, results) if resume and out.exists() else []

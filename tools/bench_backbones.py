@@ -17,7 +17,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.bench_families import FAMILIES, Family, Images
 from terrazzo.tools.models import pretrained_cfg
-from terrazzo.tools.timing import FORWARD, TRAINING, Function, Plan, attempt, interleaved, throughput_timer
+from terrazzo.tools.timing import FORWARD, TRAINING, Function, Late, Plan, attempt, interleaved, throughput_timer
 from terrazzo.tools.verdicts import verdict
 
 EAGER, COMPILED = "eager", "compiled"
@@ -56,7 +56,7 @@ def cases(name: str, plan: Plan) -> list[Case]:
     gpu = plan.device.type == "cuda"
     images, few = (family.gpu, 2) if gpu else (family.cpu, 1)
     dtype = torch.bfloat16 if gpu else torch.float32
-    modes = (EAGER, COMPILED) if plan.compiled else (EAGER,)
+    modes = (EAGER, COMPILED) if plan.compiles else (EAGER,)
     return [
         Case(name, batch, dtype, mode, metric)
         for batch, metric, mode in itertools.product(
@@ -113,7 +113,7 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
     functions, reasons = {}, {}
     for name in (family.model, *family.peers):
         # One model after the other, so that one that does not fit leaves room for the next.
-        made, wanting = attempt({name: _Late(partial(_function, name, case, plan))}, _fault)
+        made, wanting = attempt({name: Late(partial(_function, name, case, plan))}, _fault)
         functions |= made
         reasons |= wanting
     times = interleaved(functions, plan.seconds, throughput_timer(plan.device))
@@ -133,17 +133,6 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
         for name in times
     ]
     return rows, reasons
-
-
-class _Late:
-    """A function that is made when it is first called, so that a model that cannot be built is a peer's failure."""
-
-    def __init__(self, make):
-        self.make, self.function = make, None
-
-    def __call__(self):
-        self.function = self.function or self.make()
-        return self.function()
 
 
 def _family(rows: list[results.Row]) -> Family:

@@ -86,14 +86,14 @@ def cases(quick: bool) -> list[Case]:
 
 def forms(case: Case, inputs: list[torch.Tensor], training: bool, plan: Plan) -> dict[str, Function]:
     """The forms by name: each computes the output of these inputs, or raises what it lacks."""
-    if plan.compiled:
+    if plan.compiles:
         torch.compiler.reset()  # or a peer would run uncompiled once as many shapes as Dynamo keeps have passed
     found = {
         OURS: partial(attend, case, "fused", *inputs),
         "flex": _flex(case, inputs, plan),
         "portable": partial(attend, case, "portable", *inputs),
     }
-    if plan.compiled and _is_quick(case):
+    if plan.compiles and _is_quick(case):
         found["portable compiled"] = _compiled(case, inputs)
     if case.window.tokens <= DENSE_TOKENS:
         found["dense"] = _dense(case, inputs, training)
@@ -123,14 +123,14 @@ def _compiled(case: Case, inputs: list[torch.Tensor]) -> Function:
 def _flex(case: Case, inputs: list[torch.Tensor], plan: Plan) -> Function:
     from torch.nn.attention.flex_attention import flex_attention
 
-    function = torch.compile(flex_attention, dynamic=False) if plan.compiled else flex_attention
+    function = torch.compile(flex_attention, dynamic=False) if plan.compiles else flex_attention
     query, key, value, *tables = inputs
     score_mod = peers.flex_bias(case.window, *tables) if tables else None
     blocks = None
 
     def run() -> torch.Tensor:
         nonlocal blocks
-        if not plan.compiled and case.window.tokens > DENSE_TOKENS:
+        if not plan.compiles and case.window.tokens > DENSE_TOKENS:
             raise Unavailable("without torch.compile it holds all pairs of tokens")
         if blocks is None:  # made once, as a model would
             blocks = peers.flex_blocks(case.window, query.device)

@@ -50,14 +50,20 @@ class OnnxForm:
     def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
         return self.open(path)[0]
 
-    def open(self, path: Path) -> tuple[Callable[..., Sequence[Tensor]], dict[str, str], tuple[int, int] | None]:
+    def open(
+        self, path: Path, threads: int | None = None
+    ) -> tuple[Callable[..., Sequence[Tensor]], dict[str, str], tuple[int, int] | None]:
         """A file as a function of tensors, what it says about itself, and H, W of its images; None if they are open.
+
+        Args:
+            threads: how many work on an operation; None leaves that to ONNX Runtime.
 
         Raises:
             InputError: ONNX Runtime cannot load it.
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base

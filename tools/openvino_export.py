@@ -1,7 +1,8 @@
 """OpenVINO's own files, run by OpenVINO on the CPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import openvino
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from terrazzo.errors import InputError
 from terrazzo.tools.checked_export import Task
 from terrazzo.tools.onnx_export import OnnxForm
+
+# Of itself OpenVINO takes bfloat16 where a processor can, which costs two digits.
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class OpenVinoForm:
@@ -35,17 +39,21 @@ class OpenVinoForm:
     def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
         return self.open(path)[0]
 
-    def open(self, path: Path) -> tuple[Callable[..., Sequence[Tensor]], dict[str, str], tuple[int, int] | None]:
+    def open(
+        self, path: Path, settings: Mapping[str, Any] = FLOAT32
+    ) -> tuple[Callable[..., Sequence[Tensor]], dict[str, str], tuple[int, int] | None]:
         """A file as a function of tensors, what it says about itself, and H, W of its images; None if they are open.
 
-        It computes in float32: of itself OpenVINO takes bfloat16 where a processor can, which costs two digits.
+        Args:
+            path: an IR, or an ONNX file, which OpenVINO reads, too.
+            settings: OpenVINO's own for the CPU.
 
         Raises:
             InputError: OpenVINO cannot load it.
         """
         try:
             model = openvino.Core().read_model(path)
-            compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            compiled = openvino.Core().compile_model(model, "CPU", dict(settings))
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1]
             raise InputError(f"OpenVINO cannot load {path.name}: {reason}") from error

@@ -113,6 +113,6 @@ def milliseconds(time: float | None, digits: int = 2) -> str:
     return "not run" if time is None else f"{time:.{digits}f}"
 
 
-def ratio(time: float | None, ours: float | None) -> str:
+def ratio(time: float | None, ours: float | None, digits: int = 1) -> str:
     """A cell of a table: how many times as long as ours something takes."""
-    return "not run" if time is None or ours is None else f"{time / ours:.1f} x"
+    return "not run" if time is None or ours is None else f"{time / ours:.{digits}f} x"

@@ -22,15 +22,20 @@ class Plan:
         device: where everything is measured.
         seconds: time for each figure.
         passes: of `FORWARD` and `TRAINING`; empty for those that the benchmark takes by itself.
-        compiled: measure what `torch.compile` makes, too.
+        compiled: measure what `torch.compile` makes, too; None leaves it to the benchmark.
         quick: fewer shapes.
     """
 
     device: torch.device
     seconds: float
     passes: tuple[str, ...] = ()
-    compiled: bool = False
+    compiled: bool | None = None
     quick: bool = False
+
+    @property
+    def compiles(self) -> bool:
+        """Whether to measure what `torch.compile` makes; by default on a GPU."""
+        return self.device.type == "cuda" if self.compiled is None else self.compiled
 
 
 class Unavailable(Exception):
@@ -44,6 +49,17 @@ class HostTimer:
         begin = perf_counter()
         function()
         return perf_counter() - begin
+
+
+class SteadyTimer(HostTimer):
+    """Seconds of the second of two calls: for functions with threads of their own, which spin when they are done.
+
+    The first call outlasts what the function before left behind, in threads and in caches.
+    """
+
+    def __call__(self, function: Function) -> float:
+        function()
+        return super().__call__(function)
 
 
 class _EventTimer:
@@ -169,6 +185,17 @@ def quantiles(values: list[float]) -> Quantiles:
     """p20, p50 and p80."""
     cuts = statistics.quantiles(values, n=5)
     return cuts[0], statistics.median(values), cuts[3]
+
+
+class Late:
+    """A function that is made when it is first called, so that one that cannot be made fails as one that cannot run."""
+
+    def __init__(self, make: Callable[[], Function]):
+        self.make, self.function = make, None
+
+    def __call__(self) -> object:
+        self.function = self.function or self.make()
+        return self.function()
 
 
 def attempt(

@@ -56,6 +56,12 @@ def test_a_call_is_queued_behind_reads_that_last_longer(gpu):
     assert timer._count(lambda: None) == 2
 
 
+def test_a_steady_timer_times_the_second_of_two_calls():
+    naps = [0.05, 0.005]
+    assert 0.005 <= timing.SteadyTimer()(lambda: time.sleep(naps.pop(0))) < 0.05
+    assert not naps
+
+
 def test_turns():
     calls = []
     found = timing.interleaved({"a": lambda: calls.append("a"), "b": nap}, 0.01)
