@@ -79,13 +79,16 @@ class Files:
         """A classifier with "batch" or "hw" left open."""
         return self.classifier if what in self.allowed else self._onnx("RawClassifier", SIZE, (what,))
 
-    def export(self, form, kind: str, size: tuple[int, int], dynamic: tuple[str, ...], suffix: str):
+    def module(self, kind: str) -> torch.nn.Module:
         from terrazzo.tools import exportable
-        from terrazzo.tools.checked_export import checked_export
 
         data = timm.data.resolve_model_data_config(self.model)
-        module = getattr(exportable, kind)(self.model, data["mean"], data["std"])
-        path = self.folder / f"{kind}_{'_'.join(dynamic)}{suffix}"
+        return getattr(exportable, kind)(self.model, data["mean"], data["std"]).eval()
+
+    def export(self, form, kind: str, size: tuple[int, int], dynamic: tuple[str, ...], suffix: str):
+        from terrazzo.tools.checked_export import checked_export
+
+        module, path = self.module(kind), self.folder / f"{kind}_{'_'.join(dynamic)}{suffix}"
         names = module.output_names
         return checked_export(form, module, pixels(size), path, output_names=names, dynamic=dynamic)
 
@@ -219,6 +222,41 @@ class CapabilityContract:
             form.onnx = Copy(files.classifier.path)  # the costly half of the export is made already
             report = files.export(form, "RawClassifier", ODD, files.allowed, ".xml")
             assert report.passed, report
+
+    def test_fp16(self, files, capability):
+        with capability:
+            check_lowered(files, "fp16", 1e-2, pictures=1)
+
+    def test_int8(self, files, capability):
+        with capability:
+            check_lowered(files, "int8", 1e-1, pictures=2)
+
+
+def check_lowered(files: Files, precision: str, limit: float, pictures: int) -> None:
+    """Most layers are in the precision, the error is within the limit, and every runtime can take the file.
+
+    Args:
+        pictures: how many it is judged by, and has its ranges from.
+    """
+    import onnx
+
+    from terrazzo.tools.export_targets import floor
+    from terrazzo.tools.lowered_export import lower_file
+    from terrazzo.tools.onnx_export import OnnxForm
+    from terrazzo.tools.tensorrt_operators import problems
+
+    samples = [(picture,) for picture in floor(ODD, pictures).split(1)]
+    file = files.folder / f"{precision}.onnx"
+    found = lower_file(files.classifier.path, precision, file, samples, None, 0.0, precision)
+    assert found.lowered.passed, found
+    assert found.error <= limit
+    assert len(found.lowered.kept) <= found.layers / 2, found.lowered.kept
+    unknown = problems(onnx.load(found.path))
+    assert not unknown, "; ".join(map(str, unknown))
+    run, *_ = OnnxForm().open(found.path)
+    with torch.no_grad():
+        wanted = files.module("RawClassifier")(*samples[0])
+    assert (run(*samples[0])[0] - wanted).norm() <= limit * wanted.norm()
 
 
 class Copy:

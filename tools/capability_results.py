@@ -19,6 +19,8 @@ CAPABILITIES = {
     "onnx dynamic hw": "`terrazzo export --dynamic hw`",
     "tensorrt operators": "every node of the ONNX files is among those that TensorRT documents",
     "openvino": "`terrazzo export --format openvino`",
+    "fp16": "`terrazzo export --fp16`: random weights' outputs within 1 %, most layers lowered, TensorRT's operators",
+    "int8": "`terrazzo export --int8`: the same within 10 %",
 }
 """What can be asked of every family, and what exactly is tested: `test_NAME` of tests/capabilities.py."""
 
