@@ -4,18 +4,15 @@ The kernels are in fused_forward.py and fused_backward.py, which import triton; 
 Every launch is decided by shapes and types alone, never by timing, so the same call gives the same bits.
 """
 
-import contextlib
 import functools
-import importlib.util
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from terrazzo.kernels.triton_host import block_of, is_amd, on_device, precision
+
 _HEAD_DIMS = (8, 128)
-_CAPABILITY = (8, 0)
 # A class of at most so many positions is one block of dense attention.
 _CLASS = 64
 # The bias' gradient is summed by bias row in registers: 2 kernel - 1 rows of at most this kernel.
@@ -25,26 +22,6 @@ _PROGRAMS = 2048
 _PARTIAL_BYTES = 64 << 20
 
 
-def interpreting() -> bool:
-    """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1): on any device, slowly, for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-@functools.lru_cache(maxsize=64)
-def _device_refusal(device: torch.device) -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a CUDA device, and this machine has none"
-    if not _amd() and torch.cuda.get_device_capability(device) < _CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"needs CUDA compute capability 8.0, {device} has {major}.{minor}"
-    return None
-
-
-@functools.lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def fits(head_dim: int) -> bool:
     """Whether registers hold tiles of such vectors. A plain bool also where `head_dim` is symbolic."""
     if _HEAD_DIMS[0] <= head_dim <= _HEAD_DIMS[1]:  # noqa: SIM103
@@ -52,21 +29,8 @@ def fits(head_dim: int) -> bool:
     return False
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str | None:
-    """Why the fused form cannot run on such tensors, or None where it can."""
-    if device.type != "cuda" and not interpreting():
-        return f"needs a CUDA device, the tensors are on {device.type}"
-    if not _has_triton():
-        return "needs the package triton, which is not installed"
-    if dtype not in _DTYPES:
-        return f"computes in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
-    if not head_dim_fits:
-        return f"needs a head_dim from {_HEAD_DIMS[0]} to {_HEAD_DIMS[1]}"
-    return _device_refusal(device) if device.type == "cuda" and not interpreting() else None
-
-
-def _amd() -> bool:
-    return torch.version.hip is not None
+def misfit(head_dim_fits: bool) -> str | None:
+    return None if head_dim_fits else f"needs a head_dim from {_HEAD_DIMS[0]} to {_HEAD_DIMS[1]}"
 
 
 @dataclass(frozen=True)
@@ -141,18 +105,6 @@ def class_warps(kernel: str, head_dim: int, itemsize: int, amd: bool = False) ->
     return 4 if amd or itemsize == 2 else 8
 
 
-def block_of(size: int) -> int:
-    """The power of two that holds `size`, at least 16 as matrix units want it."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def precision(dtype: torch.dtype) -> str:
-    """float32 products are exact to float32 unless the user allowed TF32 for matrix products."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed and dtype == torch.float32 else "ieee"
-
-
 @dataclass(frozen=True)
 class _Call:
     """What all launches of one call share."""
@@ -171,7 +123,7 @@ class _Call:
         wanted = tuple(length * step for length, step in zip(self.kernel_size, self.dilation))
         if self.size[2:] != wanted or math.prod(self.kernel_size) > _CLASS:
             return None
-        return class_warps(kernel, self.head_dim, self.dtype.itemsize, _amd())
+        return class_warps(kernel, self.head_dim, self.dtype.itemsize, is_amd())
 
     def tiles(self, tile: Blocks) -> tuple[int, int]:
         """Tiles of the longest class, per axis."""
@@ -202,7 +154,7 @@ class _Call:
         )
 
     def cut(self, kernel: str) -> tuple[Blocks, dict[str, object]]:
-        tile = blocks(kernel, self.kernel_size, self.head_dim, self.dtype.itemsize, _amd())
+        tile = blocks(kernel, self.kernel_size, self.head_dim, self.dtype.itemsize, is_amd())
         constants = dict(TILE_H=tile.tile_h, TILE_W=tile.tile_w, ROWS=tile.rows, COLUMNS=tile.columns)
         return tile, dict(constants, num_warps=tile.warps, num_stages=tile.stages)
 
@@ -210,9 +162,6 @@ class _Call:
         """Programs per head where each keeps `partial` floats of partial sums."""
         heads = self.size[1]
         return max(1, min(items, _PROGRAMS // heads, _PARTIAL_BYTES // (4 * heads * partial)))
-
-    def on_device(self) -> contextlib.AbstractContextManager:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _in_place(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -270,7 +219,7 @@ def forward(
     if out.numel() == 0:
         return out, lse
     pointers = (query, key, value, bias, out, lse, scale)
-    with call.on_device():
+    with on_device(call.device):
         warps = call.whole("forward")
         if warps is not None:
             fused_forward.forward_classes[(call.classes * heads,)](
@@ -323,7 +272,7 @@ def backward(
     if grad.numel() == 0:
         return *grads, grad_rpb
     arguments = (query, key, value, lse if rpb is None else rpb.float().contiguous(), out, lse, grad)
-    with call.on_device():
+    with on_device(call.device):
         (_backward_tiled if call.whole("backward") is None else _backward_whole)(
             call, arguments, grads, grad_rpb, scale
         )

@@ -7,22 +7,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
+from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
 
 
-def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """Why a backend cannot run on such tensors, and why "auto" passes over one that can."""
-    refusal = fused.refusal(device, dtype, head_dim_fits)
-    discouraged = {}
-    if fused.interpreting():
-        discouraged["fused"] = "TRITON_INTERPRET is set, which makes it slow: it runs only when asked for by name"
-    return {} if refusal is None else {"fused": refusal}, discouraged
-
-
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("neighborhood_attention", backend, *_refusals(device, dtype, head_dim_fits))
+    return _backend.choose(
+        "neighborhood_attention", backend, *triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
+    )
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -137,7 +131,7 @@ def _backward_flops(
 
 def describe(device: torch.device, query, key, value, rpb, kernel_size, dilation, scale, backend) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, query.dtype, fused.fits(query.shape[-1]))
+    refusals, discouraged = triton_host.refusals(device, query.dtype, fused.misfit(fused.fits(query.shape[-1])))
     return Call(
         shape=dict(zip(("B", "H", "W", "heads", "dim"), query.shape)),
         parameters={"kernel": _per_axis(kernel_size), "dilation": _per_axis(dilation)},

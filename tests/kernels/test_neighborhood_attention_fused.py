@@ -2,18 +2,18 @@
 
 import importlib
 import itertools
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from neighborhood_shapes import LARGE, QUICK
+from triton_aot import SHARED, TYPES, compile_kernel, resources
+
+from terrazzo.kernels import triton_host
 
 fused = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused")
-triton = pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
+pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
 
 SLOW = pytest.mark.slow
 
@@ -136,37 +136,6 @@ class TestOperator:
         assert "head_dim from 8 to 128" in found["wide"]
 
 
-class TestRefusals:
-    def test_devices(self, monkeypatch):
-        cuda = torch.device("cuda", 0)
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        fused._device_refusal.cache_clear()
-        assert "tensors are on cpu" in fused.refusal(torch.device("cpu"), torch.float32, True)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "this machine has none" in fused.refusal(cuda, torch.float32, True)
-        fused._device_refusal.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        assert "8.0, cuda:0 has 7.5" in fused.refusal(cuda, torch.float32, True)
-        fused._device_refusal.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert fused.refusal(cuda, torch.bfloat16, True) is None
-        monkeypatch.setattr(fused, "_has_triton", lambda: False)
-        assert "triton, which is not installed" in fused.refusal(cuda, torch.float32, True)
-        fused._device_refusal.cache_clear()
-
-    def test_precision_follows_the_user(self):
-        before = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
-            assert fused.precision(torch.float32) == "ieee"
-            torch.set_float32_matmul_precision("high")
-            assert fused.precision(torch.float32) == "tf32"
-            assert fused.precision(torch.bfloat16) == "ieee"
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
 def test_every_key_of_a_tile_lies_in_its_chunks():
     """The columns that `Blocks` promises, by brute force, for all kernels and class lengths."""
     for tile, kernel in itertools.product((4, 8, 16), range(2, 34)):
@@ -192,8 +161,6 @@ def test_kernels_are_imported_at_first_use_only():
 
 # -- Compilation ahead of time: no GPU is needed.
 
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FLOATS = ("p_bias", "p_lse", "p_delta", "p_partial", "p_grad_bias")
 
 
@@ -203,11 +170,11 @@ def constants(kernel, head_dim, dtype, window, bias, amd):
     backward = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused_backward")
     values = dict(
         HEAD_DIM=head_dim,
-        BLOCK_D=fused.block_of(head_dim),
+        BLOCK_D=triton_host.block_of(head_dim),
         K_H=window[0],
         K_W=window[1],
-        LENGTH=fused.block_of(window[0] * window[1]),
-        BINS=1 if window[0] == 1 else fused.block_of(2 * window[0] - 1),
+        LENGTH=triton_host.block_of(window[0] * window[1]),
+        BINS=1 if window[0] == 1 else triton_host.block_of(2 * window[0] - 1),
         HAS_BIAS=bias,
         VECTOR=16,
         PRECISION="ieee",
@@ -234,40 +201,6 @@ def constants(kernel, head_dim, dtype, window, bias, amd):
     return function, values, blocks.warps, blocks.stages
 
 
-def compile_kernel(function, values, dtype, target, warps, stages):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    target = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    constant = {parameter.name for parameter in function.params if parameter.is_constexpr}
-    signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constant:
-            signature[name] = "constexpr"
-        elif name.startswith("p_"):
-            signature[name] = "*" + ("fp32" if name in FLOATS else TYPES[dtype])
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-        if name.startswith(("p_", "stride")):  # what Triton sees of a packed tensor of a model
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, {k: v for k, v in values.items() if k in constant}, attributes)
-    return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
-
-
-def resources(compiled, target):
-    """Registers per thread and bytes of spilled registers."""
-    if target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        return tuple(int(re.search(rf"\.vgpr_{what}:\s+(\d+)", text)[1]) for what in ("count", "spill_count"))
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
-    return int(found[1]), int(found[2]) + int(found[3])
-
-
 KERNELS = ("forward", "queries", "keys", "forward_classes", "backward_classes")
 
 
@@ -292,11 +225,11 @@ def constants_exist(kernel, dim, dtype, target):
     return not kernel.endswith("classes") or fused.class_warps(direction, dim, dtype.itemsize, target.startswith("gfx"))
 
 
-@pytest.mark.skipif(fused.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "dim", "dtype", "window", "bias", "target"), cases())
 def test_compiles_without_spills(kernel, dim, dtype, window, bias, target, record_property):
     function, values, warps, stages = constants(kernel, dim, dtype, window, bias, target.startswith("gfx"))
-    compiled = compile_kernel(function, values, dtype, target, warps, stages)
+    compiled = compile_kernel(function, values, dtype, target, warps, stages, FLOATS)
     registers, spilled = resources(compiled, target)
     shared = compiled.metadata.shared
     print(f"AOT {target} {kernel} {TYPES[dtype]} {dim} {window} bias={bias}: {registers} {spilled} {shared}")
@@ -307,12 +240,12 @@ def test_compiles_without_spills(kernel, dim, dtype, window, bias, target, recor
     assert shared <= SHARED[target]
 
 
-@pytest.mark.skipif(fused.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize("target", SHARED)
 def test_reductions_compile(target):
     backward = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused_backward")
     blocks = fused.blocks("queries", (7, 7), 32, 2, target.startswith("gfx"))
     values = dict(BEFORE_W=3, WIDTH=blocks.width(7), TILE_W=blocks.tile_w, BINS=16, K_H=7, K_W=7, LENGTH=64, BLOCK=16)
     for function, block in ((backward.reduce_tiles, 16), (backward.reduce_classes, 256)):
-        compiled = compile_kernel(function, dict(values, BLOCK=block), torch.float32, target, 4, 2)
+        compiled = compile_kernel(function, dict(values, BLOCK=block), torch.float32, target, 4, 2, FLOATS)
         assert resources(compiled, target)[1] == 0

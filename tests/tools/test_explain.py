@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import terrazzo.kernels
+from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.tools.explain import explain
 from terrazzo.tools.explain_text import ranges, reasons
 from terrazzo.tools.trace import trace
 
-fused = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused")
 CPU = torch.device("cpu")
 
 
@@ -39,10 +39,10 @@ def gpu(monkeypatch):
     """A device that the fused form takes for a GPU that it runs on."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(fused, "_has_triton", lambda: True)
-    fused._device_refusal.cache_clear()
+    monkeypatch.setattr(triton_host, "has_triton", lambda: True)
+    triton_host.device_refusal.cache_clear()
     yield torch.device("cuda", 0)
-    fused._device_refusal.cache_clear()
+    triton_host.device_refusal.cache_clear()
 
 
 def facts_of(run, *arguments, exit_code=0):
@@ -143,7 +143,7 @@ class TestReasons:
 
     def test_interpreter(self, run, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(fused, "_has_triton", lambda: True)
+        monkeypatch.setattr(triton_host, "has_triton", lambda: True)
         call = facts_of(run, "dinat_mini", "--size", 32, 32)["calls"][0]
         assert call["backend"] == "portable"
         assert "TRITON_INTERPRET" in call["refused"]["fused"]
