@@ -4,11 +4,11 @@ The interpreter wants a process of its own, where TRITON_INTERPRET=1 was set bef
 return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
 """
 
-import contextlib
 import importlib
 import math
 
 import torch
+from triton_common import guarded, limits, poisoned, replaced
 
 from terrazzo.kernels import neighborhood_attention, use_backend
 
@@ -20,24 +20,17 @@ def _pair(value):
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _guarded(x):
-    """The same numbers amid NaN, so that what is read beside a tensor shows."""
-    margin = 4096
-    storage = torch.full((x.numel() + 2 * margin,), math.nan, dtype=x.dtype, device=x.device)
-    return storage.as_strided(x.shape, x.stride(), margin).copy_(x)
-
-
 def _inputs(size, kernel, heads, dim, batch, dtype, bias, layout, device="cpu"):
     """Query, key, value and bias; layout: "packed" views of one tensor, "plain", or "turned" ones with odd strides."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn((batch, *size, 3, heads, dim), dtype=torch.float64, generator=generator).to(device, dtype)
-    qkv = list(_guarded(qkv).unbind(-3))
+    qkv = list(guarded(qkv).unbind(-3))
     if layout == "plain":
-        qkv = [_guarded(x.contiguous()) for x in qkv]
+        qkv = [guarded(x.contiguous()) for x in qkv]
     if layout == "turned":  # no two of one stride, none with its last axis contiguous
         qkv = [x.transpose(i, -1).contiguous().transpose(i, -1) for i, x in enumerate(qkv, 1 if len(size) > 1 else 0)]
     table = torch.randn(heads, *(2 * k - 1 for k in kernel), dtype=torch.float64, generator=generator).to(device, dtype)
-    return [x.detach().requires_grad_() for x in (*qkv, *([_guarded(table)] if bias else []))]
+    return [x.detach().requires_grad_() for x in (*qkv, *([guarded(table)] if bias else []))]
 
 
 def _grad(out):
@@ -48,39 +41,6 @@ def _run(arguments, kernel, dilation, backend):
     rpb = arguments[3] if len(arguments) > 3 else None
     out = neighborhood_attention(*arguments[:3], kernel, dilation, rpb, backend=backend)
     return [out, *torch.autograd.grad(out, arguments, _grad(out))]
-
-
-@contextlib.contextmanager
-def _poisoned(device="cpu"):
-    """Fresh memory is full of NaN, so what is read without having been written shows."""
-    # Only a warning of what is not deterministic: on a GPU that may be the portable form's products.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        assert torch.empty(3, device=device).isnan().all(), "memory is not poisoned: the test would prove nothing"
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def _replaced(changes):
-    """Attributes of modules, {"module.name": value}, for the time of a test."""
-    before = []
-    try:
-        for path, value in changes.items():
-            module, name = path.split(".")
-            module = importlib.import_module(f"{FOLDER}.{module}")
-            before.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-def _size(x):
-    return x.square().mean().sqrt().item()
 
 
 def errors(
@@ -117,14 +77,9 @@ def errors(
         changes["fused.blocks"] = lambda name, window, head_dim, itemsize, amd: blocks(name, window, head_dim, 2, amd)
     if programs is not None:
         changes["fused._PROGRAMS"] = programs
-    with _replaced(changes), _poisoned(device):
+    with replaced(FOLDER, changes), poisoned(device):
         found = _run(arguments, kernel, dilation, "fused")
-    limits = {}
-    for name, f, p, e in zip(NAMES, found, plain, exact):
-        error, allowed = (_size(x.double() - e) for x in (f, p))
-        floor = 3 * torch.finfo(f.dtype).eps * _size(e) if f.dtype == torch.float32 else 0.0
-        limits[name] = (error, max(2 * allowed, floor))
-    return limits
+    return limits(NAMES, found, plain, exact)
 
 
 def mutated(helper, size, kernel, dilation):
@@ -148,7 +103,7 @@ def mutated(helper, size, kernel, dilation):
     assert bool(changes) == bool(helper)
     arguments = _inputs(size, (kernel, kernel), 1, 8, 1, torch.float32, True, "packed")
     wanted = _run([x.detach().double().requires_grad_() for x in arguments], kernel, dilation, "reference")
-    with _replaced(changes):
+    with replaced(FOLDER, changes):
         found = _run(arguments, kernel, dilation, "fused")
     differences = [(a.double() - b).abs().max().item() for a, b in zip(found, wanted)]
     return max(math.inf if math.isnan(x) else x for x in differences)

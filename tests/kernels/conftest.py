@@ -1,16 +1,19 @@
 """A process in which Triton interprets its kernels."""
 
 import concurrent.futures
+import importlib
 import multiprocessing
 import os
 
 import pytest
-import triton_worker
 
 
 @pytest.fixture(scope="session")
 def interpreted():
-    """Calls a function of `triton_worker` in a process that had TRITON_INTERPRET=1 before it imported triton."""
+    """Calls a function in a process that had TRITON_INTERPRET=1 before it imported triton.
+
+    The function is named as "module.function"; without a module it is of `triton_worker`.
+    """
     before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
     os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     context = multiprocessing.get_context("spawn")
@@ -21,7 +24,9 @@ def interpreted():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
             def call(name, *args, **kwargs):
-                return pool.submit(getattr(triton_worker, name), *args, **kwargs).result()
+                module, _, function = name.rpartition(".")
+                function = getattr(importlib.import_module(module or "triton_worker"), function)
+                return pool.submit(function, *args, **kwargs).result()
 
             yield call
     finally:
