@@ -1,0 +1,80 @@
+"""Attentive convolution: depthwise convolution with kernels that are made from the map, for each sample its own."""
+
+import torch
+
+from terrazzo.errors import InputError
+from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.attentive_conv import op
+from terrazzo.kernels.attentive_conv.op import describe
+
+__all__ = ["attentive_conv", "describe", "why"]
+
+_SIDES = (3, 5, 7, 9)
+
+
+def _check(x, value, weight, bias, mixing, mixing_bias, inhibition) -> None:
+    """Raise `InputError` for what the definition does not allow."""
+    if x.dim() != 4 or x.shape != value.shape:
+        raise InputError(f"x and value must have one shape (B, C, H, W), got {tuple(x.shape)} and {tuple(value.shape)}")
+    if not (x.is_floating_point() and value.is_floating_point()):
+        raise InputError(f"x and value must have floating dtypes, got {x.dtype} and {value.dtype}")
+    channels, taps = value.shape[1], mixing.shape[0] if mixing.dim() else 0
+    if not any(taps == side * side for side in _SIDES):  # no square root: the number may be symbolic
+        raise InputError(f"mixing must have a row for each tap of a kernel (9, 25, 49 or 81), got {taps}")
+    for name, found, wanted in (
+        ("weight", weight, (channels, channels)),
+        ("bias", bias, (channels,)),
+        ("mixing", mixing, (taps, taps)),
+        ("mixing_bias", mixing_bias, (taps,)),
+        ("inhibition", inhibition, (channels,)),
+    ):
+        if tuple(found.shape) != wanted:
+            raise InputError(f"{name} must have shape {wanted}, got {tuple(found.shape)}")
+
+
+def attentive_conv(
+    x: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mixing: torch.Tensor,
+    mixing_bias: torch.Tensor,
+    inhibition: torch.Tensor,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Depthwise convolution of `value` with kernels that are made from `x`, for each sample and channel its own.
+
+    `x` is projected and averaged over as many bins as a kernel has taps: intervals of the map flattened row by row, so
+    horizontal bands, whose borders depend on both sides of the map. The bins of a channel become its kernel by GELU and
+    one linear map that all channels share; lateral inhibition then takes sigmoid(inhibition) of its mean from a kernel.
+    Beyond the map is zero.
+
+    Args:
+        x, value: (B, C, H, W), any strides; fastest with channels last, as the result is.
+        weight, bias: (C, C) and (C,), the projection of `x`.
+        mixing, mixing_bias: (K * K, K * K) and (K * K,), the linear map; kernel K is 3, 5, 7 or 9, its taps in rows.
+        inhibition: (C,), a logit.
+        backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+
+    Returns:
+        A tensor like `value`. The means and kernels are computed in float32 at least, under autocast too.
+
+    Raises:
+        InputError: A shape or dtype that the definition does not allow.
+        BackendError: `backend` names a form that cannot run here.
+
+    Source: Attentive Convolution, arXiv 2510.20092; the projections of the value and of the result are not in it.
+    """
+    _check(x, value, weight, bias, mixing, mixing_bias, inhibition)
+    _backend.check_name(backend)
+    return op.attend(x, value, weight, bias, mixing, mixing_bias, inhibition, backend)
+
+
+def why(backend: str = "auto", value: torch.Tensor | None = None, taps: int = 9) -> _backend.Choice:
+    """Which backend a call would run with now, and why the others were refused.
+
+    Without `value`, for float32 tensors on the default device.
+    """
+    if value is None:
+        return op.choose(backend, torch.get_default_device(), torch.float32, taps)
+    return op.choose(backend, value.device, value.dtype, taps)

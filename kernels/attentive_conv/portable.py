@@ -1,0 +1,184 @@
+"""Attentive convolution in standard PyTorch operations: on real tensors, its gradients, and as export traces it.
+
+Pooling is linear and its weights sum to one, so it goes before the projection: `taps` columns are projected, not the
+whole map. The kernels' path is computed in float32 at least. Kernels, and what leads to them, are (B, taps, C).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from terrazzo.kernels.attentive_conv.reference import bins
+
+
+def path_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the kernels' path is computed in: means of up to 10^5 positions want float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _sequence(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) as (B, L, C), in raster order; a view."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _pool(x: torch.Tensor, taps: int) -> torch.Tensor:
+    x = _sequence(x)
+    means = [x[:, first:last].mean(1, dtype=path_dtype(x)) for first, last in bins(x.shape[1], taps)]
+    return torch.stack(means, 1)
+
+
+def project(pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.linear(pooled, weight.to(pooled.dtype), bias.to(pooled.dtype))
+
+
+def _mix(projected: torch.Tensor, mixing: torch.Tensor, mixing_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters the kernels, and the kernels before inhibition."""
+    active = F.gelu(projected)
+    return active, mixing.to(projected.dtype) @ active + mixing_bias.to(projected.dtype)[:, None]
+
+
+def _generate(
+    projected: torch.Tensor, mixing: torch.Tensor, mixing_bias: torch.Tensor, inhibition: torch.Tensor
+) -> torch.Tensor:
+    """The kernels, from what was projected; all (B, taps, C)."""
+    _, raw = _mix(projected, mixing, mixing_bias)
+    return raw - inhibition.to(raw.dtype).sigmoid() * raw.mean(1, keepdim=True)
+
+
+def _as_groups(value: torch.Tensor, kernels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Value, weight and number of groups of one convolution over the channels of all samples."""
+    batch, taps, channels = kernels.shape
+    side = math.isqrt(taps)
+    groups = batch * channels
+    weight = kernels.transpose(1, 2).reshape(groups, 1, side, side).to(value.dtype)
+    return value.reshape(1, groups, *value.shape[2:]), weight, groups
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) whose channels are contiguous, also where a size of 1 leaves PyTorch a choice of strides."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def forward(
+    x: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mixing: torch.Tensor,
+    mixing_bias: torch.Tensor,
+    inhibition: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attentive convolution of real tensors; arguments as in `reference.attentive_conv`.
+
+    Returns:
+        out: (B, C, H, W), channels last.
+        pooled, projected, kernels: (B, taps, C), for `backward`.
+    """
+    pooled = _pool(x, len(mixing))
+    projected = project(pooled, weight, bias)
+    kernels = _generate(projected, mixing, mixing_bias, inhibition)
+    grouped, kernel, groups = _as_groups(value, kernels)
+    out = F.conv2d(grouped, kernel, padding=kernel.shape[-1] // 2, groups=groups)
+    return channels_last(out.view(value.shape)), pooled, projected, kernels
+
+
+def convolution_gradients(
+    grad: torch.Tensor, value: torch.Tensor, kernels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the value, like it but channels last, and of the kernels. Half precision is computed in float32."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    grouped, kernel, groups = _as_groups(value.to(dtype), kernels)
+    padding = kernel.shape[-1] // 2
+    grad_value, grad_kernels, _ = torch.ops.aten.convolution_backward(
+        grad.to(dtype).reshape(grouped.shape),
+        grouped,
+        kernel,
+        None,
+        [1, 1],
+        [padding, padding],
+        [1, 1],
+        False,
+        [0, 0],
+        groups,
+        [True, True, False],
+    )
+    batch, taps, channels = kernels.shape
+    grad_kernels = grad_kernels.view(batch, channels, taps).transpose(1, 2).to(kernels.dtype)
+    return channels_last(grad_value.view(value.shape).to(value.dtype)), grad_kernels
+
+
+def projection_gradients(
+    grad_projected: torch.Tensor, pooled: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of what was pooled, of the weight and of the bias."""
+    grad_pooled = grad_projected @ weight.to(pooled.dtype)
+    return grad_pooled, grad_projected.flatten(0, 1).t() @ pooled.flatten(0, 1), grad_projected.sum((0, 1))
+
+
+def backward(
+    grad: torch.Tensor,
+    value: torch.Tensor,
+    pooled: torch.Tensor,
+    projected: torch.Tensor,
+    kernels: torch.Tensor,
+    weight: torch.Tensor,
+    mixing: torch.Tensor,
+    mixing_bias: torch.Tensor,
+    inhibition: torch.Tensor,
+    x_dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `forward` by each of its arguments, given what it returned; those of weights in `path_dtype`."""
+    taps = len(mixing)
+    grad_value, grad_kernels = convolution_gradients(grad, value, kernels)
+    active, raw = _mix(projected, mixing, mixing_bias)
+    share = inhibition.to(raw.dtype).sigmoid()
+    lost = grad_kernels.sum(1)
+    grad_inhibition = -share * (1 - share) * (raw.mean(1) * lost).sum(0)
+    grad_raw = grad_kernels - (share * lost / taps)[:, None]
+    grad_active = mixing.to(raw.dtype).t() @ grad_raw
+    grad_projected = torch.ops.aten.gelu_backward(grad_active, projected)
+    grad_pooled, grad_weight, grad_bias = projection_gradients(grad_projected, pooled, weight)
+    batch, channels, height, width = value.shape
+    grad_x = pooled.new_zeros(batch, height * width, channels)
+    for number, (first, last) in enumerate(bins(height * width, taps)):
+        grad_x[:, first:last] += (grad_pooled[:, number] / (last - first))[:, None]
+    grad_x = grad_x.to(x_dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+    grad_mixing = torch.einsum("bsc,btc->st", grad_raw, active)
+    return grad_x, grad_value, grad_weight, grad_bias, grad_mixing, grad_raw.sum((0, 2)), grad_inhibition
+
+
+def _bin_weights(length: int, taps: int, like: torch.Tensor) -> torch.Tensor:
+    """(taps, L): what each position adds to each bin's mean, in operations that also take a symbolic length.
+
+    Position l and bin t meet where the intervals [l, l + 1) / length and [t, t + 1) / taps do.
+    """
+    position = taps * torch.arange(length, device=like.device)
+    number = length * torch.arange(taps, device=like.device)[:, None]
+    inside = ((position + taps > number) & (position < number + length)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
+def traced(
+    x: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mixing: torch.Tensor,
+    mixing_bias: torch.Tensor,
+    inhibition: torch.Tensor,
+) -> torch.Tensor:
+    """What export traces, for sizes known or open: one product pools, and the convolution is shifted slices."""
+    taps = len(mixing)
+    side = math.isqrt(taps)
+    height, width = value.shape[2:]
+    x = _sequence(x).to(path_dtype(x))
+    pooled = _bin_weights(x.shape[1], taps, x) @ x
+    kernels = _generate(project(pooled, weight, bias), mixing, mixing_bias, inhibition).to(value.dtype)[..., None, None]
+    padded = F.pad(value, (side // 2,) * 4)
+    out = 0
+    for down in range(side):
+        rows = padded[:, :, down : down + height]
+        for right in range(side):
+            out = out + rows[..., right : right + width] * kernels[:, down * side + right]
+    return out

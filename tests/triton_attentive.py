@@ -1,0 +1,199 @@
+"""What the tests of attentive convolution run: in this process, in Triton's interpreter, on a GPU where there is one.
+
+Functions for the interpreter take and return plain values: they are called through a process pool
+(`tests/kernels/conftest.py`).
+"""
+
+import importlib
+import math
+
+import torch
+import torch.nn.functional as F
+from triton_common import guarded, limits, poisoned, replaced
+
+from terrazzo.kernels import attentive_conv, use_backend
+
+FOLDER = "terrazzo.kernels.attentive_conv"
+NAMES = ("out", "x", "value", "weight", "bias", "mixing", "mixing_bias", "inhibition")
+
+
+def inputs(
+    batch, channels, height, width, taps=9, dtype=torch.float64, layout="channels last", x_dtype=None, device="cpu"
+):
+    """The seven tensors, that require gradients and stand amid NaN.
+
+    layout: of both maps: "channels last", "contiguous", "parts" of a wider map, or "turned", rows for columns. x_dtype:
+    of x, if it is another.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
+
+    x, value = drawn(batch, channels, height, width), drawn(batch, channels, height, width)
+    weights = [
+        drawn(channels, channels) / channels**0.5,
+        drawn(channels),
+        drawn(taps, taps) / taps**0.5,
+        drawn(taps),
+        drawn(channels),
+    ]
+    if layout == "channels last":
+        x, value = (guarded(y.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2) for y in (x, value))
+    elif layout == "parts":
+        x, value = guarded(torch.cat([x, value], 1)).chunk(2, 1)
+    elif layout == "turned":
+        x, value = (guarded(y.mT.contiguous()).mT for y in (x, value))
+    else:
+        x, value = guarded(x), guarded(value)
+    found = [x.to(x_dtype or dtype), value, *map(guarded, weights)]
+    return [y.detach().requires_grad_() for y in found]
+
+
+def layers(x, value, weight, bias, mixing, mixing_bias, inhibition):
+    """What a user without the operator writes, and the authors do: adaptive pooling of the projected map as a sequence,
+    one convolution with a group for each channel of each image."""
+    batch, channels, height, width = value.shape
+    taps = len(mixing)
+    side = math.isqrt(taps)
+    pooled = F.adaptive_avg_pool1d(F.conv2d(x, weight[..., None, None], bias).flatten(2), taps)
+    kernels = F.linear(F.gelu(pooled), mixing, mixing_bias)
+    kernels = kernels - inhibition.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
+    kernels = kernels.reshape(-1, 1, side, side).to(value.dtype)
+    value = value.reshape(1, -1, height, width)
+    out = F.conv2d(value, kernels, padding=side // 2, groups=batch * channels)
+    return out.view(batch, channels, height, width)
+
+
+def upstream(out):
+    """The gradient that comes from above."""
+    return torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+
+
+def run(arguments, backend):
+    """Output and every gradient; of a backend, or of plain `layers`."""
+    out = layers(*arguments) if backend == "layers" else attentive_conv(*arguments, backend=backend)
+    return [out, *torch.autograd.grad(out, arguments, upstream(out))]
+
+
+def exact(arguments):
+    return run([x.detach().double().requires_grad_() for x in arguments], "reference")
+
+
+def errors(batch=1, channels=8, height=9, width=7, dtype="float32", device="cpu", **options):
+    """Errors of the fused form and what they may be: see `triton_common.limits`."""
+    arguments = inputs(batch, channels, height, width, dtype=getattr(torch, dtype), device=device, **options)
+    wanted, plain = exact(arguments), run(arguments, "layers")
+    with poisoned(device):
+        found = run(arguments, "fused")
+    # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
+    units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
+    return limits(NAMES, found, plain, wanted, units.items())
+
+
+def splits(parts):
+    """Errors where the mean of a bin is computed in parts."""
+    with replaced(FOLDER, {"fused._SPLIT": -(-9 * 7 // (9 * parts))}):
+        return errors()
+
+
+def mutated(helper):
+    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("")."""
+    module = next(
+        (name for name in ("fused_pool", "fused_generate", "fused_convolve") if hasattr(_module(name), helper)), None
+    )
+    original = getattr(_module(module), helper) if module else None
+
+    def broken(*arguments):
+        if helper == "inside":  # what lies beyond a row is the next row's
+            rows, columns, o_c, height, width, channels = arguments
+            return original(rows, columns * 0, o_c, height, width, channels)
+        if helper == "shift":  # mirrored
+            down, right = original(*arguments)
+            return -down, -right
+        if helper == "bin_begin":  # bins share no position
+            number, length, taps = arguments
+            return (number * length + taps - 1) // taps
+        if helper == "bin_end":
+            number, length, taps = arguments
+            return (number + 1) * length // taps
+        return original(*arguments) * 0.9
+
+    arguments = inputs(1, 8, 9, 7, dtype=torch.float32)[:7]
+    wanted = exact(arguments)
+    with replaced(FOLDER, {f"{module}.{helper}": broken} if helper else {}):
+        found = run(arguments, "fused")
+    differences = [(a.double() - b).abs().max().item() for a, b in zip(found, wanted)]
+    return max(math.inf if math.isnan(x) else x for x in differences)
+
+
+def _module(name):
+    return importlib.import_module(f"{FOLDER}.{name}")
+
+
+def repeats(dtype="float32", device="cpu"):
+    """Whether two runs give the same bits."""
+    arguments = inputs(2, 40, 17, 15, dtype=getattr(torch, dtype), device=device)
+    first, second = (run(arguments, "fused") for _ in range(2))
+    return all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def opcheck(device="cpu"):
+    arguments = inputs(2, 3, 5, 4, dtype=torch.float32, device=device)
+    torch.library.opcheck(torch.ops.terrazzo.attentive_conv.default, (*arguments, "fused"))
+
+
+def compiled(dynamic):
+    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    function = torch.compile(attentive_conv, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    worst = 0.0
+    for height, width in ((9, 7), (6, 11)):
+        arguments = inputs(1, 8, height, width, dtype=torch.float32)
+        wanted = run(arguments, "fused")
+        out = function(*arguments, backend="fused")
+        found = [out, *torch.autograd.grad(out, arguments, upstream(out))]
+        worst = max(worst, *((a - b).abs().max().item() for a, b in zip(found, wanted)))
+    return worst
+
+
+def model(compile_it, device="cpu", compiler="aot_eager"):
+    """Largest relative difference of a small AttNet, fused against portable: outputs and each weight's gradient."""
+    from terrazzo.backbones.attnet import AttNet
+
+    torch.manual_seed(0)
+    net = AttNet(depths=(1, 1), dims=(8, 16), expansions=(2, 2), num_classes=5)
+    net, image = net.to(device).eval(), torch.randn(2, 3, 44, 37).to(device)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.2)
+    results = []
+    for backend in ("portable", "fused"):
+        with use_backend(backend):
+            # Only the fused form: Dynamo would find the graph of the other, for it does not guard the choice.
+            compile_now = compile_it and backend == "fused"
+            forward = torch.compile(net, fullgraph=True, backend=compiler) if compile_now else net
+            out = forward(image)
+            results.append([out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))])
+    return max(((a - b).norm() / a.norm().clamp(min=1e-6)).item() for a, b in zip(*results))
+
+
+def mixed(device="cpu"):
+    """Errors with half values beside a float32 x and weights, as under autocast; dtypes of output and gradients."""
+    arguments = inputs(1, 8, 9, 7, dtype=torch.float32, device=device)
+    arguments[1] = arguments[1].detach().bfloat16().requires_grad_()
+    found, wanted = run(arguments, "fused"), exact(arguments)
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
+    return errors, [str(x.dtype) for x in found]
+
+
+def choices():
+    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    why = importlib.import_module(FOLDER).why
+    value = torch.zeros(1, 8, 4, 4)
+    auto = why(value=value)
+    return {
+        "auto": (auto.name, auto.reasons["fused"]),
+        "named": why("fused", value).name,
+        "double": why(value=value.double()).reasons["fused"],
+        "taps": why(value=value, taps=25).reasons["fused"],
+    }
