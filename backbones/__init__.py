@@ -1,3 +1,4 @@
 """Every backbone, registered with timm on import."""
 
+from terrazzo.backbones import attnet as attnet
 from terrazzo.backbones import dinat as dinat

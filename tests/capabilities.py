@@ -61,11 +61,12 @@ class Files:
         name: of the model.
         folder: where the files go.
         allowed: which of "batch" and "hw" the family can leave open; the classifier has these open.
+        arguments: of the model.
     """
 
-    def __init__(self, name: str, folder: Path, allowed: tuple[str, ...]):
+    def __init__(self, name: str, folder: Path, allowed: tuple[str, ...], arguments: dict):
         pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
-        self.model, self.folder, self.allowed = build(name), folder, allowed
+        self.model, self.folder, self.allowed = build(name, **arguments), folder, allowed
 
     @cached_property
     def classifier(self):
@@ -107,6 +108,7 @@ class CapabilityContract:
 
     representatives: tuple[str, ...] = ()
     refused: dict[str, str] = {}
+    shallow: dict = {}
 
     @pytest.fixture
     def capability(self, request):
@@ -128,7 +130,7 @@ class CapabilityContract:
     def files(self, example, tmp_path_factory):
         folder = tmp_path_factory.mktemp("files")
         allowed = tuple(what for what in ("batch", "hw") if f"onnx dynamic {what}" not in self.refused)
-        yield Files(example, folder, allowed)
+        yield Files(example, folder, allowed, self.shallow)
         shutil.rmtree(folder)  # up to gigabytes
 
     @pytest.fixture
@@ -169,7 +171,7 @@ class CapabilityContract:
         """One graph, no break, for every size. `aot_eager` leaves out the code generator, which takes minutes."""
         torch._dynamo.reset()
         limit = {"aot_eager": 1e-4, "inductor": 1e-3}[backend]
-        model = build(name)
+        model = build(name, **self.shallow)
         with capability, torch.no_grad():
             compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
             for size in ((64, 96), (96, 70)):

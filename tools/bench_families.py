@@ -54,6 +54,7 @@ class Family:
 
 
 FAMILIES = {
+    "attnet": Family("attnet_xxs", ("mobilenetv3_large_100", "efficientvit_b1", "mobilevitv2_100")),
     "dinat": Family(
         "dinat_tiny",
         (_SWIN, _CONVNEXT),

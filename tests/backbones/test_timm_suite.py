@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import timm
 
+from terrazzo.tools.models import registered_models
+
 TESTS = Path(__file__).parents[1]
 CACHE = TESTS.parent / ".cache" / "timm"
 FAST = ("dinat_mini",)
-ALL = tuple(timm.list_models(module="dinat"))
+ALL = tuple(registered_models())
 EXCEPTED = "not fx and not torchscript and not pretrained"
 
 

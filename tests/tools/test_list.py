@@ -32,4 +32,4 @@ def test_patterns(run):
 
 def test_refusals(refused):
     assert "none of the" in refused("list", "granite")
-    assert "the families are: dinat" in refused("list", "--family", "granite")
+    assert "the families are: attnet, dinat" in refused("list", "--family", "granite")

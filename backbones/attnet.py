@@ -1,0 +1,329 @@
+"""AttNet: a convolutional network with attentive convolution, whose 3x3 kernels are made from each sample's own map.
+
+Paper: Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency, 2025,
+    arXiv 2510.20092.
+Official code: github.com/price112/Attentive-Convolution, MIT licence; weights by the authors, in one shared folder.
+
+Where paper and code disagree the code is followed: the map is pooled row by row, as a sequence, not on a 3x3 grid, so
+kernels depend on the map's proportions and on what pads a batch.
+
+Deviations, without effect on outputs: the map is pooled before its projection for the kernels, not after (both are
+linear), which saves a third of the mixer's pointwise multiply-adds: the authors count them all. Drop path is 0 unless
+asked for; the rates of their training runs are in the configs.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    LayerScale2d,
+    RmsNorm2d,
+    calculate_drop_path_rates,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._weights import rename, unwrap
+from terrazzo.kernels import attentive_conv
+
+__all__ = ["AttNet"]
+
+
+class AttentiveConv(nn.Module):
+    """Attentive convolution of (B, C, H, W) between two pointwise ones.
+
+    Source: arXiv 2510.20092, sections on adaptive routing and lateral inhibition; names as in the authors' code.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, **factory):
+        super().__init__()
+        taps = kernel_size**2
+        self.difference_control = nn.Parameter(torch.zeros(dim, **factory))
+        self.kernel_proj = nn.Conv2d(dim, dim, 1, **factory)
+        self.kernel_gen = nn.Linear(taps, taps, **factory)
+        self.x_proj = nn.Conv2d(dim, dim, 1, **factory)
+        self.proj = nn.Conv2d(dim, dim, 1, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = attentive_conv(
+            x,
+            self.x_proj(x),
+            self.kernel_proj.weight.flatten(1),
+            self.kernel_proj.bias,
+            self.kernel_gen.weight,
+            self.kernel_gen.bias,
+            self.difference_control,
+        )
+        return self.proj(x)
+
+
+class WideRmsNorm2d(RmsNorm2d):
+    """timm's norm, in float32 at least: gradients of small maps overflow float16 (autocast widens it on a GPU only)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)
+        return (wide * self.weight[:, None, None]).to(x.dtype)
+
+
+class GatedMlp(nn.Module):
+    """An MLP on (B, C, H, W) whose gate, the first half of its hidden channels, takes a depthwise convolution."""
+
+    def __init__(self, dim: int, hidden: int, norm: bool, **factory):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, 2 * hidden, 1, **factory)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **factory)
+        self.act = nn.GELU()
+        self.norm_layer = WideRmsNorm2d(hidden, eps=1e-6, **factory) if norm else nn.Identity()
+        self.fc2 = nn.Conv2d(hidden, dim, 1, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, x = self.fc1(x).chunk(2, dim=1)
+        return self.fc2(self.norm_layer(self.act(self.dwconv(gate)) * x))
+
+
+class Block(nn.Module):
+    """Pre-norm attentive convolution and gated MLP, each with an optional per-channel layer scale."""
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        expansion: float,
+        mlp_norm: bool,
+        layer_scale: float | None,
+        drop_path: float,
+        **factory,
+    ):
+        super().__init__()
+        self.token_mixer = AttentiveConv(dim, kernel_size, **factory)
+        self.channel_mixer = GatedMlp(dim, int(2 * int(dim * expansion) / 3), mlp_norm, **factory)
+        self.layer_scale_1, self.layer_scale_2 = (
+            nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale, **factory) for _ in range(2)
+        )
+        self.norm_1, self.norm_2 = (LayerNorm2d(dim, eps=1e-6, **factory) for _ in range(2))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        x = x + self.drop_path(self.layer_scale_1(self.token_mixer(self.norm_1(x))))
+        return x + self.drop_path(self.layer_scale_2(self.channel_mixer(self.norm_2(x)))), state
+
+
+def downsampler(in_chans: int, out_chans: int, **factory) -> nn.Sequential:
+    """A 3x3 convolution of stride 2 without bias, then batch norm."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1, bias=False, **factory),
+        nn.BatchNorm2d(out_chans, **factory),
+    )
+
+
+class NormedHead(ClassifierHead):
+    """Pooling, a norm of the pooled vector, a classifier. A map that is not pooled goes through as it is."""
+
+    def __init__(self, in_features: int, num_classes: int, *, device=None, dtype=None, **kwargs):
+        super().__init__(in_features, num_classes, device=device, dtype=dtype, **kwargs)
+        self.norm = nn.Identity()
+        self._fit_norm(device=device, dtype=dtype)
+
+    def reset(self, num_classes: int, pool_type: str | None = None, *, device=None, dtype=None, **kwargs) -> None:
+        super().reset(num_classes, pool_type, device=device, dtype=dtype, **kwargs)
+        self._fit_norm(device=device, dtype=dtype)
+
+    def _fit_norm(self, **factory) -> None:
+        if self.global_pool.is_identity():
+            self.norm = nn.Identity()  # or it would be a parameter that nothing reaches
+        elif isinstance(self.norm, nn.Identity):
+            self.norm = nn.LayerNorm(self.in_features, eps=1e-5, **factory)
+        self.norm.train(self.training)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.drop(self.norm(self.global_pool(x)))
+        return x if pre_logits else self.fc(x)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class AttNet(Pyramid):
+    """AttNet: four stages of attentive convolution and gated MLPs.
+
+    Source: arXiv 2510.20092; depths, widths and the rest from the authors' models/AttNet.py.
+    """
+
+    output_fmt = "NCHW"
+    no_decay = ("difference_control",)
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (2, 2, 4, 2),
+        dims: Sequence[int] = (32, 64, 128, 240),
+        expansions: Sequence[float] = (8, 8, 4, 4),
+        kernel_size: int = 3,
+        mlp_norm: bool = False,
+        layer_scale: float | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        depths, dims, expansions: Per stage; of the expansion of the gated MLP two thirds are hidden channels.
+        kernel_size: Of the attentive convolution, odd.
+        mlp_norm: An RMS norm of the hidden channels.
+        layer_scale: Initial value of the per-channel scales, None for none.
+        **kwargs: norm_outputs: see `Backbone`.
+        """
+        factory = dict(device=device, dtype=dtype)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = [
+            Stage(
+                [Block(dim, kernel_size, expansion, mlp_norm, layer_scale, rate, **factory) for rate in rates[i]],
+                downsampler(dims[i - 1], dim, **factory) if i > 0 else None,
+            )
+            for i, (dim, expansion) in enumerate(zip(dims, expansions))
+        ]
+        stem = nn.Sequential(
+            downsampler(in_chans, dims[0] // 2, **factory), nn.GELU(), downsampler(dims[0] // 2, dims[0], **factory)
+        )
+        head = dict(num_classes=num_classes, drop_rate=drop_rate)
+        norm_layer = partial(LayerNorm2d, eps=1e-6)
+        super().__init__(
+            stem,
+            stages,
+            dims,
+            norm_layer=norm_layer,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            **head,
+            **factory,
+            **kwargs,
+        )
+        if not self.norm_outputs:  # the norm before the classifier is of the pooled vector, not of the map
+            self.norm = nn.Identity()
+            self.head = NormedHead(dims[-1], pool_type=global_pool, **head, **factory)
+        self.apply(_init_weights)
+
+
+# From the authors' names to ours.
+OFFICIAL_NAMES = [
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(?=\d)", r"stages.\1.blocks."),
+    (r"^norm\.", "head.norm."),
+    (r"^head\.(?=weight|bias)", "head.fc."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Turn an official checkpoint into a state dict of `model`."""
+    return rename(unwrap(state_dict), OFFICIAL_NAMES)
+
+
+# What the authors' readme links; not a file that timm could fetch.
+_WEIGHTS = (
+    "https://unioulu-my.sharepoint.com/:f:/g/personal/hayu23_univ_yo_oulu_fi/"
+    "EtaWTnsh1ytNgsIYetHHwt4B1RxG_HDHN70a3NOq3fustw?e=MZ4w5w"
+)
+
+
+def _cfg(top1: float | None = None) -> dict[str, Any]:
+    return dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        first_conv="stem.0.0",
+        classifier="head.fc",
+        license="mit",
+        origin_url="https://github.com/price112/Attentive-Convolution",
+        paper_name="Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency",
+        paper_ids="arXiv:2510.20092",
+        notes=(
+            "published top-1: not known here" if top1 is None else f"published top-1: {top1}",
+            f"weights: to be fetched by hand from {_WEIGHTS}",
+        ),
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "attnet_xxs.in1k": _cfg(),
+        "attnet_xs.in1k": _cfg(),
+        "attnet_s.in1k": _cfg(),
+        "attnet_t1.in1k": _cfg(),
+        "attnet_t2.in1k": _cfg(84.4),
+        "attnet_t3.in1k": _cfg(),
+        "attnet_t4.in1k": _cfg(),
+    }
+)
+
+_T = dict(mlp_norm=True, layer_scale=1e-6)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> AttNet:
+    return build_model_with_cfg(
+        AttNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def attnet_xxs(pretrained: bool = False, **kwargs) -> AttNet:
+    arguments = dict(depths=(2, 2, 4, 2), dims=(32, 64, 128, 240))
+    return _create("attnet_xxs", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def attnet_xs(pretrained: bool = False, **kwargs) -> AttNet:
+    arguments = dict(depths=(2, 2, 7, 2), dims=(40, 80, 160, 320), layer_scale=1e-6)
+    return _create("attnet_xs", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def attnet_s(pretrained: bool = False, **kwargs) -> AttNet:
+    arguments = dict(depths=(2, 3, 10, 3), dims=(40, 80, 160, 320))
+    return _create("attnet_s", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def attnet_t1(pretrained: bool = False, **kwargs) -> AttNet:
+    arguments = dict(depths=(2, 3, 12, 3), dims=(48, 96, 224, 384), **_T)
+    return _create("attnet_t1", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def attnet_t2(pretrained: bool = False, **kwargs) -> AttNet:
+    arguments = dict(depths=(3, 3, 16, 3), dims=(64, 128, 288, 512), **_T)
+    return _create("attnet_t2", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def attnet_t3(pretrained: bool = False, **kwargs) -> AttNet:
+    arguments = dict(depths=(4, 4, 26, 4), dims=(72, 144, 320, 576), **_T)
+    return _create("attnet_t3", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def attnet_t4(pretrained: bool = False, **kwargs) -> AttNet:
+    arguments = dict(depths=(5, 5, 28, 5), dims=(96, 192, 384, 768), **_T)
+    return _create("attnet_t4", pretrained, **{**arguments, **kwargs})
