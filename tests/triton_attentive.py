@@ -105,9 +105,9 @@ def mutated(helper):
     original = getattr(_module(module), helper) if module else None
 
     def broken(*arguments):
-        if helper == "inside":  # what lies beyond a row is the next row's
+        if helper == "inside":  # the last column is none
             rows, columns, o_c, height, width, channels = arguments
-            return original(rows, columns * 0, o_c, height, width, channels)
+            return original(rows, columns, o_c, height, width - 1, channels)
         if helper == "shift":  # mirrored
             down, right = original(*arguments)
             return -down, -right
@@ -119,7 +119,7 @@ def mutated(helper):
             return (number + 1) * length // taps
         return original(*arguments) * 0.9
 
-    arguments = inputs(1, 8, 9, 7, dtype=torch.float32)[:7]
+    arguments = inputs(1, 8, 10, 7, dtype=torch.float32)
     wanted = exact(arguments)
     with replaced(FOLDER, {f"{module}.{helper}": broken} if helper else {}):
         found = run(arguments, "fused")
@@ -133,7 +133,7 @@ def _module(name):
 
 def repeats(dtype="float32", device="cpu"):
     """Whether two runs give the same bits."""
-    arguments = inputs(2, 40, 17, 15, dtype=getattr(torch, dtype), device=device)
+    arguments = inputs(2, 33, 9, 10, dtype=getattr(torch, dtype), device=device)
     first, second = (run(arguments, "fused") for _ in range(2))
     return all(torch.equal(a, b) for a, b in zip(first, second))
 

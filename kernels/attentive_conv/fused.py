@@ -8,7 +8,7 @@ gives the same bits. The projection of the bins, `taps` rows for each image, is 
 import torch
 
 from terrazzo.kernels.attentive_conv import portable
-from terrazzo.kernels.triton_host import on_device
+from terrazzo.kernels.triton_host import is_amd, on_device
 
 _KERNEL = 3
 _TAPS = _KERNEL * _KERNEL
@@ -29,6 +29,11 @@ def block_c(channels: int) -> int:
     return 32 if 0 < channels % 64 <= 32 else 64
 
 
+def warps(channels: int, amd: bool = False) -> int:
+    """Of every kernel: 16 numbers of a tile for each thread, so that no GPU puts registers aside (README.md)."""
+    return block_c(channels) // (16 if amd else 8)
+
+
 def _sequence(x: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) as a contiguous (B, H, W, C): as it lies where channels come last."""
     return x.permute(0, 2, 3, 1).contiguous()
@@ -37,7 +42,7 @@ def _sequence(x: torch.Tensor) -> torch.Tensor:
 def _cuts(shape: torch.Size) -> tuple[int, int, dict[str, int]]:
     """Tiles down and across a map (B, H, W, C), and what its kernels are compiled for."""
     _, height, width, channels = shape
-    constants = dict(CHANNELS=channels, BLOCK_C=block_c(channels), num_warps=4)
+    constants = dict(CHANNELS=channels, BLOCK_C=block_c(channels), num_warps=warps(channels, is_amd()))
     return -(-height // _TILE), -(-width // _TILE), constants
 
 

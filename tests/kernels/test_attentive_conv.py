@@ -145,7 +145,7 @@ class TestPortable:
 
 class TestOperator:
     def test_opcheck(self):
-        for options in ({}, {"layout": "parts"}, {"x_dtype": torch.float64}):
+        for options in ({}, {"layout": "parts", "x_dtype": torch.float64}):
             arguments = inputs(2, 3, 5, 4, dtype=torch.float32, **options)
             torch.library.opcheck(torch.ops.terrazzo.attentive_conv.default, (*arguments, "portable"))
 
