@@ -234,7 +234,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return rename(unwrap(state_dict), OFFICIAL_NAMES)
 
 
-# What the authors' readme links; not a file that timm could fetch.
+# The folder that the authors' readme links; no file that timm could fetch.
 _WEIGHTS = (
     "https://unioulu-my.sharepoint.com/:f:/g/personal/hayu23_univ_yo_oulu_fi/"
     "EtaWTnsh1ytNgsIYetHHwt4B1RxG_HDHN70a3NOq3fustw?e=MZ4w5w"
@@ -254,10 +254,8 @@ def _cfg(top1: float | None = None) -> dict[str, Any]:
         origin_url="https://github.com/price112/Attentive-Convolution",
         paper_name="Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency",
         paper_ids="arXiv:2510.20092",
-        notes=(
-            "published top-1: not known here" if top1 is None else f"published top-1: {top1}",
-            f"weights: to be fetched by hand from {_WEIGHTS}",
-        ),
+        description=f"the authors' weights are to be fetched by hand from {_WEIGHTS}",
+        notes=("published top-1: not known here" if top1 is None else f"published top-1: {top1}",),
     )
 
 

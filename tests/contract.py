@@ -45,7 +45,7 @@ class BackboneContract(CapabilityContract):
     def test_registered_with_weights_named(self, variant):
         cfg = timm.models.get_pretrained_cfg(variant)
         assert timm.is_model(variant)
-        assert cfg.url or cfg.hf_hub_id or "weights: " in " ".join(cfg.notes), "where weights live is not named"
+        assert cfg.url or cfg.hf_hub_id or "weights are to be fetched by hand from" in cfg.description
         assert cfg.license
         assert cfg.origin_url
         assert cfg.paper_ids

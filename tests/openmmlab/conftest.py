@@ -56,7 +56,7 @@ def _shrink_model(model):
     """Swaps a backbone for the mini one, the channels of the part behind it with it, and looks at fewer regions."""
     backbone = model.backbone
     backbone.pretrained = False
-    if backbone.name not in ("dinat_mini", "nat_mini"):
+    if not backbone.name.endswith(("_mini", "_xxs")):
         for key in ("dilations", "kernel_size"):
             backbone.pop(key, None)
         backbone.name = "dinat_mini"

@@ -27,6 +27,10 @@ def test_text(run):
         assert words in result.stdout
 
 
+def test_weights_that_timm_cannot_fetch(run):
+    assert "weights are to be fetched by hand from https" in " ".join(run("info", "attnet_xxs").stdout.split())
+
+
 def test_models_of_timm_itself(run):
     assert json.loads(run("info", "resnet18", "--json").stdout)["family"] == "timm"
 
