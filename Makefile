@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := neighborhood_attention dinat
+BENCHMARKS := attentive_conv neighborhood_attention attnet dinat
 
 .PHONY: help demo test test-all check bench cards clean
 
@@ -40,7 +40,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	@set -e; suffix=; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python -m pytest tests/kernels/test_neighborhood_attention_gpu.py; suffix=_gpu.csv; \
+		$(BIN)/python -m pytest tests/kernels/test_*_gpu.py; suffix=_gpu.csv; \
 	fi; \
 	for name in $(BENCHMARKS); do \
 		$(BIN)/python -m terrazzo bench $$name $${suffix:+--out model_cards/results/$$name$$suffix} $(OPTIONS); \

@@ -8,10 +8,10 @@ import importlib
 import math
 
 import torch
-import torch.nn.functional as F
 from triton_common import guarded, limits, poisoned, replaced
 
 from terrazzo.kernels import attentive_conv, use_backend
+from terrazzo.tools.bench_attentive_conv import plain
 
 FOLDER = "terrazzo.kernels.attentive_conv"
 NAMES = ("out", "x", "value", "weight", "bias", "mixing", "mixing_bias", "inhibition")
@@ -50,29 +50,14 @@ def inputs(
     return [y.detach().requires_grad_() for y in found]
 
 
-def layers(x, value, weight, bias, mixing, mixing_bias, inhibition):
-    """What a user without the operator writes, and the authors do: adaptive pooling of the projected map as a sequence,
-    one convolution with a group for each channel of each image."""
-    batch, channels, height, width = value.shape
-    taps = len(mixing)
-    side = math.isqrt(taps)
-    pooled = F.adaptive_avg_pool1d(F.conv2d(x, weight[..., None, None], bias).flatten(2), taps)
-    kernels = F.linear(F.gelu(pooled), mixing, mixing_bias)
-    kernels = kernels - inhibition.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
-    kernels = kernels.reshape(-1, 1, side, side).to(value.dtype)
-    value = value.reshape(1, -1, height, width)
-    out = F.conv2d(value, kernels, padding=side // 2, groups=batch * channels)
-    return out.view(batch, channels, height, width)
-
-
 def upstream(out):
     """The gradient that comes from above."""
     return torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
 
 
 def run(arguments, backend):
-    """Output and every gradient; of a backend, or of plain `layers`."""
-    out = layers(*arguments) if backend == "layers" else attentive_conv(*arguments, backend=backend)
+    """Output and every gradient; of a backend, or of what "layers" of PyTorch compute."""
+    out = plain(*arguments) if backend == "layers" else attentive_conv(*arguments, backend=backend)
     return [out, *torch.autograd.grad(out, arguments, upstream(out))]
 
 

@@ -13,6 +13,7 @@ from terrazzo.tools.bench_families import FAMILIES
 # An operator has a module of its own; families share two, and have an entry each in `FAMILIES`. A module has
 # `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and `verdicts(rows, device)`.
 BENCHMARKS = {
+    "attentive_conv": "terrazzo.tools.bench_attentive_conv",
     "neighborhood_attention": "terrazzo.tools.bench_neighborhood_attention",
     **dict.fromkeys(FAMILIES, "terrazzo.tools.bench_backbones"),
     **{f"{family}_runtimes": "terrazzo.tools.bench_runtimes" for family in FAMILIES},
