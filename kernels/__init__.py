@@ -3,5 +3,6 @@
 from terrazzo.kernels.attentive_conv import attentive_conv as attentive_conv
 from terrazzo.kernels.backend import use_backend as use_backend
 from terrazzo.kernels.neighborhood_attention import neighborhood_attention as neighborhood_attention
+from terrazzo.kernels.strip_attention import strip_attention as strip_attention
 
-__all__ = ["attentive_conv", "neighborhood_attention", "use_backend"]
+__all__ = ["attentive_conv", "neighborhood_attention", "strip_attention", "use_backend"]

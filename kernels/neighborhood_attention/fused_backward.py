@@ -10,6 +10,7 @@ Source: FlashAttention-2, arXiv 2307.08691, for the recomputed weights.
 import triton
 import triton.language as tl
 
+from terrazzo.kernels.fused_blocks import load_rows, product, store_rows
 from terrazzo.kernels.neighborhood_attention.fused_common import (
     bias_offset,
     class_rows,
@@ -17,16 +18,13 @@ from terrazzo.kernels.neighborhood_attention.fused_common import (
     first_query,
     in_window,
     last_query,
-    load_rows,
     locate_class,
     locate_tile,
     map_offset,
     member_offset,
     output_offsets,
-    product,
     query_window,
     scores,
-    store_rows,
     tile_members,
     window_start,
 )

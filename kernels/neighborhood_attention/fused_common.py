@@ -7,7 +7,7 @@ Names: pointers `p_`, blocks `b_`, offsets `o_`. A position of an axis is member
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from terrazzo.kernels.fused_blocks import LOG2_E
 
 
 @triton.jit
@@ -44,15 +44,6 @@ def bias_offset(query_h, query_w, key_h, key_w, K_H: tl.constexpr, K_W: tl.const
     """Into the (2 K_H - 1, 2 K_W - 1) table, at key minus query. One addition per pair: each side is summed first."""
     o_key = (key_h + K_H - 1) * (2 * K_W - 1) + key_w + K_W - 1
     return o_key - (query_h * (2 * K_W - 1) + query_w)
-
-
-@triton.jit
-def product(b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """b_sum + b_left @ b_right in float32."""
-    if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of bfloat16
-        b_left = b_left.to(tl.float32)
-        b_right = b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
 
 @triton.jit
@@ -159,19 +150,3 @@ def member_offset(member_h, member_w, step_h, step_w, VECTOR: tl.constexpr):
     o_rows = tl.multiple_of(member_h.to(tl.int64) * step_h, VECTOR)
     o_columns = tl.multiple_of(member_w.to(tl.int64) * step_w, VECTOR)
     return o_rows + o_columns
-
-
-@triton.jit
-def load_rows(p_base, o_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(len(o_rows), BLOCK_D), zero where a row is not real and past head_dim."""
-    o_d = tl.arange(0, BLOCK_D)
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(p_base + o_rows[:, None] + o_d[None, :], mask=b_real[:, None], other=0.0)
-    return tl.load(p_base + o_rows[:, None] + o_d[None, :], mask=b_real[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def store_rows(p_base, o_rows, b_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_D)
-    b_mask = b_real[:, None] & (o_d < HEAD_DIM)[None, :]
-    tl.store(p_base + o_rows[:, None] + o_d[None, :], b_rows.to(p_base.dtype.element_ty), mask=b_mask)

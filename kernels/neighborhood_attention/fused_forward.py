@@ -7,22 +7,19 @@ running softmax.
 import triton
 import triton.language as tl
 
+from terrazzo.kernels.fused_blocks import LOG2_E, load_rows, product, store_rows
 from terrazzo.kernels.neighborhood_attention.fused_common import (
-    LOG2_E,
     bias_offset,
     class_rows,
     exponential,
     in_window,
-    load_rows,
     locate_class,
     locate_tile,
     map_offset,
     member_offset,
     output_offsets,
-    product,
     query_window,
     scores,
-    store_rows,
     tile_members,
     window_start,
 )

@@ -1,5 +1,8 @@
 """What every fused form asks of the machine."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,3 +55,13 @@ def test_precision_follows_the_user():
         assert triton_host.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_kernels_are_imported_at_first_use_only():
+    """Calls on a CPU import no kernel of any operator, and with it not triton."""
+    code = (
+        "import sys, torch, terrazzo.kernels as k; x = torch.zeros(1, 8, 8, 1, 8)\n"
+        "k.neighborhood_attention(x, x, x, 3); k.strip_attention(x[0, :1, :, :, 0], x[0, :1, :, :, 0], x[0, :1])\n"
+        "sys.exit(any(name.startswith('terrazzo.kernels') and '.fused_' in name for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

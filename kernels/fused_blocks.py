@@ -1,0 +1,34 @@
+"""What the Triton kernels of all operators share: products and rows of vectors. Imported at first use only.
+
+Names: pointers `p_`, blocks `b_`, offsets `o_`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def product(b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """b_sum + b_left @ b_right in float32."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of bfloat16
+        b_left = b_left.to(tl.float32)
+        b_right = b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(p_base, o_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(len(o_rows), BLOCK_D), zero where a row is not real and past head_dim."""
+    o_d = tl.arange(0, BLOCK_D)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(p_base + o_rows[:, None] + o_d[None, :], mask=b_real[:, None], other=0.0)
+    return tl.load(p_base + o_rows[:, None] + o_d[None, :], mask=b_real[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p_base, o_rows, b_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    b_mask = b_real[:, None] & (o_d < HEAD_DIM)[None, :]
+    tl.store(p_base + o_rows[:, None] + o_d[None, :], b_rows.to(p_base.dtype.element_ty), mask=b_mask)

@@ -1,0 +1,119 @@
+"""The operator as PyTorch sees it: one opaque custom op with a fake form, a gradient and a FLOP formula."""
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from terrazzo.kernels import backend as _backend
+from terrazzo.kernels import triton_host
+from terrazzo.kernels.call import Call
+from terrazzo.kernels.strip_attention import fused, portable, reference
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
+    """The backend of a call on such tensors, and why."""
+    return _backend.choose(
+        "strip_attention", backend, *triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
+    )
+
+
+def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
+    return choose(backend, device, dtype, head_dim_fits).name
+
+
+# Dynamo cannot trace what a choice reads (context, environment, device): it takes the name at its value when tracing.
+# This is what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton.
+_chosen._dynamo_marked_constant = True
+
+
+def _name(backend: str, value: torch.Tensor) -> str:
+    """Of the backend that runs inside of the op; what `attend` passes is resolved already."""
+    return _chosen(backend, value.device, value.dtype, fused.fits(value.shape[-1])) if backend == "auto" else backend
+
+
+@torch.library.custom_op("terrazzo::strip_attention", mutates_args=())
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the sum of each row's exponentials (B, heads, N), which only the fused form gives."""
+    name = _name(backend, value)
+    if name == "fused":
+        return fused.forward(query, key, value)
+    out = (reference.strip_attention if name == "reference" else portable.forward)(query, key, value)
+    return out.contiguous(), query.new_empty(0, dtype=torch.float32)
+
+
+@_forward.register_fake
+def _(query, key, value, backend):
+    batch, queries, heads = query.shape
+    rows = (batch, heads, queries) if _name(backend, value) == "fused" else (0,)
+    return value.new_empty(*query.shape, value.shape[-1]), query.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("terrazzo::strip_attention_backward", mutates_args=())
+def _backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # The backward pass takes the form of the forward pass, whatever is asked for by then.
+    if sums.numel():
+        return fused.backward(grad, query, key, value, sums)
+    return portable.backward(grad, query, key, value)
+
+
+@_backward.register_fake
+def _(grad, query, key, value, sums):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, _ = inputs
+    _, sums = output
+    # A gradient with respect to the sums is not defined, and nothing asks for one.
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(query, key, value, sums)
+
+
+def _autograd(ctx, grad, _):
+    return *_backward(grad, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.terrazzo.strip_attention)
+def _flops(query, key, value, backend, *args, out_shape=None, **kwargs) -> int:
+    """A product of every query with every key, and of its weights with the values; softmax is not counted."""
+    batch, keys, heads, dim = value
+    return 2 * batch * heads * query[1] * keys * (1 + dim)
+
+
+@register_flop_formula(torch.ops.terrazzo.strip_attention_backward)
+def _backward_flops(grad, query, key, value, sums, *args, **kwargs) -> int:
+    """The scores again, the weights' gradient and the values', and one product each for queries and keys."""
+    batch, keys, heads, dim = value
+    return 2 * batch * heads * query[1] * keys * (3 + 2 * dim)
+
+
+def describe(device: torch.device, query, key, value, backend) -> Call:
+    """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
+    refusals, discouraged = triton_host.refusals(device, value.dtype, fused.misfit(fused.fits(value.shape[-1])))
+    batch, keys, heads, dim = value.shape
+    return Call(
+        shape={"B": batch, "queries": query.shape[1], "keys": keys, "heads": heads, "dim": dim},
+        parameters={},
+        refusals=refusals,
+        discouraged=discouraged,
+    )
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
+    """Strip attention, arguments checked."""
+    if torch.compiler.is_exporting():  # an exported graph holds standard operations only
+        return portable.whole(query, key, value)
+    backend = _chosen(backend, value.device, value.dtype, fused.fits(value.shape[-1]))
+    if backend == "reference":
+        return reference.strip_attention(query, key, value)
+    return _forward(query, key, value, backend)[0]

@@ -1,0 +1,170 @@
+"""What the tests of strip attention's Triton kernels run: in Triton's interpreter, and on a GPU where there is one.
+
+Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+"""
+
+import importlib
+import math
+
+import torch
+from triton_common import guarded, limits, poisoned, replaced
+
+from terrazzo.kernels import strip_attention
+
+FOLDER = "terrazzo.kernels.strip_attention"
+NAMES = ("out", "query", "key", "value")
+
+
+def inputs(batch, queries, keys, heads, dim, dtype=torch.float64, layout="plain", device="cpu"):
+    """Query, key and value that require gradients.
+
+    layout: "plain" contiguous ones; "packed" views of wider tensors, as one projection of all would give; "turned" ones
+    whose last axis is not contiguous.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, queries, heads), (batch, keys, heads), (batch, keys, heads, dim))
+    found = [torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype) for shape in shapes]
+    if layout == "packed":
+        found = [guarded(torch.cat([x, x.new_full((*x.shape[:-1], 3), math.nan)], -1))[..., :-3] for x in found]
+    elif layout == "turned":
+        found = [guarded(x.transpose(1, -1).contiguous()).transpose(1, -1) for x in found]
+    else:
+        found = [guarded(x) for x in found]
+    return [x.detach().requires_grad_() for x in found]
+
+
+def run(arguments, backend):
+    """Output and every gradient."""
+    out = strip_attention(*arguments, backend=backend)
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out, *torch.autograd.grad(out, arguments, grad)]
+
+
+def exact(arguments):
+    return run([x.detach().double().requires_grad_() for x in arguments], "reference")
+
+
+def errors(
+    batch=1, queries=33, keys=17, heads=1, dim=8, dtype="float32", layout="plain", half_blocks=False, device="cpu"
+):
+    """Errors of the fused form and what they may be: see `triton_common.limits`. half_blocks: cut as half precision."""
+    fused = importlib.import_module(f"{FOLDER}.fused")
+    arguments = inputs(batch, queries, keys, heads, dim, getattr(torch, dtype), layout, device)
+    wanted, plain = exact(arguments), run(arguments, "reference")
+    changes = {}
+    if half_blocks:
+        blocks = fused.blocks
+        changes["fused.blocks"] = lambda name, itemsize: blocks(name, 2)
+    with replaced(FOLDER, changes), poisoned(device):
+        found = run(arguments, "fused")
+    # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
+    units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
+    return limits(NAMES, found, plain, wanted, units.items())
+
+
+def mutated(helper, magnitude=1):
+    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("").
+
+    magnitude: what queries are multiplied by; softmax forgives a wrong maximum until exponentials overflow.
+    """
+    kernels = importlib.import_module(f"{FOLDER}.fused_kernels")
+    original = getattr(kernels, helper, None)
+
+    def broken(*arguments):
+        if helper == "best_key":
+            query, low, high = arguments
+            return original(-query, low, high)
+        if helper == "weights":  # every key real, those beyond the last as well
+            query, key, best, real = arguments
+            return original(query, key, best, real | ~real)
+        if helper == "extrema":
+            return tuple(reversed(original(*arguments)))
+        if helper.endswith("offsets"):  # every head is the first
+            batch, head, *others = arguments
+            return original(batch, head * 0, *others)
+        return original(*arguments) + 1
+
+    changes = {f"fused_kernels.{helper}": broken} if helper else {}
+    assert not helper or original is not None
+    arguments = inputs(1, 70, 21, 2, 8, torch.float32)
+    arguments[0] = arguments[0].detach().mul(magnitude).requires_grad_()
+    wanted = exact(arguments)
+    with replaced(FOLDER, changes):
+        found = run(arguments, "fused")
+    differences = [(a.double() - b).abs().max().item() for a, b in zip(found, wanted)]
+    return max(math.inf if math.isnan(x) else x for x in differences)
+
+
+def repeats(queries, keys, dtype="float32", device="cpu"):
+    """Whether two runs give the same bits."""
+    arguments = inputs(1, queries, keys, 1, 8, getattr(torch, dtype), device=device)
+    first, second = (run(arguments, "fused") for _ in range(2))
+    return all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def large_scores(magnitude, dtype="float32", device="cpu"):
+    """Largest relative error of the output for queries and keys of such magnitude; inf where a result is not finite."""
+    arguments = inputs(1, 40, 21, 1, 8, device=device)
+    arguments = [
+        x.detach().mul(scale).to(getattr(torch, dtype)) for x, scale in zip(arguments, (magnitude,) * 2 + (1,))
+    ]
+    arguments = [x.requires_grad_() for x in arguments]
+    found, wanted = run(arguments, "fused"), exact(arguments)
+    if not all(x.isfinite().all() for x in found):
+        return math.inf
+    return ((found[0].double() - wanted[0]).norm() / wanted[0].norm()).item()
+
+
+def far_apart(device="cpu"):
+    """Error for values whose images lie 2^31 elements apart: addresses need 64 bits."""
+    storage = torch.empty(2**31 + 3 * 9 * 8, dtype=torch.float16, device=device)
+    value = storage.as_strided((2, 9, 1, 8), (2**31, 8, 8, 1))
+    generator = torch.Generator().manual_seed(0)
+    query, key, near = (torch.randn(2, 9, *rest, generator=generator).half() for rest in ((1,), (1,), (1, 8)))
+    value.copy_(near)
+    out = strip_attention(query.to(device), key.to(device), value, backend="fused")
+    wanted = strip_attention(query.double(), key.double(), near.double(), backend="reference")
+    return (out.cpu() - wanted).abs().max().item()
+
+
+def empty(device="cpu"):
+    """Shapes of output and gradients where there is no image, and where there is no query."""
+    found = []
+    for batch, queries in ((0, 4), (2, 0)):
+        arguments = inputs(batch, queries, 5, 1, 8, torch.float32, device=device)
+        results = run(arguments, "fused")
+        assert all(not x.any() for x in results)
+        found.append([tuple(x.shape) for x in results])
+    return found
+
+
+def opcheck(queries, keys, device="cpu"):
+    arguments = inputs(2, queries, keys, 2, 8, torch.float32, device=device)
+    torch.library.opcheck(torch.ops.terrazzo.strip_attention.default, (*arguments, "fused"))
+
+
+def compiled(dynamic):
+    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    function = torch.compile(strip_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    worst = 0.0
+    for queries, keys in ((33, 9), (40, 11)):
+        arguments = inputs(1, queries, keys, 2, 8, torch.float32)
+        wanted = run(arguments, "fused")
+        out = function(*arguments, backend="fused")
+        grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+        found = [out, *torch.autograd.grad(out, arguments, grad)]
+        worst = max(worst, *((a - b).abs().max().item() for a, b in zip(found, wanted)))
+    return worst
+
+
+def choices():
+    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    module = importlib.import_module(FOLDER)
+    value = torch.zeros(1, 9, 1, 8)
+    auto = module.why(value=value)
+    return {
+        "auto": (auto.name, auto.reasons["fused"]),
+        "named": module.why("fused", value).name,
+        "double": module.why(value=value.double()).reasons["fused"],
+        "wide": module.why(value=torch.zeros(1, 9, 1, 136)).reasons["fused"],
+    }
