@@ -1,4 +1,4 @@
-"""What every family's `checkpoint_filter_fn` needs: unwrapping, renaming, resizing."""
+"""What families say of their weights, and what their `checkpoint_filter_fn` needs: unwrapping, renaming, resizing."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+RECONSTRUCTED = "reconstructed from the paper; no public weights of the authors load"
+"""What a family whose authors published neither code nor weights says of itself: docstring, configuration and card."""
 
 _WRAPPERS = ("state_dict", "model", "module")
 

@@ -7,6 +7,8 @@
 `costs` holds every variant's parameters and G multiply-adds at its default size. Structure is checked for every variant
 on the meta device; numbers for the representatives, and under `-m slow` for every variant. What the family cannot do of
 what tests/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
+A family whose authors published no weights, `reconstructed = True`, names none and says so, in its docstring, its
+configurations and its card.
 `shallow` holds arguments that leave one block of each kind, for what compiles or exports a representative in minutes.
 """
 
@@ -14,6 +16,8 @@ import copy
 import fnmatch
 import math
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,6 +27,8 @@ from seeded import build, image
 from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters, group_with_matcher
 
+import terrazzo
+from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.tools.measure import measure
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, plain
@@ -31,6 +37,7 @@ MAX_SIDE = 96  # of the costlier checks
 
 class BackboneContract(CapabilityContract):
     costs: dict[str, tuple[int, float]] = {}
+    reconstructed = False
 
     def pytest_generate_tests(self, metafunc):
         if "variant" in metafunc.fixturenames:
@@ -42,14 +49,25 @@ class BackboneContract(CapabilityContract):
 
     # Structure, every variant, on the meta device.
 
-    def test_registered_with_weights_named(self, variant):
+    def test_registered_and_says_where_it_comes_from(self, variant):
         cfg = timm.models.get_pretrained_cfg(variant)
         assert timm.is_model(variant)
-        assert cfg.url or cfg.hf_hub_id or "weights are to be fetched by hand from" in cfg.description
-        assert cfg.license
         assert cfg.origin_url
         assert cfg.paper_ids
         assert "top-1" in " ".join(cfg.notes), "the published accuracy is not named"
+        by_hand = "weights are to be fetched by hand from" in (cfg.description or "")
+        assert (cfg.has_weights or by_hand) == (not self.reconstructed)
+        assert bool(cfg.license) == (not self.reconstructed), "the licence is that of the weights"
+        assert (cfg.description == RECONSTRUCTED) == self.reconstructed
+
+    def test_a_reconstruction_says_so(self, variant):
+        module = sys.modules[timm.models.model_entrypoint(variant).__module__]
+        card = Path(terrazzo.__file__).parent / "model_cards" / f"{module.__name__.rsplit('.', 1)[-1]}.md"
+        for text in (module.__doc__, card.read_text()):
+            assert (RECONSTRUCTED in " ".join(text.split())) == self.reconstructed
+        if self.reconstructed:
+            with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {variant}"):
+                timm.create_model(variant, pretrained=True, device="meta")
 
     def test_parameters_and_macs(self, variant):
         parameters, gmacs = self.costs[variant]
@@ -174,7 +192,7 @@ class BackboneContract(CapabilityContract):
         assert model(x).shape == (1, 5)
         assert model.get_classifier().out_features == 5
         model.reset_classifier(0)
-        assert model(x).shape == (1, model.num_features)
+        assert model(x).shape == (1, model.head_hidden_size)
         model.reset_classifier(0, "")
         assert model(x).shape == features.shape
 

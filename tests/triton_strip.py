@@ -9,7 +9,7 @@ import math
 import torch
 from triton_common import guarded, limits, poisoned, replaced
 
-from terrazzo.kernels import strip_attention
+from terrazzo.kernels import strip_attention, use_backend
 
 FOLDER = "terrazzo.kernels.strip_attention"
 NAMES = ("out", "query", "key", "value")
@@ -155,6 +155,27 @@ def compiled(dynamic):
         found = [out, *torch.autograd.grad(out, arguments, grad)]
         worst = max(worst, *((a - b).abs().max().item() for a, b in zip(found, wanted)))
     return worst
+
+
+def model(compile_it, device="cpu", compiler="aot_eager"):
+    """Largest relative difference of a small S2AFormer, fused against portable: outputs and each weight's gradient."""
+    from terrazzo.backbones.s2aformer import S2AFormer
+
+    torch.manual_seed(0)
+    net = S2AFormer(widths=(16, 16, 32, 32), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), stem_width=8, num_classes=5)
+    net, image = net.to(device).eval(), torch.randn(1, 3, 76, 69).to(device)
+    results = []
+    for backend in ("portable", "fused"):
+        with use_backend(backend):
+            # Only the fused form: Dynamo would find the graph of the other, for it does not guard the choice.
+            compile_now = compile_it and backend == "fused"
+            forward = torch.compile(net, fullgraph=True, backend=compiler) if compile_now else net
+            out = forward(image)
+            results.append([out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))])
+    # A bias of keys shifts all scores of a row alike, so its gradient is rounding alone.
+    names = ["out", *(name for name, _ in net.named_parameters())]
+    pairs = [(a, b) for name, a, b in zip(names, *results) if not name.endswith("attn.k.bias")]
+    return max(((a - b).norm() / a.norm().clamp(min=1e-6)).item() for a, b in pairs)
 
 
 def choices():

@@ -49,7 +49,7 @@ def _markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 def _variants(family: str) -> str:
     """Every variant of a family: what was counted here, what its authors published."""
-    from terrazzo.tools.models import pretrained_cfg, published_top1
+    from terrazzo.tools.models import NO_WEIGHTS, pretrained_cfg, published_top1
 
     counts: dict[str, dict[str, float]] = {}
     shapes = {}
@@ -70,7 +70,7 @@ def _variants(family: str) -> str:
                 f"{found['multiply-adds'] / 1e9:.2f}",
                 shapes[name].rsplit("x", 1)[1],
                 "-" if top1 is None else f"{top1:.1f}",
-                cfg.license,
+                cfg.license or NO_WEIGHTS,
             )
         )
     return _markdown(("model", "params, M", "MACs, G", "at", "published top-1, %", "weights' licence"), lines)

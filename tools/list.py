@@ -6,7 +6,7 @@ import click
 
 from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table
-from terrazzo.tools.models import build_on_meta, pretrained_cfg, published_top1, registered_models
+from terrazzo.tools.models import NO_WEIGHTS, build_on_meta, pretrained_cfg, published_top1, registered_models
 
 
 @click.command()
@@ -31,7 +31,7 @@ def command(pattern: str | None, family: str | None) -> None:
         models = found
     rows = [_row(name, member) for name, member in models.items()]
     print_table(rows, ("model", "family", "params (M)", "top-1 (%)", "input", "weights' licence"), right=(2, 3, 4))
-    click.echo("top-1: published by the authors, ImageNet-1K validation")
+    click.echo("top-1: published by the authors for their own weights, ImageNet-1K validation")
 
 
 def _row(name: str, family: str) -> tuple:
@@ -39,4 +39,4 @@ def _row(name: str, family: str) -> tuple:
     params = sum(p.numel() for p in build_on_meta(name).parameters())
     top1 = published_top1(cfg)
     size = "x".join(map(str, cfg.input_size[1:]))
-    return name, family, f"{params / 1e6:.2f}", None if top1 is None else f"{top1:.1f}", size, cfg.license
+    return name, family, f"{params / 1e6:.2f}", None if top1 is None else f"{top1:.1f}", size, cfg.license or NO_WEIGHTS

@@ -10,6 +10,9 @@ from torch import nn
 
 from terrazzo.errors import InputError
 
+NO_WEIGHTS = "no weights"
+"""Said in the place of a licence where the authors published none: the model is a reconstruction."""
+
 _TOP1 = re.compile(r"top-?1\D{0,20}?(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 

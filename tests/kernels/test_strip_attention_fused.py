@@ -101,6 +101,10 @@ class TestOperator:
     def test_compiles_without_a_break(self, interpreted, dynamic):
         assert interpreted("triton_strip.compiled", dynamic) == 0
 
+    @pytest.mark.parametrize("compile_it", [False, pytest.param(True, marks=SLOW)])
+    def test_whole_model(self, interpreted, compile_it):
+        assert interpreted("triton_strip.model", compile_it) < 1e-4
+
     def test_choice(self, interpreted):
         found = interpreted("triton_strip.choices")
         assert found["auto"][0] == "portable"

@@ -63,6 +63,12 @@ def test_opcheck():
     triton_strip.opcheck(70, 49, device=GPU)
 
 
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_whole_model(compile_it):
+    """A small S2AFormer with every gradient, eager and compiled by inductor in one graph; products may use TF32."""
+    assert triton_strip.model(compile_it, device=GPU, compiler="inductor") < 5e-3
+
+
 def test_nothing_of_the_size_of_all_weights_is_kept():
     """A map of 800 x 1280 at stride 4: 64 M weights, which are never in memory."""
     query, key, value = (x.bfloat16() for x in triton_strip.inputs(1, 64000, 1000, 1, 32, torch.float32, device=GPU))

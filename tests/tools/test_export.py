@@ -154,6 +154,7 @@ def test_refusals(refused, trained, tmp_path):
     config, _ = trained
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
     out = ("--out", tmp_path / "out" / "model.onnx")
+    assert "No pretrained weights exist for s2aformer_mini" in refused("export", "s2aformer_mini", "--pretrained", *out)
     assert "dinat_mini" in refused("export", "dinat_minny", *out)
     assert "did you mean" in refused("export", "fpn_dinat-mini_flors.py", *out)
     assert "needs weights" in refused("export", config, *out)

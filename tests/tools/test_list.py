@@ -21,6 +21,11 @@ def test_row(run):
     assert row.split()[1:5] == ["dinat", "19.98", "81.8", "224x224"]
 
 
+def test_a_reconstruction_has_no_weights(run):
+    assert run("list", "s2aformer_mini").stdout.splitlines()[1].endswith("no weights")
+    assert "no public weights of the authors load" in run("info", "s2aformer_mini").stdout
+
+
 def test_patterns(run):
     by_part = run("list", "isotropic").stdout
     assert "dinat_isotropic_small" in by_part

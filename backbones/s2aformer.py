@@ -1,0 +1,286 @@
+"""S2AFormer: strip self-attention inside hybrid perception blocks.
+
+Paper: S2AFormer: Strip Self-Attention for Efficient Vision Transformer, IEEE TIP 2025, arXiv 2505.22195.
+Official code: none was found.
+
+This is a reconstruction: reconstructed from the paper; no public weights of the authors load. Known of the paper are
+the four equations of a block, the stem of three 3x3 convolutions, strides 4, 8, 16, 32, that keys and values are
+reduced in space by a convolution and queries and keys compressed in channels by 1x1 convolutions, and the parameters
+and multiply-adds of the five variants. Ours are all widths, depths, numbers of heads and ratios, the local interaction
+module (XCiT's), the stem's order and the classifier's head (CMT's), one channel of queries and keys per head, norms,
+activations and initialisation. They were found by counting: parameters come within 0.4 % and multiply-adds within 0.9 %
+of the published (model_cards/s2aformer.md), which other choices would, too.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._weights import RECONSTRUCTED
+from terrazzo.kernels import strip_attention
+
+__all__ = ["S2AFormer"]
+
+_norm_layer = partial(nn.LayerNorm, eps=1e-6)
+
+
+def _on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
+    """Layers of (B, C, H, W) applied to (B, H, W, C), which is that in channels_last: nothing is copied."""
+    x = x.permute(0, 3, 1, 2)
+    for layer in layers:
+        x = layer(x)
+    return x.permute(0, 2, 3, 1)
+
+
+def _patches(x: torch.Tensor, conv: nn.Conv2d, *layers: nn.Module) -> torch.Tensor:
+    """A convolution whose stride is its kernel, then layers, on (B, H, W, C), zero-padded at the right and bottom.
+
+    It always pads by all but one and lets the convolution drop what is too much: that equals padding to a multiple of
+    the stride, without a branch on the size.
+    """
+    pad = conv.stride[0] - 1
+    return _on_maps(F.pad(x, (0, 0, 0, pad, 0, pad)), conv, *layers)
+
+
+class StripSelfAttention(nn.Module):
+    """Global attention on (B, H, W, C): one channel per head for queries and keys, a map reduced in space behind keys
+    and values."""
+
+    def __init__(self, dim: int, num_heads: int, reduction: int, **factory):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, num_heads, **factory)
+        self.k = nn.Linear(dim, num_heads, **factory)  # its bias shifts all scores of a query alike: no effect
+        self.v = nn.Linear(dim, dim, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.reduce = None
+        if reduction > 1:
+            self.reduce = nn.Sequential()
+            self.reduce.conv = nn.Conv2d(dim, dim, reduction, stride=reduction, groups=dim, **factory)
+            self.reduce.norm = nn.BatchNorm2d(dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        reduced = x if self.reduce is None else _patches(x, *self.reduce)
+        query, key, value = (layer(y).flatten(1, 2) for layer, y in ((self.q, x), (self.k, reduced), (self.v, reduced)))
+        out = strip_attention(query, key, value.unflatten(-1, (self.num_heads, -1)))  # B N heads D
+        return self.proj(out.reshape(x.shape))
+
+
+class LocalInteraction(nn.Module):
+    """Two depthwise 3x3 convolutions with GELU and batch norm between them, on (B, H, W, C): XCiT's."""
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.act = nn.GELU()
+        self.norm = nn.BatchNorm2d(dim, **factory)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _on_maps(x, self.conv1, self.act, self.norm, self.conv2)
+
+
+class HybridPerceptionBlock(nn.Module):
+    """A depthwise convolution, strip self-attention, local interaction and an MLP, each added to its input.
+
+    Source: arXiv 2505.22195, the four equations of the block; the last three are pre-norm.
+    """
+
+    def __init__(self, dim: int, num_heads: int, reduction: int, mlp_ratio: float, drop_path: float, **factory):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.norm1 = _norm_layer(dim, **factory)
+        self.attn = StripSelfAttention(dim, num_heads, reduction, **factory)
+        self.norm2 = _norm_layer(dim, **factory)
+        self.lim = LocalInteraction(dim, **factory)
+        self.norm3 = _norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        x = x + _on_maps(x, self.dwconv)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.lim(self.norm2(x)))
+        return x + self.drop_path(self.mlp(self.norm3(x))), state
+
+
+class PatchEmbed(nn.Module):
+    """A 2x2 convolution of stride 2, then a norm, on (B, H, W, C)."""
+
+    def __init__(self, in_dim: int, dim: int, **factory):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, 2, stride=2, **factory)
+        self.norm = _norm_layer(dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(_patches(x, self.proj))
+
+
+class Stem(nn.Module):
+    """Three 3x3 convolutions, the first of stride 2, each with GELU and batch norm behind it: image to (B, H, W, C)."""
+
+    def __init__(self, in_chans: int, dim: int, **factory):
+        super().__init__()
+        for i in range(1, 4):
+            conv = nn.Conv2d(in_chans if i == 1 else dim, dim, 3, stride=2 if i == 1 else 1, padding=1, **factory)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"norm{i}", nn.BatchNorm2d(dim, **factory))
+        self.act = nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(1, 4):
+            x = getattr(self, f"norm{i}")(self.act(getattr(self, f"conv{i}")(x)))
+        return x.permute(0, 2, 3, 1)
+
+
+class ConvHead(ClassifierHead):
+    """A 1x1 convolution, batch norm and SiLU in front of pooling and classifier, on (B, H, W, C): CMT's head."""
+
+    def __init__(self, in_features: int, hidden: int, num_classes: int, pool_type: str, drop_rate: float, **factory):
+        super().__init__(hidden, num_classes, pool_type, drop_rate, input_fmt="NHWC", **factory)
+        self.hidden = hidden
+        self.proj = nn.Linear(in_features, hidden, **factory)
+        self.norm = nn.BatchNorm2d(hidden, **factory)
+        self.act = nn.SiLU()
+
+    def reset(self, num_classes: int, pool_type: str | None = None, **factory) -> None:
+        """As timm's. Without classes and pooling nothing of a head is wanted: the convolution goes, too, for good."""
+        if num_classes == 0 and pool_type == "":
+            self.proj = self.norm = self.act = nn.Identity()
+        if isinstance(self.proj, nn.Linear):
+            self.in_features = self.hidden
+        super().reset(num_classes, pool_type, **factory)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = _on_maps(self.proj(x), self.norm, self.act)
+        return super().forward(x, pre_logits=pre_logits)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        # Fan-out counts all channels, so depthwise ones begin small: a block's first adds to a map without a norm.
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+class S2AFormer(Pyramid):
+    """Four stages of hybrid perception blocks behind patch embeddings of stride 2."""
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 64, 96, 288),
+        depths: Sequence[int] = (1, 2, 6, 3),
+        heads: Sequence[int] = (1, 2, 3, 9),
+        reductions: Sequence[int] = (8, 4, 2, 1),
+        stem_width: int = 16,
+        mlp_ratio: float = 4.0,
+        head_width: int = 1280,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        widths, depths, heads: Per stage.
+        reductions: Per stage, the stride at which keys and values are taken from the map.
+        head_width: Channels of the convolution in the classifier's head.
+        **kwargs: norm_outputs: see `Backbone`.
+        """
+        factory = dict(device=device, dtype=dtype)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(widths):
+            downsample = PatchEmbed(stem_width if i == 0 else widths[i - 1], dim, **factory)
+            blocks = [
+                HybridPerceptionBlock(dim, heads[i], reductions[i], mlp_ratio, rate, **factory) for rate in rates[i]
+            ]
+            stages.append(Stage(blocks, downsample))
+        options = dict(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        stem = Stem(in_chans, stem_width, **factory)
+        super().__init__(stem, stages, list(widths), norm_layer=_norm_layer, **options, **factory, **kwargs)
+        self.norm = nn.Identity()  # the head brings its own
+        self.head = ConvHead(widths[-1], head_width, num_classes, global_pool, drop_rate, **factory)
+        self.head_hidden_size = self.head.num_features
+        self.apply(_init_weights)
+
+
+def _cfg(top1: float) -> dict[str, Any]:
+    return dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        first_conv="stem.conv1",
+        classifier="head.fc",
+        origin_url="https://arxiv.org/abs/2505.22195",
+        paper_name="S2AFormer: Strip Self-Attention for Efficient Vision Transformer",
+        paper_ids="arXiv:2505.22195",
+        description=RECONSTRUCTED,
+        notes=(f"published top-1: {top1} (the authors' own model)",),
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "s2aformer_mini": _cfg(75.1),
+        "s2aformer_t": _cfg(77.7),
+        "s2aformer_xs": _cfg(78.9),
+        "s2aformer_s": _cfg(80.8),
+        "s2aformer_m": _cfg(82.3),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> S2AFormer:
+    return build_model_with_cfg(
+        S2AFormer,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def s2aformer_mini(pretrained: bool = False, **kwargs) -> S2AFormer:
+    arguments = dict(widths=(32, 64, 96, 288), depths=(1, 2, 6, 3), heads=(1, 2, 3, 9))
+    return _create("s2aformer_mini", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def s2aformer_t(pretrained: bool = False, **kwargs) -> S2AFormer:
+    arguments = dict(widths=(32, 64, 160, 320), depths=(2, 3, 6, 2), heads=(1, 2, 5, 10))
+    return _create("s2aformer_t", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def s2aformer_xs(pretrained: bool = False, **kwargs) -> S2AFormer:
+    arguments = dict(widths=(32, 64, 192, 320), depths=(2, 3, 6, 2), heads=(1, 2, 6, 10))
+    return _create("s2aformer_xs", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def s2aformer_s(pretrained: bool = False, **kwargs) -> S2AFormer:
+    arguments = dict(widths=(32, 64, 224, 448), depths=(2, 2, 8, 2), heads=(1, 2, 7, 14), stem_width=32)
+    return _create("s2aformer_s", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def s2aformer_m(pretrained: bool = False, **kwargs) -> S2AFormer:
+    arguments = dict(widths=(96, 128, 256, 512), depths=(2, 3, 20, 3), heads=(3, 4, 8, 16), stem_width=32)
+    return _create("s2aformer_m", pretrained, **{**arguments, **kwargs})
