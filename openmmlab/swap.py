@@ -6,14 +6,15 @@ from timm.models import FeatureInfo
 from torch import nn
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import create_model
+from terrazzo.openmmlab._timm import create_model, is_ours
 
 
 def swap_backbone(cfg: Config, name: str) -> None:
     """Replaces the `TerrazzoBackbone` (or the backbone of a `Classifier`) of a config by another timm model, in place.
 
     A dense model gets the maps of the same strides, and neck and heads their channels. Models of LayerNorm get a
-    LayerNorm on each map, as their papers' detectors have it; models of BatchNorm have normalised maps already.
+    LayerNorm on each map, as their papers' detectors have it; models of BatchNorm have normalised maps already, but for
+    terrazzo's own, whose maps are sums of branches.
 
     Args:
         cfg: what `load_config` gave.
@@ -39,7 +40,7 @@ def swap_backbone(cfg: Config, name: str) -> None:
         raise InputError(f"model '{name}' has maps of stride {sorted(at)} and none of {lacking}; choose a pyramid")
     indices = tuple(at[stride] for stride in strides)
     channels = [info[index]["num_chs"] for index in indices]
-    norm = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    norm = is_ours(name) or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     cfg.model.backbone = ConfigDict(kept, name=name, out_indices=indices, norm_outputs=norm)
     # Where there is a neck, the heads take its maps.
     for part in ("neck",) if cfg.model.get("neck") else ("decode_head", "auxiliary_head"):

@@ -15,6 +15,7 @@ from terrazzo.openmmlab.swap import swap_backbone
         ("resnet18", [64, 128, 256, 512], False),
         ("swin_tiny_patch4_window7_224", [96, 192, 384, 768], True),
         ("nat_tiny", [64, 128, 256, 512], True),
+        ("s2aformer_mini", [32, 64, 96, 288], True),
     ],
 )
 @pytest.mark.parametrize(

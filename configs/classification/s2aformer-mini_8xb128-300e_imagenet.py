@@ -1,0 +1,9 @@
+"""S2AFormer-mini on ImageNet-1k, 224x224: 8 processes of batch 128, 300 epochs, as the paper; the recipe is NAT's.
+
+The other variants are `model.backbone.name` s2aformer_t, _xs, _s and _m; their paths drop at 0.05, 0.05, 0.1 and 0.2.
+"""
+
+_base_ = "../_base_/imagenet_300e.py"
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(backbone=dict(name="s2aformer_mini", drop_path_rate=0.0))
+sync_bn = "torch"

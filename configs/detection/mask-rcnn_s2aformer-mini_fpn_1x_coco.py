@@ -1,0 +1,16 @@
+"""Mask R-CNN on S2AFormer-mini, COCO, 12 epochs: mmdet's 1x with AdamW.
+
+No weights are public: train the ImageNet config first, and name its file as `model.backbone.checkpoint`.
+"""
+
+_base_ = [
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "mmdet::_base_/datasets/coco_instance.py",
+    "../_base_/adamw_1x_coco.py",
+]
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(
+    backbone=dict(_delete_=True, type="TerrazzoBackbone", name="s2aformer_mini", drop_path_rate=0.0),
+    neck=dict(in_channels=[32, 64, 96, 288]),
+)
+sync_bn = "torch"
