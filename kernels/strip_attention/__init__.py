@@ -43,7 +43,7 @@ def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
 
     Returns:
-        (B, N, heads, head_dim), contiguous.
+        (B, N, heads, head_dim).
 
     Raises:
         InputError: A shape or dtype that the definition does not allow.

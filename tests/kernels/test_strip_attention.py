@@ -86,6 +86,11 @@ class TestDefinition:
 
 
 class TestPortable:
+    @pytest.fixture(autouse=True)
+    def _in_pieces(self, monkeypatch):
+        """Small calls, too; how those are done by themselves, TestDefinition holds against worked examples."""
+        monkeypatch.setattr(portable, "_WHOLE", 0)
+
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("layout", ["plain", "packed", "turned"])
     def test_float64(self, shape, layout):
@@ -129,9 +134,18 @@ class TestPortable:
         assert [x.shape for x in found] == [(*shape[:2], 1, 8), (*shape[:2], 1), (shape[0], 5, 1), (shape[0], 5, 1, 8)]
         assert not any(x.any() for x in found)
 
-    def test_what_is_exported(self):
+    @pytest.mark.parametrize(("weights", "at_once"), [(2 * 9 * 7 * 3, True), (2 * 9 * 7 * 3 - 1, False)])
+    def test_small_calls_are_done_at_once(self, monkeypatch, weights, at_once):
+        """Outside of the op, with the same results; in half precision never."""
         arguments = inputs(2, 9, 7, 3, 4)
-        torch.testing.assert_close(portable.whole(*arguments), strip_attention(*arguments, backend="reference"))
+        wanted = run(arguments, "reference")
+        calls = []
+        monkeypatch.setattr(portable, "_WHOLE", weights)
+        monkeypatch.setattr(portable, "forward", lambda *given, form=portable.forward: calls.append(1) or form(*given))
+        assert_all_close(run(arguments, "portable"), wanted)
+        assert bool(calls) != at_once
+        run([x.detach().bfloat16().requires_grad_() for x in arguments], "portable")
+        assert len(calls) == (1 if at_once else 2)
 
     def test_mutation(self, monkeypatch):
         """Queries that fall between two pieces: the comparisons above must notice."""
