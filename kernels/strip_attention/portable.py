@@ -4,6 +4,7 @@
 calls whose weights are one piece: to keep them costs less than the op and its computing them again.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -42,24 +43,37 @@ def _pieces(groups: int, queries: int, keys: int, device: torch.device) -> Itera
     """Slices of the groups (images and heads) and of their queries: several whole groups, or queries of one."""
     size = _PIECE if device.type == "cpu" else _PIECE_ELSEWHERE
     rows = max(1, min(queries, size // keys))
-    count = max(1, size // (rows * keys)) if rows == queries else 1
+    count = max(1, min(groups, size // (rows * keys))) if rows == queries else 1
     for group in range(0, groups, count):
         for row in range(0, queries, rows):
-            yield slice(group, group + count), slice(row, row + rows)
+            yield slice(group, min(group + count, groups)), slice(row, min(row + rows, queries))
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(G, N) and (G, L) to (G, N, L)."""
-    return (query.unsqueeze(2) * key.unsqueeze(1)).softmax(-1)
+class _Weights:
+    """The weights of one piece after another, in memory that all share: fresh memory costs more than a softmax."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor):
+        self.query, self.key = query, key
+        self.memory: torch.Tensor | None = None
+
+    def __call__(self, group: slice, row: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(groups, queries, keys), and as much memory for any use. The first piece is the largest."""
+        query, key = self.query[group, row].unsqueeze(2), self.key[group].unsqueeze(1)
+        shape = (*query.shape[:2], key.shape[2])
+        if self.memory is None:
+            self.memory = query.new_empty(2, math.prod(shape))
+        score, weight = (x[: math.prod(shape)].view(shape) for x in self.memory)
+        torch.mul(query, key, out=score)
+        return torch.softmax(score, -1, out=weight), score
 
 
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Arguments and result as in `reference.strip_attention`."""
     q, k, v = map(_heads_first, (query, key, value))
-    out = q.new_empty(*q.shape, v.shape[2])
+    out, weights = q.new_empty(*q.shape, v.shape[2]), _Weights(q, k)
     for group, row in _pieces(*q.shape, k.shape[1], q.device):
         # A piece is contiguous in `out`, so the product is written where it belongs.
-        torch.bmm(_weights(q[group, row], k[group]), v[group], out=out[group, row])
+        torch.bmm(weights(group, row)[0], v[group], out=out[group, row])
     return _restored(out, query)
 
 
@@ -69,11 +83,12 @@ def backward(
     """Gradients with respect to query, key and value; the weights are computed again, nothing else is kept."""
     q, k, v, g = map(_heads_first, (query, key, value, grad))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    weights = _Weights(q, k)
     for group, row in _pieces(*q.shape, k.shape[1], q.device):
         part_q, part_g = q[group, row], g[group, row]
-        weight = _weights(part_q, k[group])
+        weight, memory = weights(group, row)
         grad_v[group].baddbmm_(weight.transpose(1, 2), part_g)
-        grad_weight = torch.bmm(part_g, v[group].transpose(1, 2))
+        grad_weight = torch.bmm(part_g, v[group].transpose(1, 2), out=memory)
         grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
         grad_q[group, row] = torch.bmm(grad_score, k[group].unsqueeze(2)).squeeze(2)
         grad_k[group].add_(torch.bmm(part_q.unsqueeze(1), grad_score).squeeze(1))
