@@ -1,7 +1,7 @@
 """Strip attention in standard operations: pieces of weights that stay in the caches, forward and backward.
 
 `forward` and `backward` run inside of the op, on real tensors. What an exporter traces is `whole`, which also serves
-calls whose weights are one piece: to keep them costs less than the op and its computing them again.
+calls whose weights are few: to keep them costs less than the op and its computing them again.
 """
 
 import math
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 
 # Weights computed at a time: on a CPU as many as the caches hold (README.md), elsewhere few enough for any memory.
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 _PIECE_ELSEWHERE = 1 << 25
 # Calls with at most so many weights are done at once, outside of the op.
-_WHOLE = _PIECE
+_WHOLE = 1 << 18
 
 
 def whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
