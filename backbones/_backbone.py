@@ -16,8 +16,9 @@ class Backbone(nn.Module):
 
     A unit is what features are taken after: a stage of a pyramid, a block of a plain backbone. Units and blocks have
     one interface, `block(x, state) -> (x, state)`: `x` is the map in `output_fmt`, `state` whatever the family carries
-    beside it (global tokens, a record of merged tokens), None where there is nothing. `begin` makes both from the image
-    and `to_map` turns both into the map that goes out, so a family with a state overrides these two and its blocks.
+    beside it (global tokens, a record of merged tokens), None where there is nothing. `begin` makes both from the
+    image, `to_map` turns both into the map that goes out, `to_features` into what the head takes: a family with a
+    state overrides what it needs of these three, and its blocks.
 
     Attributes:
         output_fmt: Layout of maps between units, "NHWC" or "NCHW".
@@ -88,12 +89,16 @@ class Backbone(nn.Module):
         """The map that goes out, (B, H, W, C) or (B, C, H, W) as `output_fmt` says."""
         return x
 
+    def to_features(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+        """What the head takes: the last map, normalised, in `output_fmt`."""
+        return self.norm(self.to_map(x, state))
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) to the last map, normalised, in `output_fmt`."""
+        """(B, in_chans, H, W) to what the head takes, by default the last map, normalised, in `output_fmt`."""
         x, state = self.begin(x)
         for unit in self.units:
             x, state = self.run_unit(unit, x, state)
-        return self.norm(self.to_map(x, state))
+        return self.to_features(x, state)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -111,7 +116,7 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps after the chosen units, and the last map as `forward_features` gives it.
+        """The maps after the chosen units, and what `forward_features` gives.
 
         Args:
             x: (B, in_chans, H, W).
@@ -140,7 +145,7 @@ class Backbone(nn.Module):
                 elif norm and i == len(self.units) - 1:
                     y = self.norm(y)
                 maps.append(self._as_format(y, output_fmt))
-        return maps if intermediates_only else (self.norm(self.to_map(x, state)), maps)
+        return maps if intermediates_only else (self.to_features(x, state), maps)
 
     def _as_format(self, x: torch.Tensor, output_fmt: str) -> torch.Tensor:
         if output_fmt == self.output_fmt:

@@ -1,4 +1,4 @@
-"""Hierarchical backbones: strides 4, 8, 16, 32."""
+"""Hierarchical backbones: a stem of stride 4 (or another), then stages, each of half the resolution."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,26 @@ from terrazzo.backbones._backbone import Backbone
 
 
 class Stage(nn.Module):
-    """An optional downsampler, then blocks.
+    """What fits the map and its state to the stage, then blocks.
 
     The downsampler opens a stage (official code often closes one with it), so the stage's output is the feature.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
+    def __init__(
+        self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, carry: nn.Module | None = None
+    ):
+        """Args:
+        downsample: Of the map, None for none.
+        carry: Of the state beside the map (see `Backbone`), None to leave it as it is.
+        """
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
+        self.carry = nn.Identity() if carry is None else carry
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-        x = self.downsample(x)
+        x, state = self.downsample(x), self.carry(state)
         for block in self.blocks:
             x, state = checkpoint(block, x, state) if self.grad_checkpointing else block(x, state)
         return x, state
@@ -34,16 +41,18 @@ class Pyramid(Backbone):
 
     units_name = "stages"
 
-    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], channels: Sequence[int], **kwargs):
-        """Args: see `Backbone`; the stem has stride 4."""
-        super().__init__(stem, stages, channels, [4 * 2**i for i in range(len(stages))], **kwargs)
+    def __init__(
+        self, stem: nn.Module, stages: Sequence[nn.Module], channels: Sequence[int], stem_stride: int = 4, **kwargs
+    ):
+        """Args: see `Backbone`."""
+        super().__init__(stem, stages, channels, [stem_stride * 2**i for i in range(len(stages))], **kwargs)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from stem to head, for layer-wise learning rate decay."""
         blocks = r"^stages\.(\d+)"
         if not coarse:
             blocks = [
-                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.(?:downsample|carry)", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^norm\d*", (99999,)),
             ]

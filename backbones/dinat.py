@@ -25,6 +25,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._layers import PatchConv, pixels_of_patches
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import rename, resize_bias_tables, unwrap
@@ -120,20 +121,14 @@ class ConvDownsampler(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of any image, zero-padded at the right and bottom: (B, C, H, W) to (B, ceil(H/p), ceil(W/p), D).
-
-    It always pads by p - 1 and lets the convolution drop what is too much. That equals padding to a multiple of p, as
-    timm's layer does, without a branch on the size, which makes compiling for symbolic sizes several times faster.
-    """
+    """Patches of any image, then a norm: (B, C, H, W) to (B, ceil(H/p), ceil(W/p), D)."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, **factory):
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **factory)
+        self.proj = PatchConv(in_chans, dim, patch_size, **factory)
         self.norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, (0, self.patch_size - 1, 0, self.patch_size - 1))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -146,12 +141,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, (0, 0, 0, 1, 0, 1))  # of an even side the last row is not read
-        even, odd = x[:, :-1:2], x[:, 1::2]
-        x = torch.cat(
-            [part for w in (slice(0, -1, 2), slice(1, None, 2)) for part in (even[:, :, w], odd[:, :, w])], -1
-        )
-        return self.reduction(self.norm(x))
+        return self.reduction(self.norm(pixels_of_patches(x)))
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._layers import PatchConv, on_maps
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.kernels import strip_attention
@@ -29,24 +29,6 @@ from terrazzo.kernels import strip_attention
 __all__ = ["S2AFormer"]
 
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
-
-
-def _on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
-    """Layers of (B, C, H, W) applied to (B, H, W, C), which is that in channels_last: nothing is copied."""
-    x = x.permute(0, 3, 1, 2)
-    for layer in layers:
-        x = layer(x)
-    return x.permute(0, 2, 3, 1)
-
-
-def _patches(x: torch.Tensor, conv: nn.Conv2d, *layers: nn.Module) -> torch.Tensor:
-    """A convolution whose stride is its kernel, then layers, on (B, H, W, C), zero-padded at the right and bottom.
-
-    It always pads by all but one and lets the convolution drop what is too much: that equals padding to a multiple of
-    the stride, without a branch on the size.
-    """
-    pad = conv.stride[0] - 1
-    return _on_maps(F.pad(x, (0, 0, 0, pad, 0, pad)), conv, *layers)
 
 
 class StripSelfAttention(nn.Module):
@@ -63,11 +45,11 @@ class StripSelfAttention(nn.Module):
         self.reduce = None
         if reduction > 1:
             self.reduce = nn.Sequential()
-            self.reduce.conv = nn.Conv2d(dim, dim, reduction, stride=reduction, groups=dim, **factory)
+            self.reduce.conv = PatchConv(dim, dim, reduction, groups=dim, **factory)
             self.reduce.norm = nn.BatchNorm2d(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        reduced = x if self.reduce is None else _patches(x, *self.reduce)
+        reduced = x if self.reduce is None else on_maps(x, *self.reduce)
         query, key, value = (layer(y).flatten(1, 2) for layer, y in ((self.q, x), (self.k, reduced), (self.v, reduced)))
         out = strip_attention(query, key, value.unflatten(-1, (self.num_heads, -1)))  # B N heads D
         return self.proj(out.reshape(x.shape))
@@ -84,7 +66,7 @@ class LocalInteraction(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _on_maps(x, self.conv1, self.act, self.norm, self.conv2)
+        return on_maps(x, self.conv1, self.act, self.norm, self.conv2)
 
 
 class HybridPerceptionBlock(nn.Module):
@@ -105,7 +87,7 @@ class HybridPerceptionBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-        x = x + _on_maps(x, self.dwconv)
+        x = x + on_maps(x, self.dwconv)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.lim(self.norm2(x)))
         return x + self.drop_path(self.mlp(self.norm3(x))), state
@@ -116,11 +98,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **factory):
         super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 2, stride=2, **factory)
+        self.proj = PatchConv(in_dim, dim, 2, **factory)
         self.norm = _norm_layer(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(_patches(x, self.proj))
+        return self.norm(on_maps(x, self.proj))
 
 
 class Stem(nn.Module):
@@ -159,7 +141,7 @@ class ConvHead(ClassifierHead):
         super().reset(num_classes, pool_type, **factory)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = _on_maps(self.proj(x), self.norm, self.act)
+        x = on_maps(self.proj(x), self.norm, self.act)
         return super().forward(x, pre_logits=pre_logits)
 
 

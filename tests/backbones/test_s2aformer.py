@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from contract import BackboneContract, build, image
 
 from terrazzo.backbones import s2aformer
+from terrazzo.backbones._layers import on_maps
 from terrazzo.kernels.call import operator_name
 from terrazzo.tools.trace import trace
 
@@ -109,7 +110,7 @@ class TestArchitecture:
     def test_drop_path_spares_the_convolution(self):
         block = s2aformer.HybridPerceptionBlock(8, 1, 2, 4.0, 1.0).train()  # every branch is dropped
         x = torch.randn(2, 6, 6, 8)
-        torch.testing.assert_close(block(x)[0], x + s2aformer._on_maps(x, block.dwconv))
+        torch.testing.assert_close(block(x)[0], x + on_maps(x, block.dwconv))
 
     def test_the_bias_of_keys_has_no_effect(self):
         """It shifts all scores of a query alike; that of the queries does not."""

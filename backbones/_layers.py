@@ -1,0 +1,39 @@
+"""What more than one family does with maps of any size."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
+    """Layers of (B, C, H, W) applied to (B, H, W, C), which is that in channels_last: nothing is copied."""
+    x = x.permute(0, 3, 1, 2)
+    for layer in layers:
+        x = layer(x)
+    return x.permute(0, 2, 3, 1)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel, on maps of any size, zero-padded at the right and bottom.
+
+    It always pads by all but one and lets the convolution drop what is too much. That equals padding to a multiple of
+    the stride, as timm's patch embedding does, without a branch on the size, which makes compiling for symbolic sizes
+    several times faster.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, **kwargs):
+        super().__init__(in_channels, out_channels, stride, stride=stride, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pad = self.stride[0] - 1
+        return super().forward(F.pad(x, (0, pad, 0, pad)))
+
+
+def pixels_of_patches(x: torch.Tensor) -> torch.Tensor:
+    """The four pixels of each 2x2 patch side by side: (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4 C).
+
+    They come in Swin's order: upper left, lower left, upper right, lower right. Odd sides are zero-padded by one.
+    """
+    x = F.pad(x, (0, 0, 0, 1, 0, 1))  # of an even side the last row is not read
+    even, odd = x[:, :-1:2], x[:, 1::2]
+    return torch.cat([part for w in (slice(0, -1, 2), slice(1, None, 2)) for part in (even[:, :, w], odd[:, :, w])], -1)
