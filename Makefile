@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := attentive_conv neighborhood_attention strip_attention attnet dinat s2aformer
+BENCHMARKS := attentive_conv neighborhood_attention strip_attention attnet dinat dualtokenvit s2aformer
 
 .PHONY: help demo test test-all check bench cards clean
 

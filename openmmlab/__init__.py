@@ -17,6 +17,7 @@ _finder.install({**_ext.MODULES, **_panoptic.MODULES})
 checkpoint.install()
 saving.install()
 
+from terrazzo.necks import FinerLevel  # noqa: E402
 from terrazzo.openmmlab.backbone import TerrazzoBackbone  # noqa: E402
 from terrazzo.openmmlab.classifier import Classifier  # noqa: E402
 from terrazzo.openmmlab.datasets import ImageFolderDataset  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "Bfloat16OptimWrapper",
     "ClassificationAccuracy",
     "Classifier",
+    "FinerLevel",
     "FiniteLossHook",
     "ImageFolderDataset",
     "LayerDecayOptimWrapperConstructor",

@@ -13,6 +13,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools import capability_results, precision_results, results, zoo_results
 
 _TABLE = re.compile(r"(<!-- table: (\w+)(?: ([^ ]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+CARDS = results.FOLDER.parent
 MODELS = results.FOLDER / "models.csv"
 
 
@@ -47,20 +48,23 @@ def _markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (head, rule, *lines))
 
 
+def _counts(family: str | None = None) -> dict[str, dict[str, float | str]]:
+    """By model, in order of multiply-adds: its family, the shape of its images and what was counted, by metric."""
+    counts: dict[str, dict[str, float | str]] = {}
+    for row in results.read(MODELS):
+        if family in (None, row.what):
+            counts.setdefault(row.variant, dict(family=row.what, shape=row.shape))[row.metric] = row.p50
+    if not counts:
+        raise InputError(f"{MODELS} has no rows of {family!r}; run `terrazzo cards --count`")
+    return dict(sorted(counts.items(), key=lambda item: item[1]["multiply-adds"]))
+
+
 def _variants(family: str) -> str:
     """Every variant of a family: what was counted here, what its authors published."""
     from terrazzo.tools.models import NO_WEIGHTS, pretrained_cfg, published_top1
 
-    counts: dict[str, dict[str, float]] = {}
-    shapes = {}
-    for row in results.read(MODELS):
-        if row.what == family:
-            counts.setdefault(row.variant, {})[row.metric] = row.p50
-            shapes[row.variant] = row.shape
-    if not counts:
-        raise InputError(f"{MODELS} has no rows of {family!r}; run `terrazzo cards --count`")
     lines = []
-    for name, found in sorted(counts.items(), key=lambda item: item[1]["multiply-adds"]):
+    for name, found in _counts(family).items():
         cfg = pretrained_cfg(name)
         top1 = published_top1(cfg)
         lines.append(
@@ -68,12 +72,41 @@ def _variants(family: str) -> str:
                 f"`{name}`",
                 f"{found['parameters'] / 1e6:.2f}",
                 f"{found['multiply-adds'] / 1e9:.2f}",
-                shapes[name].rsplit("x", 1)[1],
+                found["shape"].rsplit("x", 1)[1],
                 "-" if top1 is None else f"{top1:.1f}",
                 cfg.license or NO_WEIGHTS,
             )
         )
     return _markdown(("model", "params, M", "MACs, G", "at", "published top-1, %", "weights' licence"), lines)
+
+
+def _families(_: None) -> str:
+    """A line for each family, linked to its card: how many models, and the ranges of their sizes and accuracies."""
+    from terrazzo.tools.models import NO_WEIGHTS, pretrained_cfg, published_top1
+
+    models: dict[str, dict[str, dict]] = {}
+    for name, found in _counts().items():
+        models.setdefault(found["family"], {})[name] = found
+    lines = []
+    for family, members in sorted(models.items()):
+        title = (CARDS / f"{family}.md").read_text().split("\n", 1)[0].removeprefix("# ")
+        cfgs = [pretrained_cfg(name) for name in members]
+        lines.append(
+            (
+                f"[{title}](model_cards/{family}.md)",
+                f"{len(members)}: `{next(iter(members))}` ...",
+                _range([found["parameters"] / 1e6 for found in members.values()]),
+                _range([found["multiply-adds"] / 1e9 for found in members.values()]),
+                _range([top1 for cfg in cfgs if (top1 := published_top1(cfg)) is not None]),
+                ", ".join(sorted({cfg.license or NO_WEIGHTS for cfg in cfgs})),
+            )
+        )
+    return _markdown(("family", "models", "params, M", "MACs, G", "published top-1, %", "weights' licence"), lines)
+
+
+def _range(values: list[float]) -> str:
+    """The least and the largest, to one decimal."""
+    return " to ".join(dict.fromkeys((f"{min(values):.1f}", f"{max(values):.1f}")))
 
 
 def _bench(name: str) -> str:
@@ -127,6 +160,7 @@ def _capabilities(family: str | None) -> str:
 
 
 TABLES: dict[str, Callable[[str | None], str]] = {
+    "families": _families,
     "variants": _variants,
     "bench": _bench,
     "training": _training,

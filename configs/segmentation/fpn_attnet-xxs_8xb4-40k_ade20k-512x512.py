@@ -3,22 +3,10 @@
 Ours: the authors published no segmentor. Name their weights, fetched by hand, as `model.backbone.checkpoint`.
 """
 
-_base_ = [
-    "mmseg::_base_/models/fpn_r50.py",
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/schedules/schedule_40k.py",
-    "mmseg::_base_/default_runtime.py",
-]
+_base_ = "../_base_/fpn_40k_ade20k.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
 model = dict(
-    pretrained=None,
-    data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(_delete_=True, type="TerrazzoBackbone", name="attnet_xxs", drop_path_rate=0.0),
+    backbone=dict(name="attnet_xxs", drop_path_rate=0.0),
     neck=dict(in_channels=[32, 64, 128, 240]),
-    decode_head=dict(num_classes=150),
 )
-optimizer = dict(_delete_=True, type="AdamW", lr=2e-4, weight_decay=1e-4)
-optim_wrapper = dict(optimizer=optimizer, paramwise_cfg=dict(flat_decay_mult=0.0))
-param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=0.0, by_epoch=False, begin=0, end=40000)]
-train_dataloader = dict(batch_size=4)
-sync_bn = "torch"
+optim_wrapper = dict(paramwise_cfg=dict(flat_decay_mult=0.0))

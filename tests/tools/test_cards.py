@@ -1,5 +1,7 @@
 """The tables of README.md and of the model cards are what the registry and the result files say."""
 
+import re
+
 import pytest
 from click.testing import CliRunner
 
@@ -28,6 +30,17 @@ def test_a_stale_page_is_noticed(tmp_path, monkeypatch):
     assert CliRunner().invoke(cards.command, [], standalone_mode=False).return_value == 0
     assert "| `dinat_mini` | 19.98 |" in page.read_text()
     assert CliRunner().invoke(cards.command, ["--check"], standalone_mode=False).return_value == 0
+
+
+def test_every_family_has_a_line():
+    from terrazzo.tools.models import registered_models
+
+    lines = cards.TABLES["families"](None).splitlines()[2:]
+    assert [re.search(r"\(model_cards/(\w+).md\)", line)[1] for line in lines] == sorted(
+        set(registered_models().values())
+    )
+    line = next(line for line in lines if "s2aformer" in line)
+    assert "| 5: `s2aformer_mini` ... | 5.0 to 24.8 | 0.4 to 4.2 | 75.1 to 82.3 | no weights |" in line
 
 
 def test_unknown_table():

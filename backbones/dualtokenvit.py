@@ -1,0 +1,369 @@
+"""DualToken-ViT: 7x7 position-aware global tokens that flow through all stages beside the map.
+
+Paper: DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion, SDM 2024, arXiv 2309.12424.
+Official code: none was found.
+
+This is a reconstruction: reconstructed from the paper; no public weights of the authors load. Known of the paper are
+the two streams, the steps of a block (ConvNeXt block, step-wise downsampling, aggregation, enrichment by a weighted
+sum, broadcast, sum), the 7x7 tokens, both forms of the MLP, and that stem, patch merging and the bi-dimensional
+attention behind the FFN are LightViT's (arXiv 2207.05557), whose code (Apache-2.0) fixes those. Ours are all widths,
+depths and ratios, the layers within each step, and where the global tokens enter the head. They were found by counting
+(model_cards/dualtokenvit.md): multiply-adds come within 5 % of the published, and three differences that the paper's
+ablations state come out, too.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._layers import on_maps, pixels_of_patches
+from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._weights import RECONSTRUCTED
+
+__all__ = ["DualTokenViT"]
+
+GRID = 7  # global tokens per side
+HEAD_DIM = 32
+
+_norm_layer = partial(nn.LayerNorm, eps=1e-6)
+
+
+def _cells(size: int, like: torch.Tensor) -> torch.Tensor:
+    """(GRID, size) weights whose product with a side of that length is its adaptive average pooling."""
+    cell = torch.arange(GRID, device=like.device)[:, None]
+    place = torch.arange(size, device=like.device)[None]
+    # floor(cell * size / GRID) <= place < ceil((cell + 1) * size / GRID), without a division.
+    inside = ((place + 1) * GRID > cell * size).to(like.dtype) * (place * GRID < (cell + 1) * size).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
+def pool_to_grid(x: torch.Tensor) -> torch.Tensor:
+    """Adaptive average pooling, (B, H, W, C) to (B, GRID * GRID, C); a smaller map repeats its positions.
+
+    Exported it is two products with matrices, since no ONNX operator pools to cells of unequal size.
+    """
+    if not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), GRID).flatten(2).transpose(1, 2)
+    rows, columns = (_cells(size, x) for size in x.shape[1:3])
+    x = columns @ x  # B H GRID C
+    return (rows @ x.flatten(2)).unflatten(2, (GRID, -1)).flatten(1, 2)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Multi-head attention of (B, N, C) to (B, L, C) with heads of HEAD_DIM channels."""
+    query, key, value = (x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+class ConvEncoder(nn.Module):
+    """What a ConvNeXt block adds to its input, (B, H, W, C): depthwise 7x7, norm, MLP."""
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, **factory)
+        self.norm = _norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, 4 * dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(on_maps(x, self.dwconv)))
+
+
+class HalvingStep(nn.Sequential):
+    """One step of the downsampling: local information by convolutions, then half the size, on (B, C, H, W).
+
+    The last row or column of an odd side is a cell of its own, as if it were repeated once.
+    """
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.act = nn.GELU()
+        self.pw = nn.Conv2d(dim, dim, 1, **factory)
+        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+
+
+class MixMlp(nn.Module):
+    """A token-mixing MLP added to the tokens (B, N, C), then a linear layer of the channels."""
+
+    def __init__(self, tokens: int, dim: int, **factory):
+        super().__init__()
+        self.tokens = Mlp(tokens, **factory)
+        self.channels = nn.Linear(dim, dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.channels(x + self.tokens(x.transpose(1, 2)).transpose(1, 2))
+
+
+class PositionAwareTokens(nn.Module):
+    """The global half of a block: (B, H, W, C) and global tokens (B, 49, C) to what each position is told, and new
+    tokens.
+
+    Source: arXiv 2309.12424, section 3.1, the position-aware token module, and section 3.2.
+    """
+
+    def __init__(self, dim: int, halvings: int, mix: bool, **factory):
+        super().__init__()
+        self.halvings = nn.Sequential(*(HalvingStep(dim, **factory) for _ in range(halvings)))
+        self.qkv = nn.Linear(dim, 3 * dim, **factory)
+        self.norm = _norm_layer(dim, **factory)
+        self.alpha = nn.Parameter(torch.full((), 0.5, **factory))
+        self.mlp = MixMlp(GRID**2, dim, **factory) if mix else Mlp(dim, **factory)
+        self.q = nn.Linear(dim, dim, **factory)
+        self.kv = nn.Linear(dim, 2 * dim, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        grid = pool_to_grid(on_maps(x, *self.halvings))
+        aggregated = attend(*self.qkv(grid).chunk(3, -1))
+        tokens = self.alpha * tokens + (1 - self.alpha) * self.mlp(self.norm(aggregated))
+        told = attend(self.q(x).flatten(1, 2), *self.kv(tokens).chunk(2, -1))
+        return self.proj(told).view(x.shape), tokens
+
+
+class BiDimAttention(nn.Module):
+    """LightViT's bi-dimensional attention: each channel and each position of (B, H, W, C) scaled by a sigmoid.
+
+    Source: arXiv 2207.05557, section 3.3; names as in the authors' code.
+    """
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        reduced = dim // 4
+        self.norm = nn.LayerNorm(dim, **factory)
+        self.global_reduce = nn.Linear(dim, reduced, **factory)
+        self.local_reduce = nn.Linear(dim, reduced, **factory)
+        self.act = nn.GELU()
+        self.channel_select = nn.Linear(reduced, dim, **factory)
+        self.spatial_select = nn.Linear(2 * reduced, 1, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        image = self.act(self.global_reduce(normed.mean((1, 2), keepdim=True)))  # B 1 1 C/4
+        local = self.act(self.local_reduce(normed))
+        of_channels = self.channel_select(image).sigmoid()
+        of_places = self.spatial_select(torch.cat([local, image.expand_as(local)], -1)).sigmoid()
+        return x * of_channels * of_places
+
+
+class DualTokenBlock(nn.Module):
+    """Local and global information, summed, then an FFN with bi-dimensional attention. The state is the tokens.
+
+    Source: arXiv 2309.12424, section 3.1 and figure 2.
+    """
+
+    def __init__(self, dim: int, halvings: int, mix: bool, mlp_ratio: float, drop_path: float, **factory):
+        super().__init__()
+        self.local = ConvEncoder(dim, **factory)
+        self.norm1 = _norm_layer(dim, **factory)
+        self.glob = PositionAwareTokens(dim, halvings, mix, **factory)
+        self.norm2 = _norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
+        self.attn = BiDimAttention(dim, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x + self.drop_path(self.local(x))
+        told, tokens = self.glob(self.norm1(x), tokens)
+        x = x + self.drop_path(told)
+        return x + self.drop_path(self.attn(self.mlp(self.norm2(x)))), tokens
+
+
+class PatchMerging(nn.Module):
+    """LightViT's merging of (B, H, W, C): a linear layer of the pixels of a 2x2 patch plus one of their maximum."""
+
+    def __init__(self, in_dim: int, dim: int, **factory):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim, **factory)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **factory)
+        self.res_proj = nn.Linear(in_dim, dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = pixels_of_patches(x)
+        return self.reduction(self.norm(pixels)) + self.res_proj(pixels.unflatten(-1, (4, -1)).amax(-2))
+
+
+class TokenMerging(nn.Module):
+    """The global tokens (B, 49, C) in the next stage's width: as many as before."""
+
+    def __init__(self, in_dim: int, dim: int, **factory):
+        super().__init__()
+        self.norm = nn.LayerNorm(in_dim, **factory)
+        self.proj = nn.Linear(in_dim, dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.norm(x))
+
+
+class Stem(nn.Module):
+    """LightViT's stem of stride 8, (B, in_chans, H, W) to (B, H/8, W/8, C); it holds the global tokens, too."""
+
+    def __init__(self, in_chans: int, dim: int, **factory):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(1, GRID**2, dim, **factory))
+        half = dim // 2
+        self.stem = nn.Sequential()
+        for i, stride in enumerate((2, 1, 1, 2)):
+            chans, groups = (in_chans, 1) if i == 0 else (half, half)
+            conv = nn.Conv2d(chans, half, 3, stride=stride, padding=1, groups=groups, bias=False, **factory)
+            self.stem.extend((conv, nn.BatchNorm2d(half, **factory), nn.GELU()))
+        self.proj = nn.Conv2d(half, dim, 3, stride=2, padding=1, **factory)
+        self.norm = nn.LayerNorm(dim, **factory)
+        trunc_normal_(self.tokens, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.norm(self.proj(self.stem(x)).permute(0, 2, 3, 1))
+        return x, self.tokens.repeat(x.shape[0], 1, 1)
+
+
+class TokenHead(ClassifierHead):
+    """timm's head on tokens (B, N, C) in place of a map."""
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = super().forward(x.unsqueeze(2), pre_logits=pre_logits)
+        return x.squeeze(2) if self.global_pool.is_identity() else x
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class DualTokenViT(Pyramid):
+    """Three stages of dual token blocks at strides 8, 16 and 32.
+
+    `forward_features` gives what the head takes: the global tokens, then the positions of the last map, (B, 49 + N,
+    neck).
+    """
+
+    no_decay = ("tokens", "alpha")
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 128, 256),
+        depths: Sequence[int] = (2, 6, 4),
+        mlp_ratios: Sequence[float] = (8, 4, 4),
+        mix: bool = True,
+        neck: int = 1280,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_outputs: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """Args:
+        widths, depths, mlp_ratios: Per stage; widths are multiples of 32, the channels of a head.
+        mix: The token-mixing MLP, not the one of the channels, where aggregated and global tokens are joined.
+        neck: Channels in front of the classifier.
+        norm_outputs: See `Backbone`; there is no neck then.
+        """
+        factory = dict(device=device, dtype=dtype)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(widths):
+            halvings = len(widths) - 1 - i  # at 224 they end at 7x7
+            blocks = [DualTokenBlock(dim, halvings, mix, mlp_ratios[i], rate, **factory) for rate in rates[i]]
+            merging = (PatchMerging, TokenMerging) if i > 0 else ()
+            stages.append(Stage(blocks, *(merge(widths[i - 1], dim, **factory) for merge in merging)))
+        super().__init__(
+            Stem(in_chans, widths[0], **factory),
+            stages,
+            widths,
+            stem_stride=8,
+            norm_layer=_norm_layer,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            norm_outputs=norm_outputs,
+            **factory,
+        )
+        self.neck = nn.Identity()
+        if not norm_outputs:
+            self.neck = nn.Sequential(nn.Linear(widths[-1], neck, **factory), nn.LayerNorm(neck, **factory), nn.GELU())
+            self.num_features = self.head_hidden_size = neck
+        self.head = TokenHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **factory)
+        self.head_hidden_size = self.head.num_features
+        self.apply(_init_weights)
+
+    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.stem(x)
+
+    def to_features(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return self.neck(self.norm(torch.cat([state, x.flatten(1, 2)], 1)))
+
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """As `Backbone`; the neck goes with the norm."""
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if isinstance(self.norm, nn.Identity):
+            self.neck = nn.Identity()
+            self.num_features = self.feature_info[len(self.stages) - 1]["num_chs"]
+            self.reset_classifier(self.num_classes)
+        return taken
+
+
+def _cfg(top1: float | None) -> dict[str, Any]:
+    return dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        first_conv="stem.stem.0",
+        classifier="head.fc",
+        origin_url="https://arxiv.org/abs/2309.12424",
+        paper_name="DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion",
+        paper_ids="arXiv:2309.12424",
+        description=RECONSTRUCTED,
+        notes=(
+            "published top-1: not known here" if top1 is None else f"published top-1: {top1} (the authors' own model)",
+        ),
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dualtokenvit_tiny": _cfg(None),
+        "dualtokenvit_tiny_mix": _cfg(75.4),
+        "dualtokenvit_small": _cfg(79.5),
+        "dualtokenvit_small_mix": _cfg(79.4),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> DualTokenViT:
+    return build_model_with_cfg(
+        DualTokenViT,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def dualtokenvit_tiny(pretrained: bool = False, **kwargs) -> DualTokenViT:
+    return _create("dualtokenvit_tiny", pretrained, **{**dict(widths=(32, 96, 160), mix=False), **kwargs})
+
+
+@register_model
+def dualtokenvit_tiny_mix(pretrained: bool = False, **kwargs) -> DualTokenViT:
+    return _create("dualtokenvit_tiny_mix", pretrained, **{**dict(widths=(32, 96, 160), mix=True), **kwargs})
+
+
+@register_model
+def dualtokenvit_small(pretrained: bool = False, **kwargs) -> DualTokenViT:
+    return _create("dualtokenvit_small", pretrained, **{**dict(widths=(64, 128, 256), mix=False), **kwargs})
+
+
+@register_model
+def dualtokenvit_small_mix(pretrained: bool = False, **kwargs) -> DualTokenViT:
+    return _create("dualtokenvit_small_mix", pretrained, **{**dict(widths=(64, 128, 256), mix=True), **kwargs})

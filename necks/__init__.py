@@ -1,0 +1,5 @@
+"""What stands between a backbone and a head where mmdet and mmseg have nothing; `terrazzo.openmmlab` registers it."""
+
+from terrazzo.necks.finer_level import FinerLevel as FinerLevel
+
+__all__ = ["FinerLevel"]
