@@ -101,14 +101,20 @@ def test_wheel_imports(wheel, tmp_path):
         for path in tmp_path.glob("terrazzo/**/*.py")
         if "configs" not in path.parts
     )
-    code = (
-        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "import importlib, terrazzo\n"
-        "assert terrazzo.__file__.startswith(sys.argv[1]), terrazzo.__file__\n"
-        "[importlib.import_module(name) for name in sys.argv[2:]]\n"
-        "import timm; print(len(timm.list_models(module='dinat')))"
-    )
+    code = """
+import importlib, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path.insert(0, sys.argv[1])
+import terrazzo, timm
+assert terrazzo.__file__.startswith(sys.argv[1]), terrazzo.__file__
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorrt":  # no dependency: it wants a GPU
+            raise
+print(len(timm.list_models(module="dinat")))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), *modules], capture_output=True, text=True, cwd=tmp_path
     )

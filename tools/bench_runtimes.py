@@ -130,9 +130,9 @@ def _dtype(runtime: str) -> str:
     """What a runtime computes in on this processor."""
     if runtime != OPENVINO_DEFAULT:
         return "float32"
-    import openvino
+    from terrazzo.tools.openvino_export import core
 
-    name = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    name = core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     return _DTYPES.get(name, name)
 
 

@@ -1,6 +1,7 @@
 """OpenVINO's own files, run by OpenVINO on the CPU."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from terrazzo.tools.onnx_export import OnnxForm
 
 # Of itself OpenVINO takes bfloat16 where a processor can, which costs two digits.
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@cache
+def core() -> openvino.Core:
+    """The one core of this process.
+
+    A core gives the thread a stack for signals, and puts back the one before when it is destroyed. Of two cores the
+    one made first is destroyed first, the other puts back a stack that is gone, and the next signal that Python handles
+    (a child's end, Ctrl-C) kills the process.
+    """
+    return openvino.Core()
 
 
 class OpenVinoForm:
@@ -52,8 +64,8 @@ class OpenVinoForm:
             InputError: OpenVINO cannot load it.
         """
         try:
-            model = openvino.Core().read_model(path)
-            compiled = openvino.Core().compile_model(model, "CPU", dict(settings))
+            model = core().read_model(path)
+            compiled = core().compile_model(model, "CPU", dict(settings))
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1]
             raise InputError(f"OpenVINO cannot load {path.name}: {reason}") from error
