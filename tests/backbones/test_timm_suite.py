@@ -52,7 +52,8 @@ def suite():
 
 
 def run(suite: Path, models: tuple[str, ...], select: str) -> str:
-    environment = dict(os.environ, TERRAZZO_TIMM_MODELS=",".join(models), PYTHONPATH=str(TESTS))
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = dict(os.environ, TERRAZZO_TIMM_MODELS=",".join(models), PYTHONPATH=path)
     command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:cacheprovider", "-q", "-W", "ignore"]
     done = subprocess.run(
         [*command, "tests/test_models.py", "-k", select], cwd=suite, env=environment, capture_output=True, text=True
