@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
+# A file's tests stay together: they share what is costly to make. One thread each, or workers wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 BENCHMARKS := attentive_conv neighborhood_attention strip_attention attnet dinat dualtokenvit s2aformer
 
 .PHONY: help demo test test-all check bench cards clean
@@ -27,10 +30,10 @@ demo: $(STAMP)
 	$(BIN)/terrazzo demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

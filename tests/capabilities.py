@@ -58,15 +58,14 @@ class Files:
     """The exported files of a model, each made when it is first asked for.
 
     Args:
-        name: of the model.
+        model: a classifier.
         folder: where the files go.
         allowed: which of "batch" and "hw" the family can leave open; the classifier has these open.
-        arguments: of the model.
     """
 
-    def __init__(self, name: str, folder: Path, allowed: tuple[str, ...], arguments: dict):
+    def __init__(self, model: torch.nn.Module, folder: Path, allowed: tuple[str, ...]):
         pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
-        self.model, self.folder, self.allowed = build(name, **arguments), folder, allowed
+        self.model, self.folder, self.allowed = model, folder, allowed
 
     @cached_property
     def classifier(self):
@@ -108,7 +107,10 @@ class CapabilityContract:
 
     representatives: tuple[str, ...] = ()
     refused: dict[str, str] = {}
-    shallow: dict = {}
+    shallow: dict[str, dict] = {}
+
+    def shallow_model(self, name: str) -> torch.nn.Module:
+        return build(name, **self.shallow.get(name, {}))
 
     @pytest.fixture
     def capability(self, request):
@@ -130,7 +132,7 @@ class CapabilityContract:
     def files(self, example, tmp_path_factory):
         folder = tmp_path_factory.mktemp("files")
         allowed = tuple(what for what in ("batch", "hw") if f"onnx dynamic {what}" not in self.refused)
-        yield Files(example, folder, allowed, self.shallow)
+        yield Files(self.shallow_model(example), folder, allowed)
         shutil.rmtree(folder)  # up to gigabytes
 
     @pytest.fixture
@@ -171,7 +173,7 @@ class CapabilityContract:
         """One graph, no break, for every size. `aot_eager` leaves out the code generator, which takes minutes."""
         torch._dynamo.reset()
         limit = {"aot_eager": 1e-4, "inductor": 1e-3}[backend]
-        model = build(name, **self.shallow)
+        model = self.shallow_model(name)
         with capability, torch.no_grad():
             compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
             for size in ((64, 96), (96, 70)):

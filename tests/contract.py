@@ -9,7 +9,7 @@ on the meta device; numbers for the representatives, and under `-m slow` for eve
 what tests/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
 A family whose authors published no weights, `reconstructed = True`, names none and says so, in its docstring, its
 configurations and its card.
-`shallow` holds arguments that leave one block of each kind, for what compiles or exports a representative in minutes.
+`shallow` holds, by representative, arguments that leave a block of each kind, for what takes minutes to compile or export.
 """
 
 import copy
@@ -224,7 +224,7 @@ class BackboneContract(CapabilityContract):
 
     def test_export(self, name):
         torch._dynamo.reset()  # a refused export with open sizes leaves them open
-        model = build(name, **self.shallow)
+        model = self.shallow_model(name)
         x = image((64, MAX_SIDE))
         program = torch.export.export(model, (x,), strict=True)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)

@@ -31,7 +31,7 @@ class Target:
 
 _CPU = (Images(224, 224), Images(512, 512))
 _GPU = (Images(224, 224, 128), Images(512, 512, 16), Images(800, 1344, 2), Images(1024, 2048))
-# 0.22, 0.52 and 1.84 G multiply-adds at 224, about the 0.44 to 0.50 of our smallest models.
+# 0.22, 0.52 and 1.41 G multiply-adds at 224 around the 0.44 to 0.50 of our smallest models.
 _MOBILE = ("mobilenetv3_large_100", "efficientvit_b1", "mobilevitv2_100")
 _SWIN, _CONVNEXT = "swin_tiny_patch4_window7_224", "convnext_tiny"
 

@@ -14,7 +14,7 @@ class TestAttNet(BackboneContract):
     """Parameters: the authors' classes, counted. Multiply-adds: with the map pooled before its projection, in G."""
 
     representatives = ("attnet_xxs",)
-    shallow = dict(depths=(1, 1), dims=(32, 64), mlp_norm=True, layer_scale=1e-6)
+    shallow = {"attnet_xxs": dict(depths=(1, 1, 1, 1), mlp_norm=True, layer_scale=1e-6)}
     costs = {
         "attnet_xxs": (2_853_556, 0.5011),
         "attnet_xs": (5_554_902, 0.9427),
@@ -155,7 +155,7 @@ class TestExport:
     def test_open_sizes(self, tmp_path):
         """Batch, height and width stay open: bins are computed from the size that the graph meets."""
         onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
-        model = build("attnet_xxs", **TestAttNet.shallow)
+        model = TestAttNet().shallow_model("attnet_xxs")
         report = onnx_export.export_onnx(model, image((64, 96)), tmp_path / "model.onnx", dynamic=("batch", "hw"))
         assert report.passed, report
         assert {parity.source for parity in report.parities} == {"example", "larger batch", "larger image"}

@@ -16,6 +16,11 @@ class TestNAT(BackboneContract):
     """Parameters: the authors' classes, counted. Multiply-adds: convolutions, linear layers and attention, in G."""
 
     representatives = ("dinat_mini", "dinat_s_tiny", "dinat_isotropic_small")
+    shallow = {
+        "dinat_mini": dict(depths=(2, 2, 1, 1), dilations=[[1, 8], [1, 4], [2], [1]]),
+        "dinat_s_tiny": dict(depths=(1, 1, 2, 1), dilations=[[1], [1], [1, 2], [1]]),
+        "dinat_isotropic_small": dict(dilations=(1, 2)),
+    }
     refused = {
         "onnx dynamic hw": "neighborhood attention is exported for images of one size: its windows become constants"
     }
