@@ -39,15 +39,6 @@ def _plain(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
-def _run(x, value, weight, bias, mixing, mixing_bias, inhibition, backend) -> tuple[torch.Tensor, ...]:
-    """What the op does, on real tensors."""
-    if value.numel() == 0:  # not where calls are traced: an open size would be told from 0
-        raise InputError(f"x and value must have at least one position of one sample, got {tuple(value.shape)}")
-    form = fused if backend == "fused" else portable
-    with _plain(value.device):
-        return form.forward(x, value, weight, bias, mixing, mixing_bias, inhibition)
-
-
 @torch.library.custom_op("terrazzo::attentive_conv", mutates_args=())
 def _forward(
     x: torch.Tensor,
@@ -60,7 +51,11 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, channels last, and (B, taps, C) each: the bins' means, these projected, the kernels."""
-    return _run(x, value, weight, bias, mixing, mixing_bias, inhibition, backend)
+    if value.numel() == 0:  # not where calls are traced: an open size would be told from 0
+        raise InputError(f"x and value must have at least one position of one sample, got {tuple(value.shape)}")
+    form = fused if backend == "fused" else portable
+    with _plain(value.device):
+        return form.forward(x, value, weight, bias, mixing, mixing_bias, inhibition)
 
 
 def _empty_map(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -155,8 +150,4 @@ def attend(x, value, weight, bias, mixing, mixing_bias, inhibition, backend) -> 
     backend = _chosen(backend, *_asked(x, value, mixing))
     if backend == "reference":
         return reference.attentive_conv(*arguments)
-    # Without a gradient or a compiler nothing needs the op, which on a small map costs as much as what it does.
-    wanted = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
-    if value.device.type == "cpu" and not wanted and not torch.compiler.is_compiling():
-        return _run(*arguments, backend)[0]
     return _forward(*arguments, backend)[0]
