@@ -12,7 +12,8 @@ from terrazzo.openmmlab._timm import create_model, is_ours
 def swap_backbone(cfg: Config, name: str) -> None:
     """Replaces the `TerrazzoBackbone` (or the backbone of a `Classifier`) of a config by another timm model, in place.
 
-    A dense model gets the maps of the same strides, and neck and heads their channels. Models of LayerNorm get a
+    A dense model gets the maps of the same strides, and neck and heads their channels. A model without stochastic depth
+    trains without. Models of LayerNorm get a
     LayerNorm on each map, as their papers' detectors have it; models of BatchNorm have normalised maps already, but for
     terrazzo's own, whose maps are sums of branches.
 
@@ -26,7 +27,9 @@ def swap_backbone(cfg: Config, name: str) -> None:
     settings = (cfg.get("model") or {}).get("backbone") or {}
     if "name" not in settings:
         raise InputError("the config's model has no TerrazzoBackbone or Classifier, so its backbone cannot be replaced")
-    kept = {key: settings[key] for key in ("type", "num_classes", "drop_path_rate", "frozen_stages") if key in settings}
+    kept = {key: settings[key] for key in ("type", "num_classes", "frozen_stages") if key in settings}
+    if "drop_path_rate" in settings and _drops_paths(name):
+        kept["drop_path_rate"] = settings["drop_path_rate"]
     if cfg.model.type == "Classifier":
         cfg.model.backbone = ConfigDict(kept, name=name)
         return
@@ -54,6 +57,16 @@ def _described(name: str) -> tuple[nn.Module, list[dict]]:
         model = create_model(name, num_classes=0)
     info = getattr(model, "feature_info", None) or []
     return model, info.info if isinstance(info, FeatureInfo) else info
+
+
+def _drops_paths(name: str) -> bool:
+    """Whether a model has stochastic depth."""
+    try:
+        with torch.device("meta"):
+            create_model(name, drop_path_rate=0.1)
+    except InputError:
+        return False
+    return True
 
 
 def _set_channels(part: ConfigDict, channels: list[int]) -> None:

@@ -55,6 +55,13 @@ def test_classifier_keeps_its_classes():
     assert cfg.model.backbone == dict(name="resnet18", num_classes=10, drop_path_rate=0.1)
 
 
+def test_a_model_without_stochastic_depth():
+    cfg = load_config("dinat-mini_1xb64-30e_eurosat64")
+    swap_backbone(cfg, "efficientvit_b1")
+    assert cfg.model.backbone == dict(name="efficientvit_b1", num_classes=10)
+    MODELS.build(cfg.model)
+
+
 def test_refusals():
     cfg = load_config("upernet_dinat-mini_1xb4-10k_camvid-480x360")
     with pytest.raises(InputError, match=r"none of \[4, 8, 32\]"):
