@@ -9,7 +9,8 @@ on the meta device; numbers for the representatives, and under `-m slow` for eve
 what tests/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
 A family whose authors published no weights, `reconstructed = True`, names none and says so, in its docstring, its
 configurations and its card.
-`shallow` holds, by representative, arguments that leave a block of each kind, for what takes minutes to compile or export.
+`shallow` holds, by representative, arguments that leave a block of each kind, for what takes minutes to compile or
+export.
 """
 
 import copy

@@ -134,9 +134,14 @@ def _training(name: str) -> str:
     lines = []
     for variant in dict.fromkeys(row.variant for row in rows):
         count = found[variant, "backbone parameters"].p50 / 1e6
-        lines.append((f"`{variant}`", f"{count:.1f}", *(f"{found[variant, metric].p50:.3g}" for metric in metrics)))
+        lines.append((f"`{variant}`", f"{count:.1f}", *(_spread(found[variant, metric]) for metric in metrics)))
     head = ("backbone", "its params, M", *metrics)
     return _markdown(head, lines) + f"\n{rows[0].shape}: {rows[0].backend}, on {rows[0].device}, {rows[0].versions}.\n"
+
+
+def _spread(row: results.Row) -> str:
+    """The median, and where runs differ the 20th and 80th percentile."""
+    return f"{row.p50:.3g}" + (f" ({row.p20:.3g} to {row.p80:.3g})" if row.p20 < row.p80 else "")
 
 
 def _precision(name: str) -> str:

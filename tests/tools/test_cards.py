@@ -43,6 +43,20 @@ def test_every_family_has_a_line():
     assert "| 5: `s2aformer_mini` ... | 5.0 to 24.8 | 0.4 to 4.2 | 75.1 to 82.3 | no weights |" in line
 
 
+def test_runs_that_differ_show_their_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    rows = [
+        results.Row("training", "m", "config", "float32", "3 seeds", metric, "1", *spread, "CPU", "torch", "c")
+        for metric, *spread in (
+            ("mIoU", 20.0, 21.0, 23.0),
+            ("loss", 21.0, 21.0, 21.0),
+            ("backbone parameters", 2e6, 2e6, 2e6),
+        )
+    ]
+    results.write(tmp_path / "training_x.csv", rows)
+    assert "| `m` | 2.0 | 21 (20 to 23) | 21 |" in cards.TABLES["training"]("x")
+
+
 def test_unknown_table():
     with pytest.raises(InputError, match="no table is called 'nope'"):
         cards.render("<!-- table: nope -->\n<!-- end of table -->")
