@@ -1,7 +1,7 @@
 """Every packaged config builds at full size, and takes a training step, validates and predicts on tiny data.
 
-For the step, a backbone above mini is swapped for `dinat_mini` and pictures are small; head, losses, pipeline, metric
-and optimizer stay the config's own. Of the configs that share a head and a data set the first is run, the rest are
+For the step, a large backbone is swapped for `dinat_mini` and pictures are small; head, losses, pipeline, metric and
+optimizer stay the config's own. Of each head and data set, and of each task and family, the first is run, the rest are
 slow.
 """
 
@@ -20,14 +20,17 @@ PANOPTIC = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
 
 
 def cases():
-    """Every config, the later ones of a head and a data set marked slow; those with a mini backbone come first."""
+    """Every config; slow are those whose task and family, and whose head and data set, an earlier one has.
+
+    Those with the smallest backbones come first.
+    """
     seen = set()
-    for name in sorted(CONFIGS, key=lambda name: ("-mini" not in name, name)):
+    for name in sorted(CONFIGS, key=lambda name: (not re.search(r"-(mini|xxs)_", name), name)):
         task, parts = CONFIGS[name].parent.name, name.split("_")
-        data = re.sub(r"-\d+x\d+$", "", parts[-1])
-        kind = (task, parts[0] if task != "classification" else "", data)
-        marks = [pytest.mark.slow] if kind in seen else []
-        seen.add(kind)
+        head, backbone = ("", parts[0]) if task == "classification" else parts[:2]
+        kinds = {(task, head, re.sub(r"-\d+x\d+$", "", parts[-1])), (task, backbone.split("-")[0])}
+        marks = [pytest.mark.slow] if kinds <= seen else []
+        seen |= kinds
         yield pytest.param(name, marks=marks)
 
 
