@@ -57,7 +57,7 @@ class BackboneContract(CapabilityContract):
         assert cfg.paper_ids
         assert "top-1" in " ".join(cfg.notes), "the published accuracy is not named"
         by_hand = "weights are to be fetched by hand from" in (cfg.description or "")
-        assert (cfg.has_weights or by_hand) == (not self.reconstructed)
+        assert bool(cfg.has_weights or by_hand) == (not self.reconstructed)
         assert bool(cfg.license) == (not self.reconstructed), "the licence is that of the weights"
         assert (cfg.description == RECONSTRUCTED) == self.reconstructed
 
