@@ -10,12 +10,12 @@ import click
 from terrazzo.errors import InputError
 from terrazzo.tools.bench_families import FAMILIES
 
-# An operator has a module of its own; families share two, and have an entry each in `FAMILIES`. A module has
-# `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and `verdicts(rows, device)`.
+# Operators share a module, and have an entry each in its `OPERATORS`; families share two, and have one in `FAMILIES`. A
+# module has `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and `verdicts(rows, device)`.
 BENCHMARKS = {
-    "attentive_conv": "terrazzo.tools.bench_attentive_conv",
+    "attentive_conv": "terrazzo.tools.bench_operators",
     "neighborhood_attention": "terrazzo.tools.bench_neighborhood_attention",
-    "strip_attention": "terrazzo.tools.bench_strip_attention",
+    "strip_attention": "terrazzo.tools.bench_operators",
     **dict.fromkeys(FAMILIES, "terrazzo.tools.bench_backbones"),
     **{f"{family}_runtimes": "terrazzo.tools.bench_runtimes" for family in FAMILIES},
 }

@@ -1,0 +1,84 @@
+"""`terrazzo bench OPERATOR`: peers compute what the operator does, tables hold ratios of one run."""
+
+import dataclasses
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from terrazzo.errors import InputError
+from terrazzo.tools import bench, bench_operators, results
+from terrazzo.tools.timing import FORWARD, TRAINING, Plan
+
+SMALL = {"attentive_conv": (4, 6, 5), "strip_attention": (20, 9, 2, 8)}
+PLAN = Plan(torch.device("cpu"), 0.01)
+
+
+@pytest.fixture(params=list(bench_operators.OPERATORS))
+def operator(request, monkeypatch):
+    """One of them, on one small size."""
+    found = dataclasses.replace(bench_operators.OPERATORS[request.param], at_224=(SMALL[request.param],))
+    monkeypatch.setitem(bench_operators.OPERATORS, found.name, found)
+    return found
+
+
+def call(operator, *arguments):
+    arguments = [operator.name, *map(str, arguments), "--device", "cpu", "--seconds", "0.01", "--quick"]
+    done = CliRunner().invoke(bench.command, arguments, standalone_mode=False)
+    assert done.exception is None, done.output
+    return done.output
+
+
+def test_peers(operator):
+    inputs = [x.double().requires_grad_() for x in operator.inputs((2, *operator.at_224[0]), torch.device("cpu"))]
+    wanted = operator.run(*inputs, backend="reference")
+    grad = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(wanted, inputs, grad)
+    assert set(operator.compiled) <= operator.peers.keys()
+    for form in operator.peers.values():
+        found = form(*inputs)
+        torch.testing.assert_close(found, wanted)
+        for a, b in zip(torch.autograd.grad(found, inputs, grad), gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_runs_and_writes(operator, tmp_path):
+    said = call(operator, "--out", tmp_path / "rows.csv")
+    rows = results.read(tmp_path / "rows.csv")
+    assert {row.backend for row in rows} == {"portable", *operator.peers}
+    assert {row.metric for row in rows} == {FORWARD, TRAINING}
+    assert all(0 < row.p20 <= row.p50 <= row.p80 for row in rows)
+    assert f"{'x'.join(map(str, (1, *operator.at_224[0])))}, float32" in said
+    assert "plain takes" in said
+
+
+def test_a_form_that_is_wrong_is_not_timed(operator, monkeypatch):
+    wrong = {"plain": lambda *inputs: 1.1 * operator.peers["plain"](*inputs)}
+    monkeypatch.setitem(bench_operators.OPERATORS, operator.name, dataclasses.replace(operator, peers=wrong))
+    said = call(operator, "--pass", "both")
+    shape = "x".join(map(str, (1, *operator.at_224[0])))
+    assert f"not run: plain, forward, {shape}, float32: its output is wrong: relative error 1.0e-01" in said
+    assert f"its gradient of {operator.arguments[0]} is wrong" in said
+
+
+def test_a_gpus_cases_table_and_verdicts(operator):
+    plan = dataclasses.replace(PLAN, device=torch.device("cuda"))
+    assert {case.dtype for case in bench_operators.cases(operator.name, plan)} == {torch.bfloat16}
+    times = {"fused": 1.0, "portable": 3.0, "plain": 2.0, "plain compiled": 0.5}
+    row = results.Row(operator.name, "", "1x2x3x4", "bfloat16", "", FORWARD, "ms", 0, 0, 0, "GPU", "torch", "c")
+    rows = [dataclasses.replace(row, backend=name, p50=time) for name, time in times.items()]
+    head, (line,) = bench_operators.table(rows)
+    cells = dict(zip(head, line))
+    assert cells["fused, ms"] == "1.000"
+    assert [cells[f"{name} takes"] for name in ("portable", "plain", "plain compiled")] == ["3.0 x", "2.0 x", "0.5 x"]
+    plain, compiled, *others = bench_operators.verdicts(rows, "cuda")
+    assert plain.endswith("target at least 1: met")
+    assert compiled.endswith("target at least 1: missed")
+    assert all("not measured" in line for line in others)
+    assert bench_operators.verdicts(rows, "cpu") == []
+
+
+def test_every_operator_is_measured():
+    assert bench_operators.OPERATORS.keys() <= bench.BENCHMARKS.keys()
+    with pytest.raises(InputError, match="no benchmark is called 'nope'"):
+        bench.module_of("nope")
