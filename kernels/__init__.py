@@ -3,6 +3,15 @@
 from terrazzo.kernels.attentive_conv import attentive_conv as attentive_conv
 from terrazzo.kernels.backend import use_backend as use_backend
 from terrazzo.kernels.neighborhood_attention import neighborhood_attention as neighborhood_attention
+from terrazzo.kernels.selective_scan import selective_scan as selective_scan
+from terrazzo.kernels.selective_scan import selective_scan_2d as selective_scan_2d
 from terrazzo.kernels.strip_attention import strip_attention as strip_attention
 
-__all__ = ["attentive_conv", "neighborhood_attention", "strip_attention", "use_backend"]
+__all__ = [
+    "attentive_conv",
+    "neighborhood_attention",
+    "selective_scan",
+    "selective_scan_2d",
+    "strip_attention",
+    "use_backend",
+]

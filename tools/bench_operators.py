@@ -65,7 +65,7 @@ def _forms(operator: Operator, inputs: list[torch.Tensor], plan: Plan) -> dict[s
     """The forms by name: each computes the output of these inputs."""
     ours = ("fused", "portable") if plan.device.type == "cuda" else ("portable",)
     functions = {name: partial(operator.run, backend=name) for name in ours} | dict(operator.peers)
-    if plan.compiled:
+    if plan.compiles:
         torch.compiler.reset()  # or it would run uncompiled once as many shapes as Dynamo keeps have passed
         for name in operator.compiled:
             functions[name + COMPILED] = torch.compile(operator.peers[name], dynamic=False)

@@ -1,0 +1,180 @@
+"""The selective scan (S6) of Mamba: along a sequence, and over a map in several orders at once."""
+
+from collections.abc import Sequence
+
+import torch
+
+from terrazzo.errors import InputError
+from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.selective_scan import op
+from terrazzo.kernels.selective_scan.op import describe
+from terrazzo.kernels.selective_scan.orders import BOTH, CROSS, codes
+
+__all__ = ["BOTH", "CROSS", "describe", "selective_scan", "selective_scan_2d", "why"]
+
+
+def _check_floating(**tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise InputError(f"{name} must be real numbers, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _check_shape(name: str, tensor: torch.Tensor | None, *wanted: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) not in wanted:
+        raise InputError(f"{name} must be {' or '.join(map(str, wanted))}, got {tuple(tensor.shape)}")
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The scan along a sequence, with the interface of mamba_ssm's `selective_scan_fn`.
+
+        dt_t = softplus(delta_t + delta_bias)
+        h_t  = exp(dt_t A) h_{t-1} + dt_t u_t B_t
+        y_t  = (C_t h_t + D u_t) silu(z_t)
+
+    Computed in float32 whatever the inputs, in float64 where one is float64.
+
+    Args:
+        u, delta: (B, D, L), L at least 1.
+        A: (D, N), at most 0 (decays).
+        B, C: (B, N, L), or (B, G, N, L) with G groups of D / G neighbouring channels each.
+        D: (D,), weight of the input in the output, or None.
+        z: (B, D, L), gate, or None.
+        delta_bias: (D,), or None.
+        delta_softplus: whether delta, with its bias, passes a softplus.
+        reverse: scan from the last position to the first.
+        backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+
+    Returns:
+        (B, D, L) in the dtype of u.
+
+    Raises:
+        InputError: A shape or dtype that the definition does not allow.
+        BackendError: `backend` names a form that cannot run here.
+
+    Source: Mamba, arXiv 2312.00752, algorithm 2.
+    """
+    if u.dim() != 3 or A.dim() != 2 or u.shape[2] < 1:
+        raise InputError(f"u must be (B, D, L), L at least 1, and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}")
+    _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    batch, channels, length = u.shape
+    groups = B.shape[1] if B.dim() == 4 else 1
+    if groups < 1 or channels % groups:
+        raise InputError(f"the {channels} channels of u do not divide into the {groups} groups of B")
+    _check_shape("delta", delta, tuple(u.shape))
+    _check_shape("A", A, (channels, A.shape[1]))
+    for name, tensor in (("B", B), ("C", C)):
+        wanted = (batch, groups, A.shape[1], length)
+        _check_shape(name, tensor, wanted, *([(batch, A.shape[1], length)] if groups == 1 else []))
+    _check_shape("z", z, tuple(u.shape))
+    _check_shape("D", D, (channels,))
+    _check_shape("delta_bias", delta_bias, (channels,))
+    _backend.check_name(backend)
+
+    def of_maps(x: torch.Tensor | None) -> torch.Tensor | None:  # B D L to B L G D/G
+        return None if x is None else x.transpose(1, 2).unflatten(2, (groups, -1))
+
+    def of_groups(x: torch.Tensor) -> torch.Tensor:  # B G N L to B L G N
+        return (x.unsqueeze(1) if x.dim() == 3 else x).permute(0, 3, 1, 2)
+
+    def of_channels(x: torch.Tensor | None) -> torch.Tensor | None:  # D to G D/G
+        return None if x is None else x.unflatten(0, (groups, -1))
+
+    out = op.scan(
+        of_maps(u),
+        of_maps(delta),
+        of_channels(A),
+        of_groups(B),
+        of_groups(C),
+        of_channels(D),
+        of_maps(z),
+        of_channels(delta_bias),
+        delta_softplus,
+        [2 if reverse else 0] * groups,
+        length,
+        False,
+        backend,
+    )
+    return out.flatten(2).transpose(1, 2)
+
+
+def selective_scan_2d(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    orders: Sequence[str] = CROSS,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The sum of K scans over a map, each in its own order; the map is read in place, never permuted in memory.
+
+    Projections act on single pixels, so they commute with any order: what the scans take is computed once, by pixels.
+
+    Args:
+        u: (B, H, W, D), or (B, H, W, K, D) where each scan has a map of its own.
+        delta: (B, H, W, K, D).
+        A: (K, D, N), at most 0.
+        B, C: (B, H, W, K, N).
+        D: (K, D), or None.
+        delta_bias: (K, D), or None.
+        delta_softplus: whether delta, with its bias, passes a softplus.
+        orders: K names of "rows", "columns", "rows_reversed", "columns_reversed"; VMamba's cross-scan by default.
+        backend: as of `selective_scan`.
+
+    Returns:
+        (B, H, W, D), summed over the scans, pixels in their places. float32 for half precision, whose range the sum may
+        leave.
+
+    Raises:
+        InputError: A shape or dtype that the definition does not allow.
+        BackendError: `backend` names a form that cannot run here.
+
+    Source: VMamba, arXiv 2401.10166, section 4.2 (SS2D).
+    """
+    order_codes, scans = codes(tuple(orders)), len(orders)
+    if u.dim() not in (4, 5) or A.dim() != 3 or u.shape[1] < 1 or u.shape[2] < 1:
+        raise InputError(
+            f"u must be (B, H, W, D) or (B, H, W, K, D), H and W at least 1, and A (K, D, N), "
+            f"got {tuple(u.shape)} and {tuple(A.shape)}"
+        )
+    _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    shared = u.dim() == 4
+    batch, height, width, channels = *u.shape[:3], u.shape[-1]
+    if not shared:
+        _check_shape("u", u, (batch, height, width, scans, channels))
+    _check_shape("delta", delta, (batch, height, width, scans, channels))
+    _check_shape("A", A, (scans, channels, A.shape[2]))
+    for name, tensor in (("B", B), ("C", C)):
+        _check_shape(name, tensor, (batch, height, width, scans, A.shape[2]))
+    _check_shape("D", D, (scans, channels))
+    _check_shape("delta_bias", delta_bias, (scans, channels))
+    _backend.check_name(backend)
+    u = u.unsqueeze(3) if shared else u
+    u, delta, B, C = (x.flatten(1, 2) for x in (u, delta, B, C))
+    out = op.scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus, order_codes, width, True, backend)
+    return out.unflatten(1, (height, width))
+
+
+def why(backend: str = "auto", u: torch.Tensor | None = None) -> _backend.Choice:
+    """Which backend a call would run with now, and why the others were refused.
+
+    Without `u`, for float32 tensors on the default device.
+    """
+    if u is None:
+        return op.choose(backend, torch.get_default_device(), torch.float32)
+    return op.choose(backend, u.device, u.dtype)
