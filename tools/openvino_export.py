@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import openvino
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from terrazzo.errors import InputError
 from terrazzo.tools.checked_export import Task
 from terrazzo.tools.onnx_export import OnnxForm
+from terrazzo.tools.scan_loops import loops_for_scans
 
 # Of itself OpenVINO takes bfloat16 where a processor can, which costs two digits.
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -28,6 +30,15 @@ def core() -> openvino.Core:
     return openvino.Core()
 
 
+def readable(path: Path) -> Path | bytes:
+    """A model's file, or what is to be read in its place: OpenVINO knows ONNX's Loop, not its Scan."""
+    if path.suffix == ".onnx":
+        graph = onnx.load(path)
+        if loops_for_scans(graph):
+            return graph.SerializeToString()
+    return path
+
+
 class OpenVinoForm:
     """An OpenVINO IR, made from an ONNX graph: NAME.xml and its weights NAME.bin."""
 
@@ -40,7 +51,7 @@ class OpenVinoForm:
     def write(self, task: Task, path: Path) -> str:
         graph = path.with_name("graph.onnx")
         self.onnx.write(task, graph)
-        model = openvino.convert_model(graph)
+        model = core().read_model(readable(graph))
         for key, text in task.metadata.items():
             model.set_rt_info(text, ["terrazzo", key])
         # Weights stay in float32: halving them is for the user to ask, with its own figures.
@@ -64,7 +75,7 @@ class OpenVinoForm:
             InputError: OpenVINO cannot load it.
         """
         try:
-            model = core().read_model(path)
+            model = core().read_model(readable(path))
             compiled = core().compile_model(model, "CPU", dict(settings))
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1]
