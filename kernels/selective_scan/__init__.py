@@ -47,7 +47,7 @@ def selective_scan(
 
     Args:
         u, delta: (B, D, L), L at least 1.
-        A: (D, N), at most 0 (decays).
+        A: (D, N), at most 0 (decays), N at least 1.
         B, C: (B, N, L), or (B, G, N, L) with G groups of D / G neighbouring channels each.
         D: (D,), weight of the input in the output, or None.
         z: (B, D, L), gate, or None.
@@ -65,8 +65,10 @@ def selective_scan(
 
     Source: Mamba, arXiv 2312.00752, algorithm 2.
     """
-    if u.dim() != 3 or A.dim() != 2 or u.shape[2] < 1:
-        raise InputError(f"u must be (B, D, L), L at least 1, and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}")
+    if u.dim() != 3 or A.dim() != 2 or u.shape[2] < 1 or A.shape[1] < 1:
+        raise InputError(
+            f"u must be (B, D, L), L at least 1, and A (D, N), N at least 1, got {tuple(u.shape)} and {tuple(A.shape)}"
+        )
     _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     batch, channels, length = u.shape
     groups = B.shape[1] if B.dim() == 4 else 1
@@ -128,7 +130,7 @@ def selective_scan_2d(
     Args:
         u: (B, H, W, D), or (B, H, W, K, D) where each scan has a map of its own.
         delta: (B, H, W, K, D).
-        A: (K, D, N), at most 0.
+        A: (K, D, N), at most 0, N at least 1.
         B, C: (B, H, W, K, N).
         D: (K, D), or None.
         delta_bias: (K, D), or None.
@@ -147,9 +149,9 @@ def selective_scan_2d(
     Source: VMamba, arXiv 2401.10166, section 4.2 (SS2D).
     """
     order_codes, scans = codes(tuple(orders)), len(orders)
-    if u.dim() not in (4, 5) or A.dim() != 3 or u.shape[1] < 1 or u.shape[2] < 1:
+    if u.dim() not in (4, 5) or A.dim() != 3 or u.shape[1] < 1 or u.shape[2] < 1 or A.shape[2] < 1:
         raise InputError(
-            f"u must be (B, H, W, D) or (B, H, W, K, D), H and W at least 1, and A (K, D, N), "
+            "u must be (B, H, W, D) or (B, H, W, K, D), H and W at least 1, and A (K, D, N), N at least 1, "
             f"got {tuple(u.shape)} and {tuple(A.shape)}"
         )
     _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)

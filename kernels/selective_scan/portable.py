@@ -8,7 +8,7 @@ overflows (README.md).
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,10 @@ from terrazzo.kernels.selective_scan.reference import accumulator
 CHUNK = 64
 # Numbers of state in a piece, and in a step of all its runs: on a CPU as many as the caches hold, elsewhere few enough
 # for any memory.
-_PIECE, _STEP = 1 << 18, 1 << 14
+_PIECE, _STEP = 1 << 19, 1 << 14
 _PIECE_ELSEWHERE, _STEP_ELSEWHERE = 1 << 25, 1 << 22
+# Smaller powers of e are no normal numbers in float32, with which processors are slow.
+_LEAST_EXPONENT = -87.0
 # Channels that are worth a pass of their own.
 _LEAST_CHANNELS = 64
 
@@ -50,6 +52,14 @@ class Call:
     @property
     def length(self) -> int:
         return self.u.shape[1]
+
+    def channels_last(self) -> "Call":
+        """The same with the channels of every pixel side by side."""
+        names = ("u", "delta", "B", "C", "z")
+        given = {name: getattr(self, name) for name in names}
+        return replace(
+            self, **{name: x if x is None or x.stride(-1) == 1 else x.contiguous() for name, x in given.items()}
+        )
 
 
 def _slices(total: int, size: int) -> list[slice]:
@@ -82,19 +92,26 @@ class _Part:
         images_here = len(range(*images.indices(call.u.shape[0])))
         self.shape = (images_here, *self.decays.shape)
         self.steps, self.runs = self._cut(images_here * self.decays.numel())
-        self.memory = self.decays.new_empty(3, self.steps + 1, *self.shape)
+        # One memory for all pieces: fresh memory costs more than what is computed in it.
+        self.decay, self.state, self.grad = self.decays.new_empty(3, self.steps + 1, *self.shape).unbind(0)
+        self.decay_steps, self.state_steps = self._by_step(self.decay[:-1]), self._by_step(self.state[:-1])
+
+    def _by_step(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Of (steps, ...) each step of all runs, (runs, ...)."""
+        return list(x.unflatten(0, (self.runs, -1)).unbind(1))
 
     def _cut(self, numbers: int) -> tuple[int, int]:
         """Steps of a piece, and the runs it is cut into, for so many numbers of state in a step."""
         on_cpu = self.call.u.device.type == "cpu"
         piece, step = (_PIECE, _STEP) if on_cpu else (_PIECE_ELSEWHERE, _STEP_ELSEWHERE)
-        steps = CHUNK * max(1, piece // (numbers * CHUNK))
-        alone = steps >= self.call.length
-        steps = min(steps, self.call.length)
+        most = CHUNK * max(1, piece // (numbers * CHUNK))
+        count = -(-self.call.length // most)
+        steps = -(-self.call.length // count)
         runs = 1
         while 2 * runs * numbers <= step and 2 * runs * runs < steps and 2 * runs <= CHUNK:
             runs *= 2
-        return (-(-steps // runs) * runs if alone else steps), runs
+        unit = runs if count == 1 else CHUNK  # pieces begin where states are kept
+        return -(-steps // unit) * unit, runs
 
     def pieces(self) -> range:
         """The first step of each."""
@@ -110,9 +127,12 @@ class _Part:
         real = min(self.steps, self.call.length - first)
         out = self.decays.new_empty(self.steps, self.shape[0], len(self.orders), x[..., channels].shape[-1])
         out[real:] = 0
-        for k, index in enumerate(self.pixels):
-            k_of_x = self.scans.start + k if x.shape[2] > 1 else 0
-            found = x[self.images, :, k_of_x, channels].index_select(1, index[first : first + real])
+        for k, (code, index) in enumerate(zip(self.orders, self.pixels)):
+            found = x[self.images, :, self.scans.start + k if x.shape[2] > 1 else 0, channels]
+            if code == 0:
+                found = found[:, first : first + real]
+            else:
+                found = found.index_select(1, index[first : first + real])
             out[:real, :, k] = found.transpose(0, 1)
         return out
 
@@ -154,38 +174,52 @@ class _Part:
 
     def wholes(self, dt: torch.Tensor) -> torch.Tensor:
         """The product of all decays of each run."""
-        return torch.exp(dt.unflatten(0, (self.runs, -1)).sum(1).unsqueeze(-2) * self.decays)
+        total = dt.unflatten(0, (self.runs, -1)).sum(1).unsqueeze(-2) * self.decays
+        return total.clamp_(min=_LEAST_EXPONENT).exp_()
 
     def scan(self, dt: torch.Tensor, x: torch.Tensor, B: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """States after each step, (steps, B, K, N, D); leaves the decays of the steps in `memory[0]`."""
-        decay = torch.mul(dt.unsqueeze(-2), self.decays, out=self.memory[0, : self.steps]).exp_()
-        states = torch.mul((dt * x).unsqueeze(-2), B.unsqueeze(-1), out=self.memory[1, : self.steps])
-        recurrence(decay, states, start, self.runs, self.wholes(dt))
-        return states
+        """States after each step, (steps, B, K, N, D); leaves the decays of the steps in `decay`."""
+        torch.mul(dt.unsqueeze(-2), self.decays, out=self.decay[:-1]).exp_()
+        torch.mul((dt * x).unsqueeze(-2), B.unsqueeze(-1), out=self.state[:-1])
+        recurrence(self.decay_steps, self.state_steps, start, self.wholes(dt))
+        return self.state[:-1]
+
+    def scan_back(self, dt: torch.Tensor, dy: torch.Tensor, C: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Gradients of the states after each step; the reverse of `scan`.
+
+        Args:
+            dt, dy: (steps, B, K, D), the sizes of the steps that follow, and the gradients of the output.
+            after: of the state after the first of the steps behind, whose decay is the last of `decay`.
+        """
+        torch.mul(dy.unsqueeze(-2), C.unsqueeze(-1), out=self.grad[:-1])
+        steps = (self._by_step(x)[::-1] for x in (self.decay[1:], self.grad[:-1]))
+        recurrence(*steps, after, self.wholes(dt), reverse=True)
+        return self.grad[:-1]
 
 
 def recurrence(
-    decay: torch.Tensor, x: torch.Tensor, start: torch.Tensor, runs: int, whole: torch.Tensor, reverse: bool = False
+    decay: Sequence[torch.Tensor],
+    x: Sequence[torch.Tensor],
+    start: torch.Tensor,
+    whole: torch.Tensor,
+    reverse: bool = False,
 ) -> None:
-    """x_t = decay_t x_(t-1) + x_t along the first axis, in place, from x_(-1) = start.
+    """x_t = decay_t x_(t-1) + x_t from x_(-1) = start, in place, for several runs of steps, one behind the other.
 
     Args:
-        decay, x: (T, ...), T a multiple of `runs`.
+        decay, x: of each step (runs, ...).
         start: (...).
-        runs: how many parts of T step together.
         whole: (runs, ...), the product of all decays of each run.
-        reverse: from the last step to the first.
+        reverse: the last run comes first; its steps are given in that order.
     """
-    decay, x = (list(tensor.unflatten(0, (runs, -1)).unbind(1)) for tensor in (decay, x))  # of each step: runs, ...
-    order = list(range(runs))
-    if reverse:
-        decay, x, order = decay[::-1], x[::-1], order[::-1]
-    if runs == 1:
+    if len(whole) == 1:
         state = start.unsqueeze(0)
     else:
         end = x[0].clone()
         for factor, more in zip(decay[1:], x[1:]):
             torch.addcmul(more, factor, end, out=end)
+        order = range(len(whole))
+        order = order[::-1] if reverse else order
         state = torch.empty_like(end)
         state[order[0]] = start
         for before, run in itertools.pairwise(order):
@@ -206,6 +240,7 @@ def _over_channels(states: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, see `reference.selective_scan`, and the state before each chunk of steps, (B, chunks, K, N, D)."""
+    call = call.channels_last()
     batch, length, scans, channels = call.delta.shape
     if call.merge:
         out = call.u.new_zeros(batch, length, 1, channels, dtype=call.dtype)
@@ -214,7 +249,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     kept = call.A.new_empty(batch, -(-length // CHUNK), scans, call.A.shape[2], channels, dtype=call.dtype)
     for slices in _parts(call):
         part = _Part(call, *slices)
-        state, skip = part.memory.new_zeros(part.shape), part.of_channels(call.D)
+        state, skip = part.decays.new_zeros(part.shape), part.of_channels(call.D)
         for first in part.pieces():
             dt, x, B, C = part.inputs(first)
             states = part.scan(dt, x, B, state)
@@ -251,13 +286,14 @@ def backward(call: Call, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch.
     The states within a piece are computed again. With g_t the gradient of the state, g_t = a_(t+1) g_(t+1) + C_t dy_t
     runs from the last step to the first; the rest is done for a piece at once (README.md).
     """
+    call = call.channels_last()
     grads = _Gradients(call)
     grad = grad.unsqueeze(2) if call.merge else grad
     for slices in _parts(call):
         part = _Part(call, *slices)
         _, scans, channels = slices
         skip, states_before = part.of_channels(call.D), part.states(kept)
-        after, dt_after = part.memory.new_zeros(part.shape), part.memory.new_zeros(1, *part.shape[:2], part.shape[3])
+        after, dt_after = part.decays.new_zeros(part.shape), part.decays.new_zeros(1, *part.shape[:2], part.shape[3])
         for first in reversed(part.pieces()):
             dt, x, B, C = part.inputs(first)
             start = states_before[:, first // CHUNK]
@@ -269,11 +305,8 @@ def backward(call: Call, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch.
                 gate = torch.sigmoid(z)
                 part.put(grads.z, dy * y * gate * (1 + z * (1 - gate)), first)
                 dy *= gate * z
-            # A padded step has nothing behind it: its decay is 1 and the gradient that it would pass on is 0.
-            decay, later = part.memory[0], torch.cat([dt[1:], dt_after])
-            torch.exp(dt_after[0].unsqueeze(-2) * part.decays, out=decay[-1])
-            g = torch.mul(dy.unsqueeze(-2), C.unsqueeze(-1), out=part.memory[2, : part.steps])
-            recurrence(decay[1:], g, after, part.runs, part.wholes(later), reverse=True)
+            torch.exp(dt_after[0].unsqueeze(-2) * part.decays, out=part.decay[-1])
+            g = part.scan_back(torch.cat([dt[1:], dt_after]), dy, C, after)
             after, dt_after = g[0].clone(), dt[:1].clone()
 
             part.add_states(grads.C, _over_channels(states, dy), first)
@@ -285,7 +318,7 @@ def backward(call: Call, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch.
                 grads.D[scans, channels] += (dy * x).sum((0, 1))
             part.put(grads.u, du, first)
             # What of the state came from the one before, times its gradient: a h_(t-1) g.
-            flow = decay[: part.steps]
+            flow = part.decay[:-1]
             flow[0] *= start
             flow[1:] *= states[:-1]
             flow *= g

@@ -1,17 +1,16 @@
 """A Loop in the place of a Scan computes the same, in every runtime."""
 
-import pytest
-
-onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
-
 import numpy as np
+import pytest
 import torch
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan_2d
-from terrazzo.tools.openvino_export import OpenVinoForm
-from terrazzo.tools.scan_loops import loops_for_scans
+
+onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+OpenVinoForm = pytest.importorskip("terrazzo.tools.openvino_export", reason="needs the extra 'export'").OpenVinoForm
+loops_for_scans = pytest.importorskip("terrazzo.tools.scan_loops", reason="needs the extra 'export'").loops_for_scans
 
 SCAN = """
 <ir_version: 10, opset_import: ["": 18]>
