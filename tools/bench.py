@@ -15,6 +15,7 @@ from terrazzo.tools.bench_families import FAMILIES
 BENCHMARKS = {
     "attentive_conv": "terrazzo.tools.bench_operators",
     "neighborhood_attention": "terrazzo.tools.bench_neighborhood_attention",
+    "selective_scan": "terrazzo.tools.bench_operators",
     "strip_attention": "terrazzo.tools.bench_operators",
     **dict.fromkeys(FAMILIES, "terrazzo.tools.bench_backbones"),
     **{f"{family}_runtimes": "terrazzo.tools.bench_runtimes" for family in FAMILIES},

@@ -14,7 +14,7 @@ class Operator:
         name: as in `terrazzo.kernels`.
         run: the operator; takes the inputs and `backend`.
         peers: other functions of the inputs that compute the same, by name; measured as they are.
-        compiled: names of peers that are measured as `torch.compile` makes them, too.
+        compiled: what makes the form by `torch.compile` of a peer that is measured so, too; called anew for each case.
         variant: of the rows.
         axes: what the numbers of a size are, the batch first.
         arguments: names of the inputs.
@@ -26,7 +26,7 @@ class Operator:
     name: str
     run: Callable[..., torch.Tensor]
     peers: Mapping[str, Callable[..., torch.Tensor]]
-    compiled: tuple[str, ...]
+    compiled: Mapping[str, Callable[[], Callable[..., torch.Tensor]]]
     variant: str
     axes: str
     arguments: tuple[str, ...]

@@ -12,11 +12,12 @@ import torch
 from terrazzo.tools import results
 from terrazzo.tools.bench_operator import Operator
 from terrazzo.tools.operator_attentive_conv import ATTENTIVE_CONV
+from terrazzo.tools.operator_selective_scan import SELECTIVE_SCAN
 from terrazzo.tools.operator_strip_attention import STRIP_ATTENTION
 from terrazzo.tools.timing import FORWARD, TRAINING, Function, Plan, attempt, interleaved, kernel_timer
 from terrazzo.tools.verdicts import verdict
 
-OPERATORS = {operator.name: operator for operator in (ATTENTIVE_CONV, STRIP_ATTENTION)}
+OPERATORS = {operator.name: operator for operator in (ATTENTIVE_CONV, SELECTIVE_SCAN, STRIP_ATTENTION)}
 COMPILED = " compiled"
 # What a form's result may differ from that of the portable form in float32, relative to its norm.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -67,8 +68,7 @@ def _forms(operator: Operator, inputs: list[torch.Tensor], plan: Plan) -> dict[s
     functions = {name: partial(operator.run, backend=name) for name in ours} | dict(operator.peers)
     if plan.compiles:
         torch.compiler.reset()  # or it would run uncompiled once as many shapes as Dynamo keeps have passed
-        for name in operator.compiled:
-            functions[name + COMPILED] = torch.compile(operator.peers[name], dynamic=False)
+        functions |= {name + COMPILED: make() for name, make in operator.compiled.items()}
     return {name: partial(function, *inputs) for name, function in functions.items()}
 
 

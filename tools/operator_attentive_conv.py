@@ -41,7 +41,7 @@ ATTENTIVE_CONV = Operator(
     name="attentive_conv",
     run=attentive_conv,
     peers={"plain": plain},
-    compiled=("plain",),
+    compiled={"plain": lambda: torch.compile(plain, dynamic=False)},
     variant="3x3",
     axes="B x C x H x W",
     arguments=("x", "value", "weight", "bias", "mixing", "mixing_bias", "inhibition"),

@@ -32,7 +32,7 @@ STRIP_ATTENTION = Operator(
     name="strip_attention",
     run=strip_attention,
     peers={"plain": plain, "padded sdpa": padded},
-    compiled=("plain",),
+    compiled={"plain": lambda: torch.compile(plain, dynamic=False)},
     variant="one channel",
     axes="B x queries x keys x heads x dim",
     arguments=("query", "key", "value"),

@@ -10,7 +10,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools import bench, bench_operators, results
 from terrazzo.tools.timing import FORWARD, TRAINING, Plan
 
-SMALL = {"attentive_conv": (4, 6, 5), "strip_attention": (20, 9, 2, 8)}
+SMALL = {"attentive_conv": (4, 6, 5), "selective_scan": (4, 9, 2), "strip_attention": (20, 9, 2, 8)}
 PLAN = Plan(torch.device("cpu"), 0.01)
 
 
@@ -49,33 +49,46 @@ def test_runs_and_writes(operator, tmp_path):
     assert {row.metric for row in rows} == {FORWARD, TRAINING}
     assert all(0 < row.p20 <= row.p50 <= row.p80 for row in rows)
     assert f"{'x'.join(map(str, (1, *operator.at_224[0])))}, float32" in said
-    assert "plain takes" in said
+    assert all(f"{name} takes" in said for name in operator.peers)
 
 
 def test_a_form_that_is_wrong_is_not_timed(operator, monkeypatch):
-    wrong = {"plain": lambda *inputs: 1.1 * operator.peers["plain"](*inputs)}
+    (name, right), *_ = operator.peers.items()
+    wrong = {name: lambda *inputs: 1.1 * right(*inputs)}
     monkeypatch.setitem(bench_operators.OPERATORS, operator.name, dataclasses.replace(operator, peers=wrong))
     said = call(operator, "--pass", "both")
     shape = "x".join(map(str, (1, *operator.at_224[0])))
-    assert f"not run: plain, forward, {shape}, float32: its output is wrong: relative error 1.0e-01" in said
+    assert f"not run: {name}, forward, {shape}, float32: its output is wrong: relative error 1.0e-01" in said
     assert f"its gradient of {operator.arguments[0]} is wrong" in said
 
 
 def test_a_gpus_cases_table_and_verdicts(operator):
     plan = dataclasses.replace(PLAN, device=torch.device("cuda"))
     assert {case.dtype for case in bench_operators.cases(operator.name, plan)} == {torch.bfloat16}
-    times = {"fused": 1.0, "portable": 3.0, "plain": 2.0, "plain compiled": 0.5}
+    name = next(iter(operator.peers))
+    times = {"fused": 1.0, "portable": 3.0, name: 2.0, f"{name} compiled": 0.5}
     row = results.Row(operator.name, "", "1x2x3x4", "bfloat16", "", FORWARD, "ms", 0, 0, 0, "GPU", "torch", "c")
-    rows = [dataclasses.replace(row, backend=name, p50=time) for name, time in times.items()]
+    rows = [dataclasses.replace(row, backend=form, p50=time) for form, time in times.items()]
     head, (line,) = bench_operators.table(rows)
     cells = dict(zip(head, line))
     assert cells["fused, ms"] == "1.000"
-    assert [cells[f"{name} takes"] for name in ("portable", "plain", "plain compiled")] == ["3.0 x", "2.0 x", "0.5 x"]
+    assert [cells[f"{form} takes"] for form in list(times)[1:]] == ["3.0 x", "2.0 x", "0.5 x"]
     plain, compiled, *others = bench_operators.verdicts(rows, "cuda")
     assert plain.endswith("target at least 1: met")
     assert compiled.endswith("target at least 1: missed")
     assert all("not measured" in line for line in others)
     assert bench_operators.verdicts(rows, "cpu") == []
+
+
+def test_compiled_forms_are_measured_on_a_gpu(operator):
+    """Without being asked for; on a CPU when asked for."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        plan = dataclasses.replace(PLAN, device=torch.device(device))
+        found[device] = bench_operators._forms(operator, [], plan).keys()
+    assert found["cuda"] - found["cpu"] == {"fused", *(f"{name} compiled" for name in operator.compiled)}
+    asked = dataclasses.replace(PLAN, device=torch.device("cpu"), compiled=True)
+    assert bench_operators._forms(operator, [], asked).keys() == found["cuda"] - {"fused"}
 
 
 def test_every_operator_is_measured():
