@@ -5,6 +5,7 @@ from terrazzo.kernels.backend import use_backend as use_backend
 from terrazzo.kernels.neighborhood_attention import neighborhood_attention as neighborhood_attention
 from terrazzo.kernels.selective_scan import selective_scan as selective_scan
 from terrazzo.kernels.selective_scan import selective_scan_2d as selective_scan_2d
+from terrazzo.kernels.ssd import ssd as ssd
 from terrazzo.kernels.strip_attention import strip_attention as strip_attention
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "neighborhood_attention",
     "selective_scan",
     "selective_scan_2d",
+    "ssd",
     "strip_attention",
     "use_backend",
 ]

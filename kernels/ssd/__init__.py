@@ -1,0 +1,101 @@
+"""The state space dual (SSD) of Mamba-2: a selective scan with one decay for each head, in matrix products."""
+
+import torch
+
+from terrazzo.errors import InputError
+from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.ssd import portable, reference
+
+__all__ = ["ssd", "why"]
+
+_REFUSALS = {"fused": "has no Triton form yet"}
+
+
+def _check(x, dt, A, B, C, D, z, dt_bias, chunk) -> None:
+    """Raise `InputError` for what the definition does not allow."""
+    if x.dim() != 4 or B.dim() != 4 or x.shape[1] < 1:
+        raise InputError(
+            f"x must be (B, L, H, P), L at least 1, and B (B, L, G, N), got {tuple(x.shape)} and {tuple(B.shape)}"
+        )
+    batch, length, heads, width = x.shape
+    groups = B.shape[2]
+    if groups < 1 or heads % groups:
+        raise InputError(f"the {heads} heads of x do not divide into the {groups} groups of B")
+    wanted = {
+        "dt": (dt, [(batch, length, heads)]),
+        "A": (A, [(heads,)]),
+        "B": (B, [(batch, length, groups, B.shape[3])]),
+        "C": (C, [tuple(B.shape)]),
+        "D": (D, [(heads,), (heads, width)]),
+        "z": (z, [tuple(x.shape)]),
+        "dt_bias": (dt_bias, [(heads,)]),
+    }
+    for name, (tensor, shapes) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            raise InputError(f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
+    if chunk < 1:
+        raise InputError(f"chunk must be at least 1, got {chunk}")
+
+
+def ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    reverse: bool = False,
+    chunk: int = 64,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Mamba-2's scan along a sequence, with the layout of mamba_ssm's `mamba_chunk_scan_combined`.
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T
+        y_t = (h_t^T C_t + D x_t) silu(z_t)
+
+    Computed in float32 whatever the inputs, in float64 where one is float64.
+
+    Args:
+        x: (B, L, H, P), L at least 1.
+        dt: (B, L, H).
+        A: (H,), at most 0.
+        B, C: (B, L, G, N), G groups of H / G neighbouring heads each.
+        D: (H,) or (H, P), weight of the input in the output, or None.
+        z: (B, L, H, P), gate, or None.
+        dt_bias: (H,), or None.
+        dt_softplus: whether dt, with its bias, passes a softplus.
+        reverse: scan from the last position to the first.
+        chunk: steps whose outputs are one matrix product. The result does not depend on it; memory grows with it, and
+            with the square of L / chunk.
+        backend: "auto", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+
+    Returns:
+        (B, L, H, P) in the dtype of x.
+
+    Raises:
+        InputError: A shape that the definition does not allow.
+        BackendError: `backend` names a form that cannot run here.
+
+    Source: Mamba-2, arXiv 2405.21060.
+    """
+    _check(x, dt, A, B, C, D, z, dt_bias, chunk)
+    arguments = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
+    if _chosen(backend) == "reference":
+        return reference.ssd(*arguments)
+    return portable.ssd(*arguments, chunk)
+
+
+def why(backend: str = "auto") -> _backend.Choice:
+    """Which backend a call would run with now, and why the others were refused."""
+    return _backend.choose("ssd", backend, _REFUSALS)
+
+
+def _chosen(backend: str) -> str:
+    return why(_backend.check_name(backend)).name
+
+
+# As of the other operators: a choice is a constant for Dynamo.
+_chosen._dynamo_marked_constant = True

@@ -1,0 +1,78 @@
+"""The state space dual in matrix products over chunks of steps: standard operations, which any device and export takes.
+
+Inside of a chunk every output is a masked product of its inputs (attention with decays in the place of a softmax);
+what chunks pass on is their state. Exponents are differences of sums within one chunk, or sums that run over chunks
+without a difference, and at most 0, so nothing overflows and long sequences lose no digits (README.md).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from terrazzo.kernels.selective_scan.reference import accumulator
+from terrazzo.kernels.ssd.reference import step_sizes
+
+
+def _sums_between(x: torch.Tensor) -> torch.Tensor:
+    """(..., T) to (..., T, T): at [i, j] the sum of x over j < k <= i, -inf where j > i.
+
+    Each sum is made of its own numbers: a difference of two running sums would lose the digits they share.
+    """
+    length = x.shape[-1]
+    rows = torch.arange(length, device=x.device)
+    later = rows[:, None] > rows[None, :]
+    sums = torch.where(later, x[..., :, None], 0).cumsum(-2)
+    return sums.masked_fill(rows[:, None] < rows[None, :], -torch.inf)
+
+
+def ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    chunk: int,
+) -> torch.Tensor:
+    """Arguments and result as of `terrazzo.kernels.ssd`; sizes may be symbolic.
+
+    Source: Mamba-2, arXiv 2405.21060, section 6 (block decomposition).
+    """
+    dtype = accumulator(x, dt, A, B, C)
+    length = x.shape[1]
+    groups = B.shape[2]
+    values, dt, B, C = (tensor.to(dtype) for tensor in (x, dt, B, C))
+    dt = step_sizes(dt, dt_bias, dt_softplus)
+    inputs = [values * dt.unsqueeze(-1), (dt * A.to(dtype)).unsqueeze(-1), B, C]
+    if reverse:
+        inputs = [tensor.flip(1) for tensor in inputs]
+    # Steps past the last have decay 1 and no input: they change nothing. Padding and cutting by symbolic sizes would
+    # have exporters prove what they cannot, so steps are picked.
+    steps = torch.arange((length + chunk - 1) // chunk * chunk, device=x.device).unflatten(0, (-1, chunk))
+    real = (steps < length)[:, :, None, None]
+    inputs = [torch.where(real, tensor[:, steps.clamp(max=length - 1)], 0) for tensor in inputs]
+    # Chunks, then heads by group, in front of the steps of a chunk.
+    into, decay, B, C = (tensor.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5) for tensor in inputs)
+    decay = decay.squeeze(-1)  # B chunks G H/G Q
+    between = _sums_between(decay).exp()
+    out = ((C @ B.transpose(-1, -2)) * between) @ into
+
+    # What each chunk adds to the state at its end, and the states there, of all chunks before and itself.
+    added = (B * between[..., -1, :, None]).transpose(-1, -2) @ into  # B chunks G H/G N P
+    passed = _sums_between(decay.sum(-1).movedim(1, -1)).exp()  # B G H/G chunks chunks
+    states = (passed @ added.movedim(1, 3).flatten(-2)).unflatten(-1, added.shape[-2:]).movedim(3, 1)
+    before = F.pad(states[:, :-1], (0,) * 8 + (1, 0))
+    out = out + (C @ before) * decay.cumsum(-1).exp().unsqueeze(-1)
+
+    out = out.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+    out = out.index_select(1, torch.arange(length, device=x.device))
+    if reverse:
+        out = out.flip(1)
+    if D is not None:
+        out = out + (D if D.dim() == 2 else D[:, None]).to(dtype) * values
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(x.dtype)

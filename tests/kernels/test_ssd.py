@@ -1,0 +1,189 @@
+"""The state space dual: its definition, the chunked form against it, and its kin, the selective scan."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from terrazzo.errors import BackendError, InputError
+from terrazzo.kernels import selective_scan, ssd, use_backend
+
+portable = importlib.import_module("terrazzo.kernels.ssd.portable")
+
+
+def inputs(batch=2, length=45, heads=4, width=3, groups=2, states=5, extras=True, dtype=torch.float64, rank=1):
+    """x, dt, A, B, C, D, z, dt_bias that require gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    found = [
+        draw(batch, length, heads, width),
+        draw(batch, length, heads),
+        -3 * draw(heads).abs(),
+        draw(batch, length, groups, states),
+        draw(batch, length, groups, states),
+        draw(heads, width)[(slice(None), 0)[: 3 - rank]] if extras else None,
+        draw(batch, length, heads, width) if extras else None,
+        draw(heads) if extras else None,
+    ]
+    return [None if x is None else x.to(dtype).requires_grad_() for x in found]
+
+
+def run(arguments, **options):
+    """Output and every gradient."""
+    out = ssd(*arguments, dt_softplus=True, **options)
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out, *torch.autograd.grad(out, [x for x in arguments if x is not None], grad)]
+
+
+def assert_all_close(found, wanted, **tolerance):
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+class TestDefinition:
+    def test_by_hand(self):
+        """One head, one number of input and state: 1, 1/2 + 1, 3/4 + 1 where a step halves the state."""
+        ones = torch.ones(1, 3, 1, 1, dtype=torch.float64)
+        decay = -torch.tensor([2.0], dtype=torch.float64).log()
+        for backend in ("reference", "portable"):
+            found = ssd(ones, ones[..., 0], decay, ones, ones, backend=backend)
+            assert found.flatten().tolist() == pytest.approx([1, 1.5, 1.75])
+
+    def test_is_attention_with_decays(self):
+        """Y = (L o C B^T) dt X, where L[t, s] is the product of the decays from s to t."""
+        x, dt, A, B, C, *_ = inputs(1, 9, 1, 3, 1, 4, extras=False)
+        total = (F.softplus(dt)[0, :, 0] * A[0]).cumsum(0)
+        decay = (total[:, None] - total[None, :]).exp().tril()
+        wanted = (decay * (C[0, :, 0] @ B[0, :, 0].T)) @ (F.softplus(dt)[0] * x[0, :, 0])
+        found = ssd(x, dt, A, B, C, dt_softplus=True, backend="reference")
+        torch.testing.assert_close(found[0, :, 0], wanted)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_is_a_selective_scan_with_equal_decays(self, reverse):
+        """One channel per head, whose states decay alike."""
+        x, dt, A, B, C, D, z, bias = inputs(2, 21, 6, 1, 3, 4)
+        given = [t.squeeze(-1).transpose(1, 2) for t in (x, dt.unsqueeze(-1), z)]
+        states = [t.permute(0, 2, 3, 1) for t in (B, C)]
+        wanted = selective_scan(
+            *given[:2], A[:, None].expand(6, 4), *states, D, given[2], bias, True, reverse, backend="reference"
+        )
+        for backend in ("reference", "portable"):
+            found = ssd(x, dt, A, B, C, D, z, bias, True, reverse, backend=backend)
+            torch.testing.assert_close(found.squeeze(-1).transpose(1, 2), wanted)
+
+
+class TestPortable:
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("chunk", [1, 8, 16, 45, 64])
+    def test_float64(self, chunk, reverse):
+        arguments = inputs(rank=2 if reverse else 1, extras=chunk != 16)
+        wanted = run(arguments, reverse=reverse, backend="reference")
+        assert_all_close(run(arguments, reverse=reverse, chunk=chunk), wanted, rtol=1e-9, atol=1e-9)
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        st.tuples(st.integers(1, 2), st.integers(1, 70), st.just(6), st.integers(1, 4)),
+        st.sampled_from((1, 2, 3, 6)),
+        st.integers(1, 5),
+    )
+    def test_any_size(self, sizes, groups, states):
+        arguments = inputs(*sizes, groups, states)
+        assert_all_close(run(arguments, chunk=16), run(arguments, backend="reference"), rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_error_is_no_worse_than_plain_pytorch(self, dtype):
+        """At most twice the error of the definition, or three units in the last place of the result's size."""
+        arguments = inputs(2, 200, 4, 16, 2, 16, dtype=dtype)
+        wanted = run([x.detach().double().requires_grad_() for x in arguments], backend="reference")
+        plain = run(arguments, backend="reference")
+        for e, p, f in zip(wanted, plain, run(arguments)):
+            error, limit = ((x.double() - e).square().mean().sqrt() for x in (f, p))
+            size = e.square().mean().sqrt()
+            assert error <= max(2 * limit, 3 * torch.finfo(torch.float32).eps * size)
+
+    @pytest.mark.parametrize(("length", "chunk"), [(4096, 64), pytest.param(65536, 256, marks=pytest.mark.slow)])
+    def test_long_sequences_lose_no_digits(self, length, chunk):
+        """Step sizes up to 20: running sums reach 10^5, their differences must not be what decays are made of."""
+        arguments = [x.detach().float() for x in inputs(1, length, 2, 2, 1, 4, extras=False)[:5]]
+        arguments[1] *= 8
+        found = ssd(*arguments, dt_softplus=True, chunk=chunk)
+        wanted = ssd(*(x.double() for x in arguments), dt_softplus=True, backend="reference")
+        assert found.isfinite().all()
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+    def test_mutation(self, monkeypatch):
+        """Decays that count a step too many: the comparisons must notice."""
+        sums = portable._sums_between
+        monkeypatch.setattr(portable, "_sums_between", lambda x: sums(x) + x[..., :, None])
+        arguments = inputs()
+        found, wanted = run(arguments), run(arguments, backend="reference")
+        assert not any(torch.allclose(a, b) for a, b in zip(found[:4], wanted[:4]))
+
+    @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+    def test_compiles_without_a_break(self, dynamic):
+        """Standard operations all the way; for sizes that it does not know the compiler takes a minute."""
+        compiled = torch.compile(ssd, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for length in (45, 70):
+            arguments = inputs(length=length)
+            torch.testing.assert_close(compiled(*arguments), ssd(*arguments))
+
+    def test_onnx(self, tmp_path):
+        """Matrix products, no Scan; any length of more than one chunk in one file."""
+        onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+
+        class Module(torch.nn.Module):
+            def forward(self, x, dt, A, B, C):
+                return ssd(x, dt, A, B, C, dt_softplus=True)
+
+        arguments = [x.detach() for x in inputs(length=100, dtype=torch.float32, extras=False)[:5]]
+        length = torch.export.Dim("length", min=65, max=10000)
+        shapes = tuple(None if x.dim() == 1 else {1: length} for x in arguments)
+        path = tmp_path / "ssd.onnx"
+        torch.onnx.export(Module(), tuple(arguments), dynamo=True, dynamic_shapes=shapes, verbose=False).save(path)
+        assert not {"Scan", "Loop"} & {node.op_type for node in onnx.load(path).graph.node}
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for length in (65, 100, 300):
+            arguments = [x.detach() for x in inputs(length=length, dtype=torch.float32, extras=False)[:5]]
+            (found,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), arguments)})
+            wanted = ssd(*arguments, dt_softplus=True)
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
+
+
+class TestOperator:
+    def test_backends(self):
+        arguments = inputs()
+        with pytest.raises(BackendError, match="ssd: backend 'fused'"):
+            ssd(*arguments, backend="fused")
+        why = importlib.import_module("terrazzo.kernels.ssd").why
+        assert why().name == "portable"
+        with use_backend("reference"):
+            assert why().name == "reference"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"x": torch.zeros(2, 45, 4)}, r"x must be \(B, L, H, P\)"),
+            ({"x": torch.zeros(2, 0, 4, 3)}, "L at least 1"),
+            ({"B": torch.zeros(2, 45, 3, 5)}, "4 heads of x do not divide into the 3 groups"),
+            ({"dt": torch.zeros(2, 45, 3)}, r"dt must be \(2, 45, 4\)"),
+            ({"A": torch.zeros(4, 5)}, r"A must be \(4,\)"),
+            ({"C": torch.zeros(2, 45, 2, 6)}, "C must be"),
+            ({"D": torch.zeros(3)}, r"D must be \(4,\) or \(4, 3\)"),
+            ({"z": torch.zeros(2, 45, 4)}, "z must be"),
+            ({"dt_bias": torch.zeros(2)}, "dt_bias must be"),
+            ({"chunk": 0}, "chunk must be at least 1"),
+            ({"backend": "cuda"}, "not one of"),
+        ],
+    )
+    def test_errors(self, change, message):
+        arguments = dict(zip(("x", "dt", "A", "B", "C"), (x.detach() for x in inputs()[:5])))
+        with pytest.raises(InputError, match=message):
+            ssd(**{**arguments, **change})
