@@ -7,6 +7,7 @@ import click
 from torch import Tensor
 
 from terrazzo.errors import InputError
+from terrazzo.kernels.selective_scan import without_loops
 from terrazzo.tools.checked_export import Form, Report, checked_export
 from terrazzo.tools.console import print_table
 from terrazzo.tools.export_targets import Exportable, coarsest_stride, exportable_of, floor, metadata, noise, photo
@@ -32,6 +33,7 @@ EXIT_PARITY = 1
     "--dynamic", type=click.Choice(("batch", "hw")), multiple=True, help="Leave batch, or height and width, open."
 )
 @click.option("--features", is_flag=True, help="A timm model's feature maps, an output for each, not its logits.")
+@click.option("--no-loops", is_flag=True, help="Unroll scans, for runtimes without Scan and Loop; one size.")
 @click.option("--opset", type=int, help="ONNX operator set [default: PyTorch's choice].")
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Compare on it, not on a drawn one.")
 @click.option("--fp16", "precision", flag_value="fp16", help="Half precision, where the model bears it.")
@@ -63,6 +65,7 @@ def command(
     batch: int,
     dynamic: tuple[str, ...],
     features: bool,
+    no_loops: bool,
     opset: int | None,
     image: Path | None,
     precision: str | None,
@@ -93,6 +96,10 @@ def command(
     """
     if opset is not None and form in ("pt2", "aoti"):
         raise InputError(f"--opset is of ONNX; {form} files have none: leave it out")
+    if no_loops and "hw" in dynamic:
+        raise InputError("--no-loops unrolls a scan of known length: leave --dynamic hw out")
+    if no_loops:
+        click.get_current_context().with_resource(without_loops())
     lacking = why_no_engine() if form == "tensorrt" else None
     writer = _form(form, opset, lacking)
     suffix = writer.suffixes[0]

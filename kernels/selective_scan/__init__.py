@@ -7,10 +7,11 @@ import torch
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.selective_scan import op
+from terrazzo.kernels.selective_scan.exported import without_loops
 from terrazzo.kernels.selective_scan.op import describe
 from terrazzo.kernels.selective_scan.orders import BOTH, CROSS, codes
 
-__all__ = ["BOTH", "CROSS", "describe", "selective_scan", "selective_scan_2d", "why"]
+__all__ = ["BOTH", "CROSS", "describe", "selective_scan", "selective_scan_2d", "why", "without_loops"]
 
 
 def _check_floating(**tensors: torch.Tensor | None) -> None:

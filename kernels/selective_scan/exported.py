@@ -1,16 +1,43 @@
 """The selective scan as an exported graph holds it: one higher-order scan, which ONNX knows as Scan.
 
 All scans of a call are one axis of the state, so that one node serves them; only the recurrence is inside of it. The
-channels are innermost in the state: with the states innermost runtimes are 4 to 18 times slower.
+channels are innermost in the state: with the states innermost runtimes are 4 to 18 times slower. For runtimes that know
+no loops `without_loops` unrolls it.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.selective_scan.orders import by_columns, is_reversed
 from terrazzo.kernels.selective_scan.reference import accumulator
+
+_unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("terrazzo_unrolled", default=False)
+
+
+@contextlib.contextmanager
+def without_loops() -> Iterator[None]:
+    """Within it, exporters find no loop in a selective scan: multiplications, additions and exponentials alone.
+
+    The graph grows with the square root of the length, which must be known.
+    """
+    token = _unrolled.set(True)
+    try:
+        yield
+    finally:
+        _unrolled.reset(token)
+
+
+def _is_unrolled() -> bool:
+    return _unrolled.get()
+
+
+# Dynamo cannot trace a context variable: it takes its value when tracing.
+_is_unrolled._dynamo_marked_constant = True
 
 
 def _steps(x: torch.Tensor, orders: Sequence[int], width: int) -> torch.Tensor:
@@ -50,6 +77,41 @@ def _body(decays: torch.Tensor):
     return step
 
 
+def _looped(delta, x, B, C, decays) -> torch.Tensor:
+    """The recurrence as one node: (L, B, K, D), and B and C (L, B, K, N), to (L, B, K, D)."""
+    from torch._higher_order_ops.scan import scan
+
+    start = (delta[0].unsqueeze(-2) * decays * 0).contiguous()  # of the graph's own sizes
+    return scan(_body(decays), start, (delta, x, B, C))[1]
+
+
+def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
+    """The same unrolled: as many runs as each has steps, all at once; first how each ends, then from where it starts.
+
+    Source: Blelloch, "Prefix sums and their applications", 1990 (processors that rake over parts of a sequence).
+    """
+    length = delta.shape[0]
+    steps = math.isqrt(length - 1) + 1
+    runs = -(-length // steps)
+    # Steps past the last have delta 0: they hold the state.
+    pad = (0, 0, 0, 0, 0, 0, 0, steps * runs - length)
+    delta, x, B, C = (F.pad(tensor, pad).unflatten(0, (runs, steps)) for tensor in (delta, x, B, C))
+    decay = torch.exp(delta.unsqueeze(-2) * decays).unbind(1)  # of each step runs B K N D
+    into = (x.unsqueeze(-2) * B.unsqueeze(-1)).unbind(1)
+    end = into[0]
+    for factor, more in zip(decay[1:], into[1:]):
+        end = factor * end + more
+    whole = torch.exp(delta.sum(1).unsqueeze(-2) * decays)
+    starts = [torch.zeros_like(end[0])]
+    for run in range(runs - 1):
+        starts.append(whole[run] * starts[-1] + end[run])
+    state, out = torch.stack(starts), []
+    for step in range(steps):
+        state = decay[step] * state + into[step]
+        out.append((C[:, step].unsqueeze(-1) * state).sum(-2))
+    return torch.stack(out, 1).flatten(0, 1)[:length]
+
+
 def selective_scan(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -65,8 +127,6 @@ def selective_scan(
     merge: bool,
 ) -> torch.Tensor:
     """Arguments and result as of `reference.selective_scan`; sizes may be symbolic."""
-    from torch._higher_order_ops.scan import scan
-
     dtype = accumulator(u, delta, A, B, C)
     x, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
     if delta_bias is not None:
@@ -75,8 +135,7 @@ def selective_scan(
         delta = F.softplus(delta)
     decays = A.to(dtype).transpose(1, 2).contiguous()  # K N D
     inputs = tuple(_steps(tensor, orders, width) for tensor in (delta, delta * x, B, C))
-    start = (inputs[0][0].unsqueeze(-2) * decays * 0).contiguous()  # of the graph's own sizes
-    _, out = scan(_body(decays), start, inputs)
+    out = (_unlooped if _is_unrolled() else _looped)(*inputs, decays)
     out = _pixels(out, orders, width)
     if D is not None:
         out = out + D.to(dtype) * x

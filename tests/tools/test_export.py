@@ -150,6 +150,11 @@ def test_a_place_that_cannot_be_written(refused, tmp_path, monkeypatch, form):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_loops_for_one_size_alone(refused):
+    reason = refused("export", "resnet10t", "--no-loops", "--dynamic", "hw")
+    assert "unrolls a scan of known length" in reason
+
+
 def test_refusals(refused, trained, tmp_path):
     config, _ = trained
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")

@@ -1,11 +1,14 @@
 """A Loop in the place of a Scan computes the same, in every runtime."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan_2d
+from terrazzo.kernels.selective_scan import CROSS, without_loops
 
 onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
@@ -67,10 +70,11 @@ def test_what_is_not_written(more):
 class Scans(torch.nn.Module):
     def __init__(self, states):
         super().__init__()
+        self.orders = CROSS
         self.A = torch.nn.Parameter(-torch.rand(4, 6, states))
 
     def forward(self, u, delta, B, C):
-        return selective_scan_2d(u, delta, self.A, B, C, delta_softplus=True)
+        return selective_scan_2d(u, delta, self.A, B, C, delta_softplus=True, orders=self.orders)
 
 
 @pytest.mark.parametrize("states", [1, 3])
@@ -101,3 +105,37 @@ def test_selective_scan_in_every_runtime(tmp_path, states):
         (found,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), given)})
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(openvino(*given)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 10, 49])
+def test_unrolled(tmp_path, length):
+    """Without loops: no node with a body, the same numbers, in every runtime."""
+    torch.manual_seed(0)
+    module = Scans(3).eval()
+    given = [torch.randn(2, 1, length, *shape) for shape in ((6,), (4, 6), (4, 3), (4, 3))]
+    path = tmp_path / "scan.onnx"
+    with torch.no_grad(), without_loops():
+        torch.onnx.export(module, tuple(given), dynamo=True, verbose=False).save(path)
+    assert not {"Scan", "Loop", "If", "CumSum"} & {node.op_type for node in onnx.load(path).graph.node}
+    wanted = module(*given).detach()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), given)})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
+    openvino, *_ = OpenVinoForm().open(path)
+    torch.testing.assert_close(openvino(*given)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_strong_decays_in_exported_graphs(unrolled):
+    """Step sizes up to 30 with decays down to exp(-16 x 30): the same accuracy as the eager form."""
+    generator = torch.Generator().manual_seed(0)
+    u, delta = (torch.randn(1, 1, 1000, *shape, generator=generator) for shape in ((4,), (1, 4)))
+    B, C = (torch.randn(1, 1, 1000, 1, 16, generator=generator) for _ in range(2))
+    module = Scans(16)
+    module.A = torch.nn.Parameter(-torch.arange(1.0, 17).repeat(1, 4, 1))
+    module.orders = ("rows_reversed",)
+    given = (u, 8 * delta, B, C)
+    with torch.no_grad(), without_loops() if unrolled else contextlib.nullcontext():
+        found = torch.export.export(module, given, strict=True).module()(*given)
+        wanted = module.double()(*(x.double() for x in given))
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
