@@ -1,14 +1,15 @@
 """The state space dual (SSD) of Mamba-2: a selective scan with one decay for each head, in matrix products."""
 
 import torch
+import torch.nn.functional as F
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.ssd import portable, reference
+from terrazzo.kernels.selective_scan.reference import accumulator
+from terrazzo.kernels.ssd import fused, op
+from terrazzo.kernels.ssd.op import describe
 
-__all__ = ["ssd", "why"]
-
-_REFUSALS = {"fused": "has no Triton form yet"}
+__all__ = ["describe", "ssd", "why"]
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, chunk) -> None:
@@ -68,9 +69,9 @@ def ssd(
         dt_bias: (H,), or None.
         dt_softplus: whether dt, with its bias, passes a softplus.
         reverse: scan from the last position to the first.
-        chunk: steps whose outputs are one matrix product. The result does not depend on it; memory grows with it, and
-            with the square of L / chunk.
-        backend: "auto", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+        chunk: steps whose outputs are one matrix product in the portable form. The result does not depend on it;
+            memory grows with it, and with the square of L / chunk.
+        backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
 
     Returns:
         (B, L, H, P) in the dtype of x.
@@ -82,20 +83,26 @@ def ssd(
     Source: Mamba-2, arXiv 2405.21060.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, chunk)
-    arguments = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
-    if _chosen(backend) == "reference":
-        return reference.ssd(*arguments)
-    return portable.ssd(*arguments, chunk)
+    _backend.check_name(backend)
+    dtype = accumulator(x, dt, A, B, C)
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    y = op.scan(x, dt, A, B, C, reverse, chunk, backend)
+    if D is not None:
+        y = y.to(dtype) + (D if D.dim() == 2 else D[:, None]).to(dtype) * x
+    if z is not None:
+        y = y.to(dtype) * F.silu(z.to(dtype))
+    return y.to(x.dtype)
 
 
-def why(backend: str = "auto") -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused."""
-    return _backend.choose("ssd", backend, _REFUSALS)
+def why(backend: str = "auto", x: torch.Tensor | None = None, B: torch.Tensor | None = None) -> _backend.Choice:
+    """Which backend a call would run with now, and why the others were refused.
 
-
-def _chosen(backend: str) -> str:
-    return why(_backend.check_name(backend)).name
-
-
-# As of the other operators: a choice is a constant for Dynamo.
-_chosen._dynamo_marked_constant = True
+    Without `x` and `B`, for float32 tensors on the default device.
+    """
+    if x is None or B is None:
+        return op.choose(backend, torch.get_default_device(), torch.float32)
+    return op.choose(backend, x.device, x.dtype, fused.fits(B.shape[3], x.shape[3]))

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.selective_scan.reference import accumulator
-from terrazzo.kernels.ssd.reference import step_sizes
 
 
 def _sums_between(x: torch.Tensor) -> torch.Tensor:
@@ -30,14 +29,10 @@ def ssd(
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    dt_softplus: bool,
     reverse: bool,
     chunk: int,
 ) -> torch.Tensor:
-    """Arguments and result as of `terrazzo.kernels.ssd`; sizes may be symbolic.
+    """Arguments and result as of `op.scan`; sizes may be symbolic.
 
     Source: Mamba-2, arXiv 2405.21060, section 6 (block decomposition).
     """
@@ -45,7 +40,6 @@ def ssd(
     length = x.shape[1]
     groups = B.shape[2]
     values, dt, B, C = (tensor.to(dtype) for tensor in (x, dt, B, C))
-    dt = step_sizes(dt, dt_bias, dt_softplus)
     inputs = [values * dt.unsqueeze(-1), (dt * A.to(dtype)).unsqueeze(-1), B, C]
     if reverse:
         inputs = [tensor.flip(1) for tensor in inputs]
@@ -71,8 +65,4 @@ def ssd(
     out = out.index_select(1, torch.arange(length, device=x.device))
     if reverse:
         out = out.flip(1)
-    if D is not None:
-        out = out + (D if D.dim() == 2 else D[:, None]).to(dtype) * values
-    if z is not None:
-        out = out * F.silu(z.to(dtype))
-    return out.to(x.dtype)
+    return out

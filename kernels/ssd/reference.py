@@ -4,16 +4,8 @@ Source: Mamba-2, arXiv 2405.21060, equation 1 with a scalar decay for each head.
 """
 
 import torch
-import torch.nn.functional as F
 
 from terrazzo.kernels.selective_scan.reference import accumulator
-
-
-def step_sizes(dt: torch.Tensor, dt_bias: torch.Tensor | None, dt_softplus: bool) -> torch.Tensor:
-    """dt with its bias and softplus, in the dtype it comes in."""
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    return F.softplus(dt) if dt_softplus else dt
 
 
 def of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -22,24 +14,14 @@ def of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def ssd(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
 ) -> torch.Tensor:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = h_t^T C_t, in float32, in float64 where an input is float64.
 
-    Args: as of `terrazzo.kernels.ssd`.
+    Args: as of `op.scan`.
     """
-    dtype, out_dtype = accumulator(x, dt, A, B, C), x.dtype
+    dtype = accumulator(x, dt, A, B, C)
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
-    dt = step_sizes(dt, dt_bias, dt_softplus)
     B, C = of_heads(B, x.shape[2]), of_heads(C, x.shape[2])
     state = x.new_zeros(x.shape[0], x.shape[2], B.shape[3], x.shape[3])  # B H N P
     out: list[torch.Tensor] = []
@@ -48,9 +30,4 @@ def ssd(
         decay, step = torch.exp(dt[:, t] * A)[..., None, None], dt[:, t, :, None, None]
         state = decay * state + step * B[:, t, :, :, None] * x[:, t, :, None, :]
         out.append((state * C[:, t, :, :, None]).sum(2))
-    y = torch.stack(out[::-1] if reverse else out, 1)
-    if D is not None:
-        y = y + (D if D.dim() == 2 else D[:, None]).to(dtype) * x
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(out_dtype)
+    return torch.stack(out[::-1] if reverse else out, 1)

@@ -1,0 +1,125 @@
+"""The fused form: Triton's interpreter against the float64 reference, and every kernel compiled for four GPUs."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from triton_aot import SHARED, TYPES, compile_kernel, resources
+
+fused = importlib.import_module("terrazzo.kernels.ssd.fused")
+triton_host = importlib.import_module("terrazzo.kernels.triton_host")
+pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
+
+SLOW = pytest.mark.slow
+
+
+def check(errors):
+    for name, (error, allowed) in errors.items():
+        assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
+
+
+class TestInterpreted:
+    """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("length", [1, 63, 64, 65, 130, pytest.param(300, marks=SLOW)])
+    def test_lengths(self, interpreted, length, reverse):
+        check(interpreted("triton_ssd.errors", length=length, reverse=reverse))
+
+    @pytest.mark.parametrize(
+        ("width", "states"),
+        [(1, 1), (24, 5), (5, 40), pytest.param(64, 64, marks=SLOW)],
+    )
+    def test_sizes(self, interpreted, width, states):
+        check(interpreted("triton_ssd.errors", width=width, states=states))
+
+    def test_groups_heads_and_batches(self, interpreted):
+        check(interpreted("triton_ssd.errors", 2, 70, 6, 8, 3, 8, extras=False))
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_half_precision(self, interpreted, dtype):
+        check(interpreted("triton_ssd.errors", length=130, width=16, states=16, dtype=dtype))
+
+    def test_same_bits_every_time(self, interpreted):
+        assert interpreted("triton_ssd.repeats")
+
+    def test_nothing_to_do(self, interpreted):
+        assert interpreted("triton_ssd.empty")
+
+
+class TestMutations:
+    """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
+
+    def test_unbroken(self, interpreted):
+        assert interpreted("triton_ssd.mutated", "") < 1e-3
+
+    @pytest.mark.parametrize("helper", ["positions", "between", "step_sizes", "to_end", "state_offset", "row_offsets"])
+    def test_pieces(self, interpreted, helper):
+        assert interpreted("triton_ssd.mutated", helper) > 1e-1
+
+
+class TestOperator:
+    @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=SLOW)])
+    def test_opcheck(self, interpreted, reverse):
+        interpreted("triton_ssd.opcheck", reverse)
+
+    def test_compiles_without_a_break(self, interpreted):
+        assert interpreted("triton_ssd.compiled") == 0
+
+    def test_choice(self, interpreted):
+        found = interpreted("triton_ssd.choices")
+        assert found["auto"][0] == "portable"
+        assert "TRITON_INTERPRET" in found["auto"][1]
+        assert found["named"] == "fused"
+        assert found["wide"] == "needs N and P of at most 64"
+
+
+KERNELS = ("states", "carry", "outputs", "gradients")
+QUICK = {("gradients", 64, "sm_90", torch.bfloat16), ("outputs", 64, "sm_80", torch.bfloat16)}
+
+
+@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.parametrize(
+    ("kernel", "size", "target", "dtype"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else SLOW, id="-".join((*map(str, case[:3]), TYPES[case[3]])))
+        for case in itertools.product(KERNELS, (16, 64), SHARED, (torch.bfloat16, torch.float32))
+        if case[0] != "carry" or case[1:] == (64, case[2], torch.float32)
+    ],
+)
+def test_compiles_without_spills(kernel, size, target, dtype):
+    """Ahead of time, for a GPU that is not here."""
+    kernels = importlib.import_module("terrazzo.kernels.ssd.fused_kernels")
+    values = dict(
+        N=size,
+        P=size,
+        BLOCK_N=triton_host.block_of(size),
+        BLOCK_P=triton_host.block_of(size),
+        CHUNK=fused.chunk(dtype.itemsize),
+        REVERSE=False,
+        GRADIENT=False,
+        PRECISION="ieee",
+        INTERPRETED=False,
+        SIZE=size * size,
+        BLOCK=fused._CARRIED,
+        BACKWARD=False,
+    )
+    floats = (
+        "p_dt",
+        "p_decay",
+        "p_state",
+        "p_whole",
+        "p_grad_state",
+        "p_grad_dt",
+        "p_grad_b",
+        "p_grad_c",
+        "p_grad_exponent",
+    )
+    warps = 4 if kernel == "carry" else fused.warps(dtype.itemsize, target.startswith("gfx"))
+    built = compile_kernel(getattr(kernels, kernel), values, dtype, target, warps, 1, floats)
+    registers, spilled = resources(built, target)
+    shared = built.metadata.shared
+    print(f"AOT {target} {kernel} {TYPES[dtype]} {size}: {registers} {spilled} {shared}")
+    assert spilled == 0
+    assert shared <= SHARED[target]
