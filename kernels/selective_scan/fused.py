@@ -1,9 +1,23 @@
-"""The selective scan in Triton."""
+"""The selective scan in Triton: what can run, how a call is cut into blocks, and the launches.
+
+The kernels are in fused_kernels.py, which imports triton; this file does so at the first launch. Every launch is
+decided by shapes and types alone, never by timing, so the same call gives the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
 
 from terrazzo.kernels.selective_scan.portable import Call as Call
+from terrazzo.kernels.triton_host import on_device
 
-CHUNK = 256
+# Steps of a chunk: those that the backward pass has in registers at once. The state before each chunk is kept.
+CHUNK = 32
 _STATES = 64
+# Programs of one warp that fill a large GPU: where one each for all steps of some channels are fewer, and steps are
+# many, chunks get programs of their own.
+_PROGRAMS = 2048
+_LONG = 256
 
 
 def fits(states: int) -> bool:
@@ -14,4 +28,197 @@ def fits(states: int) -> bool:
 
 
 def misfit(states_fit: bool) -> str | None:
-    return "is not written yet"
+    return None if states_fit else f"holds at most {_STATES} states of a channel in registers"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut: channels at a time, and how many warps."""
+
+    channels: int
+    warps: int
+
+
+def blocks(kernel: str, states: int) -> Blocks:
+    """The blocks of one kernel ("forward", "ends", "carry", "backward"): a rule, not an autotuner.
+
+    One warp each, for scans and sums over channels between warps cost more than they bring. Found by compiling for
+    compute capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing.
+    """
+    if kernel == "forward":  # 16 numbers of state for each thread, 2 where a channel has but one
+        return Blocks(max(8, min(64, 512 // _power(states))), 1)
+    return Blocks(16 if kernel == "backward" else 32, 1)
+
+
+def splits(programs: int, length: int) -> bool:
+    """Whether chunks get programs of their own in the forward pass.
+
+    Args:
+        programs: blocks of channels of all images and scans.
+    """
+    return programs < _PROGRAMS and length > _LONG
+
+
+def _power(size: int) -> int:
+    """The power of two that holds `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _strides(x: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+    """Of (B, L, K, ...) or of parameters (K, ...); 0 along K where all scans share one."""
+    if x is None:
+        return (0,) * axes
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride()))
+
+
+class _Launches:
+    """What all launches of one call share: sizes, strides and constants."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.batch, self.length, self.scans, self.channels = call.delta.shape
+        self.states = call.A.shape[2]
+        self.chunks = -(-self.length // CHUNK)
+        alike = len(set(call.orders)) == 1
+        orders = call.orders[:1] if alike else call.orders
+        self.constants = dict(
+            ORDERS=sum(code << (2 * k) for k, code in enumerate(orders)),
+            SCANS=len(orders),
+            N=self.states,
+            HAS_D=call.D is not None,
+            HAS_Z=call.z is not None,
+            HAS_BIAS=call.delta_bias is not None,
+            HAS_SOFTPLUS=call.delta_softplus,
+            CHUNK=CHUNK,
+        )
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.call.u.device)
+
+    def blocks(self, kernel: str) -> int:
+        return -(-self.channels // blocks(kernel, self.states).channels)
+
+    def launch(self, kernel: str, programs: int, pointers, sizes, strides, constants) -> None:
+        """One kernel, for so many blocks of channels of all images and scans."""
+        from terrazzo.kernels.selective_scan import fused_kernels
+
+        cut, count = blocks(kernel, self.states), self.blocks(kernel)
+        function = getattr(fused_kernels, kernel)
+        constants = {**self.constants, **constants, "BLOCK_D": cut.channels}
+        constants = {name: value for name, value in constants.items() if name in function.arg_names}
+        grid = (self.batch * self.scans * count * programs,)
+        dummy = self.call.u  # for what a call does not have
+        pointers = [dummy if x is None else x for x in pointers]
+        function[grid](*pointers, *sizes, count, *strides, **constants, num_warps=cut.warps, num_stages=1)
+
+    def carried(self, into: torch.Tensor, x: torch.Tensor, B: torch.Tensor, backward: bool) -> None:
+        """The first state of each chunk into (B, chunks, K, N, D), or the gradient of its last state from behind."""
+        call = self.call
+        sums = self.new(self.batch, self.chunks, self.scans, self.channels)
+        if self.chunks > 1:
+            self.launch(
+                "ends",
+                self.chunks - 1,
+                (x, call.delta, call.A, B, call.z, call.delta_bias, into, sums),
+                (self.length, call.width, self.scans, self.channels, self.chunks),
+                (
+                    *_strides(x, 4),
+                    *_strides(call.delta, 4),
+                    *_strides(call.A, 3),
+                    *_strides(B, 4),
+                    *_strides(call.z, 4),
+                    *_strides(call.delta_bias, 2),
+                ),
+                dict(BACKWARD=backward),
+            )
+        self.launch(
+            "carry",
+            self.states,
+            (call.A, into, sums),
+            (self.scans, self.channels, self.chunks),
+            _strides(call.A, 3),
+            dict(BACKWARD=backward),
+        )
+
+
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, see `reference.selective_scan`, and the state before each chunk, (B, chunks, K, N, D) float32.
+
+    Tensors are read in place whatever their strides. The scans' outputs are added up afterwards, in float32.
+    """
+    on = _Launches(call)
+    out = on.new(*call.delta.shape, dtype=torch.float32 if call.merge else call.u.dtype)
+    states = on.new(on.batch, on.chunks, on.scans, on.states, on.channels)
+    if out.numel():
+        with on_device(out.device):
+            split = splits(on.batch * on.scans * on.blocks("forward"), on.length)
+            if split:
+                on.carried(states, call.u, call.B, backward=False)
+            on.launch(
+                "forward",
+                on.chunks if split else 1,
+                (call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias, out, states),
+                (on.length, call.width, on.scans, on.channels, on.chunks),
+                _all_strides(call),
+                dict(SPLIT=split, BLOCK_N=_power(on.states)),
+            )
+    if call.merge:
+        out = out.squeeze(2) if on.scans == 1 else out.sum(2)
+    return out, states
+
+
+def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias, None of what a call does not have.
+
+    What several programs add to they write in parts, which are added up afterwards in float32: deterministic.
+    """
+    on = _Launches(call)
+    if grad.numel() == 0:
+        given = (call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias)
+        return tuple(None if x is None else x.new_zeros(x.shape) for x in given)
+    grad = grad.unsqueeze(2) if call.merge else grad
+    shared = call.u.shape[2] < on.scans
+    grad_u = on.new(*call.delta.shape, dtype=torch.float32 if shared else call.u.dtype)
+    grad_delta = on.new(*call.delta.shape, dtype=call.delta.dtype)
+    grad_z = None if call.z is None else on.new(*call.z.shape, dtype=call.z.dtype)
+    grad_A = torch.empty_like(states)
+    count = on.blocks("backward")
+    grad_B, grad_C = (
+        on.new(count, *x.shape, dtype=torch.float32 if count > 1 else x.dtype) for x in (call.B, call.C)
+    )
+    grad_D, grad_bias = (
+        None if x is None else on.new(on.batch, on.chunks, *x.shape) for x in (call.D, call.delta_bias)
+    )
+    with on_device(grad.device):
+        after = torch.empty_like(states)
+        on.carried(after, grad, call.C, backward=True)
+        on.launch(
+            "backward",
+            on.chunks,
+            (
+                *(call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias, grad, states, after),
+                *(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias),
+            ),
+            (on.length, call.width, on.scans, on.channels, on.chunks, on.batch),
+            (*_all_strides(call), *_strides(grad, 4)),
+            {},
+        )
+    if shared:
+        grad_u = grad_u.sum(2, keepdim=True).to(call.u.dtype)
+    grad_B, grad_C = (
+        found.squeeze(0) if count == 1 else found.sum(0).to(x.dtype)
+        for found, x in ((grad_B, call.B), (grad_C, call.C))
+    )
+    grad_A = grad_A.sum((0, 1)).transpose(1, 2).contiguous().to(call.A.dtype)
+    grad_D, grad_bias = (
+        None if x is None else found.sum((0, 1)).to(x.dtype)
+        for found, x in ((grad_D, call.D), (grad_bias, call.delta_bias))
+    )
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
+
+
+def _all_strides(call: Call) -> tuple[int, ...]:
+    """Of what a call takes, in its order."""
+    found = [_strides(call.u, 4), _strides(call.delta, 4), _strides(call.A, 3), _strides(call.B, 4)]
+    found += [_strides(call.C, 4), _strides(call.D, 2), _strides(call.z, 4), _strides(call.delta_bias, 2)]
+    return tuple(stride for strides in found for stride in strides)

@@ -15,7 +15,12 @@ import triton.language as tl
 from terrazzo.kernels.fused_blocks import LOG2_E
 
 # No kernel is compiled anew for those sizes that happen to be 1 or to divide by 16.
-_ANY = ["length", "width", "scans", "channels", "chunks", "blocks"]
+_ANY = ["length", "width", "scans", "channels", "chunks", "blocks", "images"]
+# Neighbouring channels that a thread of `backward` takes: fewer than could be loaded at once leave more lanes to
+# channels and so fewer to steps, across which a scan costs shuffles.
+_VECTOR = tl.constexpr(2)
+# Chunks that `carry` scans at once.
+_CHUNKS = tl.constexpr(16)
 
 
 @triton.jit
@@ -187,10 +192,10 @@ def forward(
     b_A = numbers(p_A, o_n[:, None] * stride_An + o_d[None, :] * stride_Ad, b_both) * LOG2_E
     b_skip = tl.zeros([BLOCK_D], tl.float32)
     if HAS_D:
-        b_skip = numbers(p_D + scan * stride_Dk, o_d * stride_Dd, b_d)
+        b_skip = numbers(p_D + scan.to(tl.int64) * stride_Dk, o_d * stride_Dd, b_d)
     b_bias = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
-        b_bias = numbers(p_bias + scan * stride_bk, o_d * stride_bd, b_d)
+        b_bias = numbers(p_bias + scan.to(tl.int64) * stride_bk, o_d * stride_bd, b_d)
     p_states += ((image.to(tl.int64) * chunks + chunk) * scans + scan) * N * channels
     p_states += o_n[:, None] * channels + o_d[None, :]
     stride_states = scans.to(tl.int64) * N * channels
@@ -207,23 +212,26 @@ def forward(
     b_delta = numbers(p_delta, pixel * stride_dl, b_d)
     b_B = numbers(p_B, pixel * stride_Bl, b_n)
     b_C = numbers(p_C, pixel * stride_Cl, b_n)
-    b_z = numbers(p_z, pixel * stride_zl, b_d & HAS_Z)
+    b_z = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_Z:
+        b_z = numbers(p_z, pixel * stride_zl, b_d)
     for step in range(first, last):
         if not SPLIT:
             if step % CHUNK == 0:
                 tl.store(p_states, b_state, mask=b_both)
                 p_states += stride_states
-        # The next step's numbers are asked for before this one's are used.
+        # The next step's numbers are asked for before this one's are used; the last step's own instead of a next one's.
         here = pixel
-        pixel += stride
-        pixel = tl.where(pixel >= length, pixel - (length - 1), pixel)
-        pixel = tl.where(pixel < 0, pixel + (length - 1), pixel)
-        more = step + 1 < last
-        b_u_next = numbers(p_u, pixel * stride_ul, b_d & more)
-        b_delta_next = numbers(p_delta, pixel * stride_dl, b_d & more)
-        b_B_next = numbers(p_B, pixel * stride_Bl, b_n & more)
-        b_C_next = numbers(p_C, pixel * stride_Cl, b_n & more)
-        b_z_next = numbers(p_z, pixel * stride_zl, b_d & more & HAS_Z)
+        after = pixel + tl.where(step + 1 < last, stride, 0)
+        after = tl.where(after >= length, after - (length - 1), after)
+        pixel = tl.where(after < 0, after + (length - 1), after)
+        b_u_next = numbers(p_u, pixel * stride_ul, b_d)
+        b_delta_next = numbers(p_delta, pixel * stride_dl, b_d)
+        b_B_next = numbers(p_B, pixel * stride_Bl, b_n)
+        b_C_next = numbers(p_C, pixel * stride_Cl, b_n)
+        b_z_next = b_z
+        if HAS_Z:
+            b_z_next = numbers(p_z, pixel * stride_zl, b_d)
 
         b_dt = step_size(b_delta + b_bias, HAS_SOFTPLUS)
         b_state = tl.exp2(b_dt[None, :] * b_A) * b_state + (b_dt * b_u)[None, :] * b_B[:, None]
@@ -278,7 +286,7 @@ def ends(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTPLUS: tl.constexpr,
     BACKWARD: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """What one chunk alone gives to the next one's first state, and the sum of its step sizes, which tells its decay.
@@ -291,7 +299,7 @@ def ends(
     if BACKWARD:
         into = chunk
         chunk += 1
-    o_t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_t = chunk * CHUNK + tl.arange(0, CHUNK)
     o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     b_t = o_t < length
     b_d = o_d < channels
@@ -301,7 +309,7 @@ def ends(
     p_delta += at(image, scan, stride_db, stride_dk)
     b_bias = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
-        b_bias = numbers(p_bias + scan * stride_bk, o_d * stride_bd, b_d)
+        b_bias = numbers(p_bias + scan.to(tl.int64) * stride_bk, o_d * stride_bd, b_d)
     b_dt = numbers(p_delta, tile(o_pixel, o_d, stride_dl, stride_dd), b_both) + b_bias[None, :]
     b_dt = tl.where(b_both, step_size(b_dt, HAS_SOFTPLUS), 0.0)
     b_x = numbers(p_x + at(image, scan, stride_xb, stride_xk), tile(o_pixel, o_d, stride_xl, stride_xd), b_both)
@@ -316,7 +324,7 @@ def ends(
         b_x *= b_dt
         # To the chunk's end, without the step itself: not a difference of sums, which would round.
         o_next = pixel_of(o_t + 1, code, length, width)
-        b_after = (tl.arange(0, BLOCK_T) < BLOCK_T - 1)[:, None] & b_d[None, :]
+        b_after = (tl.arange(0, CHUNK) < CHUNK - 1)[:, None] & b_d[None, :]
         b_next = numbers(p_delta, tile(o_next, o_d, stride_dl, stride_dd), b_after) + b_bias[None, :]
         b_next = tl.where(b_after, step_size(b_next, HAS_SOFTPLUS), 0.0)
         b_apart = tl.cumsum(b_next, 0, reverse=True)
@@ -346,10 +354,9 @@ def carry(
     stride_An,
     N: tl.constexpr,
     BACKWARD: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """From what each chunk alone gives, what all before it give, or BACKWARD all behind it: one state, BLOCK_T chunks at
+    """From what each chunk alone gives, what all before it give, or BACKWARD all behind it: one state, _CHUNKS chunks at
     a time. The first state of all is 0."""
     block = tl.program_id(0) % blocks
     state = tl.program_id(0) // blocks % N
@@ -360,8 +367,8 @@ def carry(
     p_A += scan.to(tl.int64) * stride_Ak + state * stride_An
     b_A = numbers(p_A, o_d * stride_Ad, b_d) * LOG2_E
     b_carried = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, chunks, BLOCK_T):
-        o_t = first + tl.arange(0, BLOCK_T)
+    for first in range(0, chunks, _CHUNKS):
+        o_t = first + tl.arange(0, _CHUNKS)
         b_t = o_t < chunks
         b_given = ((o_t > 0) & b_t)[:, None] & b_d[None, :]
         if BACKWARD:
@@ -371,11 +378,11 @@ def carry(
         b_x = tl.load(p_here, mask=b_given, other=0.0)
         b_dt = tl.load(p_sums + o_kept * channels + o_d[None, :], mask=b_given, other=0.0)
         b_decay = tl.exp2(b_dt * b_A[None, :])
-        b_first = (tl.arange(0, BLOCK_T) == 0)[:, None]
+        b_first = (tl.arange(0, _CHUNKS) == 0)[:, None]
         b_x += tl.where(b_first, b_decay * b_carried[None, :], 0.0)
         _, b_x = tl.associative_scan((b_decay, b_x), 0, combine)
         tl.store(p_here, b_x, mask=b_t[:, None] & b_d[None, :])
-        b_last = (tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None]
+        b_last = (tl.arange(0, _CHUNKS) == _CHUNKS - 1)[:, None]
         b_carried = tl.sum(tl.where(b_last, b_x, 0.0), 0)
 
 
@@ -405,8 +412,8 @@ def backward(
     scans,
     channels,
     chunks,
-    blocks,
     images,
+    blocks,
     stride_ub,
     stride_ul,
     stride_uk,
@@ -445,7 +452,7 @@ def backward(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTPLUS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """All gradients of one chunk of one scan of one image for BLOCK_D channels, one state after another.
@@ -455,20 +462,20 @@ def backward(
     (B, chunks, K, N, D), of D and the bias (B, chunks, K, D).
     """
     image, chunk, scan, block = locate(tl.program_id(0), blocks, scans, chunks)
-    o_t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_t = chunk * CHUNK + tl.arange(0, CHUNK)
+    o_d = tl.max_contiguous(block * BLOCK_D + tl.arange(0, BLOCK_D), _VECTOR)
     b_t = o_t < length
     b_d = o_d < channels
     b_both = b_t[:, None] & b_d[None, :]
-    b_first = (tl.arange(0, BLOCK_T) == 0)[:, None]
-    b_last = (tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None]
+    b_first = (tl.arange(0, CHUNK) == 0)[:, None]
+    b_last = (tl.arange(0, CHUNK) == CHUNK - 1)[:, None]
     code = order_of(scan, ORDERS, SCANS)
     o_pixel = pixel_of(o_t, code, length, width)
     o_next = pixel_of(o_t + 1, code, length, width)
     p_delta += at(image, scan, stride_db, stride_dk)
     b_bias = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
-        b_bias = numbers(p_bias + scan * stride_bk, o_d * stride_bd, b_d)
+        b_bias = numbers(p_bias + scan.to(tl.int64) * stride_bk, o_d * stride_bd, b_d)
     o_delta = tile(o_pixel, o_d, stride_dl, stride_dd)
     b_dt = step_size(numbers(p_delta, o_delta, b_both) + b_bias[None, :], HAS_SOFTPLUS)
     b_dt = tl.where(b_both, b_dt, 0.0)  # a step that is not real holds the state
@@ -483,9 +490,9 @@ def backward(
         b_z = numbers(p_z, o_z, b_both)
         b_dy *= b_z * sigmoid(b_z)
     b_x = b_dt * b_u
-    b_y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    b_grad_x = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    b_grad_dt = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    b_y = tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    b_grad_x = tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    b_grad_dt = tl.zeros([CHUNK, BLOCK_D], tl.float32)
 
     p_A += scan.to(tl.int64) * stride_Ak + o_d * stride_Ad
     p_B += at(image, scan, stride_Bb, stride_Bk) + o_pixel.to(tl.int64) * stride_Bl
@@ -498,7 +505,7 @@ def backward(
         b_B = numbers(p_B, n * stride_Bn, b_t)[:, None]
         b_C = numbers(p_C, n * stride_Cn, b_t)[:, None]
         b_start = tl.load(p_states + o_state + n * channels, mask=b_d, other=0.0)[None, :]
-        b_end = tl.load(p_after + o_state + n * channels, mask=b_d & (chunk + 1 < chunks), other=0.0)[None, :]
+        b_end = tl.load(p_after + o_state + n * channels, mask=b_d, other=0.0)[None, :]
         b_decay = tl.exp2(b_dt * (b_A * LOG2_E))
         b_added = b_x * b_B
         b_given = b_added + tl.where(b_first, b_decay * b_start, 0.0)
@@ -518,9 +525,10 @@ def backward(
     # What the loop need not hold is loaded again.
     o_out = ((image.to(tl.int64) * length + o_pixel) * scans + scan)[:, None] * channels + o_d[None, :]
     o_sum = o_kept * channels + o_d
+    b_u = numbers(p_u + at(image, scan, stride_ub, stride_uk), tile(o_pixel, o_d, stride_ul, stride_ud), b_both)
     b_skip = tl.zeros([BLOCK_D], tl.float32)
     if HAS_D:
-        b_skip = numbers(p_D + scan * stride_Dk, o_d * stride_Dd, b_d)
+        b_skip = numbers(p_D + scan.to(tl.int64) * stride_Dk, o_d * stride_Dd, b_d)
         tl.store(p_grad_D + o_sum, tl.sum(b_dy * b_u, 0), mask=b_d)
     if HAS_Z:
         b_grad = numbers(p_grad, tile(o_pixel, o_d, stride_gl, stride_gd), b_both)
