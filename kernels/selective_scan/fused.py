@@ -39,15 +39,20 @@ class Blocks:
     warps: int
 
 
-def blocks(kernel: str, states: int) -> Blocks:
+def blocks(kernel: str, states: int, heavy: bool = False) -> Blocks:
     """The blocks of one kernel ("forward", "ends", "carry", "backward"): a rule, not an autotuner.
 
-    One warp each, for scans and sums over channels between warps cost more than they bring. Found by compiling for
-    compute capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing.
+    One warp each, for scans and sums between warps cost more than they bring. Found by compiling for compute
+    capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing.
+
+    Args:
+        heavy: of "backward", with a gate or with channels that are not contiguous, which takes more registers.
     """
     if kernel == "forward":  # 16 numbers of state for each thread, 2 where a channel has but one
         return Blocks(max(8, min(64, 512 // _power(states))), 1)
-    return Blocks(16 if kernel == "backward" else 32, 1)
+    if kernel == "backward":
+        return Blocks(8 if heavy else 16, 1)
+    return Blocks(32, 1)
 
 
 def splits(programs: int, length: int) -> bool:
@@ -79,6 +84,8 @@ class _Launches:
         self.batch, self.length, self.scans, self.channels = call.delta.shape
         self.states = call.A.shape[2]
         self.chunks = -(-self.length // CHUNK)
+        maps = (call.u, call.delta)
+        self.heavy = call.z is not None or any(x.stride(3) != 1 for x in maps)
         alike = len(set(call.orders)) == 1
         orders = call.orders[:1] if alike else call.orders
         self.constants = dict(
@@ -95,14 +102,16 @@ class _Launches:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.call.u.device)
 
-    def blocks(self, kernel: str) -> int:
-        return -(-self.channels // blocks(kernel, self.states).channels)
+    def cut(self, kernel: str) -> tuple[Blocks, int]:
+        """The blocks of a kernel, and how many hold all channels."""
+        found = blocks(kernel, self.states, self.heavy)
+        return found, -(-self.channels // found.channels)
 
     def launch(self, kernel: str, programs: int, pointers, sizes, strides, constants) -> None:
         """One kernel, for so many blocks of channels of all images and scans."""
         from terrazzo.kernels.selective_scan import fused_kernels
 
-        cut, count = blocks(kernel, self.states), self.blocks(kernel)
+        cut, count = self.cut(kernel)
         function = getattr(fused_kernels, kernel)
         constants = {**self.constants, **constants, "BLOCK_D": cut.channels}
         constants = {name: value for name, value in constants.items() if name in function.arg_names}
@@ -151,7 +160,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     states = on.new(on.batch, on.chunks, on.scans, on.states, on.channels)
     if out.numel():
         with on_device(out.device):
-            split = splits(on.batch * on.scans * on.blocks("forward"), on.length)
+            split = splits(on.batch * on.scans * on.cut("forward")[1], on.length)
             if split:
                 on.carried(states, call.u, call.B, backward=False)
             on.launch(
@@ -182,10 +191,8 @@ def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torc
     grad_delta = on.new(*call.delta.shape, dtype=call.delta.dtype)
     grad_z = None if call.z is None else on.new(*call.z.shape, dtype=call.z.dtype)
     grad_A = torch.empty_like(states)
-    count = on.blocks("backward")
-    grad_B, grad_C = (
-        on.new(count, *x.shape, dtype=torch.float32 if count > 1 else x.dtype) for x in (call.B, call.C)
-    )
+    _, count = on.cut("backward")
+    grad_B, grad_C = (on.new(count, on.batch, on.scans, on.states, on.length) for _ in range(2))
     grad_D, grad_bias = (
         None if x is None else on.new(on.batch, on.chunks, *x.shape) for x in (call.D, call.delta_bias)
     )
@@ -206,7 +213,7 @@ def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torc
     if shared:
         grad_u = grad_u.sum(2, keepdim=True).to(call.u.dtype)
     grad_B, grad_C = (
-        found.squeeze(0) if count == 1 else found.sum(0).to(x.dtype)
+        found.sum(0).permute(0, 3, 1, 2).to(x.dtype).contiguous()
         for found, x in ((grad_B, call.B), (grad_C, call.C))
     )
     grad_A = grad_A.sum((0, 1)).transpose(1, 2).contiguous().to(call.A.dtype)

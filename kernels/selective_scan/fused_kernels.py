@@ -16,6 +16,8 @@ from terrazzo.kernels.fused_blocks import LOG2_E
 
 # No kernel is compiled anew for those sizes that happen to be 1 or to divide by 16.
 _ANY = ["length", "width", "scans", "channels", "chunks", "blocks", "images"]
+# ln 2 in two numbers, of which the first has 15 bits.
+_LN2_HIGH, _LN2_LOW = tl.constexpr(0.693145751953125), tl.constexpr(1.4286068203094173e-06)
 # Neighbouring channels that a thread of `backward` takes: fewer than could be loaded at once leave more lanes to
 # channels and so fewer to steps, across which a scan costs shuffles.
 _VECTOR = tl.constexpr(2)
@@ -47,6 +49,14 @@ def pixel_of(step, code, length, width):
 
 
 @triton.jit
+def exponential(b_x):
+    """exp(x) to a unit in the last place for x of at most 0, where x log2(e) is rounded by more: x = k ln 2 + rest."""
+    b_whole = tl.floor(b_x * LOG2_E + 0.5)
+    b_rest = b_x - b_whole * _LN2_HIGH - b_whole * _LN2_LOW  # the first product is exact
+    return tl.exp2(b_whole) * tl.exp2(b_rest * LOG2_E)
+
+
+@triton.jit
 def step_size(b_x, HAS_SOFTPLUS: tl.constexpr):
     """softplus(x), linear above 20: max(x, 0) + log(1 + exp(-|x|)), the logarithm by its series in e / (2 + e).
 
@@ -54,7 +64,7 @@ def step_size(b_x, HAS_SOFTPLUS: tl.constexpr):
     """
     if not HAS_SOFTPLUS:
         return b_x
-    b_exp = tl.exp2(-tl.abs(b_x) * LOG2_E)
+    b_exp = exponential(-tl.minimum(tl.abs(b_x), 104))
     b_ratio = b_exp / (2 + b_exp)  # at most 1/3
     b_square = b_ratio * b_ratio
     b_sum = 1 / 15 + b_square * (1 / 17)
@@ -86,6 +96,12 @@ def sigmoid(b_x):
 def numbers(p_base, o_x, b_real):
     """Loaded in float32, zero where not real."""
     return tl.load(p_base + o_x, mask=b_real, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def steps(p_delta, o_delta, b_real, b_bias, HAS_SOFTPLUS: tl.constexpr):
+    """Step sizes, zero where not real."""
+    return tl.where(b_real, step_size(numbers(p_delta, o_delta, b_real) + b_bias, HAS_SOFTPLUS), 0.0)
 
 
 @triton.jit
@@ -310,8 +326,8 @@ def ends(
     b_bias = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
         b_bias = numbers(p_bias + scan.to(tl.int64) * stride_bk, o_d * stride_bd, b_d)
-    b_dt = numbers(p_delta, tile(o_pixel, o_d, stride_dl, stride_dd), b_both) + b_bias[None, :]
-    b_dt = tl.where(b_both, step_size(b_dt, HAS_SOFTPLUS), 0.0)
+    b_bias = b_bias[None, :]
+    b_dt = steps(p_delta, tile(o_pixel, o_d, stride_dl, stride_dd), b_both, b_bias, HAS_SOFTPLUS)
     b_x = numbers(p_x + at(image, scan, stride_xb, stride_xk), tile(o_pixel, o_d, stride_xl, stride_xd), b_both)
     b_sum = tl.sum(b_dt, 0)
     if BACKWARD:
@@ -323,11 +339,10 @@ def ends(
     else:
         b_x *= b_dt
         # To the chunk's end, without the step itself: not a difference of sums, which would round.
-        o_next = pixel_of(o_t + 1, code, length, width)
+        o_after = pixel_of(o_t + 1, code, length, width)
         b_after = (tl.arange(0, CHUNK) < CHUNK - 1)[:, None] & b_d[None, :]
-        b_next = numbers(p_delta, tile(o_next, o_d, stride_dl, stride_dd), b_after) + b_bias[None, :]
-        b_next = tl.where(b_after, step_size(b_next, HAS_SOFTPLUS), 0.0)
-        b_apart = tl.cumsum(b_next, 0, reverse=True)
+        b_apart = steps(p_delta, tile(o_after, o_d, stride_dl, stride_dd), b_after, b_bias, HAS_SOFTPLUS)
+        b_apart = tl.cumsum(b_apart, 0, reverse=True)
     p_A += scan.to(tl.int64) * stride_Ak + o_d * stride_Ad
     p_B += at(image, scan, stride_Bb, stride_Bk) + o_pixel.to(tl.int64) * stride_Bl
     o_kept = (image.to(tl.int64) * chunks + into) * scans + scan
@@ -458,7 +473,7 @@ def backward(
     """All gradients of one chunk of one scan of one image for BLOCK_D channels, one state after another.
 
     With a the decays and dy the gradient of y, g_t = a_(t+1) g_(t+1) + C_t dy_t runs from the chunk's end to its start.
-    Results that other programs add to are their own parts of a sum: those of B and C (blocks, B, L, K, N), of A
+    Results that other programs add to are their own parts of a sum: those of B and C (blocks, B, K, N, L), of A
     (B, chunks, K, N, D), of D and the bias (B, chunks, K, D).
     """
     image, chunk, scan, block = locate(tl.program_id(0), blocks, scans, chunks)
@@ -471,61 +486,73 @@ def backward(
     b_last = (tl.arange(0, CHUNK) == CHUNK - 1)[:, None]
     code = order_of(scan, ORDERS, SCANS)
     o_pixel = pixel_of(o_t, code, length, width)
-    o_next = pixel_of(o_t + 1, code, length, width)
+    o_before = pixel_of(o_t - 1, code, length, width)
+    o_after = pixel_of(o_t + 1, code, length, width)
+    b_before = (tl.arange(0, CHUNK) > 0) & (o_t - 1 < length)
+    b_before_both = b_before[:, None] & b_d[None, :]
+    b_after_both = (o_t + 1 < length)[:, None] & b_d[None, :]
     p_delta += at(image, scan, stride_db, stride_dk)
+    p_u += at(image, scan, stride_ub, stride_uk)
     b_bias = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
         b_bias = numbers(p_bias + scan.to(tl.int64) * stride_bk, o_d * stride_bd, b_d)
+    b_bias = b_bias[None, :]
     o_delta = tile(o_pixel, o_d, stride_dl, stride_dd)
-    b_dt = step_size(numbers(p_delta, o_delta, b_both) + b_bias[None, :], HAS_SOFTPLUS)
-    b_dt = tl.where(b_both, b_dt, 0.0)  # a step that is not real holds the state
-    b_after = (o_t + 1 < length)[:, None] & b_d[None, :]
-    b_next = numbers(p_delta, tile(o_next, o_d, stride_dl, stride_dd), b_after) + b_bias[None, :]
-    b_next = tl.where(b_after, step_size(b_next, HAS_SOFTPLUS), 0.0)
-    b_u = numbers(p_u + at(image, scan, stride_ub, stride_uk), tile(o_pixel, o_d, stride_ul, stride_ud), b_both)
+    b_dt = steps(p_delta, o_delta, b_both, b_bias, HAS_SOFTPLUS)  # 0 holds the state where a step is not real
+    b_x = b_dt * numbers(p_u, tile(o_pixel, o_d, stride_ul, stride_ud), b_both)
+    b_dt_after = steps(p_delta, tile(o_after, o_d, stride_dl, stride_dd), b_after_both, b_bias, HAS_SOFTPLUS)
+    b_x_before = steps(p_delta, tile(o_before, o_d, stride_dl, stride_dd), b_before_both, b_bias, HAS_SOFTPLUS)
+    b_x_before *= numbers(p_u, tile(o_before, o_d, stride_ul, stride_ud), b_before_both)
     p_grad += at(image, scan, stride_gb, stride_gk)
     b_dy = numbers(p_grad, tile(o_pixel, o_d, stride_gl, stride_gd), b_both)
     if HAS_Z:
         o_z = at(image, scan, stride_zb, stride_zk) + tile(o_pixel, o_d, stride_zl, stride_zd)
         b_z = numbers(p_z, o_z, b_both)
         b_dy *= b_z * sigmoid(b_z)
-    b_x = b_dt * b_u
     b_y = tl.zeros([CHUNK, BLOCK_D], tl.float32)
     b_grad_x = tl.zeros([CHUNK, BLOCK_D], tl.float32)
     b_grad_dt = tl.zeros([CHUNK, BLOCK_D], tl.float32)
 
     p_A += scan.to(tl.int64) * stride_Ak + o_d * stride_Ad
-    p_B += at(image, scan, stride_Bb, stride_Bk) + o_pixel.to(tl.int64) * stride_Bl
-    p_C += at(image, scan, stride_Cb, stride_Ck) + o_pixel.to(tl.int64) * stride_Cl
+    p_B += at(image, scan, stride_Bb, stride_Bk)
+    p_C += at(image, scan, stride_Cb, stride_Ck)
     o_kept = (image.to(tl.int64) * chunks + chunk) * scans + scan
     o_state = o_kept * N * channels + o_d
-    o_pair = (((block * images + image).to(tl.int64) * length + o_pixel) * scans + scan) * N
+    o_pair = ((block * images + image).to(tl.int64) * scans + scan) * N * length
+    p_grad_B += o_pair
+    p_grad_C += o_pair
     for n in range(N):
         b_A = numbers(p_A, n * stride_An, b_d)[None, :]
-        b_B = numbers(p_B, n * stride_Bn, b_t)[:, None]
-        b_C = numbers(p_C, n * stride_Cn, b_t)[:, None]
+        b_B = numbers(p_B, o_pixel.to(tl.int64) * stride_Bl, b_t)[:, None]
+        b_B_before = numbers(p_B, o_before.to(tl.int64) * stride_Bl, b_before)[:, None]
+        b_C = numbers(p_C, o_pixel.to(tl.int64) * stride_Cl, b_t)[:, None]
         b_start = tl.load(p_states + o_state + n * channels, mask=b_d, other=0.0)[None, :]
         b_end = tl.load(p_after + o_state + n * channels, mask=b_d, other=0.0)[None, :]
+        # What each step keeps of the state before: a difference of states would lose where it is little.
         b_decay = tl.exp2(b_dt * (b_A * LOG2_E))
-        b_added = b_x * b_B
-        b_given = b_added + tl.where(b_first, b_decay * b_start, 0.0)
-        _, b_state = tl.associative_scan((b_decay, b_given), 0, combine)
-        b_decay = tl.exp2(b_next * (b_A * LOG2_E))
-        b_given = b_dy * b_C + tl.where(b_last, b_end, 0.0)
-        _, b_g = tl.associative_scan((b_decay, b_given), 0, combine, reverse=True)
+        b_given = b_decay * tl.where(b_first, b_start, b_x_before * b_B_before)
+        _, b_flow = tl.associative_scan((b_decay, b_given), 0, combine)
+        b_state = b_flow + b_x * b_B
         if HAS_Z:
             b_y += b_state * b_C
-        tl.store(p_grad_C + o_pair + n, tl.sum(b_dy * b_state, 1).to(p_grad_C.dtype.element_ty), mask=b_t)
-        tl.store(p_grad_B + o_pair + n, tl.sum(b_g * b_x, 1).to(p_grad_B.dtype.element_ty), mask=b_t)
+        tl.store(p_grad_C + o_pixel, tl.sum(b_dy * b_state, 1), mask=b_t)
+        b_decay = tl.exp2(b_dt_after * (b_A * LOG2_E))
+        b_given = b_dy * b_C + tl.where(b_last, b_end, 0.0)
+        _, b_g = tl.associative_scan((b_decay, b_given), 0, combine, reverse=True)
+        tl.store(p_grad_B + o_pixel, tl.sum(b_g * b_x, 1), mask=b_t)
         b_grad_x += b_g * b_B
-        b_flow = b_g * (b_state - b_added)  # the decayed state before, times the gradient
+        b_flow *= b_g
         b_grad_dt += b_flow * b_A
         tl.store(p_grad_A + o_state + n * channels, tl.sum(b_flow * b_dt, 0), mask=b_d)
+        p_B += stride_Bn
+        p_C += stride_Cn
+        p_grad_B += length
+        p_grad_C += length
 
     # What the loop need not hold is loaded again.
     o_out = ((image.to(tl.int64) * length + o_pixel) * scans + scan)[:, None] * channels + o_d[None, :]
     o_sum = o_kept * channels + o_d
-    b_u = numbers(p_u + at(image, scan, stride_ub, stride_uk), tile(o_pixel, o_d, stride_ul, stride_ud), b_both)
+    b_u = numbers(p_u, tile(o_pixel, o_d, stride_ul, stride_ud), b_both)
     b_skip = tl.zeros([BLOCK_D], tl.float32)
     if HAS_D:
         b_skip = numbers(p_D + scan.to(tl.int64) * stride_Dk, o_d * stride_Dd, b_d)
@@ -538,7 +565,7 @@ def backward(
         tl.store(p_grad_z + o_out, b_grad_z.to(p_grad_z.dtype.element_ty), mask=b_both)
     b_grad_u = b_dt * b_grad_x + b_skip[None, :] * b_dy
     tl.store(p_grad_u + o_out, b_grad_u.to(p_grad_u.dtype.element_ty), mask=b_both)
-    b_slope = step_size_slope(numbers(p_delta, o_delta, b_both) + b_bias[None, :], HAS_SOFTPLUS)
+    b_slope = step_size_slope(numbers(p_delta, o_delta, b_both) + b_bias, HAS_SOFTPLUS)
     b_grad_delta = (b_u * b_grad_x + b_grad_dt) * b_slope
     tl.store(p_grad_delta + o_out, b_grad_delta.to(p_grad_delta.dtype.element_ty), mask=b_both)
     if HAS_BIAS:
