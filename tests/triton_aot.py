@@ -12,7 +12,7 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compile_kernel(function, values, dtype, target, warps, stages, floats=()):
+def compile_kernel(function, values, dtype, target, warps, stages, floats=(), ones=()):
     """Compile one kernel as a model's tensors launch it: pointers and strides are multiples of 16.
 
     Args:
@@ -21,6 +21,7 @@ def compile_kernel(function, values, dtype, target, warps, stages, floats=()):
         dtype: of what its pointers point to.
         target: "sm_90", "gfx942" and the like.
         floats: pointers to float32 whatever `dtype` is. A `scale` is a float32 number, any other argument an int32.
+        ones: arguments that are 1, which Triton takes as constants.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -28,6 +29,8 @@ def compile_kernel(function, values, dtype, target, warps, stages, floats=()):
 
     target = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     constant = {parameter.name for parameter in function.params if parameter.is_constexpr}
+    values = {**values, **{name: 1 for name in function.arg_names if name in ones}}
+    constant.update(ones)
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constant:
@@ -36,7 +39,7 @@ def compile_kernel(function, values, dtype, target, warps, stages, floats=()):
             signature[name] = "*" + ("fp32" if name in floats else TYPES[dtype])
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-        if name.startswith(("p_", "stride")):  # what Triton sees of a packed tensor of a model
+        if name.startswith(("p_", "stride")) and name not in ones:  # what Triton sees of a packed tensor of a model
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, {k: v for k, v in values.items() if k in constant}, attributes)
     return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))

@@ -27,19 +27,25 @@ def inputs(
     leave=("z",),
     dtype=torch.float64,
     layout="packed",
+    spread=1.0,
+    softplus=True,
     device="cpu",
 ):
     """u, delta, A, B, C, D, z and delta_bias as `reference.selective_scan` takes them; None where left out.
 
     shared: one u for all scans. dtype: of all but the parameters A, D and delta_bias, which stay float32, float64 if it
     is that. layout: "packed" views of wider tensors, as one projection of all would give; "sequences" (B, K D, L) with
-    their steps contiguous, as mamba_ssm has them; "turned", with no axis contiguous.
+    their steps contiguous, as mamba_ssm has them; "turned", with no axis contiguous. spread: of delta. softplus: whether
+    delta will pass one; else it is positive.
     """
     generator = torch.Generator().manual_seed(0)
     double = torch.float64 if dtype == torch.float64 else torch.float32
 
     def drawn(*shape):
         return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def positive(x):
+        return x if softplus else x.abs()
 
     def laid(x):
         x = x.to(device, dtype)
@@ -53,30 +59,15 @@ def inputs(
     steps, per_scan = (batch, length), (scans, channels)
     found = {
         "u": laid(drawn(*steps, 1 if shared else scans, channels)),
-        "delta": laid(drawn(*steps, *per_scan) - 1.5),
+        "delta": laid(positive(drawn(*steps, *per_scan) * spread - 1.5)),
         "A": guarded(-drawn(*per_scan, states).exp().to(device, double)),
         "B": laid(drawn(*steps, scans, states)),
         "C": laid(drawn(*steps, scans, states)),
         "D": guarded(drawn(*per_scan).to(device, double)),
         "z": laid(drawn(*steps, *per_scan)),
-        "delta_bias": guarded(drawn(*per_scan).to(device, double)),
+        "delta_bias": guarded(positive(drawn(*per_scan)).to(device, double)),
     }
     return [None if name in leave else found[name].detach().requires_grad_() for name in NAMES]
-
-
-def run(arguments, orders=(0,), width=None, merge=False, softplus=True, backend="fused"):
-    """Output and every gradient, None for what is None."""
-    given = [x for x in arguments if x is not None]
-    width = width or given[0].shape[1]
-    out = _op.scan(*arguments, softplus, list(orders), width, merge, backend)
-    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
-    grads = iter(torch.autograd.grad(out, given, grad))
-    return [out, *(None if x is None else next(grads) for x in arguments)]
-
-
-def exact(arguments, **options):
-    double = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
-    return run(double, backend="reference", **options)
 
 
 @contextlib.contextmanager
@@ -106,19 +97,175 @@ def quick_scans():
         interpreter.ScanOps.generic_scan = before
 
 
+def run(arguments, orders=(0,), width=None, merge=False, softplus=True, backend="fused"):
+    """Output and every gradient, None for what is None."""
+    given = [x for x in arguments if x is not None]
+    width = width or given[0].shape[1]
+    with quick_scans():
+        out = _op.scan(*arguments, softplus, list(orders), width, merge, backend)
+        grads = iter(torch.autograd.grad(out, given, upstream(out)))
+    return [out, *(None if x is None else next(grads) for x in arguments)]
+
+
+def upstream(out):
+    """The gradient that comes from above."""
+    return torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+
+
+def exact(arguments, **options):
+    double = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
+    return run(double, backend="reference", **options)
+
+
 def errors(orders=(0,), width=None, merge=False, softplus=True, split=None, dtype="float32", device="cpu", **options):
     """Errors of the fused form and what they may be: see `triton_common.limits`.
 
     split: whether chunks get programs of their own in the forward pass, None for what the rule says.
     """
-    arguments = inputs(scans=len(orders), dtype=getattr(torch, dtype), device=device, **options)
+    arguments = inputs(scans=len(orders), dtype=getattr(torch, dtype), softplus=softplus, device=device, **options)
     how = dict(orders=orders, width=width, merge=merge, softplus=softplus)
     wanted, plain = exact(arguments, **how), run(arguments, backend="reference", **how)
     changes = {} if split is None else {"fused.splits": lambda programs, length: split}
-    with replaced(FOLDER, changes), poisoned(device), quick_scans():
+    with replaced(FOLDER, changes), poisoned(device):
         found = run(arguments, **how)
     assert all((a is None) == (b is None) for a, b in zip(found, wanted))
     names, found, plain, wanted = zip(*(x for x in zip(("out", *NAMES), found, plain, wanted) if x[1] is not None))
     # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
     units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
     return limits(names, found, plain, wanted, units.items())
+
+
+def mixed(device="cpu"):
+    """Errors where every tensor has a dtype of its own, as under autocast; dtypes of output and gradients."""
+    arguments = inputs(length=34, leave=(), dtype=torch.float32, device=device)
+    for i, dtype in ((0, torch.bfloat16), (3, torch.float16), (6, torch.bfloat16)):
+        arguments[i] = arguments[i].detach().to(dtype).requires_grad_()
+    found, wanted = run(arguments), exact(arguments)
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
+    return errors, [str(x.dtype).removeprefix("torch.") for x in found]
+
+
+def mutated(helper, split):
+    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("").
+
+    A name after a colon says in which way. split: whether chunks get programs of their own in the forward pass.
+    """
+    name, _, way = helper.partition(":")
+    original = getattr(importlib.import_module(f"{FOLDER}.fused_kernels"), name, None)
+
+    def broken(*arguments):
+        if way == "decay":  # what came before is kept whole
+            decay_left, x_left, decay_right, x_right = arguments
+            return decay_left * decay_right, x_left + x_right
+        if way == "reversed":
+            return original(*arguments) ^ 2
+        if way == "columns":
+            return original(*arguments) ^ 1
+        if way == "mask":  # every step real, those beyond the last as well
+            p_delta, o_delta, real, *others = arguments
+            return original(p_delta, o_delta, real | ~real, *others)
+        if way == "bias":
+            *others, bias, has_softplus = arguments
+            return original(*others, bias * 0, has_softplus)
+        if way == "scan":  # every scan is the first
+            image, scan, *strides = arguments
+            return original(image, scan * 0, *strides)
+        if way == "slope":
+            return original(*arguments) * 0 + 1
+        return original(*arguments) * 0.9
+
+    changes = {f"fused_kernels.{name}": broken} if name else {}
+    assert not name or original is not None
+    if split:
+        changes["fused.splits"] = lambda programs, length: True
+    arguments = inputs(length=42, scans=2, channels=3, states=2, leave=(), dtype=torch.float32)
+    how = dict(orders=(1, 2), width=6)
+    wanted = exact(arguments, **how)
+    with replaced(FOLDER, changes):
+        found = run(arguments, **how)
+    differences = [(a.double() - b).abs().max().item() for a, b in zip(found, wanted)]
+    return max(math.inf if math.isnan(x) else x for x in differences)
+
+
+def repeats(dtype="float32", device="cpu", **options):
+    """Whether two runs give the same bits."""
+    arguments = inputs(scans=2, shared=True, leave=(), dtype=getattr(torch, dtype), device=device, **options)
+    first, second = (run(arguments, (0, 3), arguments[0].shape[1] // 5, True) for _ in range(2))
+    return all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def held(device="cpu"):
+    """Largest difference to D u where every step size is 0, and to u C B where a step forgets all before it."""
+    arguments = [x if x is None else x.detach() for x in inputs(length=40, dtype=torch.float32, device=device)]
+    u, delta, A, B, C, D, _, _ = arguments
+    none = _op.scan(u, delta * 0, A, B, C, D, None, None, False, [0], 40, False, "fused")
+    alone = _op.scan(u, delta * 0 + 1, A * 0 - 1e4, B, C, None, None, None, False, [0], 40, False, "fused")
+    return (none - D * u).abs().max().item(), (alone - u * (B * C).sum(-1, keepdim=True)).abs().max().item()
+
+
+def far_apart(device="cpu"):
+    """Errors of output and gradients for images and, of delta, for steps that lie 2^31 elements and more apart."""
+    near = [None if x is None else x.detach() for x in inputs(2, 3, channels=4, dtype=torch.float16, device=device)]
+    found = list(near)
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    found[0] = storage.as_strided((2, 3, 1, 4), (2**31, 4, 4, 1)).copy_(near[0])
+    found[1] = storage.as_strided((2, 3, 1, 4), (4, 2**30, 4, 1), 32).copy_(near[1])
+    arguments = [None if x is None else x.requires_grad_() for x in found]
+    pairs = zip(run(arguments), exact(arguments))
+    return max((a.double() - b).abs().max().item() for a, b in pairs if a is not None)
+
+
+def empty(device="cpu"):
+    """Shapes of output and gradients where there is no image."""
+    results = run(inputs(0, 4, channels=3, states=2, dtype=torch.float32, device=device))
+    assert all(x is None or not x.any() for x in results)
+    return [None if x is None else tuple(x.shape) for x in results]
+
+
+def opcheck(merge, device="cpu"):
+    scans = 2 if merge else 1
+    arguments = inputs(1, 34, scans, 3, 2, shared=merge, dtype=torch.float32, device=device)
+    with quick_scans():
+        torch.library.opcheck(
+            torch.ops.terrazzo.selective_scan.default,
+            (*arguments, True, [0, 3][:scans], 17, merge, "fused"),
+        )
+
+
+def compiled(dynamic):
+    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+
+    def both(u, delta, A, B, C, D, _, bias, backend):
+        scanned = selective_scan_2d(u, delta, A, B, C, D, bias, True, ("rows", "columns_reversed"), backend=backend)
+        sequence = scanned.flatten(1, 2).transpose(1, 2)
+        return selective_scan(sequence, sequence, A[0], *(x[:, :, :, 0].flatten(1, 2).mT for x in (B, C)), backend=backend)
+
+    function = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    worst = 0.0
+    for height, width in ((2, 3), (3, 4)):
+        arguments = inputs(1, height * width, 2, 3, 2, dtype=torch.float32)
+        maps = [x.detach().unflatten(1, (height, width)) if i in (0, 1, 3, 4) else x for i, x in enumerate(arguments)]
+        maps = [x if x is None else x.detach().requires_grad_() for x in maps]
+        given = [x for x in maps if x is not None]
+        results = []
+        for call in (both, function):
+            with quick_scans():
+                out = call(*maps, "fused")
+                results.append([out, *torch.autograd.grad(out, given, upstream(out))])
+        worst = max(worst, *((a - b).abs().max().item() for a, b in zip(*results)))
+    return worst
+
+
+def choices():
+    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    module = importlib.import_module(FOLDER)
+    u = torch.zeros(1, 4, 9)
+    auto = module.why(u=u)
+    wide = torch.zeros(1, 9, 1, 4), torch.zeros(1, 9, 1, 4), torch.zeros(1, 4, 65), *[torch.zeros(1, 9, 1, 65)] * 2
+    call = module.describe(u.device, *wide, None, None, None, True, [0], 9, False, "auto")
+    return {
+        "auto": (auto.name, auto.reasons["fused"]),
+        "named": module.why("fused", u).name,
+        "double": module.why(u=u.double()).reasons["fused"],
+        "wide": call.refusals["fused"],
+    }

@@ -49,7 +49,7 @@ def blocks(kernel: str, states: int, heavy: bool = False) -> Blocks:
         heavy: of "backward", with a gate or with channels that are not contiguous, which takes more registers.
     """
     if kernel == "forward":  # 16 numbers of state for each thread, 2 where a channel has but one
-        return Blocks(max(8, min(64, 512 // _power(states))), 1)
+        return Blocks(max(8, min(64, 512 // power(states))), 1)
     if kernel == "backward":
         return Blocks(8 if heavy else 16, 1)
     return Blocks(32, 1)
@@ -64,7 +64,7 @@ def splits(programs: int, length: int) -> bool:
     return programs < _PROGRAMS and length > _LONG
 
 
-def _power(size: int) -> int:
+def power(size: int) -> int:
     """The power of two that holds `size`."""
     return 1 << max(0, size - 1).bit_length()
 
@@ -169,7 +169,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
                 (call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias, out, states),
                 (on.length, call.width, on.scans, on.channels, on.chunks),
                 _all_strides(call),
-                dict(SPLIT=split, BLOCK_N=_power(on.states)),
+                dict(SPLIT=split, BLOCK_N=power(on.states)),
             )
     if call.merge:
         out = out.squeeze(2) if on.scans == 1 else out.sum(2)
