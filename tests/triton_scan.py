@@ -132,7 +132,12 @@ def errors(orders=(0,), width=None, merge=False, softplus=True, split=None, dtyp
     names, found, plain, wanted = zip(*(x for x in zip(("out", *NAMES), found, plain, wanted) if x[1] is not None))
     # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
     units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
-    return limits(names, found, plain, wanted, units.items())
+    allowed = limits(names, found, plain, wanted, units.items())
+    for name, size in zip(names, wanted):
+        if name in ("A", "D", "delta_bias"):  # few numbers, each a sum over all steps: their errors differ by luck
+            error, limit = allowed[name]
+            allowed[name] = error, max(limit, 6 * torch.finfo(torch.float32).eps * size.square().mean().sqrt().item())
+    return allowed
 
 
 def mixed(device="cpu"):
@@ -157,6 +162,9 @@ def mutated(helper, split):
         if way == "decay":  # what came before is kept whole
             decay_left, x_left, decay_right, x_right = arguments
             return decay_left * decay_right, x_left + x_right
+        if way == "mirrored":
+            step, code, length, width = arguments
+            return original(length - 1 - step, code, length, width)
         if way == "reversed":
             return original(*arguments) ^ 2
         if way == "columns":
@@ -174,11 +182,12 @@ def mutated(helper, split):
             return original(*arguments) * 0 + 1
         return original(*arguments) * 0.9
 
+    broken.fn = broken  # what a scan calls
     changes = {f"fused_kernels.{name}": broken} if name else {}
     assert not name or original is not None
     if split:
         changes["fused.splits"] = lambda programs, length: True
-    arguments = inputs(length=42, scans=2, channels=3, states=2, leave=(), dtype=torch.float32)
+    arguments = inputs(length=42, scans=2, channels=3, states=1, leave=(), dtype=torch.float32)
     how = dict(orders=(1, 2), width=6)
     wanted = exact(arguments, **how)
     with replaced(FOLDER, changes):
@@ -224,11 +233,11 @@ def empty(device="cpu"):
 
 def opcheck(merge, device="cpu"):
     scans = 2 if merge else 1
-    arguments = inputs(1, 34, scans, 3, 2, shared=merge, dtype=torch.float32, device=device)
+    arguments = inputs(1, 4, scans, 3, 2, shared=merge, dtype=torch.float32, device=device)
     with quick_scans():
         torch.library.opcheck(
             torch.ops.terrazzo.selective_scan.default,
-            (*arguments, True, [0, 3][:scans], 17, merge, "fused"),
+            (*arguments, True, [0, 3][:scans], 2, merge, "fused"),
         )
 
 

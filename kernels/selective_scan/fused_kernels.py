@@ -64,7 +64,8 @@ def step_size(b_x, HAS_SOFTPLUS: tl.constexpr):
     """
     if not HAS_SOFTPLUS:
         return b_x
-    b_exp = exponential(-tl.minimum(tl.abs(b_x), 104))
+    b_size = tl.abs(b_x)
+    b_exp = exponential(-tl.where(b_size > 104, 104.0, b_size))
     b_ratio = b_exp / (2 + b_exp)  # at most 1/3
     b_square = b_ratio * b_ratio
     b_sum = 1 / 15 + b_square * (1 / 17)
@@ -75,7 +76,7 @@ def step_size(b_x, HAS_SOFTPLUS: tl.constexpr):
     b_sum = 1 / 5 + b_square * b_sum
     b_sum = 1 / 3 + b_square * b_sum
     b_log = 2 * b_ratio * (1 + b_square * b_sum)
-    return tl.where(b_x > 20, b_x, tl.maximum(b_x, 0) + b_log)
+    return tl.where(b_x > 20, b_x, (b_x + b_size) * 0.5 + b_log)  # a NaN stays one, which a maximum would hide
 
 
 @triton.jit

@@ -41,7 +41,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize(
         ("channels", "states"),
-        [(9, 64), (17, 1), slow(65, 1), slow(16, 5), slow(33, 16), slow(70, 8), slow(40, 16), slow(1, 64), slow(1, 1)],
+        [(9, 6), (17, 1), slow(9, 64), slow(65, 1), slow(16, 5), slow(33, 16), slow(70, 8), slow(40, 16), slow(1, 64), slow(1, 1)],
     )
     def test_channels_and_states(self, interpreted, channels, states):
         """Neither divides its block; blocks of channels depend on the states."""
@@ -51,17 +51,17 @@ class TestInterpreted:
     @pytest.mark.parametrize(("height", "width"), [(5, 7), slow(7, 5), slow(1, 35), slow(35, 1), slow(11, 13)])
     def test_orders(self, interpreted, height, width, split):
         """All four on maps that are not square, summed, one map for all scans."""
-        options = dict(length=height * width, width=width, orders=(0, 1, 2, 3), channels=3, shared=True, merge=True)
+        options = dict(length=height * width, width=width, orders=(0, 1, 2, 3), channels=3, states=1, shared=True, merge=True)
         check(interpreted("triton_scan.errors", split=split, **options))
 
     @pytest.mark.parametrize("orders", [(2,), slow((3, 1)), slow((2, 2, 2)), slow((0, 3, 1, 2, 0))])
     def test_any_scans(self, interpreted, orders):
-        check(interpreted("triton_scan.errors", length=35, width=7, orders=orders, channels=4, states=5, batch=2))
+        check(interpreted("triton_scan.errors", length=35, width=7, orders=orders, channels=4, states=2, batch=2))
 
     @pytest.mark.parametrize("layout", ["packed", "sequences", "turned"])
     @pytest.mark.parametrize("leave", [(), slow(("D", "delta_bias")), slow(("delta_bias",)), slow(("z", "D", "delta_bias"))])
     def test_layouts_and_what_is_left_out(self, interpreted, layout, leave):
-        options = dict(length=34, channels=20, batch=2, layout=layout, leave=leave)
+        options = dict(length=10, channels=9, batch=2, layout=layout, leave=leave)
         check(interpreted("triton_scan.errors", **options))
 
     @pytest.mark.parametrize("split", [False, slow(True)])
@@ -71,7 +71,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     @pytest.mark.parametrize(("merge", "split"), [(True, False), slow(False, True), slow(True, True)])
     def test_half_precision(self, interpreted, dtype, merge, split):
-        options = dict(orders=(0, 3), width=4, length=36, channels=9, shared=merge, merge=merge, split=split, leave=())
+        options = dict(orders=(0, 3), width=4, length=36, channels=5, shared=merge, merge=merge, split=split, leave=())
         check(interpreted("triton_scan.errors", dtype=dtype, **options))
 
     def test_each_tensor_has_its_own_dtype(self, interpreted):
@@ -90,7 +90,7 @@ class TestInterpreted:
         assert forgotten < 1e-6
 
     def test_same_bits_every_time(self, interpreted):
-        assert interpreted("triton_scan.repeats", length=35)
+        assert interpreted("triton_scan.repeats", length=35, states=1)
 
     def test_addresses_have_64_bits(self, interpreted):
         assert interpreted("triton_scan.far_apart") < 1e-2
@@ -110,7 +110,7 @@ class TestMutations:
     @pytest.mark.parametrize(
         "helper",
         [
-            *("combine:decay", "order_of:reversed", "order_of:columns", "pixel_of", "steps:mask", "steps:bias"),
+            *("combine:decay", "order_of:reversed", "order_of:columns", "pixel_of:mirrored", "steps:mask", "steps:bias"),
             *("at:scan", "step_size", "step_size_slope:slope", "sigmoid", "exponential"),
         ],
     )
@@ -168,10 +168,10 @@ def cases():
     ):
         if kernel == "carry" and (gated, layout, dtype) != (False, "maps", torch.float32):
             continue  # takes neither
-        # One of each for one GPU; the one that holds most registers, for all.
+        # One of each for one GPU; the one that holds most registers, for three.
         first = (states, layout, gated) == (16, "maps", False)
         always = first and target == "sm_90" and (dtype == torch.bfloat16 or kernel == "carry")
-        always |= first and kernel == "backward" and dtype == torch.float32
+        always |= first and kernel == "backward" and dtype == torch.float32 and target in ("sm_80", "gfx942")
         name = f"{kernel}-{TYPES[dtype]}-{states}-{layout}{'-gated' * gated}-{target}"
         marks = () if always else (SLOW,)
         yield pytest.param(kernel, states, dtype, layout, gated, target, marks=marks, id=name)
