@@ -14,7 +14,7 @@ from terrazzo.kernels import selective_scan, selective_scan_2d, triton_host
 
 FOLDER = "terrazzo.kernels.selective_scan"
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-_op = importlib.import_module(f"{FOLDER}.op")
+scan = importlib.import_module(f"{FOLDER}.op").scan
 
 
 def inputs(
@@ -35,8 +35,8 @@ def inputs(
 
     shared: one u for all scans. dtype: of all but the parameters A, D and delta_bias, which stay float32, float64 if it
     is that. layout: "packed" views of wider tensors, as one projection of all would give; "sequences" (B, K D, L) with
-    their steps contiguous, as mamba_ssm has them; "turned", with no axis contiguous. spread: of delta. softplus: whether
-    delta will pass one; else it is positive.
+    their steps contiguous, as mamba_ssm has them; "turned", with no axis contiguous. spread: of delta. softplus:
+    whether delta will pass one; else it is positive.
     """
     generator = torch.Generator().manual_seed(0)
     double = torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,7 +102,7 @@ def run(arguments, orders=(0,), width=None, merge=False, softplus=True, backend=
     given = [x for x in arguments if x is not None]
     width = width or given[0].shape[1]
     with quick_scans():
-        out = _op.scan(*arguments, softplus, list(orders), width, merge, backend)
+        out = scan(*arguments, softplus, list(orders), width, merge, backend)
         grads = iter(torch.autograd.grad(out, given, upstream(out)))
     return [out, *(None if x is None else next(grads) for x in arguments)]
 
@@ -207,9 +207,17 @@ def held(device="cpu"):
     """Largest difference to D u where every step size is 0, and to u C B where a step forgets all before it."""
     arguments = [x if x is None else x.detach() for x in inputs(length=40, dtype=torch.float32, device=device)]
     u, delta, A, B, C, D, _, _ = arguments
-    none = _op.scan(u, delta * 0, A, B, C, D, None, None, False, [0], 40, False, "fused")
-    alone = _op.scan(u, delta * 0 + 1, A * 0 - 1e4, B, C, None, None, None, False, [0], 40, False, "fused")
+    none = scan(u, delta * 0, A, B, C, D, None, None, False, [0], 40, False, "fused")
+    alone = scan(u, delta * 0 + 1, A * 0 - 1e4, B, C, None, None, None, False, [0], 40, False, "fused")
     return (none - D * u).abs().max().item(), (alone - u * (B * C).sum(-1, keepdim=True)).abs().max().item()
+
+
+def not_a_number(device="cpu"):
+    """Whether output and delta's gradient are no numbers from the step on whose delta is none, and numbers before."""
+    found = [None if x is None else x.detach() for x in inputs(length=40, dtype=torch.float32, device=device)]
+    found[1][0, 36] = math.nan
+    out, _, grad_delta, *_ = run([None if x is None else x.requires_grad_() for x in found])
+    return bool(out[0, :36].isfinite().all() and out[0, 36:].isnan().all() and grad_delta[0, 36].isnan().all())
 
 
 def far_apart(device="cpu"):
@@ -241,18 +249,18 @@ def opcheck(merge, device="cpu"):
         )
 
 
-def compiled(dynamic):
+def compiled(dynamic, device="cpu", compiler="aot_eager"):
     """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
 
     def both(u, delta, A, B, C, D, _, bias, backend):
         scanned = selective_scan_2d(u, delta, A, B, C, D, bias, True, ("rows", "columns_reversed"), backend=backend)
-        sequence = scanned.flatten(1, 2).transpose(1, 2)
-        return selective_scan(sequence, sequence, A[0], *(x[:, :, :, 0].flatten(1, 2).mT for x in (B, C)), backend=backend)
+        sequence, B, C = (x.flatten(1, 2).mT for x in (scanned, B[:, :, :, 0], C[:, :, :, 0]))
+        return selective_scan(sequence, sequence.square(), A[0], B, C, backend=backend)
 
-    function = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    function = torch.compile(both, fullgraph=True, backend=compiler, dynamic=dynamic)
     worst = 0.0
     for height, width in ((2, 3), (3, 4)):
-        arguments = inputs(1, height * width, 2, 3, 2, dtype=torch.float32)
+        arguments = inputs(1, height * width, 2, 3, 2, dtype=torch.float32, device=device)
         maps = [x.detach().unflatten(1, (height, width)) if i in (0, 1, 3, 4) else x for i, x in enumerate(arguments)]
         maps = [x if x is None else x.detach().requires_grad_() for x in maps]
         given = [x for x in maps if x is not None]
@@ -270,11 +278,17 @@ def choices():
     module = importlib.import_module(FOLDER)
     u = torch.zeros(1, 4, 9)
     auto = module.why(u=u)
-    wide = torch.zeros(1, 9, 1, 4), torch.zeros(1, 9, 1, 4), torch.zeros(1, 4, 65), *[torch.zeros(1, 9, 1, 65)] * 2
-    call = module.describe(u.device, *wide, None, None, None, True, [0], 9, False, "auto")
+    x = torch.zeros(1, 9, 1, 4)
+
+    def refusal(states, dtype):
+        decays, pair = torch.zeros(1, 4, states, dtype=dtype), torch.zeros(1, 9, 1, states)
+        call = module.describe(u.device, x, x, decays, pair, pair, None, None, None, True, [0], 9, False, "auto")
+        return call.refusals.get("fused")
+
     return {
         "auto": (auto.name, auto.reasons["fused"]),
         "named": module.why("fused", u).name,
-        "double": module.why(u=u.double()).reasons["fused"],
-        "wide": call.refusals["fused"],
+        "fits": refusal(64, torch.float32),
+        "double": refusal(64, torch.float64),
+        "wide": refusal(65, torch.float32),
     }

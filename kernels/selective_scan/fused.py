@@ -213,8 +213,7 @@ def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torc
     if shared:
         grad_u = grad_u.sum(2, keepdim=True).to(call.u.dtype)
     grad_B, grad_C = (
-        found.sum(0).permute(0, 3, 1, 2).to(x.dtype).contiguous()
-        for found, x in ((grad_B, call.B), (grad_C, call.C))
+        found.sum(0).permute(0, 3, 1, 2).to(x.dtype).contiguous() for found, x in ((grad_B, call.B), (grad_C, call.C))
     )
     grad_A = grad_A.sum((0, 1)).transpose(1, 2).contiguous().to(call.A.dtype)
     grad_D, grad_bias = (

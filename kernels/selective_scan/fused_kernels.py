@@ -233,7 +233,7 @@ def forward(
     if HAS_Z:
         b_z = numbers(p_z, pixel * stride_zl, b_d)
     for step in range(first, last):
-        if not SPLIT:
+        if not SPLIT:  # noqa: SIM102 (decided when compiling; the next one when running)
             if step % CHUNK == 0:
                 tl.store(p_states, b_state, mask=b_both)
                 p_states += stride_states
@@ -372,8 +372,10 @@ def carry(
     BACKWARD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """From what each chunk alone gives, what all before it give, or BACKWARD all behind it: one state, _CHUNKS chunks at
-    a time. The first state of all is 0."""
+    """From what each chunk alone gives, what all before it give, or BACKWARD all behind it.
+
+    One state, _CHUNKS chunks at a time. The first state of all is 0.
+    """
     block = tl.program_id(0) % blocks
     state = tl.program_id(0) // blocks % N
     scan = tl.program_id(0) // blocks // N % scans

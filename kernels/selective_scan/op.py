@@ -16,6 +16,11 @@ def _refusals(device: torch.device, dtype: torch.dtype, states_fit: bool) -> tup
     return triton_host.refusals(device, dtype, fused.misfit(states_fit))
 
 
+def _decisive(u: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
+    """The dtype that decides who can compute a call: that of u, float64 where any tensor is of float64."""
+    return torch.float64 if reference.accumulator(u, *others) == torch.float64 else u.dtype
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype, states_fit: bool = True) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
     return _backend.choose("selective_scan", backend, *_refusals(device, dtype, states_fit))
@@ -131,7 +136,7 @@ def describe(
     device: torch.device, u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend
 ) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, u.dtype, fused.fits(A.shape[2]))
+    refusals, discouraged = _refusals(device, _decisive(u, delta, A, B, C), fused.fits(A.shape[2]))
     batch, length, scans, channels = delta.shape
     return Call(
         shape={"B": batch, "L": length, "scans": scans, "D": channels, "N": A.shape[2]},
@@ -160,7 +165,7 @@ def scan(
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge)
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
         return exported.selective_scan(*arguments)
-    backend = _chosen(backend, u.device, u.dtype, fused.fits(A.shape[2]))
+    backend = _chosen(backend, u.device, _decisive(u, delta, A, B, C), fused.fits(A.shape[2]))
     if backend == "reference":
         return reference.selective_scan(*arguments)
     return _forward(*arguments, backend)[0]
