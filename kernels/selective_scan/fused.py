@@ -4,6 +4,7 @@ The kernels are in fused_kernels.py, which imports triton; this file does so at 
 decided by shapes and types alone, never by timing, so the same call gives the same bits.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,11 +70,15 @@ def power(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _strides(x: torch.Tensor | None, axes: int) -> tuple[int, ...]:
-    """Of (B, L, K, ...) or of parameters (K, ...); 0 along K where all scans share one."""
-    if x is None:
-        return (0,) * axes
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride()))
+def _strides(*tensors: tuple[torch.Tensor | None, int]) -> list[int]:
+    """Of all tensors one after another, each given with its axes: 0 where an axis is one long, as one u for all scans.
+
+    A tensor may be None, which has none but as many.
+    """
+    found = []
+    for x, axes in tensors:
+        found += [0] * axes if x is None else [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride())]
+    return found
 
 
 class _Launches:
@@ -84,8 +89,7 @@ class _Launches:
         self.batch, self.length, self.scans, self.channels = call.delta.shape
         self.states = call.A.shape[2]
         self.chunks = -(-self.length // CHUNK)
-        maps = (call.u, call.delta)
-        self.heavy = call.z is not None or any(x.stride(3) != 1 for x in maps)
+        self.heavy = call.z is not None or any(x.stride(3) != 1 for x in (call.u, call.delta))
         alike = len(set(call.orders)) == 1
         orders = call.orders[:1] if alike else call.orders
         self.constants = dict(
@@ -99,6 +103,13 @@ class _Launches:
             CHUNK=CHUNK,
         )
 
+    @property
+    def strides(self) -> list[int]:
+        """Of what a call takes, in its order."""
+        call = self.call
+        maps = (call.u, 4), (call.delta, 4), (call.A, 3), (call.B, 4), (call.C, 4)
+        return _strides(*maps, (call.D, 2), (call.z, 4), (call.delta_bias, 2))
+
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.call.u.device)
 
@@ -107,7 +118,15 @@ class _Launches:
         found = blocks(kernel, self.states, self.heavy)
         return found, -(-self.channels // found.channels)
 
-    def launch(self, kernel: str, programs: int, pointers, sizes, strides, constants) -> None:
+    def launch(
+        self,
+        kernel: str,
+        programs: int,
+        pointers: Sequence[torch.Tensor | None],
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        constants: Mapping[str, object],
+    ) -> None:
         """One kernel, for so many blocks of channels of all images and scans."""
         from terrazzo.kernels.selective_scan import fused_kernels
 
@@ -120,7 +139,7 @@ class _Launches:
         pointers = [dummy if x is None else x for x in pointers]
         function[grid](*pointers, *sizes, count, *strides, **constants, num_warps=cut.warps, num_stages=1)
 
-    def carried(self, into: torch.Tensor, x: torch.Tensor, B: torch.Tensor, backward: bool) -> None:
+    def carry(self, into: torch.Tensor, x: torch.Tensor, B: torch.Tensor, backward: bool) -> None:
         """The first state of each chunk into (B, chunks, K, N, D), or the gradient of its last state from behind."""
         call = self.call
         sums = self.new(self.batch, self.chunks, self.scans, self.channels)
@@ -130,14 +149,7 @@ class _Launches:
                 self.chunks - 1,
                 (x, call.delta, call.A, B, call.z, call.delta_bias, into, sums),
                 (self.length, call.width, self.scans, self.channels, self.chunks),
-                (
-                    *_strides(x, 4),
-                    *_strides(call.delta, 4),
-                    *_strides(call.A, 3),
-                    *_strides(B, 4),
-                    *_strides(call.z, 4),
-                    *_strides(call.delta_bias, 2),
-                ),
+                _strides((x, 4), (call.delta, 4), (call.A, 3), (B, 4), (call.z, 4), (call.delta_bias, 2)),
                 dict(BACKWARD=backward),
             )
         self.launch(
@@ -145,7 +157,7 @@ class _Launches:
             self.states,
             (call.A, into, sums),
             (self.scans, self.channels, self.chunks),
-            _strides(call.A, 3),
+            _strides((call.A, 3)),
             dict(BACKWARD=backward),
         )
 
@@ -162,13 +174,13 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         with on_device(out.device):
             split = splits(on.batch * on.scans * on.cut("forward")[1], on.length)
             if split:
-                on.carried(states, call.u, call.B, backward=False)
+                on.carry(states, call.u, call.B, backward=False)
             on.launch(
                 "forward",
                 on.chunks if split else 1,
                 (call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias, out, states),
                 (on.length, call.width, on.scans, on.channels, on.chunks),
-                _all_strides(call),
+                on.strides,
                 dict(SPLIT=split, BLOCK_N=power(on.states)),
             )
     if call.merge:
@@ -198,7 +210,7 @@ def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torc
     )
     with on_device(grad.device):
         after = torch.empty_like(states)
-        on.carried(after, grad, call.C, backward=True)
+        on.carry(after, grad, call.C, backward=True)
         on.launch(
             "backward",
             on.chunks,
@@ -207,7 +219,7 @@ def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torc
                 *(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias),
             ),
             (on.length, call.width, on.scans, on.channels, on.chunks, on.batch),
-            (*_all_strides(call), *_strides(grad, 4)),
+            on.strides + _strides((grad, 4)),
             {},
         )
     if shared:
@@ -221,10 +233,3 @@ def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torc
         for found, x in ((grad_D, call.D), (grad_bias, call.delta_bias))
     )
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
-
-
-def _all_strides(call: Call) -> tuple[int, ...]:
-    """Of what a call takes, in its order."""
-    found = [_strides(call.u, 4), _strides(call.delta, 4), _strides(call.A, 3), _strides(call.B, 4)]
-    found += [_strides(call.C, 4), _strides(call.D, 2), _strides(call.z, 4), _strides(call.delta_bias, 2)]
-    return tuple(stride for strides in found for stride in strides)

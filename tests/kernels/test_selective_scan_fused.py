@@ -203,8 +203,8 @@ def test_compiles_without_spills(kernel, states, dtype, layout, gated, target):
         HAS_BIAS=True,
         HAS_SOFTPLUS=True,
         CHUNK=fused.CHUNK,
-        SPLIT=False,
-        BACKWARD=True,
+        SPLIT=not maps,
+        BACKWARD=maps,
         BLOCK_N=fused.power(states),
         BLOCK_D=cut.channels,
     )

@@ -62,6 +62,7 @@ def test_kernels_are_imported_at_first_use_only():
     code = (
         "import sys, torch, terrazzo.kernels as k; x = torch.zeros(1, 8, 8, 1, 8)\n"
         "k.neighborhood_attention(x, x, x, 3); k.strip_attention(x[0, :1, :, :, 0], x[0, :1, :, :, 0], x[0, :1])\n"
+        "x = x[0, :, :, 0]; k.selective_scan(x, x, x[0], x, x)\n"
         "sys.exit(any(name.startswith('terrazzo.kernels') and '.fused_' in name for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
