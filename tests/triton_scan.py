@@ -112,19 +112,30 @@ def upstream(out):
     return torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
 
 
-def exact(arguments, **options):
+def exact(arguments, backend="reference", **options):
     double = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
-    return run(double, backend="reference", **options)
+    return run(double, backend=backend, **options)
 
 
-def errors(orders=(0,), width=None, merge=False, softplus=True, split=None, dtype="float32", device="cpu", **options):
+def errors(
+    orders=(0,),
+    width=None,
+    merge=False,
+    softplus=True,
+    split=None,
+    dtype="float32",
+    judge="reference",
+    device="cpu",
+    **options,
+):
     """Errors of the fused form and what they may be: see `triton_common.limits`.
 
-    split: whether chunks get programs of their own in the forward pass, None for what the rule says.
+    split: whether chunks get programs of their own in the forward pass, None for what the rule says. judge: the form
+    that says what is right, for maps that are too large for the reference.
     """
     arguments = inputs(scans=len(orders), dtype=getattr(torch, dtype), softplus=softplus, device=device, **options)
     how = dict(orders=orders, width=width, merge=merge, softplus=softplus)
-    wanted, plain = exact(arguments, **how), run(arguments, backend="reference", **how)
+    wanted, plain = exact(arguments, judge, **how), run(arguments, backend=judge, **how)
     changes = {} if split is None else {"fused.splits": lambda programs, length: split}
     with replaced(FOLDER, changes), poisoned(device):
         found = run(arguments, **how)
