@@ -1,0 +1,45 @@
+"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+
+import pytest
+import torch
+import triton_ssd
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+
+GPU = "cuda"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check(**options):
+    """Output and all gradients against float64, memory poisoned with NaN; see `triton_ssd.errors`."""
+    for name, (error, allowed) in triton_ssd.errors(device=GPU, **options).items():
+        assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestAgainstDouble:
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 196, 3136])
+    def test_lengths(self, length, reverse, dtype):
+        check(length=length, reverse=reverse, width=32, states=32, dtype=dtype)
+
+    @pytest.mark.parametrize(("width", "states"), [(1, 1), (24, 5), (5, 40), (64, 16), (64, 64)])
+    def test_sizes(self, width, states, dtype):
+        check(length=200, width=width, states=states, dtype=dtype)
+
+    def test_groups_heads_and_batches(self, dtype):
+        check(batch=3, length=90, heads=6, groups=3, dtype=dtype)
+
+    def test_same_bits_every_time(self, dtype):
+        for _ in range(5):
+            assert triton_ssd.repeats(dtype, GPU)
+
+
+def test_nothing_to_do():
+    assert triton_ssd.empty(GPU)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_opcheck(reverse):
+    triton_ssd.opcheck(reverse, GPU)
