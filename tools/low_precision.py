@@ -102,12 +102,8 @@ class Int8:
     def __init__(self, model: onnx.ModelProto, samples: Sequence[tuple[Tensor, ...]]):
         if not samples:
             raise InputError("INT8 needs images to set its ranges by, and there is none")
-        weights = {tensor.name for tensor in model.graph.initializer}
-        products = {
-            node.name
-            for node in model.graph.node
-            if node.op_type in _QUANTISED and any(name in weights for name in node.input[:2])
-        }
+        weights = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+        products = {node.name for node in model.graph.node if _is_product_with_weights(node, weights)}
         found = {layer: tuple(name for name in names if name in products) for layer, names in layers(model).items()}
         self.model = model
         self.layers = {layer: names for layer, names in found.items() if names}
@@ -145,6 +141,16 @@ class Int8:
 
     def measurable(self, kept: Collection[str] = ()) -> onnx.ModelProto:
         return self.lower(kept)
+
+
+def _is_product_with_weights(node: onnx.NodeProto, dims: Mapping[str, int]) -> bool:
+    """Whether INT8 can have it: ONNX Runtime refuses a scale per channel where weights are a stack of matrices.
+
+    Args:
+        dims: how many dimensions each constant has, by name.
+    """
+    found = [dims[name] for name in node.input[:2] if name in dims]
+    return node.op_type in _QUANTISED and bool(found) and (node.op_type == "Conv" or max(found) <= 2)
 
 
 def layers(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:

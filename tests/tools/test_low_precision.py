@@ -149,6 +149,32 @@ def test_int8_file(graph):
             assert quantised == [wanted[0] is not None] * 2
 
 
+def test_int8_leaves_stacks_of_matrices(tmp_path):
+    """ONNX Runtime refuses a scale per channel of them: the file would not run."""
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.weight = nn.Linear(3, 8), nn.Parameter(torch.randn(4, 8, 5))
+
+        def forward(self, x):
+            return self.fc(x.flatten(2).transpose(1, 2)) @ self.weight
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = Stack()
+
+        def forward(self, x):
+            return self.stack(x / 255)
+
+    file, batch = tmp_path / "int8.onnx", torch.cat([pixels(seed) for seed in range(4)])
+    model = exported(Whole(), tmp_path, batch)
+    assert set(Int8(model, [(batch,)]).layers) == {"stack.fc"}
+    report = lower_file(tmp_path / "model.onnx", "int8", file, [(batch,)], None, 0.0, "int8")
+    assert report.lowered.passed, report
+
+
 def test_int8_needs_images_and_products(graph, tmp_path):
     with pytest.raises(InputError, match="there is none"):
         Int8(graph, [])
