@@ -37,3 +37,39 @@ def pixels_of_patches(x: torch.Tensor) -> torch.Tensor:
     x = F.pad(x, (0, 0, 0, 1, 0, 1))  # of an even side the last row is not read
     even, odd = x[:, :-1:2], x[:, 1::2]
     return torch.cat([part for w in (slice(0, -1, 2), slice(1, None, 2)) for part in (even[:, :, w], odd[:, :, w])], -1)
+
+
+class PatchEmbed(nn.Module):
+    """Patches of any image, then a norm: (B, C, H, W) to (B, ceil(H/p), ceil(W/p), D)."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, **factory):
+        super().__init__()
+        self.proj = PatchConv(in_chans, dim, patch_size, **factory)
+        self.norm = nn.LayerNorm(dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampler: the four pixels of a 2x2 patch on channels, norm, linear; odd sides zero-padded by one."""
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, **factory)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reduction(self.norm(pixels_of_patches(x)))
+
+
+class ConvDownsampler(nn.Module):
+    """A 3x3 convolution of stride 2 that doubles the channels, then a norm, on (B, H, W, C)."""
+
+    def __init__(self, dim: int, bias: bool = False, **factory):
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=bias, **factory)
+        self.norm = nn.LayerNorm(2 * dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(on_maps(x, self.reduction))

@@ -25,7 +25,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from terrazzo.backbones._layers import PatchConv, pixels_of_patches
+from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import rename, resize_bias_tables, unwrap
@@ -106,42 +106,6 @@ class ConvTokenizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class ConvDownsampler(nn.Module):
-    """A 3x3 convolution of stride 2 without bias that doubles the channels, then a norm, on (B, H, W, C)."""
-
-    def __init__(self, dim: int, **factory):
-        super().__init__()
-        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **factory)
-        self.norm = nn.LayerNorm(2 * dim, **factory)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class PatchEmbed(nn.Module):
-    """Patches of any image, then a norm: (B, C, H, W) to (B, ceil(H/p), ceil(W/p), D)."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, **factory):
-        super().__init__()
-        self.proj = PatchConv(in_chans, dim, patch_size, **factory)
-        self.norm = nn.LayerNorm(dim, **factory)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """Swin's downsampler: the four pixels of a 2x2 patch on channels, norm, linear; odd sides zero-padded by one."""
-
-    def __init__(self, dim: int, **factory):
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, **factory)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reduction(self.norm(pixels_of_patches(x)))
 
 
 def _init_linear(module: nn.Module) -> None:
