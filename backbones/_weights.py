@@ -36,6 +36,15 @@ def rename(state_dict: Mapping[str, torch.Tensor], pairs: Iterable[tuple[str, st
     return out
 
 
+def flatten_pointwise(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of 1x1 convolutions as the matrices that the model's linear layers have."""
+    own = model.state_dict()
+    for name, value in state_dict.items():
+        if name in own and own[name].dim() == 2 and tuple(value.shape[2:]) == (1, 1):
+            state_dict[name] = value.flatten(1)
+    return state_dict
+
+
 def resize_bias_tables(state_dict: dict[str, torch.Tensor], model: nn.Module, suffix: str) -> dict[str, torch.Tensor]:
     """Resize (heads, 2K - 1, 2K - 1) relative position tables to the model's kernel size, bicubically."""
     own = model.state_dict()

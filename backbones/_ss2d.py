@@ -1,0 +1,90 @@
+"""SS2D: the mixer of VMamba and MedMamba, four selective scans over a map, each in its own order."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from terrazzo.backbones._layers import on_maps
+from terrazzo.kernels import selective_scan_2d
+
+__all__ = ["SS2D"]
+
+_SCANS = 4
+
+
+def _uniform(bound: float, *shape: int, **factory) -> torch.Tensor:
+    return torch.empty(shape, **factory).uniform_(-bound, bound)
+
+
+def _initial_step_bias(*shape: int, **factory) -> torch.Tensor:
+    """What a softplus turns into step sizes spread evenly, on a log scale, over 1e-3 to 1e-1."""
+    steps = torch.exp(torch.empty(shape, **factory).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+    return steps + torch.log(-torch.expm1(-steps))
+
+
+class SS2D(nn.Module):
+    """The cross-scan on (B, H, W, C): rows, columns, and both from behind, summed.
+
+    Projections act on single pixels, so all are computed once, in the order of the image; only the scans know others.
+
+    Source: VMamba, arXiv 2401.10166, section 4.2; names as in the authors' code. Ungated it is their "v05_noz".
+    """
+
+    no_decay = ("A_logs", "Ds", "dt_projs_bias")
+
+    def __init__(self, dim: int, ratio: float, states: int, gated: bool, **factory):
+        """Args:
+        dim: Channels of the map.
+        ratio: Scanned channels per channel of the map.
+        states: Of each scanned channel.
+        gated: The first version: a gate beside the scans, and a bias in the convolution.
+        """
+        super().__init__()
+        inner, rank = int(ratio * dim), math.ceil(dim / 16)
+        self.gated = gated
+        self.sizes = (rank, states, states)
+        self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **factory)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=gated, **factory)
+        bound = inner**-0.5  # that of a linear layer
+        self.x_proj_weight = nn.Parameter(
+            torch.empty(_SCANS, sum(self.sizes), inner, **factory).uniform_(-bound, bound)
+        )
+        bound = rank**-0.5
+        self.dt_projs_weight = nn.Parameter(torch.empty(_SCANS, inner, rank, **factory).uniform_(-bound, bound))
+        self.dt_projs_bias = nn.Parameter(_initial_step_bias(_SCANS, inner, **factory))
+        decays = torch.arange(1, states + 1, **factory).log()
+        self.A_logs = nn.Parameter(decays.repeat(_SCANS * inner, 1))
+        self.Ds = nn.Parameter(torch.ones(_SCANS * inner, **factory))
+        self.out_norm = nn.LayerNorm(inner, **factory)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.in_proj(x)
+        if self.gated:
+            x, gate = x.chunk(2, -1)
+        x = F.silu(on_maps(x, self.conv2d))
+        y = self.scan(x)
+        # The sum of the scans may leave the range of half precision: the norm sees it in float32.
+        y = F.layer_norm(
+            y, y.shape[-1:], self.out_norm.weight.to(y.dtype), self.out_norm.bias.to(y.dtype), self.out_norm.eps
+        ).to(x.dtype)
+        return self.out_proj(y * F.silu(gate) if self.gated else y)
+
+    def scan(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, D) to the sum of its four scans, in float32 at least."""
+        inputs = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (_SCANS, -1))
+        steps, B, C = inputs.split(self.sizes, -1)  # B H W K R, B H W K N twice
+        steps = steps.flatten(0, 2).transpose(0, 1) @ self.dt_projs_weight.transpose(1, 2)  # K BHW D
+        decays = -torch.exp(self.A_logs.to(torch.promote_types(self.A_logs.dtype, torch.float32)))
+        return selective_scan_2d(
+            x,
+            steps.transpose(0, 1).unflatten(0, x.shape[:3]),
+            decays.unflatten(0, (_SCANS, -1)),
+            B,
+            C,
+            self.Ds.unflatten(0, (_SCANS, -1)),
+            self.dt_projs_bias,
+            delta_softplus=True,
+        )

@@ -1,0 +1,219 @@
+"""MedMamba: blocks whose channels go half through convolutions, half through four selective scans over the map (SS2D).
+
+Paper: MedMamba: Vision Mamba for Medical Image Classification, 2024, arXiv 2403.03849.
+Official code: github.com/YubiaoYue/MedMamba, without a licence; weights by the authors, for medical data sets, in one
+shared folder that asks for a password. None of ImageNet exist.
+
+Where paper and code disagree there are both: the sizes that the paper publishes for S and B are those of 12 and 16
+blocks in the third stage, `medmamba_s_paper` and `medmamba_b_paper`; the authors' script builds 8 and 12, `medmamba_s`
+and `medmamba_b`. A checkpoint of the other depth is refused, by the name of the model that takes it.
+
+Deviations, without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
+closing the one before, drop path is 0 unless asked for (the authors': 0.1). With an effect: where a map does not divide
+into patches it is zero-padded at the right and bottom, as VMamba does, so that features have ceil(size / stride)
+pixels; the authors' code drops the last row and column. At multiples of 32 both are the same.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._layers import PatchEmbed, PatchMerging, on_maps
+from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._ss2d import SS2D
+from terrazzo.backbones._weights import rename, unwrap
+from terrazzo.errors import InputError
+
+__all__ = ["MedMamba"]
+
+
+def _convolutions(dim: int, **factory) -> nn.Sequential:
+    """Batch norm, two 3x3 convolutions and a 1x1, with batch norm and ReLU between them and a ReLU behind."""
+    return nn.Sequential(
+        nn.BatchNorm2d(dim, **factory),
+        nn.Conv2d(dim, dim, 3, padding=1, **factory),
+        nn.BatchNorm2d(dim, **factory),
+        nn.ReLU(),
+        nn.Conv2d(dim, dim, 3, padding=1, **factory),
+        nn.BatchNorm2d(dim, **factory),
+        nn.ReLU(),
+        nn.Conv2d(dim, dim, 1, **factory),
+        nn.ReLU(),
+    )
+
+
+class SSConvSSMBlock(nn.Module):
+    """The first half of the channels of (B, H, W, C) through convolutions, the second through SS2D, then mixed.
+
+    Of the result channels 2i are of the convolutions, 2i + 1 of SS2D; it is added to the map. Only SS2D is dropped.
+    """
+
+    def __init__(self, dim: int, states: int, drop_path: float, **factory):
+        super().__init__()
+        self.conv = _convolutions(dim // 2, **factory)
+        self.norm = nn.LayerNorm(dim // 2, **factory)
+        self.op = SS2D(dim // 2, 2.0, states, gated=True, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        left, right = x.chunk(2, -1)
+        left = on_maps(left.contiguous(), *self.conv)
+        right = self.drop_path(self.op(self.norm(right)))
+        return x + torch.stack((left, right), -1).flatten(-2), state
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class MedMamba(Pyramid):
+    """Four stages of SS-Conv-SSM blocks. Source: arXiv 2403.03849, section 3; the rest from the authors' code."""
+
+    no_decay = SS2D.no_decay
+
+    def __init__(
+        self,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 4, 2),
+        states: int = 16,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        embed_dim: Channels of the first stage; each later stage has twice those of the one before.
+        depths: Per stage.
+        states: Of each scanned channel.
+        **kwargs: num_classes, global_pool, drop_rate, norm_outputs: see `Backbone`. The norms of the outputs are ours.
+        """
+        factory = dict(device=device, dtype=dtype)
+        channels = [embed_dim * 2**i for i in range(len(depths))]
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = [
+            Stage(
+                [SSConvSSMBlock(dim, states, rate, **factory) for rate in rates[i]],
+                PatchMerging(dim // 2, **factory) if i > 0 else None,
+            )
+            for i, dim in enumerate(channels)
+        ]
+        stem = PatchEmbed(in_chans, embed_dim, 4, **factory)
+        super().__init__(stem, stages, channels, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
+        self.norm = nn.Identity()  # the head takes the map as it is
+        self.apply(_init_weights)
+
+
+# From the authors' names to ours.
+OFFICIAL_NAMES = [
+    (r"^patch_embed\.", "stem."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    *((rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"\.conv33conv33conv11\.", ".conv."),
+    (r"^head\.(?=weight|bias)", "head.fc."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Turn an official checkpoint into a state dict of `model`.
+
+    Raises:
+        InputError: The checkpoint is of another width or depth: S and B of the paper and of the authors' script differ.
+    """
+    weights = rename(unwrap(state_dict), OFFICIAL_NAMES)
+    blocks = {name.split(".")[3] for name in weights if name.startswith("stages.2.blocks.")}
+    if blocks and "stem.norm.weight" in weights and len(model.stages) > 2:
+        found = (len(weights["stem.norm.weight"]), len(blocks))
+        wanted = (model.feature_info[0]["num_chs"], len(model.stages[2].blocks))
+        if found != wanted:
+            name = next((name for name, variant in _VARIANTS.items() if variant == found), "one of that shape")
+            raise InputError(
+                f"the checkpoint has {found[0]} channels and {found[1]} blocks in the third stage, "
+                f"the model {wanted[0]} and {wanted[1]}: build {name}"
+            )
+    return weights
+
+
+# The folder that the authors' readme links; it asks for a password, and no file of it could be fetched by timm.
+_WEIGHTS = "the folder that github.com/YubiaoYue/MedMamba links, which asks for a password"
+
+# Channels of the first stage and blocks of the third.
+_VARIANTS = {
+    "medmamba_t": (96, 4),
+    "medmamba_s": (96, 8),
+    "medmamba_s_paper": (96, 12),
+    "medmamba_b": (128, 12),
+    "medmamba_b_paper": (128, 16),
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: dict(
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=(7, 7),
+            crop_pct=1.0,
+            crop_mode="squash",
+            interpolation="bilinear",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            first_conv="stem.proj",
+            classifier="head.fc",
+            license="unstated",
+            origin_url="https://github.com/YubiaoYue/MedMamba",
+            paper_name="MedMamba: Vision Mamba for Medical Image Classification",
+            paper_ids="arXiv:2403.03849",
+            description=f"the authors' weights are to be fetched by hand from {_WEIGHTS}",
+            notes=("published top-1: none on ImageNet",),
+        )
+        for name in _VARIANTS
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> MedMamba:
+    embed_dim, depth = _VARIANTS[variant]
+    return build_model_with_cfg(
+        MedMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
+        **{"embed_dim": embed_dim, "depths": (2, 2, depth, 2), **kwargs},
+    )
+
+
+@register_model
+def medmamba_t(pretrained: bool = False, **kwargs) -> MedMamba:
+    return _create("medmamba_t", pretrained, **kwargs)
+
+
+@register_model
+def medmamba_s(pretrained: bool = False, **kwargs) -> MedMamba:
+    return _create("medmamba_s", pretrained, **kwargs)
+
+
+@register_model
+def medmamba_s_paper(pretrained: bool = False, **kwargs) -> MedMamba:
+    return _create("medmamba_s_paper", pretrained, **kwargs)
+
+
+@register_model
+def medmamba_b(pretrained: bool = False, **kwargs) -> MedMamba:
+    return _create("medmamba_b", pretrained, **kwargs)
+
+
+@register_model
+def medmamba_b_paper(pretrained: bool = False, **kwargs) -> MedMamba:
+    return _create("medmamba_b_paper", pretrained, **kwargs)

@@ -1,0 +1,241 @@
+"""VMamba: blocks of four selective scans over the map (SS2D) and an MLP, in four stages; and its first version.
+
+Paper: VMamba: Visual State Space Model, NeurIPS 2024, arXiv 2401.10166.
+Official code: github.com/MzeroMiko/VMamba, MIT licence; weights by the authors.
+
+The names are those of the authors' tables: sXlY has X scanned channels per channel and Y blocks in the third stage; v0
+is the version of January 2024, gated, with 16 states and without MLPs. The main models of the paper are
+`vmamba_tiny_s1l8`, `vmamba_small_s2l15` and `vmamba_base_s2l15`.
+
+Deviations, without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
+closing the one before, projections for all four scans are computed at once in the order of the image, drop path is 0
+unless asked for. With an effect: v0 pads images to a multiple of 4 where the authors' patch embedding drops what is
+left over.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, on_maps
+from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._ss2d import SS2D
+from terrazzo.backbones._weights import flatten_pointwise, rename, unwrap
+
+__all__ = ["VMamba"]
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with a norm, GELU between them: (B, C, H, W) to (B, H/4, W/4, D)."""
+
+    def __init__(self, in_chans: int, dim: int, **factory):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **factory)
+        self.norm = nn.LayerNorm(dim // 2, **factory)
+        self.act = nn.GELU()
+        self.proj2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **factory)
+        self.norm2 = nn.LayerNorm(dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.norm(self.proj(x).permute(0, 2, 3, 1)))
+        return self.norm2(on_maps(x, self.proj2))
+
+
+class VSSBlock(nn.Module):
+    """Pre-norm SS2D and, but in the first version, MLP, on (B, H, W, C)."""
+
+    def __init__(self, dim: int, ratio: float, states: int, first_version: bool, drop_path: float, **factory):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, **factory)
+        self.op = SS2D(dim, ratio, states, gated=first_version, **factory)
+        self.norm2 = self.mlp = None
+        if not first_version:
+            self.norm2 = nn.LayerNorm(dim, **factory)
+            self.mlp = Mlp(dim, 4 * dim, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        x = x + self.drop_path(self.op(self.norm(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x, state
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class VMamba(Pyramid):
+    """Four stages of SS2D blocks. Source: arXiv 2401.10166, section 4 and table of the architectures."""
+
+    no_decay = SS2D.no_decay
+
+    def __init__(
+        self,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        ratio: float = 1.0,
+        states: int = 1,
+        first_version: bool = False,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        embed_dim: Channels of the first stage; each later stage has twice those of the one before.
+        depths: Per stage.
+        ratio: Scanned channels per channel of the map.
+        states: Of each scanned channel.
+        first_version: v0: patches, Swin's merging and gated SS2D, no MLPs.
+        **kwargs: num_classes, global_pool, drop_rate, norm_outputs: see `Backbone`.
+        """
+        factory = dict(device=device, dtype=dtype)
+        channels = [embed_dim * 2**i for i in range(len(depths))]
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(channels):
+            downsample = None
+            if i > 0 and first_version:
+                downsample = PatchMerging(dim // 2, **factory)
+            elif i > 0:
+                downsample = ConvDownsampler(dim // 2, bias=True, **factory)
+            blocks = [VSSBlock(dim, ratio, states, first_version, rate, **factory) for rate in rates[i]]
+            stages.append(Stage(blocks, downsample))
+        if first_version:
+            stem = PatchEmbed(in_chans, embed_dim, 4, **factory)
+        else:
+            stem = Stem(in_chans, embed_dim, **factory)
+        super().__init__(stem, stages, channels, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
+        self.apply(_init_linear)
+
+
+# From the authors' names to ours; where they had other names in the first version, those too.
+OFFICIAL_NAMES = [
+    (r"^patch_embed\.0\.", "patch_embed.proj."),
+    (r"^patch_embed\.2\.", "patch_embed.norm."),
+    (r"^patch_embed\.5\.", "patch_embed.proj2."),
+    (r"^patch_embed\.7\.", "patch_embed.norm2."),
+    (r"^patch_embed\.", "stem."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    *((rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    (r"\.downsample\.1\.", ".downsample.reduction."),
+    (r"\.downsample\.3\.", ".downsample.norm."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^outnorm(\d)\.", r"norm\1."),
+    (r"^classifier\.norm\.", "norm."),
+    (r"^(?:classifier\.)?head\.(?=weight|bias)", "head.fc."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Turn an official checkpoint into a state dict of `model`.
+
+    Takes the authors' classifiers, their projections as matrices or as 1x1 convolutions, and their detectors' and
+    segmentors' backbones (`backbone.` prefix, `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
+    """
+    return flatten_pointwise(rename(unwrap(state_dict), OFFICIAL_NAMES), model)
+
+
+def _cfg(file: str, top1: float, **kwargs) -> dict[str, Any]:
+    return (
+        dict(
+            url=f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}",
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=(7, 7),
+            crop_pct=0.875,
+            interpolation="bicubic",
+            first_conv="stem.proj",
+            classifier="head.fc",
+            license="mit",
+            origin_url="https://github.com/MzeroMiko/VMamba",
+            paper_name="VMamba: Visual State Space Model",
+            paper_ids="arXiv:2401.10166",
+            notes=(f"published top-1: {top1}",),
+        )
+        | kwargs
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", 82.6),
+        "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", 82.5),
+        "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222.pth", 83.6),
+        "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", 83.3),
+        "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237.pth", 83.9),
+        "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", 83.8),
+        "vmamba_v0_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", 82.2),
+        "vmamba_v0_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", 83.5),
+        "vmamba_v0_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241.pth", 83.7),
+    }
+)
+
+_V0 = dict(ratio=2.0, states=16, first_version=True)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> VMamba:
+    return build_model_with_cfg(
+        VMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_tiny_s1l8", pretrained, **{**dict(depths=(2, 2, 8, 2)), **kwargs})
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_tiny_s2l5", pretrained, **{**dict(depths=(2, 2, 5, 2), ratio=2.0), **kwargs})
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_small_s2l15", pretrained, **{**dict(depths=(2, 2, 15, 2), ratio=2.0), **kwargs})
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_small_s1l20", pretrained, **{**dict(depths=(2, 2, 20, 2)), **kwargs})
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
+    arguments = dict(embed_dim=128, depths=(2, 2, 15, 2), ratio=2.0)
+    return _create("vmamba_base_s2l15", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_base_s1l20", pretrained, **{**dict(embed_dim=128, depths=(2, 2, 20, 2)), **kwargs})
+
+
+@register_model
+def vmamba_v0_tiny(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_v0_tiny", pretrained, **{**_V0, "depths": (2, 2, 9, 2), **kwargs})
+
+
+@register_model
+def vmamba_v0_small(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_v0_small", pretrained, **{**_V0, "depths": (2, 2, 27, 2), **kwargs})
+
+
+@register_model
+def vmamba_v0_base(pretrained: bool = False, **kwargs) -> VMamba:
+    return _create("vmamba_v0_base", pretrained, **{**_V0, "embed_dim": 128, "depths": (2, 2, 27, 2), **kwargs})
