@@ -67,9 +67,13 @@ def test_file_names_and_docstrings(name):
     assert len(text.splitlines()) <= 40
 
 
-# Parameters of whole models in millions: arXiv 2204.07143 (NAT) and 2209.15001 (DiNAT), tables of COCO and ADE20K.
+# Parameters of whole models in millions: arXiv 2204.07143 (NAT), 2209.15001 (DiNAT) and 2401.10166 (VMamba), tables of
+# COCO and ADE20K.
 PUBLISHED = {
-    "mask-rcnn": {"nat-mini": 40, "nat-tiny": 48, "dinat-mini": 40, "dinat-tiny": 48, "dinat-s-tiny": 48},
+    "mask-rcnn": {
+        **{"nat-mini": 40, "nat-tiny": 48, "dinat-mini": 40, "dinat-tiny": 48, "dinat-s-tiny": 48},
+        **{"vmamba-tiny-s1l8": 50, "vmamba-small-s2l15": 70, "vmamba-base-s2l15": 108},
+    },
     "cascade-mask-rcnn": {
         **{"nat-tiny": 85, "nat-small": 108, "nat-base": 147},
         **{"dinat-tiny": 85, "dinat-small": 108, "dinat-base": 147, "dinat-large": 258},
@@ -79,6 +83,7 @@ PUBLISHED = {
         **{"nat-mini": 50, "nat-tiny": 58, "nat-small": 82, "nat-base": 123},
         **{"dinat-mini": 50, "dinat-tiny": 58, "dinat-small": 82, "dinat-base": 123, "dinat-large": 238},
         **{"dinat-s-tiny": 60, "dinat-s-small": 81, "dinat-s-base": 121, "dinat-s-large": 234},
+        **{"vmamba-tiny-s1l8": 62, "vmamba-small-s2l15": 82, "vmamba-base-s2l15": 122},
     },
     "mask2former": {"dinat-large": 220},
 }

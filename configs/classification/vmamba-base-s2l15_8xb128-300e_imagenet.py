@@ -1,0 +1,5 @@
+"""VMamba-B (s2l15) on ImageNet-1k, 224x224: 8 processes of batch 128, 300 epochs, the authors' recipe."""
+
+_base_ = "../_base_/vmamba_imagenet_300e.py"
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(backbone=dict(name="vmamba_base_s2l15", drop_path_rate=0.6))
