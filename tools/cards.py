@@ -106,6 +106,8 @@ def _families(_: None) -> str:
 
 def _range(values: list[float]) -> str:
     """The least and the largest, to one decimal."""
+    if not values:
+        return "-"
     return " to ".join(dict.fromkeys((f"{min(values):.1f}", f"{max(values):.1f}")))
 
 
