@@ -1,8 +1,8 @@
 """The selective scan as an exported graph holds it: one higher-order scan, which ONNX knows as Scan.
 
-All scans of a call are one axis of the state, so that one node serves them; only the recurrence is inside of it. The
-channels are innermost in the state: with the states innermost runtimes are 4 to 18 times slower. For runtimes that know
-no loops `without_loops` unrolls it.
+All scans of a call are one axis of the state, so that one node serves them; only the recurrence is inside of it, and of
+scans with one state a channel not even the decays. The channels are innermost in the state: with the states innermost
+runtimes are 4 to 18 times slower. For runtimes that know no loops `without_loops` unrolls it.
 """
 
 import contextlib
@@ -85,6 +85,20 @@ def _looped(delta, x, B, C, decays) -> torch.Tensor:
     return scan(_body(decays), start, (delta, x, B, C))[1]
 
 
+def _one_state(delta, x, B, decays, orders, width) -> torch.Tensor:
+    """The states (B, L, K, D), by pixels, of scans with one for each channel: the loop only multiplies and adds."""
+    from torch._higher_order_ops.scan import scan
+
+    def step(state, inputs):
+        decay, more = inputs
+        state = decay * state + more
+        return state, state.clone()
+
+    decay, more = (_steps(tensor, orders, width) for tensor in (torch.exp(delta * decays.squeeze(1)), delta * x * B))
+    start = (more[0] * 0).contiguous()
+    return _pixels(scan(step, start, (decay, more))[1], orders, width)
+
+
 def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
     """The same unrolled: as many runs as each has steps, all at once; first how each ends, then from where it starts.
 
@@ -132,11 +146,15 @@ def selective_scan(
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)
     if delta_softplus:
-        delta = F.softplus(delta)
+        # ONNX Runtime's Softplus computes the same and takes three times as long.
+        delta = F.relu(delta) + torch.log(1 + torch.exp(-delta.abs()))
     decays = A.to(dtype).transpose(1, 2).contiguous()  # K N D
-    inputs = tuple(_steps(tensor, orders, width) for tensor in (delta, delta * x, B, C))
-    out = (_unlooped if _is_unrolled() else _looped)(*inputs, decays)
-    out = _pixels(out, orders, width)
+    if A.shape[2] == 1 and not _is_unrolled():
+        out = C * _one_state(delta, x, B, decays, orders, width)
+    else:
+        inputs = tuple(_steps(tensor, orders, width) for tensor in (delta, delta * x, B, C))
+        out = (_unlooped if _is_unrolled() else _looped)(*inputs, decays)
+        out = _pixels(out, orders, width)
     if D is not None:
         out = out + D.to(dtype) * x
     if z is not None:
