@@ -68,11 +68,9 @@ def _body(decays: torch.Tensor):
     """The recurrence of one step, with (K, N, D) decays."""
 
     def step(state, inputs):
-        delta, x, B, C = inputs  # B K D, B K D, B K N, B K N
-        state = torch.exp(delta.unsqueeze(-2) * decays) * state + x.unsqueeze(-2) * B.unsqueeze(-1)
-        state = state.contiguous()
-        out = C * state.squeeze(-2) if decays.shape[1] == 1 else (C.unsqueeze(-2) @ state).squeeze(-2)
-        return state, out
+        delta, x, B, C = inputs  # B K 1 D, B K 1 D, B K N 1, B K 1 N
+        state = (torch.exp(delta * decays) * state + x * B).contiguous()
+        return state, C @ state
 
     return step
 
@@ -82,7 +80,8 @@ def _looped(delta, x, B, C, decays) -> torch.Tensor:
     from torch._higher_order_ops.scan import scan
 
     start = (delta[0].unsqueeze(-2) * decays * 0).contiguous()  # of the graph's own sizes
-    return scan(_body(decays), start, (delta, x, B, C))[1]
+    inputs = (delta.unsqueeze(-2), x.unsqueeze(-2), B.unsqueeze(-1), C.unsqueeze(-2))
+    return scan(_body(decays), start, inputs)[1].squeeze(-2)
 
 
 def _one_state(delta, x, B, decays, orders, width) -> torch.Tensor:
