@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract import BackboneContract, image
+from contract import BackboneContract, build, image
 from golden_packs import Pack, packs
 
 from terrazzo.backbones import medmamba
@@ -18,7 +18,6 @@ class TestMedMamba(BackboneContract):
     """Parameters: the authors' class, counted. Multiply-adds: with nine for each step, channel and state of a scan."""
 
     representatives = ("medmamba_t",)
-    shallow = {"medmamba_t": dict(depths=(1, 1))}
     costs = {
         "medmamba_t": (15_221_608, 2.979),
         "medmamba_s": (19_389_544, 3.946),
@@ -26,6 +25,7 @@ class TestMedMamba(BackboneContract):
         "medmamba_b": (40_883_688, 8.129),
         "medmamba_b_paper": (48_144_872, 9.751),
     }
+    shallow = {name: dict(depths=(1, 1)) for name in costs} | {"medmamba_t": dict(depths=(1,))}
 
 
 # With 6 classes: parameters; G multiply-adds at 224 of convolutions and linear layers alone, which is how the paper
@@ -164,6 +164,16 @@ class TestArchitecture:
             out, maps = model.forward_intermediates(x)
             torch.testing.assert_close(out.permute(0, 3, 1, 2), maps[-1])
             torch.testing.assert_close(model(x), model.head.fc(maps[-1].mean((2, 3))))
+
+
+@pytest.mark.slow
+def test_onnx_of_the_whole_model(tmp_path):
+    onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+    report = onnx_export.export_onnx(
+        build("medmamba_t"), image((97, 70)), tmp_path / "model.onnx", dynamic=("batch", "hw")
+    )
+    assert report.passed, report
+    assert report.worst <= 1e-4
 
 
 class Constant(torch.nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract import BackboneContract, image
+from contract import BackboneContract, build, image
 from golden_packs import Pack, packs
 
 from terrazzo.backbones import _ss2d, vmamba
@@ -16,7 +16,6 @@ class TestVMamba(BackboneContract):
     """Parameters: the authors' classes, counted. Multiply-adds: nine for each step, channel and state of a scan."""
 
     representatives = ("vmamba_tiny_s1l8",)
-    shallow = {name: dict(depths=(1, 1)) for name in ("vmamba_tiny_s1l8", "vmamba_v0_tiny")}
     costs = {
         "vmamba_tiny_s1l8": (30_249_064, 4.870),
         "vmamba_tiny_s2l5": (30_705_832, 4.814),
@@ -28,6 +27,7 @@ class TestVMamba(BackboneContract):
         "vmamba_v0_small": (44_417_416, 11.158),
         "vmamba_v0_base": (76_254_056, 17.921),
     }
+    shallow = {name: dict(depths=(1, 1, 1, 1)) for name in costs} | {"vmamba_tiny_s1l8": dict(depths=(1, 1))}
 
 
 # Of the scans alone, in G multiply-adds at 224.
@@ -282,3 +282,12 @@ class TestArchitecture:
     def test_no_weight_decay(self):
         names = timm.create_model("vmamba_tiny_s1l8", depths=(1,), device="meta").no_weight_decay()
         assert names == {f"stages.0.blocks.0.op.{name}" for name in ("A_logs", "Ds", "dt_projs_bias")}
+
+
+@pytest.mark.slow
+def test_onnx_of_the_whole_model(tmp_path):
+    onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+    model = build("vmamba_tiny_s1l8")
+    report = onnx_export.export_onnx(model, image((97, 70)), tmp_path / "model.onnx", dynamic=("batch", "hw"))
+    assert report.passed, report
+    assert report.worst <= 1e-4
