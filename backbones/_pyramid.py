@@ -30,7 +30,10 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-        x, state = self.downsample(x), self.carry(state)
+        return self.run(self.downsample(x), self.carry(state))
+
+    def run(self, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        """The blocks alone."""
         for block in self.blocks:
             x, state = checkpoint(block, x, state) if self.grad_checkpointing else block(x, state)
         return x, state

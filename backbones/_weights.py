@@ -1,5 +1,6 @@
 """What families say of their weights, and what their `checkpoint_filter_fn` needs: unwrapping, renaming, resizing."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +11,16 @@ from torch import nn
 
 RECONSTRUCTED = "reconstructed from the paper; no public weights of the authors load"
 """What a family whose authors published neither code nor weights says of itself: docstring, configuration and card."""
+
+_LICENCES = {
+    r"levels\.\d+\.blocks\.\d+\.mixer\.A_log": (
+        "MambaVision's weights, by NVIDIA, are licensed CC-BY-NC-SA-4.0: no commercial use, and what is made from them "
+        "is shared alike"
+    ),
+}
+"""By a name that only the authors' checkpoints have: what whoever takes their weights must know."""
+
+_logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("state_dict", "model", "module")
 
@@ -54,3 +65,15 @@ def resize_bias_tables(state_dict: dict[str, torch.Tensor], model: nn.Module, su
             table = F.interpolate(value[None].float(), size=size, mode="bicubic", align_corners=False)[0]
             state_dict[name] = table.to(value.dtype)
     return state_dict
+
+
+def licence_notices(names: Iterable[str]) -> list[str]:
+    """What is to be said of the weights of a checkpoint whose tensors are so named; nothing of most."""
+    names = list(names)
+    return [text for pattern, text in _LICENCES.items() if any(re.search(pattern, name) for name in names)]
+
+
+def say_licence(names: Iterable[str]) -> None:
+    """Put such notices where Python's warnings go, on the standard error unless logging is set up otherwise."""
+    for notice in licence_notices(names):
+        _logger.warning(notice)

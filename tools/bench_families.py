@@ -68,6 +68,7 @@ FAMILIES = {
     ),
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
     "medmamba": Family("medmamba_t", (_SWIN, _CONVNEXT)),
+    "mambavision": Family("mambavision_t", (_SWIN, _CONVNEXT)),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
     "vmamba": Family("vmamba_tiny_s1l8", (_SWIN, _CONVNEXT)),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 import torch
 
+from terrazzo.backbones._weights import licence_notices
 from terrazzo.errors import InputError
 
 
@@ -36,3 +37,5 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
         raise InputError(f"{checkpoint} holds no weights")
     save_checkpoint(weights if out.suffix == ".safetensors" else {"state_dict": weights}, str(out))
     click.echo(f"wrote {len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} numbers: {out}")
+    for notice in licence_notices(weights):
+        click.echo(notice, err=True)

@@ -53,15 +53,26 @@ def _shrink(value):
             _shrink(item)
 
 
+# Arguments that make the models of a family small. Where there are none, a large one is swapped for dinat_mini.
+SMALLER = {"mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4))}
+
+
 def _shrink_model(model):
-    """Swaps a large backbone for dinat_mini, the channels behind it with it, and looks at fewer regions."""
+    """Makes a large backbone small, or swaps it, the channels behind it with it, and looks at fewer regions."""
     backbone = model.backbone
     backbone.pretrained = False
     if sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 20e6:
-        for key in ("dilations", "kernel_size"):
-            backbone.pop(key, None)
-        backbone.name = "dinat_mini"
-        channels = [(64, 128, 256, 512)[index] for index in backbone.get("out_indices", (0, 1, 2, 3))]
+        family, indices = backbone.name.split("_")[0], backbone.get("out_indices", (0, 1, 2, 3))
+        if family in SMALLER:
+            backbone.update(SMALLER[family])
+        else:
+            for key in ("dilations", "kernel_size"):
+                backbone.pop(key, None)
+            backbone.name = "dinat_mini"
+        pyramid = timm.create_model(
+            backbone.name, features_only=True, out_indices=indices, device="meta", **SMALLER.get(family, {})
+        )
+        channels = pyramid.feature_info.channels()
         behind = next((model[key] for key in ("neck", "panoptic_head", "decode_head") if model.get(key)), {})
         behind["in_channels"] = channels
         if "auxiliary_head" in model:

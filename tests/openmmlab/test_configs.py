@@ -1,8 +1,8 @@
 """Every packaged config builds at full size, and takes a training step, validates and predicts on tiny data.
 
-For the step, a large backbone is swapped for `dinat_mini` and pictures are small; head, losses, pipeline, metric and
-optimizer stay the config's own. Of each head and data set, and of each task and family, the first is run, the rest are
-slow.
+For the step, a large backbone is made small or swapped for `dinat_mini`, and pictures are small; head, losses,
+pipeline, metric and optimizer stay the config's own. Of each head and data set, and of each task and family, the first
+is run, the rest are slow.
 """
 
 import math

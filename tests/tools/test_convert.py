@@ -28,6 +28,14 @@ def test_to_safetensors_and_back(tmp_path):
     assert torch.equal(found["a"], torch.ones(3, 2))
 
 
+def test_licence_is_said(tmp_path):
+    """Of weights whose names say whose they are."""
+    save_file({"backbone.levels.2.blocks.0.mixer.A_log": torch.ones(2, 8)}, tmp_path / "in.safetensors")
+    done = run(tmp_path / "in.safetensors", tmp_path / "out.pth")
+    assert done.exit_code == 0
+    assert "CC-BY-NC-SA-4.0: no commercial use" in done.output
+
+
 def test_refusals_write_nothing(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "in.safetensors")
     torch.save({"meta": {}}, tmp_path / "empty.pth")

@@ -1,0 +1,379 @@
+"""MambaVision: residual convolutions, then windows of Mamba mixers, then windows of attention.
+
+Paper: MambaVision: A Hybrid Mamba-Transformer Vision Backbone, CVPR 2025, arXiv 2407.08083.
+Official code: github.com/NVlabs/MambaVision, NVIDIA Source Code License-NC; nothing here is taken from it. Weights by
+the authors, CC-BY-NC-SA-4.0, not for commercial use: loading them says so.
+
+Where paper and code disagree the code is followed: the mixer's convolutions have no bias, its bias of dt enters twice,
+all linear layers begin with a standard deviation of 0.02 (dt_proj, too), and of n blocks the last floor(n / 2) attend.
+
+A map is padded with zeros to a multiple of the window before a stage's first norm, and the padding then takes part in
+scans and attention like anything else. Released detectors and segmentors have windows larger than most maps, so most
+of what they compute is padding. What the last block of a stage would make of padding is left out, for nothing reads it.
+Nothing else can be, exactly: k steps behind the map the state of a scan still holds a^k of it, with a learned
+0 < a < 1, so no two padded positions are equal for all weights, and attention reads all of them. `fit_windows` leaves
+out the padding of windows that are larger than the map, and changes outputs.
+
+Deviations, without effect on outputs: a downsampler opens its stage instead of closing the one before, A_log and D take
+no weight decay (the authors mark them, but with an attribute that timm does not read).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._weights import rename, say_licence, unwrap
+from terrazzo.errors import InputError
+from terrazzo.kernels import selective_scan
+
+__all__ = ["MambaVision"]
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm, GELU between them, added to their input: (B, C, H, W)."""
+
+    def __init__(self, dim: int, drop_path: float, **factory):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, **factory)
+        self.norm1 = nn.BatchNorm2d(dim, **factory)
+        self.act = nn.GELU(approximate="tanh")
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, **factory)
+        self.norm2 = nn.BatchNorm2d(dim, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        return x + self.drop_path(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))), state
+
+
+class Kept(NamedTuple):
+    """What of the windows of a map is to come out: the first rows and columns, as many as the map has."""
+
+    height: int
+    width: int
+
+
+class MambaVisionMixer(nn.Module):
+    """One scan by rows over half of the channels, beside the other half; no gate: windows (B, h, w, C).
+
+    Source: arXiv 2407.08083, section 3.2 (equation 5), with 8 states and C / 16 channels of dt.
+    """
+
+    states = 8
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        half, self.rank = dim // 2, -(-dim // 16)
+        self.A_log = nn.Parameter(torch.arange(1.0, self.states + 1, **factory).log().repeat(half, 1))
+        self.D = nn.Parameter(torch.ones(half, **factory))
+        self.in_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.x_proj = nn.Linear(half, self.rank + 2 * self.states, bias=False, **factory)
+        self.dt_proj = nn.Linear(self.rank, half, **factory)
+        self.out_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **factory)
+        self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """What it makes of the kept positions of a window, of all of which it reads."""
+        sides = x.shape[1:3]
+        x = self.in_proj(x.flatten(1, 2))  # B L C
+        # As one convolution of an image of one row in channels_last: its channels are together, as they came.
+        taps = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]).unsqueeze(2)
+        x = F.conv2d(x.mT.unsqueeze(2), taps, padding=(0, 1), groups=x.shape[2]).squeeze(2).mT
+        x, z = F.silu(x).chunk(2, -1)
+        dt, B, C = self.x_proj(x).split([self.rank, self.states, self.states], -1)
+        y = selective_scan(
+            x.mT,
+            F.linear(dt, self.dt_proj.weight).mT,
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            B.mT,
+            C.mT,
+            self.D,
+            delta_bias=2 * self.dt_proj.bias,
+            delta_softplus=True,
+        )
+        return self.out_proj(torch.cat([y.mT, z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
+
+
+class Attention(nn.Module):
+    """Multi-head attention within windows (B, h, w, C), without any notion of position."""
+
+    def __init__(self, dim: int, num_heads: int, **factory):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+
+    def forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """As of `MambaVisionMixer`."""
+        query, key, value = self.qkv(x).chunk(3, -1)
+        query = query[:, : kept.height, : kept.width]
+        heads = (y.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (query, key, value))
+        out = F.scaled_dot_product_attention(*heads)
+        return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, query.shape[1:3]))
+
+
+class WindowBlock(nn.Module):
+    """Pre-norm mixer and MLP, each with an optional per-channel layer scale."""
+
+    def __init__(self, dim: int, mixer: nn.Module, last: bool, layer_scale: float | None, drop_path: float, **factory):
+        """Args:
+        last: Of its stage: what it would make of the padding is left out.
+        """
+        super().__init__()
+        self.last = last
+        self.gamma_1, self.gamma_2 = (
+            None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale, **factory)) for _ in range(2)
+        )
+        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = Mlp(dim, 4 * dim, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, Kept]:
+        """Windows (B, h, w, C); what is to be kept of them is left to the last block."""
+        here = kept if self.last else Kept(*x.shape[1:3])
+        update = self.mixer(self.norm1(x), here)
+        x = x[:, : here.height, : here.width] + self.drop_path(
+            update if self.gamma_1 is None else self.gamma_1 * update
+        )
+        update = self.mlp(self.norm2(x))
+        return x + self.drop_path(update if self.gamma_2 is None else self.gamma_2 * update), kept
+
+
+class WindowStage(Stage):
+    """A stage whose blocks see windows that know nothing of each other; maps are (B, C, H, W).
+
+    Attributes:
+        window_size: Side of the windows.
+        fit_windows: A side of the map that is smaller is one window's.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module, window_size: int, fit_windows: bool):
+        super().__init__(blocks, downsample)
+        self.window_size = window_size
+        self.fit_windows = fit_windows
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        size = tuple(x.shape[1:3])
+        sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in size]
+        x = F.pad(x, (0, 0, 0, -size[1] % sides[1], 0, -size[0] % sides[0]))
+        counts = [padded // side for padded, side in zip(x.shape[1:3], sides)]
+        x = x.unflatten(2, (counts[1], sides[1])).unflatten(1, (counts[0], sides[0]))
+        x = x.transpose(2, 3).flatten(0, 2)  # B h w C, all windows of an image together
+        x, _ = self.run(x, Kept(*size))
+        x = x.unflatten(0, (-1, *counts)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return x[:, : size[0], : size[1]].permute(0, 3, 1, 2), state
+
+
+def _downsampler(dim: int, **factory) -> nn.Conv2d:
+    return nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **factory)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class MambaVision(Pyramid):
+    """Two stages of convolutions, two of windows in which Mamba mixers come first and attention last.
+
+    Source: arXiv 2407.08083, section 3 and figure 2.
+    """
+
+    output_fmt = "NCHW"
+    no_decay = ("A_log", "D")
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (1, 3, 8, 4),
+        dim: int = 80,
+        stem_dim: int = 32,
+        num_heads: Sequence[int] = (8, 16),
+        window_size: Sequence[int] = (14, 7),
+        fit_windows: bool = False,
+        layer_scale: float | None = None,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        norm_outputs: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        depths: Per stage.
+        dim: Channels of the first stage; each later stage has twice those of the one before.
+        num_heads, window_size: Of the third and the fourth stage. No weight depends on the windows, but outputs do:
+            released detectors have (112, 56), segmentors (64, 32) and the small one (160, 56).
+        fit_windows: Treat a window larger than the map as the map's own size, instead of padding the map up to it.
+            Cheap, but not what released detectors and segmentors compute.
+        layer_scale: Initial value of the per-channel scales, None for none.
+        **kwargs: num_classes, global_pool, drop_rate: see `Backbone`.
+
+        Raises:
+            InputError: `window_size` or `num_heads` are not two positive numbers.
+        """
+        for name, pair in (("window_size", window_size), ("num_heads", num_heads)):
+            if len(pair) != 2 or min(pair) < 1:
+                raise InputError(f"{name} must be two positive numbers, of the third and the fourth stage, got {pair}")
+        factory = dict(device=device, dtype=dtype)
+        channels = [dim * 2**i for i in range(4)]
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages: list[Stage] = []
+        for i, (depth, width) in enumerate(zip(depths, channels)):
+            downsample = _downsampler(width // 2, **factory) if i > 0 else None
+            if i < 2:
+                stages.append(Stage([ConvBlock(width, rate, **factory) for rate in rates[i]], downsample))
+                continue
+            blocks = []
+            for j, rate in enumerate(rates[i]):
+                attends, last = j >= depth - depth // 2, j == depth - 1
+                mixer = Attention(width, num_heads[i - 2], **factory) if attends else MambaVisionMixer(width, **factory)
+                blocks.append(WindowBlock(width, mixer, last, layer_scale, rate, **factory))
+            stages.append(WindowStage(blocks, downsample, window_size[i - 2], fit_windows))
+        stem = nn.Sequential(
+            nn.Conv2d(in_chans, stem_dim, 3, stride=2, padding=1, bias=False, **factory),
+            nn.BatchNorm2d(stem_dim, eps=1e-4, **factory),
+            nn.ReLU(),
+            nn.Conv2d(stem_dim, dim, 3, stride=2, padding=1, bias=False, **factory),
+            nn.BatchNorm2d(dim, eps=1e-4, **factory),
+            nn.ReLU(),
+        )
+        super().__init__(
+            stem,
+            stages,
+            channels,
+            norm_layer=partial(LayerNorm2d, eps=1e-5) if norm_outputs else nn.BatchNorm2d,
+            in_chans=in_chans,
+            norm_outputs=norm_outputs,
+            **factory,
+            **kwargs,
+        )
+        self.apply(_init_weights)
+
+
+# From the authors' names to ours.
+OFFICIAL_NAMES = [
+    (r"^(?:module|model)\.", ""),
+    (r"^patch_embed\.conv_down\.", "stem."),
+    (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    *((rf"^levels\.{i}\.downsample\.reduction\.0\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    (r"^outnorm(?=\d)", "norm"),
+    (r"^head\.(?=weight|bias)", "head.fc."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Turn an official checkpoint into a state dict of `model`, and say the licence of one.
+
+    Takes the authors' classifiers, also those inside of a larger network (`model.` or `encoder.`), and the backbones of
+    their detectors and segmentors (`backbone.`, with `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
+    """
+    state_dict = unwrap(state_dict)
+    say_licence(state_dict)
+    prefix = "encoder."
+    if any(name.startswith(prefix) for name in state_dict):
+        state_dict = {k.removeprefix(prefix): value for k, value in state_dict.items() if k.startswith(prefix)}
+    return rename(state_dict, OFFICIAL_NAMES)
+
+
+def _cfg(hub: str, file: str, top1: float, **kwargs) -> dict[str, Any]:
+    return (
+        dict(
+            hf_hub_id=f"nvidia/MambaVision-{hub}",
+            hf_hub_filename=f"mambavision_{file}.pth.tar",
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=(7, 7),
+            crop_pct=1.0,
+            interpolation="bicubic",
+            first_conv="stem.0",
+            classifier="head.fc",
+            license="cc-by-nc-sa-4.0",
+            origin_url="https://github.com/NVlabs/MambaVision",
+            paper_name="MambaVision: A Hybrid Mamba-Transformer Vision Backbone",
+            paper_ids="arXiv:2407.08083",
+            notes=(f"published top-1: {top1}",),
+        )
+        | kwargs
+    )
+
+
+_512 = dict(input_size=(3, 512, 512), pool_size=(16, 16), crop_pct=0.93, crop_mode="squash")
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mambavision_t.in1k": _cfg("T-1K", "tiny_1k", 82.3),
+        "mambavision_t2.in1k": _cfg("T2-1K", "tiny2_1k", 82.7, crop_pct=0.98),
+        "mambavision_s.in1k": _cfg("S-1K", "small_1k", 83.3, crop_pct=0.93),
+        "mambavision_b.in1k": _cfg("B-1K", "base_1k", 84.2),
+        "mambavision_b.in21k_ft_in1k": _cfg("B-21K", "base_21k", 84.9),
+        "mambavision_l.in1k": _cfg("L-1K", "large_1k", 85.0),
+        "mambavision_l.in21k_ft_in1k": _cfg("L-21K", "large_21k", 86.1),
+        "mambavision_l2.in1k": _cfg("L2-1K", "large2_1k", 85.3),
+        "mambavision_l2_512.in21k_ft_in1k": _cfg("L2-512-21K", "L2_21k_240m_512", 87.3, **_512),
+    }
+)
+
+_T = dict(depths=(1, 3, 8, 4), dim=80, stem_dim=32)
+_T2 = dict(depths=(1, 3, 11, 4), dim=80, stem_dim=32)
+_S = dict(depths=(3, 3, 7, 5), dim=96, stem_dim=64)
+_B = dict(depths=(3, 3, 10, 5), dim=128, stem_dim=64, layer_scale=1e-5)
+_L = dict(depths=(3, 3, 10, 5), dim=196, stem_dim=64, num_heads=(16, 32), layer_scale=1e-5)
+_L2 = dict(_L, depths=(3, 3, 12, 5))
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> MambaVision:
+    return build_model_with_cfg(
+        MambaVision,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def mambavision_t(pretrained: bool = False, **kwargs) -> MambaVision:
+    return _create("mambavision_t", pretrained, **{**_T, **kwargs})
+
+
+@register_model
+def mambavision_t2(pretrained: bool = False, **kwargs) -> MambaVision:
+    return _create("mambavision_t2", pretrained, **{**_T2, **kwargs})
+
+
+@register_model
+def mambavision_s(pretrained: bool = False, **kwargs) -> MambaVision:
+    return _create("mambavision_s", pretrained, **{**_S, **kwargs})
+
+
+@register_model
+def mambavision_b(pretrained: bool = False, **kwargs) -> MambaVision:
+    return _create("mambavision_b", pretrained, **{**_B, **kwargs})
+
+
+@register_model
+def mambavision_l(pretrained: bool = False, **kwargs) -> MambaVision:
+    return _create("mambavision_l", pretrained, **{**_L, **kwargs})
+
+
+@register_model
+def mambavision_l2(pretrained: bool = False, **kwargs) -> MambaVision:
+    return _create("mambavision_l2", pretrained, **{**_L2, **kwargs})
+
+
+@register_model
+def mambavision_l2_512(pretrained: bool = False, **kwargs) -> MambaVision:
+    return _create("mambavision_l2_512", pretrained, **{**_L2, "window_size": (32, 16), **kwargs})

@@ -1,0 +1,5 @@
+"""Cascade Mask R-CNN on MambaVision-T, COCO, 36 epochs: the authors' recipe."""
+
+_base_ = "../_base_/mambavision_cascade-mask-rcnn_3x_coco.py"
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(backbone=dict(name="mambavision_t"), neck=dict(in_channels=[80, 160, 320, 640]))

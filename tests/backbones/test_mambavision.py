@@ -1,0 +1,297 @@
+"""MambaVision: the contract, official weights, what is its own."""
+
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from contract import BackboneContract
+from golden_packs import Pack, packs
+from seeded import build, image
+from torch import nn
+
+from terrazzo.backbones import mambavision
+from terrazzo.backbones.mambavision import Kept
+from terrazzo.errors import InputError
+from terrazzo.tools.measure import measure
+
+
+class TestMambaVision(BackboneContract):
+    """Parameters: the authors' classes, counted. Multiply-adds: convolutions, linear layers and attention, in G."""
+
+    representatives = ("mambavision_t",)
+    shallow = {"mambavision_t": dict(depths=(1, 1, 2, 2))}
+    costs = {
+        "mambavision_t": (31_794_248, 4.565),
+        "mambavision_t2": (35_104_008, 5.235),
+        "mambavision_s": (50_140_584, 7.578),
+        "mambavision_b": (97_685_288, 15.162),
+        "mambavision_l": (227_961_048, 35.160),
+        "mambavision_l2": (241_554_824, 37.880),
+        "mambavision_l2_512": (241_554_824, 206.2),
+    }
+
+
+def golden_model(pack: Pack) -> nn.Module:
+    """The model of a pack, with its weights; the detection windows of the T variant where it is the dense flavour."""
+    dense = pack.meta["variant"].startswith("det_")
+    arguments = dict(num_classes=0, norm_outputs=True, window_size=(112, 56)) if dense else {}
+    model = timm.create_model("mambavision_t", **arguments).eval()
+    assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
+    weights = mambavision.checkpoint_filter_fn({"state_dict": pack.weights()}, model)
+    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    assert not counters.keys() & weights.keys()
+    model.load_state_dict(weights | counters, strict=True)
+    return model
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Scans that hold on to what they read for a step or for hundreds, with states of all kinds."""
+    with torch.no_grad():
+        for mixer in model.modules():
+            if isinstance(mixer, mambavision.MambaVisionMixer):
+                nn.init.uniform_(mixer.dt_proj.bias, -2.5, 0.5)
+                nn.init.normal_(mixer.A_log)
+                nn.init.normal_(mixer.dt_proj.weight, std=0.5)
+                nn.init.normal_(mixer.x_proj.weight, std=0.1)
+                nn.init.normal_(mixer.out_proj.weight, std=0.1)
+                nn.init.normal_(mixer.in_proj.weight, std=0.1)
+    return model
+
+
+class TestOfficial:
+    # Of the dense flavour nearly all is padding: 12544 positions attend for 560.
+    @pytest.mark.parametrize(
+        "path",
+        [pytest.param(path, marks=pytest.mark.slow if "det" in path.stem else ()) for path in packs("mambavision")],
+        ids=lambda path: path.stem,
+    )
+    def test_golden(self, path):
+        pack = Pack(path)
+        model = golden_model(pack)
+        for case in pack.meta["cases"]:
+            x = pack.image(case).float()
+            with torch.no_grad():
+                for i, found in enumerate(model.forward_intermediates(x, intermediates_only=True)):
+                    stage = case["stages"][i]
+                    assert list(found.shape) == stage["shape"]
+                    ours, official = pack.sample(case, i, found)
+                    torch.testing.assert_close(ours, official.float(), rtol=0, atol=1e-4 * stage["std"])
+                if "logits_std" in case:
+                    limit = 1e-4 * case["logits_std"]
+                    torch.testing.assert_close(model(x), pack.logits(case).float(), rtol=0, atol=limit)
+
+    @pytest.mark.parametrize("prefix", ["backbone.", "model.", "module.", "encoder."])
+    def test_prefixes(self, prefix):
+        """A detector's file, the hub's safetensors, a parallel run's, a larger network's: all load strictly."""
+        pack = Pack(next(path for path in packs("mambavision") if path.stem == "T"))
+        weights = {prefix + name: value for name, value in pack.weights().items()}
+        if prefix in ("backbone.", "encoder."):
+            weights["rpn_head.conv.weight"] = torch.zeros(1)
+        model = timm.create_model("mambavision_t", device="meta")
+        found = mambavision.checkpoint_filter_fn({"state_dict": weights}, model)
+        wanted = {key: value.shape for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
+        assert {key: value.shape for key, value in found.items()} == wanted
+
+    def test_licence_is_said(self, caplog):
+        """With the authors' names, not with ours: a checkpoint trained here from nothing is nobody else's."""
+        model = timm.create_model("mambavision_t", device="meta")
+        assert mambavision.checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
+        assert not caplog.records
+        names = [name for name, *_ in Pack(packs("mambavision")[0]).meta["state"]]
+        with caplog.at_level(logging.WARNING):
+            mambavision.checkpoint_filter_fn({name: torch.zeros(0) for name in names}, model)
+        (record,) = caplog.records
+        assert "CC-BY-NC-SA-4.0: no commercial use" in record.getMessage()
+        for name in TestMambaVision.costs:
+            assert timm.models.get_pretrained_cfg(name).license == "cc-by-nc-sa-4.0"
+
+    def test_parameters_of_the_dense_and_the_largest(self):
+        dense = timm.create_model("mambavision_t", num_classes=0, norm_outputs=True, device="meta")
+        assert sum(p.numel() for p in dense.parameters()) == 31_154_368
+        largest = dict(depths=(3, 3, 20, 10), dim=256)
+        model = timm.create_model("mambavision_l2", **largest, window_size=(16, 8), device="meta")
+        assert sum(p.numel() for p in model.parameters()) == 739_570_472
+
+
+SMALL = dict(depths=(1, 1, 2, 2), dim=32, num_heads=(4, 8))
+
+
+def by_hand(mixer: mambavision.MambaVisionMixer, x: torch.Tensor) -> torch.Tensor:
+    """The mixer on (B, L, C) as the paper's code defines it, one step after another."""
+    x, z = mixer.in_proj(x).transpose(1, 2).chunk(2, 1)
+    x, z = F.silu(mixer.conv1d_x(x)), F.silu(mixer.conv1d_z(z))
+    dt, B, C = mixer.x_proj(x.transpose(1, 2)).split([mixer.dt_proj.in_features, 8, 8], -1)
+    dt = F.softplus(mixer.dt_proj(dt) + mixer.dt_proj.bias)
+    state, out = 0, []
+    for t in range(x.shape[2]):
+        decay = torch.exp(dt[:, t, :, None] * -torch.exp(mixer.A_log))
+        state = decay * state + (dt[:, t] * x[:, :, t])[..., None] * B[:, t, None]
+        out.append((state * C[:, t, None]).sum(-1) + mixer.D * x[:, :, t])
+    return mixer.out_proj(torch.cat([torch.stack(out, 1), z.transpose(1, 2)], -1))
+
+
+class TestArchitecture:
+    @pytest.mark.parametrize(
+        ("depth", "attending"), [(1, []), (2, [1]), (3, [2]), (4, [2, 3]), (5, [3, 4]), (7, [4, 5, 6])]
+    )
+    def test_later_half_attends(self, depth, attending):
+        model = timm.create_model("mambavision_t", depths=(1, 1, depth, 1), device="meta")
+        blocks = model.stages[2].blocks
+        assert [i for i, block in enumerate(blocks) if isinstance(block.mixer, mambavision.Attention)] == attending
+
+    def test_mixer(self):
+        torch.manual_seed(0)
+        mixer = lively(nn.ModuleList([mambavision.MambaVisionMixer(32)])).double()[0]
+        x = torch.randn(2, 3, 5, 32, dtype=torch.double)
+        with torch.no_grad():
+            found = mixer(x, Kept(3, 5))
+            torch.testing.assert_close(found.flatten(1, 2), by_hand(mixer, x.flatten(1, 2)), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(mixer(x, Kept(2, 4)), found[:, :2, :4])
+
+    def test_mixers_look_one_position_ahead(self):
+        torch.manual_seed(0)
+        mixer = lively(nn.ModuleList([mambavision.MambaVisionMixer(32)])).double()[0]
+        x = torch.randn(1, 4, 4, 32, dtype=torch.double)
+        other = x.clone()
+        other[0, 2, 1] += 1  # position 9 of 16
+        changed = (mixer(x, Kept(4, 4)) != mixer(other, Kept(4, 4))).any(-1).flatten()
+        assert changed.nonzero().flatten().tolist() == list(range(8, 16))
+
+    def test_windows_are_apart(self):
+        """Each window by itself gives what the stage gives, padding and order included."""
+        model = lively(build("mambavision_t", **SMALL, window_size=(4, 3))).double()
+        stage = model.stages[2]
+        x = torch.randn(2, 64, 18, 22, dtype=torch.double)
+        with torch.no_grad():
+            found, _ = stage(x)
+            padded = F.pad(stage.downsample(x), (0, 1, 0, 3)).permute(0, 2, 3, 1)  # 9 x 11 to 12 x 12
+            out = torch.zeros_like(padded)
+            for row in range(0, 12, 4):
+                for column in range(0, 12, 4):
+                    part = (slice(None), slice(row, row + 4), slice(column, column + 4))
+                    window = padded[part]
+                    for block in stage.blocks:
+                        window, _ = block(window, Kept(4, 4))
+                    out[part] = window
+        torch.testing.assert_close(found, out[:, :9, :11].permute(0, 3, 1, 2), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        ("size", "windows"), [((96, 160), (14, 7)), ((224, 96), (10, 8)), ((97, 70), (4, 3)), ((64, 64), (24, 12))]
+    )
+    def test_padding_of_the_last_block_is_not_missed(self, size, windows):
+        """Leaving out what a stage's last block makes of padding changes nothing: in float64 to 1e-10."""
+        model = lively(build("mambavision_t", **SMALL, window_size=windows)).double()
+        x = image(size).double()
+        with torch.no_grad():
+            found = model.forward_intermediates(x, intermediates_only=True)
+            for stage in model.stages[2:]:
+                stage.blocks[-1].last = False
+            wanted = model.forward_intermediates(x, intermediates_only=True)
+        for ours, plain in zip(found, wanted):
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+
+    def test_gradients_without_the_padding_of_the_last_block(self):
+        model = lively(build("mambavision_t", **SMALL, window_size=(8, 5))).double()
+        x = image((64, 96)).double()
+        found, wanted = [], []
+        for gradients in (found, wanted):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            gradients.extend(p.grad.clone() for p in model.parameters())
+            model.stages[2].blocks[-1].last = model.stages[3].blocks[-1].last = False
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+    def test_multiply_adds_of_padding(self):
+        """At 224 with a detector's windows, G: without the padding of last blocks, with it, and with fitted windows."""
+        model = timm.create_model("mambavision_t", window_size=(112, 56), device="meta")
+        assert measure(model, 224).macs / 1e9 == pytest.approx(466.5, abs=0.1)
+        for stage in model.stages[2:]:
+            stage.blocks[-1].last = False
+        assert measure(model, 224).macs / 1e9 == pytest.approx(600.8, abs=0.1)
+        fitted = timm.create_model("mambavision_t", window_size=(112, 56), fit_windows=True, device="meta")
+        assert measure(fitted, 224).macs / 1e9 == pytest.approx(TestMambaVision.costs["mambavision_t"][1], rel=0.01)
+
+    def test_fitted_windows(self):
+        """Larger windows become the map's; at 224 that is what the classifier has."""
+        plain, fitted = (
+            build("mambavision_t", **SMALL, **windows)
+            for windows in ({}, dict(window_size=(112, 56), fit_windows=True))
+        )
+        x = image((224, 224))
+        with torch.no_grad():
+            assert torch.equal(plain(x), fitted(x))
+            assert [tuple(m.shape[2:]) for m in fitted.forward_intermediates(image((97, 70)), intermediates_only=True)]
+
+    @pytest.mark.parametrize("windows", [(7,), (14, 7, 7, 7), (14, 0)])
+    def test_wrong_windows(self, windows):
+        with pytest.raises(InputError, match="window_size must be two positive numbers"):
+            timm.create_model("mambavision_t", window_size=windows)
+
+
+def bias_of_dt_once(model):
+    for module in model.modules():
+        if isinstance(module, mambavision.MambaVisionMixer):
+            module.dt_proj.bias.data /= 2
+
+
+def usual_norm_in_the_stem(model):
+    for module in model.stem:
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-5
+
+
+def causal_convolution(model):
+    for module in model.modules():
+        if isinstance(module, mambavision.MambaVisionMixer):
+            for convolution in (module.conv1d_x, module.conv1d_z):
+                convolution.weight.data = convolution.weight.data.roll(1, -1)
+
+
+def fitted_windows(model):
+    for stage in model.stages[2:]:
+        stage.fit_windows = True
+
+
+class TestTraps:
+    def test_two_gelus(self):
+        """Approximate in the convolutional blocks and exact in the MLPs: 1e-4 of the logits lies between them."""
+        stages = timm.create_model("mambavision_t", device="meta").stages
+        kinds = [{m.approximate for m in stage.modules() if isinstance(m, nn.GELU)} for stage in stages]
+        assert kinds == [{"tanh"}, {"tanh"}, {"none"}, {"none"}]
+
+    @pytest.mark.parametrize(
+        "mistake",
+        [bias_of_dt_once, usual_norm_in_the_stem, causal_convolution, fitted_windows],
+        ids=lambda mistake: mistake.__name__,
+    )
+    def test_mistakes_show(self, mistake):
+        """What is easily got wrong moves the logits by ten times what the golden packs forgive."""
+        model = lively(build("mambavision_t", **SMALL))
+        for norm in (model.stem[1], model.stem[4]):
+            norm.running_var.fill_(1e-2)  # or no one would see its epsilon
+        x = image((96, 128))
+        with torch.no_grad():
+            right = model(x)
+            mistake(model)
+            assert (model(x) - right).abs().max() > 1e-3 * right.std()
+
+
+class TestExport:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["mambavision_t", "mambavision_s"])
+    def test_open_sizes_beyond_the_window(self, name, tmp_path):
+        """The graph is made from maps of one window and meets maps of many."""
+        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+        ort = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+        model = build(name)
+        report = onnx_export.export_onnx(model, image((64, 96)), tmp_path / "model.onnx", dynamic=("batch", "hw"))
+        assert report.passed, report
+        session = ort.InferenceSession(str(tmp_path / "model.onnx"))
+        for size in ((97, 70), (224, 224), (320, 448)):
+            x = image(size, batch=2)
+            with torch.no_grad():
+                wanted = model(x)
+            (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-4 * wanted.std().item())
