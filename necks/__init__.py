@@ -1,5 +1,6 @@
 """What stands between a backbone and a head where mmdet and mmseg have nothing; `terrazzo.openmmlab` registers it."""
 
 from terrazzo.necks.finer_level import FinerLevel as FinerLevel
+from terrazzo.necks.plain_pyramid import PlainPyramid as PlainPyramid
 
-__all__ = ["FinerLevel"]
+__all__ = ["FinerLevel", "PlainPyramid"]

@@ -22,14 +22,15 @@ checkpoint.install()
 saving.install()
 OPTIMIZERS.register_module(module=Lamb, force=True)
 
-from terrazzo.necks import FinerLevel  # noqa: E402
+from terrazzo.necks import FinerLevel, PlainPyramid  # noqa: E402
 from terrazzo.openmmlab.backbone import TerrazzoBackbone  # noqa: E402
 from terrazzo.openmmlab.classifier import Classifier  # noqa: E402
-from terrazzo.openmmlab.datasets import ImageFolderDataset  # noqa: E402
+from terrazzo.openmmlab.datasets import ImageFolderDataset, RotatedImages  # noqa: E402
 from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
 from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
+from terrazzo.openmmlab.roma_pretraining import RoMAPretraining  # noqa: E402
 from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
 from terrazzo.openmmlab.throughput import ThroughputHook  # noqa: E402
 
@@ -41,6 +42,9 @@ __all__ = [
     "FiniteLossHook",
     "ImageFolderDataset",
     "LayerDecayOptimWrapperConstructor",
+    "PlainPyramid",
+    "RoMAPretraining",
+    "RotatedImages",
     "SeededDataset",
     "SeededSampler",
     "SeedingHook",

@@ -25,6 +25,7 @@ class Classifier(BaseModel):
     Args:
         backbone: `name`, `num_classes` and any other argument of `timm.create_model`; also `checkpoint`, a file of
             weights whose classifier is left out where it has other classes.
+        probe: whether to train the last layer alone, on features that stay as they are: a linear probe.
         loss: `type` (BinaryCrossEntropy, CrossEntropyLoss, LabelSmoothingCrossEntropy or SoftTargetCrossEntropy) and
             its arguments. By default LabelSmoothingCrossEntropy, or SoftTargetCrossEntropy with mixup.
         mixup: arguments of `timm.data.Mixup`, for mixup and CutMix; None for neither.
@@ -40,6 +41,7 @@ class Classifier(BaseModel):
         backbone: dict,
         loss: dict | None = None,
         mixup: dict | None = None,
+        probe: bool = False,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ):
@@ -54,6 +56,10 @@ class Classifier(BaseModel):
         if checkpoint is not None:
             head = "|".join(rf"^{part}\." for part in _head_names(self.backbone))
             load_weights(self.backbone, name, checkpoint, optional=head)
+        self.probe = probe
+        if probe:
+            self.backbone.requires_grad_(False)
+            self.backbone.get_classifier().requires_grad_(True)
         self.mixup = Mixup(num_classes=classes, **mixup) if mixup else None
         default = "SoftTargetCrossEntropy" if mixup else "LabelSmoothingCrossEntropy"
         arguments = dict(loss or {"type": default})
@@ -88,6 +94,13 @@ class Classifier(BaseModel):
             for sample, target in zip(samples, targets.tolist()):
                 sample["gt_label"] = target
         return samples
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switches between training and evaluation; a probed backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.probe:
+            self.backbone.eval()
+        return self
 
     def init_weights(self) -> None:
         """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them anew."""

@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class, with timm's transforms."""
+"""Folders of images, one folder a class or without labels, with timm's transforms."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,8 +9,10 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.adaptive_rotation import AdaptiveRotation
 
 
 @DATASETS.register_module()
@@ -53,6 +55,40 @@ class ImageFolderDataset(Dataset):
         """The image as `inputs`, 3 H W and normalised, and its class index as `targets`."""
         image, target = self.images[index]
         return {"inputs": image, "targets": target}
+
+
+@DATASETS.register_module()
+class RotatedImages(Dataset):
+    """Images without labels, anywhere under `data_root/split`, each with a window rotated, for RoMA's pretraining.
+
+    Args:
+        data_root: the folder of the data set.
+        split: the folder in it, "" for itself.
+        transform: as of `ImageFolderDataset`.
+        rotation: arguments of `AdaptiveRotation`.
+
+    Raises:
+        InputError: if the folder is missing or holds no images, or `rotation` does not fit.
+    """
+
+    metainfo: dict = {}
+
+    def __init__(self, data_root: str, split: str, transform: dict, rotation: dict | None = None):
+        folder = Path(data_root) / split
+        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not self.files:
+            raise InputError(f"data folder '{folder}' holds no images; unpack the data there or set data_root")
+        self.transform = _transform(transform)
+        self.rotate = AdaptiveRotation(**{key: value for key, value in (rotation or {}).items() if key != "_scope_"})
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        """The rotated image as `inputs` and the image as `targets`, 3 H W, and the `window`: see `AdaptiveRotation`."""
+        image = self.transform(default_loader(str(self.files[index])))
+        rotated, window = self.rotate(image)
+        return {"inputs": rotated, "targets": image, "window": window}
 
 
 def _transform(arguments: dict) -> Callable:

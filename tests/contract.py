@@ -8,7 +8,7 @@
 on the meta device; numbers for the representatives, and under `-m slow` for every variant. What the family cannot do of
 what tests/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
 A family whose authors published no weights, `reconstructed = True`, names none and says so, in its docstring, its
-configurations and its card.
+configurations and its card. `untrained` are variants that alone have no weights.
 `shallow` holds, by representative, arguments that leave a block of each kind, for what takes minutes to compile or
 export.
 """
@@ -39,6 +39,7 @@ MAX_SIDE = 96  # of the costlier checks
 class BackboneContract(CapabilityContract):
     costs: dict[str, tuple[int, float]] = {}
     reconstructed = False
+    untrained: tuple[str, ...] = ()
 
     def pytest_generate_tests(self, metafunc):
         if "variant" in metafunc.fixturenames:
@@ -57,8 +58,9 @@ class BackboneContract(CapabilityContract):
         assert cfg.paper_ids
         assert "top-1" in " ".join(cfg.notes), "the published accuracy is not named"
         by_hand = "weights are to be fetched by hand from" in (cfg.description or "")
-        assert bool(cfg.has_weights or by_hand) == (not self.reconstructed)
-        assert bool(cfg.license) == (not self.reconstructed), "the licence is that of the weights"
+        published = not self.reconstructed and variant not in self.untrained
+        assert bool(cfg.has_weights or by_hand) == published
+        assert bool(cfg.license) == published, "the licence is that of the weights"
         assert (cfg.description == RECONSTRUCTED) == self.reconstructed
 
     def test_a_reconstruction_says_so(self, variant):

@@ -165,6 +165,17 @@ def write_ade20k(root):
             Image.fromarray(label_map(random, 151, size)).save(root / "annotations" / split / f"{name}.png")
 
 
+def write_loveda(root):
+    """LoveDA as mmseg converts it: labels 1 to 7, and 0 for none."""
+    random, size = np.random.default_rng(0), (96, 64)
+    for split in ("train", "val"):
+        for kind in ("img_dir", "ann_dir"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(2):
+            picture(random, size).save(root / "img_dir" / split / f"{index}.png")
+            Image.fromarray(label_map(random, 8, size)).save(root / "ann_dir" / split / f"{index}.png")
+
+
 def write_cityscapes(root):
     """Cityscapes: a folder a city, maps of 19 training classes and 255, and instances as mmdet converts them."""
     from mmdet.datasets import CityscapesDataset
@@ -192,6 +203,7 @@ FULL_SIZE = {
     "imagenet": write_imagenet,
     "coco": write_coco,
     "ADEChallengeData2016": write_ade20k,
+    "loveDA": write_loveda,
     "cityscapes": write_cityscapes,
 }
 """What writes the double of a full-size data set, by the name of its folder."""

@@ -54,19 +54,24 @@ def _shrink(value):
 
 
 # Arguments that make the models of a family small. Where there are none, a large one is swapped for dinat_mini.
-SMALLER = {"mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4))}
+SMALLER = {
+    "mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4)),
+    "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
+}
 
 
 def _shrink_model(model):
     """Makes a large backbone small, or swaps it, the channels behind it with it, and looks at fewer regions."""
     backbone = model.backbone
     backbone.pretrained = False
-    if sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 20e6:
+    if backbone.get("out_indices") == (11,):  # a plain backbone stays one, of two blocks
+        backbone.update(depth=2, out_indices=(1,))
+    elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 20e6:
         family, indices = backbone.name.split("_")[0], backbone.get("out_indices", (0, 1, 2, 3))
         if family in SMALLER:
             backbone.update(SMALLER[family])
         else:
-            for key in ("dilations", "kernel_size"):
+            for key in ("dilations", "kernel_size", "img_size", "patch_size"):
                 backbone.pop(key, None)
             backbone.name = "dinat_mini"
         pyramid = timm.create_model(

@@ -1,0 +1,480 @@
+"""RoMA: ARM's plain Mamba backbone, its sequence scanned in four directions, the class token in its middle.
+
+Papers:
+    RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing, NeurIPS 2025, arXiv 2503.10392.
+    Autoregressive Pretraining with Mamba in Vision (ARM), ICLR 2025, arXiv 2406.07537: the architecture.
+Official code: github.com/MiliLab/RoMA and github.com/OliverRensu/ARM; licences unstated. Weights by the authors, of
+pretraining, for base and large: hub initiacms/RoMA; licence unstated.
+
+The authors' tiny and small have other widths for pretraining (192, 384) than for fine-tuning (384, 512), so their own
+code cannot fine-tune what it pretrained; here they are those of fine-tuning, and have no weights. The gate is common to
+the four directions up to their order, so it acts once, on their sum; the causal convolutions run in scan order.
+
+Deviations, without effect at the size that a model is built for: images of any size, zero-padded at the right and
+bottom to whole patches, with the position embedding resized bicubically; the mean over an odd number of patches
+(`global_pool="avg"`) weighs all alike, where the authors' mean of two halves' means does not.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, SwiGLU, global_pool_nlc, lecun_normal_, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._layers import PatchConv
+from terrazzo.backbones._plain import Plain
+from terrazzo.backbones._weights import rename, unwrap
+from terrazzo.errors import InputError
+from terrazzo.kernels import selective_scan
+
+__all__ = ["RoMA"]
+
+STATE = 16  # numbers of state per channel
+KERNEL = 4  # of the causal convolution
+POOLINGS = ("token", "avg", "max", "avgmax", "")
+DIRECTIONS = ("", "_b", "_c", "_c_b")  # the authors' suffixes: by rows, reversed, by columns, reversed
+
+
+class Grid(NamedTuple):
+    """Where the pixels of a map (height, width) are in its sequence, by rows, with a token in the middle.
+
+    The order is in the numbers of tensors, not in slices of sizes: tracing for symbolic sizes is many times faster.
+
+    Attributes:
+        columns: (L,), what the sequence by columns takes from the one by rows; the token stays in the middle.
+        rows: (L,), the way back.
+    """
+
+    height: int
+    width: int
+    columns: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, height: int, width: int, device: torch.device) -> "Grid":
+        return cls(height, width, _by_columns(height, width, device), _by_columns(width, height, device))
+
+
+def _by_columns(height: int, width: int, device: torch.device) -> torch.Tensor:
+    middle = height * width // 2
+    patch = torch.arange(height * width, device=device).unflatten(0, (height, width)).t().flatten()
+    patch = patch + (patch >= middle).long()
+    return torch.cat([patch, torch.arange(1, device=device) + middle]).index_select(
+        0, _insertion(patch.shape[0], device)
+    )
+
+
+def _insertion(count: int, device: torch.device) -> torch.Tensor:
+    """What a sequence takes from its `count` patches and the token behind them."""
+    place = torch.arange(count + 1, device=device)
+    return torch.where(place == count // 2, count, place - (place > count // 2).long())
+
+
+def with_token(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Patches (B, M, C) and a token (B, 1, C) to the sequence (B, M + 1, C) with the token at M // 2."""
+    return torch.cat([x, token], 1).index_select(1, _insertion(x.shape[1], x.device))
+
+
+def without_token(x: torch.Tensor) -> torch.Tensor:
+    """The patches of a sequence with a token."""
+    place = torch.arange(x.shape[1] - 1, device=x.device)
+    return x.index_select(1, place + (place >= (x.shape[1] - 1) // 2).long())
+
+
+def middle_token(x: torch.Tensor) -> torch.Tensor:
+    """(B, M + 1, C) to (B, C)."""
+    return x[:, (x.shape[1] - 1) // 2]
+
+
+class CausalConv(nn.Conv1d):
+    """A depthwise convolution of (B, L, C) that sees a position and those before it."""
+
+    def __init__(self, dim: int, **factory):
+        super().__init__(dim, dim, KERNEL, groups=dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (0, 0, KERNEL - 1, 0)).transpose(1, 2).unsqueeze(2)  # B C 1 L, in channels_last
+        x = F.conv2d(x, self.weight.unsqueeze(2), self.bias, groups=self.groups)
+        return x.squeeze(2).transpose(1, 2)
+
+
+class Scan(nn.Module):
+    """What one direction has of its own: the convolution, and what the selective scan takes."""
+
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        self.rank = math.ceil(dim / 16)
+        self.conv1d = CausalConv(dim, **factory)
+        self.x_proj = nn.Linear(dim, self.rank + 2 * STATE, bias=False, **factory)
+        self.dt_proj = nn.Linear(self.rank, dim, **factory)
+        self.A_log = nn.Parameter(torch.empty(dim, STATE, **factory))
+        self.D = nn.Parameter(torch.empty(dim, **factory))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of a sequence (B, L, C) in scan order: u and delta (B, L, C), without its bias; B and C (B, L, STATE)."""
+        u = F.silu(self.conv1d(x))
+        delta, B, C = self.x_proj(u).split([self.rank, STATE, STATE], -1)
+        return u, F.linear(delta, self.dt_proj.weight), B, C
+
+    def reset_parameters(self) -> None:
+        """Mamba's: decays 1 to STATE, steps between 0.001 and 0.1 (arXiv 2312.00752, section 3.6)."""
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, STATE + 1, device=self.A_log.device).log().expand_as(self.A_log))
+            self.D.fill_(1)
+            nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+            nn.init.uniform_(self.dt_proj.bias, math.log(1e-3), math.log(1e-1))
+            step = self.dt_proj.bias.exp().clamp(min=1e-4)
+            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+
+class Mixer(nn.Module):
+    """Mamba of (B, H W + 1, C), or of any sequence where there is one direction.
+
+    Source: ARM, arXiv 2406.07537, section 3.2, and its code's "v3".
+    """
+
+    def __init__(self, dim: int, directions: int, **factory):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **factory)
+        self.scans = nn.ModuleList(Scan(dim, **factory) for _ in range(directions))
+        self.out_proj = nn.Linear(dim, dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor, grid: Grid | None) -> torch.Tensor:
+        x, gate = self.in_proj(x).chunk(2, -1)
+        if len(self.scans) == 1:
+            (y,) = self._scan([x])
+        else:
+            columns = x.index_select(1, grid.columns)
+            row, row_back, column, column_back = self._scan([x, x.flip(1), columns, columns.flip(1)])
+            y = row + row_back.flip(1) + (column + column_back.flip(1)).index_select(1, grid.rows)
+        return self.out_proj(y * (F.silu(gate) / len(self.scans)))
+
+    def _scan(self, sequences: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The scans of sequences (B, L, C), each by a direction of its own, as groups of channels of one call."""
+        u, delta, B, C = zip(*(scan(x) for scan, x in zip(self.scans, sequences)))
+        y = selective_scan(
+            torch.cat(u, -1).transpose(1, 2),  # B directions*C L
+            torch.cat(delta, -1).transpose(1, 2),
+            -torch.exp(torch.cat([scan.A_log for scan in self.scans])),
+            torch.stack(B, 1).transpose(2, 3),  # B directions STATE L
+            torch.stack(C, 1).transpose(2, 3),
+            torch.cat([scan.D for scan in self.scans]),
+            delta_bias=torch.cat([scan.dt_proj.bias for scan in self.scans]),
+            delta_softplus=True,
+        )
+        return y.transpose(1, 2).chunk(len(self.scans), -1)
+
+
+class Block(nn.Module):
+    """Pre-norm mixer and SwiGLU on a sequence (B, L, C). The state is its grid, None where one direction needs none."""
+
+    def __init__(self, dim: int, directions: int, drop_path: float, **factory):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.mixer = Mixer(dim, directions, **factory)
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = SwiGLU(dim, dim * 8 // 3, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, grid: Grid | None = None) -> tuple[torch.Tensor, Grid | None]:
+        x = x + self.drop_path(self.mixer(self.norm1(x), grid))
+        return x + self.drop_path(self.mlp(self.norm2(x))), grid
+
+
+def _cubic(side: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """(size, side) weights whose product with a side is its bicubic resizing, as by F.interpolate."""
+    place = torch.arange(size, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    source = (place + 0.5) * (side / (place[-1:] + 1)) - 0.5
+    known = torch.arange(side, device=like.device)
+    out = 0
+    for tap in range(-1, 3):
+        at = source.floor() + tap
+        far = (source - at).abs()
+        near = (1.25 * far - 2.25) * far * far + 1
+        farther = ((-0.75 * far + 3.75) * far - 6) * far + 3
+        weight = torch.where(far <= 1, near, farther)
+        out = out + weight[:, None] * (at.clamp(0, side - 1)[:, None] == known)
+    return out.to(like.dtype)
+
+
+def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Embeddings of a square's positions, (1, M, C), for a map of another size, bicubically; the same for its own.
+
+    Products with matrices: TensorRT resizes linearly only. A graph has no branch on the size, so that it serves all;
+    the weights for the own size are exactly 0 and 1.
+    """
+    side = math.isqrt(x.shape[1])
+    if not torch.compiler.is_compiling() and tuple(size) == (side, side):
+        return x  # autocast would round the products
+    rows, columns = (_cubic(side, length, x) for length in size)
+    x = columns @ x.unflatten(1, (side, side))  # 1 side W C
+    return (rows @ x.flatten(2)).unflatten(2, (size[1], -1)).flatten(1, 2)
+
+
+def init_patches(proj: nn.Conv2d) -> None:
+    lecun_normal_(proj.weight)
+    nn.init.zeros_(proj.bias)
+
+
+class Stem(nn.Module):
+    """Patches, the class token in their middle, and the position embedding: (B, in_chans, H, W) to (B, M + 1, C)."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, img_size: int, **factory):
+        super().__init__()
+        self.proj = PatchConv(in_chans, dim, patch_size, **factory)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.ceil(img_size / patch_size) ** 2 + 1, dim, **factory))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+        x = self.proj(x)
+        grid = Grid.of(*x.shape[2:], x.device)
+        positions = resize_positions(without_token(self.pos_embed), (grid.height, grid.width))
+        token = self.cls_token + middle_token(self.pos_embed)
+        return with_token(x.flatten(2).transpose(1, 2) + positions, token.expand(x.shape[0], -1, -1)), grid
+
+    def reset_parameters(self) -> None:
+        init_patches(self.proj)
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+
+
+class TokenHead(nn.Module):
+    """A classifier of sequences (B, M + 1, C): of the class token in the middle, or of pooled patches.
+
+    Attributes:
+        global_pool: "token", "avg", "max", "avgmax", or "" for the sequence as it is.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, **factory):
+        super().__init__()
+        self.in_features = in_features
+        self.global_pool = global_pool
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, **factory)
+
+    @property
+    def num_features(self) -> int:
+        return self.in_features
+
+    def reset(self, num_classes: int, global_pool: str | None = None, **factory) -> None:
+        """A new classifier, none for 0 classes; the pooling stays unless one is named."""
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        if self.global_pool not in POOLINGS:
+            raise InputError(f"global_pool must be one of {', '.join(map(repr, POOLINGS))}, got {self.global_pool!r}")
+        self.fc = nn.Linear(self.in_features, num_classes, **factory) if num_classes else nn.Identity()
+        if num_classes:
+            trunc_normal_(self.fc.weight, std=0.02)
+            nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        if self.global_pool == "token":
+            x = middle_token(x)
+        elif self.global_pool:
+            x = global_pool_nlc(without_token(x), self.global_pool, num_prefix_tokens=0)
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+def init_blocks(blocks: Sequence[Block]) -> None:
+    """The authors': PyTorch's own, no biases, and the smaller a mixer's last projection the more blocks there are."""
+    for block in blocks:
+        for part in block.modules():
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+        with torch.no_grad():
+            block.mixer.out_proj.weight /= math.sqrt(len(blocks))
+        for scan in block.mixer.scans:
+            scan.reset_parameters()
+
+
+class RoMA(Plain):
+    """Patches of 16 pixels, then blocks of Mamba and SwiGLU of one width.
+
+    `forward_features` gives what the head takes, the normalised sequence (B, M + 1, C) with the class token at M // 2;
+    features are maps, without the token.
+    """
+
+    no_decay = ("A_log", "D", "cls_token", "pos_embed")
+
+    def __init__(
+        self,
+        embed_dim: int = 768,
+        depth: int = 12,
+        patch_size: int = 16,
+        img_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_outputs: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """Args:
+        img_size: side of the images that the position embedding is made for; others have it resized.
+        global_pool: "token" for the class token, "avg" for the mean of the patches, or "max" or "avgmax".
+        norm_outputs: see `Backbone`. The authors' segmentors take the last block's map with their one norm.
+        """
+        factory = dict(device=device, dtype=dtype)
+        # The authors shift them by one block, and so drop fewer paths than they say.
+        rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
+        options = dict(in_chans=in_chans, num_classes=num_classes, global_pool="avg", drop_rate=drop_rate)
+        super().__init__(
+            Stem(in_chans, embed_dim, patch_size, img_size, **factory),
+            [Block(embed_dim, len(DIRECTIONS), rates[i], **factory) for i in range(depth)],
+            embed_dim,
+            patch_size,
+            norm_layer=nn.LayerNorm,
+            norm_outputs=norm_outputs,
+            **options,
+            **factory,
+        )
+        self.head = TokenHead(embed_dim, num_classes, global_pool, drop_rate, **factory)
+        init_blocks(self.blocks)
+        self.stem.reset_parameters()
+
+    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+        return self.stem(x)
+
+    def to_map(self, x: torch.Tensor, state: Grid) -> torch.Tensor:
+        return without_token(x).unflatten(1, (state.height, state.width))
+
+    def to_features(self, x: torch.Tensor, state: Grid) -> torch.Tensor:
+        return self.norm(x)
+
+
+def _of_directions() -> list[tuple[str, str]]:
+    """From the authors' names, where each parameter says its direction, to a module for each direction."""
+    pairs = []
+    for i, suffix in enumerate(DIRECTIONS):
+        pairs += [
+            (rf"\.mixer\.(conv1d|x_proj|dt_proj){suffix}\.", rf".mixer.scans.{i}.\1."),
+            (rf"\.mixer\.A{suffix}_log$", f".mixer.scans.{i}.A_log"),
+            (rf"\.mixer\.D{suffix}$", f".mixer.scans.{i}.D"),
+        ]
+    return pairs
+
+
+# From the authors' names to ours.
+OFFICIAL_NAMES = [
+    (r"^patch_embed\.", "stem."),
+    (r"^(cls_token|pos_embed)$", r"stem.\1"),
+    (r"^layers\.", "blocks."),
+    *_of_directions(),
+    (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+    (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+    (r"^norm_f\.", "norm."),
+    (r"^head\.(?=weight|bias)", "head.fc."),
+]
+# What a pretraining checkpoint lacks, and what of it fine-tuning does not take: the decoder.
+NEW_NAMES = re.compile(r"^(stem\.cls_token$|norm\d*\.|head\.)")
+DECODER_NAMES = re.compile(
+    r"^(angle_embed|ar_token|dec_pos_embed|mask)$|^(enc2dec|dec_block|norm_\d|ar_norm|ar_pred|decoder)\."
+)
+
+
+def _from_pretraining(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """An encoder of one direction, without a class token, as a state dict of `model`.
+
+    All directions begin as the one; the class token's position is zero; norm, token and classifier stay the model's.
+    """
+    out = {name: value for name, value in model.state_dict().items() if NEW_NAMES.match(name)}
+    for name, value in state_dict.items():
+        if ".scans.0." in name:
+            out |= {name.replace(".scans.0.", f".scans.{i}."): value for i in range(len(DIRECTIONS))}
+        elif not DECODER_NAMES.match(name):
+            out[name] = value
+    positions = out["stem.pos_embed"]
+    out["stem.pos_embed"] = with_token(positions, torch.zeros_like(positions[:, :1]))
+    return out
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Turn an official checkpoint, or one of `RoMAPretraining`, into a state dict of `model`.
+
+    Takes the authors' classifiers; their segmentors' backbones, whose one norm becomes that of the last map where the
+    model has `norm_outputs`, and whose pyramid is a neck here (`PlainPyramid`); and pretraining checkpoints. A position
+    embedding of another size is resized.
+    """
+    state_dict = rename(unwrap(state_dict), OFFICIAL_NAMES)
+    if not any(".scans.1." in name for name in state_dict):
+        state_dict = _from_pretraining(state_dict, model)
+    state_dict = {name: value for name, value in state_dict.items() if not re.match(r"fpn\d\.", name)}
+    if getattr(model, "norm_outputs", False):
+        last = f"norm{len(model.blocks) - 1}."
+        state_dict = rename(state_dict, [(r"^norm\.", last)])
+    positions, wanted = state_dict["stem.pos_embed"], math.isqrt(model.stem.pos_embed.shape[1] - 1)
+    if positions.shape[1] != wanted**2 + 1:
+        patches = resize_positions(without_token(positions), (wanted, wanted))
+        state_dict["stem.pos_embed"] = with_token(patches, middle_token(positions).unsqueeze(1))
+    return state_dict
+
+
+def _cfg(weights: str, *notes: str, license: str | None = "unstated") -> dict[str, Any]:
+    return dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(14, 14),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        first_conv="stem.proj",
+        classifier="head.fc",
+        license=license,
+        origin_url="https://github.com/MiliLab/RoMA",
+        paper_name="RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing",
+        paper_ids="arXiv:2503.10392",
+        description=weights,
+        notes=("published top-1: none on ImageNet", *notes),
+    )
+
+
+_BY_HAND = "weights are to be fetched by hand from https://huggingface.co/initiacms/RoMA (of pretraining, 192x192)"
+_NONE = "no public weights fit: the authors' code pretrains other widths under this name than it fine-tunes"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "roma_tiny": _cfg(_NONE, license=None),
+        "roma_small": _cfg(_NONE, license=None),
+        "roma_base": _cfg(_BY_HAND, "published linear probes: AID 87.36, UCM 59.45 % (half of the data)"),
+        "roma_large": _cfg(_BY_HAND),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> RoMA:
+    taps = tuple(kwargs["depth"] * i // 3 - 1 for i in (1, 2, 3))
+    return build_model_with_cfg(
+        RoMA,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", taps), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def roma_tiny(pretrained: bool = False, **kwargs) -> RoMA:
+    return _create("roma_tiny", pretrained, **{**dict(embed_dim=384, depth=12), **kwargs})
+
+
+@register_model
+def roma_small(pretrained: bool = False, **kwargs) -> RoMA:
+    return _create("roma_small", pretrained, **{**dict(embed_dim=512, depth=12), **kwargs})
+
+
+@register_model
+def roma_base(pretrained: bool = False, **kwargs) -> RoMA:
+    return _create("roma_base", pretrained, **{**dict(embed_dim=768, depth=12), **kwargs})
+
+
+@register_model
+def roma_large(pretrained: bool = False, **kwargs) -> RoMA:
+    return _create("roma_large", pretrained, **{**dict(embed_dim=1024, depth=24), **kwargs})
