@@ -165,8 +165,10 @@ class WindowStage(Stage):
         x = self.downsample(x).permute(0, 2, 3, 1)
         size = tuple(x.shape[1:3])
         sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in size]
-        x = F.pad(x, (0, 0, 0, -size[1] % sides[1], 0, -size[0] % sides[0]))
-        counts = [padded // side for padded, side in zip(x.shape[1:3], sides)]
+        counts = [(extent + side - 1) // side for extent, side in zip(size, sides)]
+        # Sums of products, not remainders: exporters solve those for sizes that they do not know.
+        below, right = (count * side - extent for count, side, extent in zip(counts, sides, size))
+        x = F.pad(x, (0, 0, 0, right, 0, below))
         x = x.unflatten(2, (counts[1], sides[1])).unflatten(1, (counts[0], sides[0]))
         x = x.transpose(2, 3).flatten(0, 2)  # B h w C, all windows of an image together
         x, _ = self.run(x, Kept(*size))

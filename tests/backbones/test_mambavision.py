@@ -21,7 +21,7 @@ class TestMambaVision(BackboneContract):
     """Parameters: the authors' classes, counted. Multiply-adds: convolutions, linear layers and attention, in G."""
 
     representatives = ("mambavision_t",)
-    shallow = {"mambavision_t": dict(depths=(1, 1, 2, 2))}
+    shallow = {"mambavision_t": dict(depths=(1, 1, 2, 1), dim=32, num_heads=(4, 8))}
     costs = {
         "mambavision_t": (31_794_248, 4.565),
         "mambavision_t2": (35_104_008, 5.235),
