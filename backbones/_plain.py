@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import ClassifierHead, resample_abs_pos_embed, trunc_normal_
 from timm.models._manipulate import checkpoint
 from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
+from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
+from terrazzo.errors import InputError
 
 
 class Plain(Backbone):
@@ -25,3 +28,174 @@ class Plain(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from stem to head, for layer-wise learning rate decay."""
         return dict(stem=r"^stem", blocks=[(r"^blocks\.(\d+)", None), (r"^norm\d*", (99999,))])
+
+
+def bicubic(old: int, new: int, like: torch.Tensor) -> torch.Tensor:
+    """(new, old) weights whose product with a side is its bicubic resizing with antialiasing."""
+    place = (torch.arange(new, device=like.device) + 0.5) * old / new
+    other = torch.arange(old, device=like.device) + 0.5
+    stretch = torch.ones_like(place) * old / new
+    near = ((other - place[:, None]) / stretch.clamp(min=1)[:, None]).abs()
+    inner, outer = (1.5 * near - 2.5) * near**2 + 1, ((-0.5 * near + 2.5) * near - 4) * near + 2
+    weight = torch.where(near < 1, inner, torch.where(near < 2, outer, 0))
+    return (weight / weight.sum(1, keepdim=True)).to(like.dtype)
+
+
+class TokenStem(nn.Module):
+    """Patches, a class token and learned positions: (B, in_chans, H, W) to (B, 1 + H/p W/p, C) and the grid.
+
+    Positions are resized bicubically to any other grid.
+    """
+
+    def __init__(self, patches: nn.Module, dim: int, grid: tuple[int, int], **factory):
+        """Args:
+        patches: The image to a map (B, C, H, W).
+        grid: For which positions are learned.
+        """
+        super().__init__()
+        self.grid = grid
+        self.patches = patches
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], dim, **factory))
+        for parameter in (self.cls_token, self.pos_embed):
+            trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        x = self.patches(x)
+        grid = tuple(x.shape[2:])
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return x + self.positions(grid), grid
+
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """(1, 1 + H W, C) of a grid. Exported, they are products with matrices: TensorRT resizes no such way."""
+        if not torch.compiler.is_exporting():
+            return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
+        rows, columns = (bicubic(old, new, self.pos_embed) for old, new in zip(self.grid, grid))
+        learned = self.pos_embed[:, 1:].unflatten(1, self.grid)
+        learned = columns @ (rows @ learned.flatten(2)).unflatten(2, (self.grid[1], -1))
+        return torch.cat([self.pos_embed[:, :1], learned.flatten(1, 2)], 1)
+
+
+class TokenHead(ClassifierHead):
+    """timm's head on tokens (B, T, C): the pooling "token" takes the first, all others those behind it."""
+
+    def __init__(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, **factory):
+        self.token = global_pool == "token"
+        super().__init__(
+            in_features, num_classes, "" if self.token else global_pool, drop_rate, input_fmt="NHWC", **factory
+        )
+
+    @property
+    def of_positions(self) -> bool:
+        """Whether what comes out depends on how many positions a token stands for."""
+        return not self.token and not self.global_pool.is_identity()
+
+    def reset(self, num_classes: int, pool_type: str | None = None, **kwargs) -> None:
+        if pool_type is not None:
+            self.token = pool_type == "token"
+        super().reset(num_classes, "" if self.token else pool_type, **kwargs)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        if self.of_positions:
+            x = x[:, 1:].unsqueeze(2)
+        return super().forward(x[:, 0] if self.token else x, pre_logits=pre_logits)
+
+
+class PlainViT(Plain):
+    """A plain ViT whose tokens a reducer may merge or park, and whose maps have every position all the same.
+
+    The classifier reads the class token of what is left; maps are restored (`terrazzo.backbones._tokens.RESTORE`).
+    With a reducer that reduces nothing it is, to the bit, the ViT that it hosts.
+    """
+
+    no_decay = ("cls_token", "pos_embed")
+
+    def __init__(
+        self,
+        patches: nn.Module,
+        blocks: Sequence[nn.Module],
+        channels: int,
+        reducer: Reducer | None = None,
+        restore: str = "delta",
+        full_last: int | None = None,
+        grid: tuple[int, int] = (14, 14),
+        reduction: int = 16,
+        global_pool: str = "token",
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        norm_outputs: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        patches: The image to a map (B, C, H, W).
+        blocks: Of timm's interface: `norm1`, `attn`, `ls1`, `drop_path1`, and so on.
+        reducer: Runs the blocks; None for one that reduces nothing.
+        restore: "copy", "delta" or "soft": how maps get every position.
+        full_last: So many blocks at the end run on restored tokens wherever maps are asked for, so that parked and
+            merged positions see what became of the others (last-layer fusion, arXiv 2412.00965). None for 1 with
+            `norm_outputs`, else 0. Classifying alone never restores.
+        grid: For which positions are learned.
+        **kwargs: in_chans, norm_layer: see `Backbone`.
+
+        Raises:
+            InputError: `restore` is none of the modes, or `full_last` not a number of blocks.
+        """
+        if restore not in RESTORE:
+            raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
+        if full_last is None:
+            full_last = int(norm_outputs)
+        if not 0 <= full_last <= len(blocks):
+            raise InputError(f"full_last must be 0 to the {len(blocks)} blocks, got {full_last}")
+        factory = dict(device=device, dtype=dtype)
+        stem = TokenStem(patches, channels, grid, **factory)
+        super().__init__(
+            stem,
+            blocks,
+            channels,
+            reduction,
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+            norm_outputs=norm_outputs,
+            **factory,
+            **kwargs,
+        )
+        self.head = TokenHead(channels, num_classes, global_pool, drop_rate, **factory)
+        self.head_hidden_size = self.head.num_features
+        self.reducer = Reducer() if reducer is None else reducer
+        self.restore = restore
+        self.full_last = full_last
+        self.depth = len(blocks)
+
+    def begin(self, x: torch.Tensor, maps: bool = True) -> tuple[torch.Tensor, TokenState]:
+        x, grid = self.stem(x)
+        return x, self.reducer.begin(grid, 1, 0, maps)
+
+    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        if self.grad_checkpointing:
+            return checkpoint(self._step, unit, x, state)
+        return self._step(unit, x, state)
+
+    def _step(self, unit: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        if state.maps and state.depth >= self.depth - self.full_last:
+            x = unit(self.reducer.restored(x, state, self.restore))
+            return x, self.reducer.begin(state.grid, state.prefix, state.depth + 1, maps=True)
+        x, state = self.reducer(unit, x, state)
+        return x, state._replace(depth=state.depth + 1)
+
+    def to_map(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        return self.reducer.restored(x, state, self.restore)[:, state.prefix :].unflatten(1, state.grid)
+
+    def to_features(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """The tokens (B, T, C), normalised: those that are left, unless the head pools positions."""
+        if self.head.of_positions:
+            return self.norm(self.reducer.restored(x, state, "copy"))
+        return self.norm(self.reducer.left(x, state))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves."""
+        x, state = self.begin(x, maps=self.head.of_positions)
+        for unit in self.blocks:
+            x, state = self.run_unit(unit, x, state)
+        return self.to_features(x, state)

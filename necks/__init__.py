@@ -2,5 +2,6 @@
 
 from terrazzo.necks.finer_level import FinerLevel as FinerLevel
 from terrazzo.necks.plain_pyramid import PlainPyramid as PlainPyramid
+from terrazzo.necks.simple_feature_pyramid import SimpleFeaturePyramid as SimpleFeaturePyramid
 
-__all__ = ["FinerLevel", "PlainPyramid"]
+__all__ = ["FinerLevel", "PlainPyramid", "SimpleFeaturePyramid"]

@@ -33,6 +33,8 @@ _CPU = (Images(224, 224), Images(512, 512))
 _GPU = (Images(224, 224, 128), Images(512, 512, 16), Images(800, 1344, 2), Images(1024, 2048))
 # 0.22, 0.52 and 1.41 G multiply-adds at 224 around the 0.44 to 0.50 of our smallest models.
 _MOBILE = ("mobilenetv3_large_100", "efficientvit_b1", "mobilevitv2_100")
+_DEIT = "deit_small_patch16_224"  # takes its own size alone
+_VIT = (Images(224, 224), Images(224, 224, 16))
 _SWIN, _CONVNEXT = "swin_tiny_patch4_window7_224", "convnext_tiny"
 # 4.5, 4.5 and 4.5 G multiply-adds at 224, as of the smallest Mamba hybrids; the last is one without its scans.
 _HYBRID = (_SWIN, _CONVNEXT, "mambaout_tiny")
@@ -58,6 +60,7 @@ class Family:
 
 
 FAMILIES = {
+    "asvit": Family("asvit_deit_small", (_DEIT,), _VIT),
     "attnet": Family("attnet_xxs", _MOBILE),
     "dinat": Family(
         "dinat_tiny",
@@ -70,6 +73,7 @@ FAMILIES = {
     ),
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
+    "mctf": Family("mctf_deit_small", (_DEIT,), _VIT),
     "medmamba": Family("medmamba_t", _HYBRID),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),

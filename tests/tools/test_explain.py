@@ -233,7 +233,8 @@ def test_a_new_operator_is_found_by_its_name(monkeypatch):
 
 def test_every_operator_describes_itself():
     folder = Path(terrazzo.kernels.__file__).parent
-    operators = [path.parent.name for path in folder.glob("*/__init__.py")]
+    # An operator that is standard operations all the way has no op of its own.
+    operators = [path.parent.name for path in folder.glob("*/op.py")]
     assert operators
     for name in operators:
         assert hasattr(torch.ops.terrazzo, name)

@@ -37,4 +37,4 @@ def test_patterns(run):
 
 def test_refusals(refused):
     assert "none of the" in refused("list", "granite")
-    assert "the families are: attnet, dinat" in refused("list", "--family", "granite")
+    assert "the families are: asvit, attnet, dinat" in refused("list", "--family", "granite")

@@ -1,0 +1,125 @@
+"""DeiT, which more than one family reduces: its blocks, its sizes, where its weights are and what they are called."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from terrazzo.backbones._layers import PatchConv
+from terrazzo.backbones._plain import PlainViT
+from terrazzo.backbones._tokens import Reducer
+from terrazzo.backbones._weights import rename, unwrap
+
+TINY, SMALL, BASE = (dict(embed_dim=64 * heads, num_heads=heads) for heads in (3, 6, 12))
+
+_norm_layer = partial(LayerNorm, eps=1e-6)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class DeiT(PlainViT):
+    """timm's blocks on patches of 16 pixels, run by a reducer.
+
+    Source: arXiv 2012.12877.
+    """
+
+    def __init__(
+        self,
+        reducer: Reducer,
+        embed_dim: int = 192,
+        num_heads: int = 3,
+        depth: int = 12,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        **kwargs: restore, full_last, grid, num_classes, global_pool, drop_rate, norm_outputs: see `PlainViT`.
+        """
+        factory = dict(device=device, dtype=dtype)
+        units = [
+            Block(embed_dim, num_heads, qkv_bias=True, drop_path=rate, norm_layer=_norm_layer, **factory)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+        ]
+        patches = PatchConv(in_chans, embed_dim, 16, **factory)
+        super().__init__(
+            patches, units, embed_dim, reducer, norm_layer=_norm_layer, in_chans=in_chans, **factory, **kwargs
+        )
+        self.apply(_init_weights)
+
+
+# From DeiT's and timm's names to ours.
+NAMES = [
+    (r"^(?=cls_token|pos_embed)", "stem."),
+    (r"^patch_embed\.proj\.", "stem.patches."),
+    (r"^head\.(?=weight|bias)", "head.fc."),
+]
+
+
+def from_official(
+    checkpoint: dict[str, Any], model: PlainViT, names: Iterable[tuple[str, str]] = NAMES
+) -> dict[str, torch.Tensor]:
+    """Turn a checkpoint of a plain ViT, by default DeiT's or one of timm's, into a state dict of `model`.
+
+    Positions of another grid are resized, as the model itself resizes them for other images.
+
+    Args:
+        names: pairs of a regular expression and a replacement.
+    """
+    state_dict = rename(unwrap(checkpoint), names)
+    positions, own = state_dict.get("stem.pos_embed"), model.stem.pos_embed
+    if positions is not None and positions.shape[1] != own.shape[1]:
+        state_dict["stem.pos_embed"] = resample_abs_pos_embed(positions, list(model.stem.grid))
+    return state_dict
+
+
+WEIGHTS = {
+    "tiny": "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
+    "small": "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
+    "base": "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth",
+}
+
+
+def cfg(size: str, **kwargs) -> dict[str, Any]:
+    """timm's configuration of a family on DeiT; the weights are DeiT's, Apache-2.0."""
+    return dict(
+        url=WEIGHTS[size],
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(14, 14),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        first_conv="stem.patches",
+        classifier="head.fc",
+        license="apache-2.0",
+        **kwargs,
+    )
+
+
+def project(attn: nn.Module, x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some of queries, keys and values, which one layer makes: (..., C) to (..., rows)."""
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
+    return nn.functional.linear(x, attn.qkv.weight[rows], bias)
+
+
+def heads(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, N, parts C) to parts of (B, heads, N, D)."""
+    return x.unflatten(2, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def finish(block: nn.Module, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """The rest of a block of timm's, behind what attention gave each token, (..., C)."""
+    attn = block.attn
+    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(context)))))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

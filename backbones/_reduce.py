@@ -1,0 +1,158 @@
+"""`terrazzo.reduce`: an existing plain ViT of timm merges tokens on the way, and gives maps of every position."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from terrazzo.backbones._tokens import RESTORE, TokenState
+from terrazzo.backbones.mctf import Fusion
+from terrazzo.errors import InputError
+
+METHODS = {"mctf": Fusion}
+
+
+class _Reducing:
+    """What replaces timm's loops over blocks; `reducer` and `restore` are set by `reduce`."""
+
+    reducer: Fusion
+    restore: str
+
+    def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, TokenState]:
+        grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[2:]))
+        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
+        return x, self.reducer.begin(grid, self.num_prefix_tokens, 0, maps)
+
+    def _step(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        if self.grad_checkpointing:
+            x, state = checkpoint(self.reducer, block, x, state)
+        else:
+            x, state = self.reducer(block, x, state)
+        return x, state._replace(depth=state.depth + 1)
+
+    def _features(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """What is left; every position for a pooling in which each counts."""
+        if self.global_pool not in ("token", ""):
+            x = self.reducer.restored(x, state, "copy")
+        return self.norm(x)
+
+    def forward_features(self, x: torch.Tensor, attn_mask: None = None, is_causal: bool = False) -> torch.Tensor:
+        """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves."""
+        _refuse_masks(attn_mask, is_causal)
+        x, state = self._begin(x, maps=self.global_pool not in ("token", ""))
+        for block in self.blocks:
+            x, state = self._step(block, x, state)
+        return self._features(x, state)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's, every map restored."""
+        _refuse_masks(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise InputError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        x, state = self._begin(x, maps=True)
+        maps, prefixes = [], []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x, state = self._step(block, x, state)
+            if i in taken:
+                y = self.reducer.restored(x, state, self.restore)
+                prefix, y = (self.norm(y) if norm else y).tensor_split([state.prefix], 1)
+                prefixes.append(prefix)
+                maps.append(y.transpose(1, 2).unflatten(2, state.grid).contiguous() if output_fmt == "NCHW" else y)
+        with_prefix = return_prefix_tokens and state.prefix > 0
+        if output_dict:
+            out = {"image_intermediates": maps}
+            if with_prefix:
+                out["image_intermediates_prefix"] = prefixes
+            return out if intermediates_only else {**out, "image_features": self._features(x, state)}
+        if with_prefix:
+            maps = list(zip(maps, prefixes))
+        return maps if intermediates_only else (self._features(x, state), maps)
+
+
+class ReducedVisionTransformer(_Reducing, VisionTransformer):
+    """timm's VisionTransformer whose blocks a reducer runs; made by `reduce`."""
+
+
+class ReducedVisionTransformerDistilled(_Reducing, VisionTransformerDistilled):
+    """timm's ViT with a distillation token whose blocks a reducer runs; made by `reduce`."""
+
+
+_REDUCED = {
+    VisionTransformer: ReducedVisionTransformer,
+    VisionTransformerDistilled: ReducedVisionTransformerDistilled,
+}
+
+
+def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise InputError("a ViT that reduces tokens takes no mask: tokens do not stay what a mask says of them")
+
+
+def _is_plain(block: nn.Module) -> bool:
+    return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+
+
+def reduce(
+    model: VisionTransformer,
+    method: str = "mctf",
+    r: float = 16,
+    blocks: Sequence[int] | None = None,
+    restore: str = "delta",
+    **options: Any,
+) -> VisionTransformer:
+    """Turn a plain ViT of timm, pretrained or not, into one that merges tokens, and return it.
+
+    The model itself is changed: its class and its attribute `reducer`. Its parameters, their names and all of timm's
+    methods stay; maps (`forward_intermediates`, `features_only`) have every position. With r = 0 it computes what it
+    did, to the bit. A second call replaces the first one's reducer.
+
+        model = terrazzo.reduce(timm.create_model("vit_small_patch16_224", pretrained=True), r=16)
+
+    Args:
+        model: timm's VisionTransformer or VisionTransformerDistilled, of timm's plain blocks.
+        method: "mctf".
+        r: How many tokens each block merges, or, below 1, which part of them.
+        blocks: Which blocks merge, counted from 0; None for all but the first.
+        restore: "copy", "delta" or "soft": how maps get every position.
+        **options: criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
+
+    Raises:
+        InputError: The model is of another kind, or a method or number is not one that there is.
+    """
+    kind = next((kind for kind, made in _REDUCED.items() if type(model) in (kind, made)), None)
+    if kind is None:
+        raise InputError(f"only timm's plain VisionTransformer can be reduced, got {type(model).__name__}")
+    for i, block in enumerate(model.blocks):
+        if not _is_plain(block):
+            raise InputError(f"block {i} is no plain block of timm with plain attention: {type(block).__name__}")
+        if block.attn.attn_drop.p > 0:
+            raise InputError(f"block {i} drops attention weights at {block.attn.attn_drop.p}: set attn_drop_rate=0")
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise InputError("the model drops patches in training (patch_drop_rate): set it to 0")
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if restore not in RESTORE:
+        raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
+    model.reducer = METHODS[method](r, range(1, len(model.blocks)) if blocks is None else blocks, **options)
+    model.restore = restore
+    model.__class__ = _REDUCED[kind]
+    return model

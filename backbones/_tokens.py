@@ -1,0 +1,125 @@
+"""What flows beside the tokens of a reducing ViT, and the way back from what is left of them to every position.
+
+A reducer merges tokens in front of some blocks. Between two reductions lies a level. Each level that was left
+is recorded, with the map into the next: from these a token is made for every position.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from terrazzo.kernels.token_reduction import compose, prop_bias, unmerge
+
+NEIGHBOURS, TEMPERATURE = 20, 0.01  # of the mode "soft": those of Expedite's SAM (arXiv 2210.01035)
+
+
+class Level(NamedTuple):
+    """Tokens between two reductions.
+
+    Attributes:
+        entered, left: (B, N, C), when the level began and when it ended.
+        map: (B, N), to the tokens of the next level.
+        merged: (B, M, C), with which the next level begins.
+    """
+
+    entered: torch.Tensor
+    left: torch.Tensor
+    map: torch.Tensor
+    merged: torch.Tensor
+
+
+class TokenState(NamedTuple):
+    """What flows beside the tokens (B, T, C) of a plain ViT.
+
+    Attributes:
+        grid: Rows and columns of the patches.
+        prefix: Tokens in front that are no patches; nothing merges or parks them.
+        depth: Blocks that were run.
+        maps: Whether anybody will ask for maps; without that nothing is recorded.
+        entered: Tokens at the beginning of the current level.
+        size: (B, T), patches that each token stands for; None before anything was merged.
+        levels: Those that were left.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    depth: int
+    maps: bool
+    entered: torch.Tensor | None = None
+    size: torch.Tensor | None = None
+    levels: tuple[Level, ...] = ()
+
+    def reduced(self, left, merged, assignment, size) -> "TokenState":
+        """The state after a reduction from the tokens `left` to `merged`."""
+        if not self.maps:
+            return self._replace(size=size)
+        levels = (*self.levels, Level(left if self.entered is None else self.entered, left, assignment, merged))
+        return self._replace(entered=merged, size=size, levels=levels)
+
+
+def _copied(x: torch.Tensor, state: TokenState) -> torch.Tensor:
+    for level in reversed(state.levels):
+        x = unmerge(x, level.map)
+    return x
+
+
+def _updated(x: torch.Tensor, state: TokenState) -> torch.Tensor:
+    first, *others = state.levels
+    out, assignment = first.left, first.map
+    for level in others:
+        out = out + unmerge(level.left - level.entered, assignment)
+        assignment = compose(level.map, assignment)
+    return out + unmerge(x - state.entered, assignment)
+
+
+def _blended(x: torch.Tensor, state: TokenState) -> torch.Tensor:
+    for level in reversed(state.levels):
+        old, new = (t[:, state.prefix :] for t in (level.left, level.merged))
+        nearness = -TEMPERATURE * torch.cdist(old.float(), new.float()).square()
+        nearest, index = nearness.topk(min(NEIGHBOURS, new.shape[1]), -1)
+        weight = nearest.softmax(-1).to(x.dtype)  # B N K
+        body = x[:, state.prefix :]
+        taken = unmerge(body, index.flatten(1)).unflatten(1, index.shape[1:])  # B N K C
+        x = torch.cat([x[:, : state.prefix], (weight.unsqueeze(-1) * taken).sum(2)], 1)
+    return x
+
+
+RESTORE: dict[str, Callable[[torch.Tensor, TokenState], torch.Tensor]] = {
+    "copy": _copied,
+    "delta": _updated,
+    "soft": _blended,
+}
+"""From tokens to one for every position.
+
+copy: each gets the token that stands for it. delta: each keeps what it was when it was first merged, and gets the
+updates since of the tokens that stood for it. soft: each gets a mean of the tokens that were nearest to it when they
+were merged (Expedite, arXiv 2210.01035).
+"""
+
+
+class Reducer(nn.Module):
+    """Runs a ViT's blocks: this one as they are, with keys weighted by the patches they stand for.
+
+    A reducer makes the state that its blocks carry, which says `grid`, `prefix`, `depth` and `maps` (`TokenState`).
+    """
+
+    def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> TokenState:
+        """The state in front of a block that gets every token."""
+        return TokenState(grid, prefix, depth, maps)
+
+    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        """A block of timm's interface on tokens (B, T, C)."""
+        bias = prop_bias(state.size)
+        if bias is None:
+            return block(x), state
+        return block(x, attn_mask=bias[:, None, None].to(x.dtype)), state
+
+    def left(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """What is left, (B, T, C)."""
+        return x
+
+    def restored(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
+        """A token for every position, (B, prefix + H W, C); `x` itself where nothing was reduced."""
+        return RESTORE[mode](x, state) if state.levels else x

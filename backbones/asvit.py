@@ -1,0 +1,358 @@
+"""AS-ViT: DeiT that drops tokens of low class attention, by learned thresholds, so that images keep unlike numbers.
+
+Paper: Adaptive Sparse ViT: Towards Learnable Adaptive Token Pruning by Fully Exploiting Self-Attention, IJCAI 2023,
+arXiv 2209.13802.
+Official code: github.com/Cydia2018/AS-ViT, without a licence, so nothing of it is used here; no weights are published.
+
+Ours differ from the official code, which this is a reimplementation of from the paper's and its formulas, in this:
+each image of a batch keeps what it keeps alone (theirs keeps the batch's mean number of each), any input size runs, and
+masks of later stages are multiplied by earlier ones. Maps have every position: a dropped token keeps the features that
+it was dropped with.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones import _deit, _lvvit
+from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
+from terrazzo.backbones._lvvit import LVViT
+from terrazzo.backbones._tokens import Reducer
+from terrazzo.errors import InputError
+from terrazzo.kernels.token_reduction import compose, prune, prune_packed, unmerge
+
+__all__ = ["ASViT"]
+
+FORMS = ("auto", "masked", "packed", "fixed")
+TEMPERATURE = 1e-4  # of the sigmoid that thresholds learn by
+EPSILON = 1e-6  # of the masked softmax
+
+
+class PrunedState(NamedTuple):
+    """What flows beside the tokens: (B, T, C), or packed (sum of T, C).
+
+    Attributes:
+        grid, prefix, depth, maps: See `TokenState`.
+        score: Of each token by the block before, as the tokens without channels.
+        keep: Masked, from the first stage on: (B, T), 1 where a token is kept, with the thresholds' gradient.
+        full: Features of every position, of which those of dropped tokens are read: (B, T, C), packed flat.
+        map: Fixed: (B, T) to the tokens that are left, -1 for a dropped one.
+        place: Packed: (sum of T,), where in `full` each token belongs.
+        lengths: Packed: tokens left of each image.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    depth: int
+    maps: bool
+    score: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    full: torch.Tensor | None = None
+    map: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in which a dropped token is seen by nobody but itself; the class token's row of weights, too.
+
+    The mask multiplies exponentials whose maximum runs over all keys, and a part of 1e-6 goes to every key: dropped
+    tokens have a gradient, by which thresholds come back down.
+
+    Args:
+        query, key, value: (B, H, T, D).
+        keep: (B, T), 1 or 0.
+
+    Returns:
+        (B, H, T, D) and (B, H, T).
+
+    Source: arXiv 2209.13802, section 3.3.
+    """
+    count = query.shape[2]
+    score = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    itself = torch.eye(count, dtype=score.dtype, device=score.device)
+    keep = keep.to(score.dtype)[:, None, None]
+    part = (score - score.amax(-1, keepdim=True)).exp() * (keep + (1 - keep) * itself)
+    weight = (part + EPSILON / count) / (part.sum(-1, keepdim=True) + EPSILON)
+    return weight.to(value.dtype) @ value, weight[:, :, 0]
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention, and the class token's row of weights in float32 at least: see `masked_attention`."""
+    logits = (query[:, :, :1] * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    row = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).squeeze(2)
+    return F.scaled_dot_product_attention(query, key, value), row
+
+
+def token_scores(context: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Class attention, heads weighted by the norm of what they gave the token: (B, H, T, D), (B, H, T) to (B, T).
+
+    Source: arXiv 2209.13802, section 3.2.
+    """
+    norm = torch.linalg.vector_norm(context.to(row.dtype), dim=-1)
+    return (norm / (norm.sum(1, keepdim=True) + 1e-8) * row).sum(1)
+
+
+class Pruning(Reducer):
+    """Drops tokens in front of some blocks, by the score that the block before gave them.
+
+    Training, and wherever a gradient or a static graph is asked for, dropped tokens are masked; else they are removed,
+    and images are packed one after another. Both give the same up to 2e-6.
+    """
+
+    def __init__(self, blocks: Sequence[int], form: str = "auto", keep: Sequence[float] = (0.7, 0.5, 0.35), **factory):
+        """Args:
+        blocks: In front of which tokens are dropped, counted from 0.
+        form: "masked", "packed", "auto" for the one of these that fits, or "fixed": every image keeps the same
+            number, as an engine with static shapes needs.
+        keep: With "fixed": which part of the patches is kept at each stage.
+
+        Raises:
+            InputError: `form` is none of these, a stage is in front of the first block, or `keep` does not fit.
+        """
+        super().__init__()
+        if form not in FORMS:
+            raise InputError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        if any(block < 1 for block in blocks):
+            raise InputError(f"tokens are scored by the block before, so stages begin at block 1, got {tuple(blocks)}")
+        if form == "fixed" and (len(keep) != len(blocks) or any(not 0 <= part <= 1 for part in keep)):
+            raise InputError(f"keep must hold a part of 0 to 1 for each of {len(blocks)} stages, got {tuple(keep)}")
+        self.blocks = tuple(blocks)
+        self.form = form
+        self.keep = tuple(keep)
+        # Class attention is 1 / T on average.
+        values = (torch.tensor(0.001 * (i + 1), **factory) for i in range(len(self.blocks)))
+        self.thresholds = nn.ParameterList(nn.Parameter(value) for value in values)
+
+    def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> PrunedState:
+        return PrunedState(grid, prefix, depth, maps)
+
+    def form_of(self, x: torch.Tensor) -> str:
+        """What "auto" means for these tokens."""
+        if self.form != "auto":
+            return self.form
+        static = torch.compiler.is_compiling() or torch.compiler.is_exporting() or x.device.type == "meta"
+        return "masked" if self.training or torch.is_grad_enabled() or static else "packed"
+
+    def forward(self, block: nn.Module, x: torch.Tensor, state: PrunedState) -> tuple[torch.Tensor, PrunedState]:
+        if state.depth in self.blocks:
+            prune_ = getattr(self, f"_{self.form_of(x)}")
+            x, state = prune_(x, state, self.blocks.index(state.depth))
+        scored = state.depth + 1 in self.blocks
+        if state.lengths is None and state.keep is None and not scored:
+            return block(x), state
+        projected = project(block.attn, block.norm1(x), slice(None))
+        if state.lengths is not None:
+            context, score = self._packed_context(block.attn, projected, state.lengths)
+        else:
+            context, score = self._context(block.attn, projected, state.keep)
+        return finish(block, x, context), state._replace(score=score if scored else None)
+
+    @staticmethod
+    def _context(attn: nn.Module, projected: torch.Tensor, keep: torch.Tensor | None):
+        """What attention gives each token (B, T, C), and scores (B, T)."""
+        query, key, value = heads(attn, projected)
+        query, key = attn.q_norm(query), attn.k_norm(key)
+        if keep is None:
+            context, row = attention(query, key, value)
+        else:
+            context, row = masked_attention(query, key, value, keep)
+        return context.transpose(1, 2).flatten(2), token_scores(context, row)
+
+    def _packed_context(self, attn: nn.Module, projected: torch.Tensor, lengths: tuple[int, ...]):
+        """As `_context` for packed tokens (sum of T, C): images of one length at a time."""
+        parts = projected.split(lengths)
+        contexts, scores = list(parts), list(parts)
+        for length in set(lengths):
+            images = [i for i, other in enumerate(lengths) if other == length]
+            context, score = self._context(attn, torch.stack([parts[i] for i in images]), None)
+            for i, c, s in zip(images, context, score):
+                contexts[i], scores[i] = c, s
+        return torch.cat(contexts), torch.cat(scores)
+
+    def _masked(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
+        """Straight through: the mask is hard, its gradient that of a steep sigmoid."""
+        above = state.score - self.thresholds[stage].to(state.score.dtype)
+        soft = (above / TEMPERATURE).sigmoid()
+        keep = (above > 0).to(soft.dtype) - soft.detach() + soft
+        before = torch.ones_like(keep) if state.keep is None else state.keep
+        keep = torch.cat([torch.ones_like(keep[:, : state.prefix]), (keep * before)[:, state.prefix :]], 1)
+        full = x if state.full is None else self.restored(x, state, "copy")
+        return x, state._replace(keep=keep, full=full)
+
+    def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
+        """Dropped tokens are removed, and the host is asked how many are left."""
+        lengths, place, full = state.lengths, state.place, state.full
+        if lengths is None:
+            lengths = (x.shape[1],) * x.shape[0]
+            x = full = x.flatten(0, 1)
+            place = torch.arange(x.shape[0], device=x.device)
+        else:
+            full = full.index_copy(0, place, x)
+        offsets = torch.tensor((0, *lengths), dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
+        x, offsets, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], offsets)
+        lengths = tuple(offsets.diff().tolist())
+        return x, state._replace(full=full, place=place[index], lengths=lengths)
+
+    def _fixed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
+        """The best of each image are kept, the same number of all, whatever the threshold."""
+        patches = state.grid[0] * state.grid[1]
+        kept = min(int(patches * self.keep[stage]), x.shape[1] - state.prefix)
+        full = x if state.full is None else self.restored(x, state, "copy")
+        x, assignment, _ = prune(x, state.score, k=kept, protect=state.prefix)
+        if state.map is not None:
+            assignment = compose(assignment, state.map)
+        return x, state._replace(full=full, map=assignment)
+
+    def left(self, x: torch.Tensor, state: PrunedState) -> torch.Tensor:
+        """As many tokens as there are positions, since images keep unlike numbers.
+
+        In the place of a dropped patch stands the first that is kept, so that a maximum over patches is one over kept
+        ones; the class token where none is.
+        """
+        kept = self.kept(state)
+        if kept is None:
+            return x
+        x = self.restored(x, state, "copy")
+        order = torch.arange(x.shape[1], 0, -1, device=x.device)
+        first = torch.where(kept, order, 0).narrow(1, state.prefix, x.shape[1] - state.prefix).max(1)
+        first = torch.where(first.values > 0, first.indices + state.prefix, 0)
+        return torch.where(kept.unsqueeze(-1), x, unmerge(x, first.unsqueeze(1)))
+
+    @staticmethod
+    def kept(state: PrunedState) -> torch.Tensor | None:
+        """Which positions have a token of their own, (B, T); None before anything was dropped."""
+        if state.lengths is not None:
+            kept = torch.zeros(state.full.shape[0], dtype=torch.bool, device=state.full.device)
+            return kept.index_fill(0, state.place, True).unflatten(0, (len(state.lengths), -1))
+        if state.keep is not None:
+            return state.keep > 0.5
+        return None if state.map is None else state.map >= 0
+
+    def restored(self, x: torch.Tensor, state: PrunedState, mode: str) -> torch.Tensor:
+        """A token for every position; a dropped one keeps what it was dropped with, whatever the mode."""
+        if state.lengths is not None:
+            full = state.full.index_copy(0, state.place, x)
+            return full.unflatten(0, (len(state.lengths), -1))
+        if state.keep is not None:
+            return torch.where(state.keep.unsqueeze(-1) > 0.5, x, state.full)
+        return x if state.map is None else unmerge(x, state.map, state.full)
+
+
+class ASLVViT(LVViT):
+    """LV-ViT whose tokens are dropped on the way."""
+
+    def __init__(
+        self,
+        blocks: Sequence[int] = (5, 9, 13),
+        form: str = "auto",
+        keep: Sequence[float] = (0.7, 0.5, 0.35),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        blocks, form, keep: See `Pruning`.
+        **kwargs: See `LVViT`.
+        """
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(Pruning(blocks, form, keep, **factory), **factory, **kwargs)
+
+
+class ASViT(DeiT):
+    """DeiT whose tokens are dropped on the way."""
+
+    def __init__(
+        self,
+        blocks: Sequence[int] = (4, 7, 10),
+        form: str = "auto",
+        keep: Sequence[float] = (0.7, 0.5, 0.35),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ):
+        """Args:
+        blocks, form, keep: See `Pruning`.
+        **kwargs: See `DeiT`.
+        """
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(Pruning(blocks, form, keep, **factory), **factory, **kwargs)
+
+
+NAMES = [(r"^score_predictor\.(\d+)\.keep_threshold$", r"reducer.thresholds.\1")]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """As `from_official`; a plain ViT leaves the thresholds as they are."""
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("reducer.")}
+    host = _lvvit if isinstance(model, LVViT) else _deit
+    return own | from_official(state_dict, model, [*NAMES, *host.NAMES])
+
+
+def _cfg(size: str, top1: str) -> dict[str, Any]:
+    return cfg(
+        size,
+        origin_url="https://github.com/Cydia2018/AS-ViT",
+        paper_name="Adaptive Sparse ViT: Towards Learnable Adaptive Token Pruning by Fully Exploiting Self-Attention",
+        paper_ids="arXiv:2209.13802",
+        description="the weights are DeiT's, with thresholds as training begins; the authors published none",
+        notes=(f"published top-1: {top1}",),
+    )
+
+
+def _lv_cfg(file: str, top1: str) -> dict[str, Any]:
+    by_hand = f"LV-ViT's weights are to be fetched by hand from github.com/zihangJiang/TokenLabeling: {file}"
+    own = dict(url="", first_conv="stem.patches.conv1", description=by_hand)
+    return {**_cfg("small", top1), **own}
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "asvit_deit_tiny": _cfg("tiny", "none of the authors for AS-ViT; DeiT 72.2"),
+        "asvit_deit_small": _cfg("small", "79.6 at 65 % of the cost, 78.7 at 50 % (fine-tuned; DeiT 79.8)"),
+        "asvit_lvvit_small": _lv_cfg(
+            "lvvit_s-224-83.3.pth.tar", "83.1 at 70 % of the cost, 82.6 at 60 % (fine-tuned; LV-ViT 83.3)"
+        ),
+        "asvit_lvvit_medium": _lv_cfg("lvvit_m-56M-224-84.0.tar", "none of the authors for AS-ViT; LV-ViT 84.0"),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, model_cls: type[nn.Module] = ASViT, **kwargs) -> nn.Module:
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (2, 5, 8, 11)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def asvit_deit_tiny(pretrained: bool = False, **kwargs) -> ASViT:
+    return _create("asvit_deit_tiny", pretrained, **{**TINY, **kwargs})
+
+
+@register_model
+def asvit_deit_small(pretrained: bool = False, **kwargs) -> ASViT:
+    return _create("asvit_deit_small", pretrained, **{**SMALL, **kwargs})
+
+
+@register_model
+def asvit_lvvit_small(pretrained: bool = False, **kwargs) -> ASLVViT:
+    arguments = {**_lvvit.SMALL, "out_indices": (3, 7, 11, 15), **kwargs}
+    return _create("asvit_lvvit_small", pretrained, ASLVViT, **arguments)
+
+
+@register_model
+def asvit_lvvit_medium(pretrained: bool = False, **kwargs) -> ASLVViT:
+    arguments = {**_lvvit.MEDIUM, "blocks": (6, 11, 16), "out_indices": (4, 9, 14, 19), **kwargs}
+    return _create("asvit_lvvit_medium", pretrained, ASLVViT, **arguments)

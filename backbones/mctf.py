@@ -1,0 +1,230 @@
+"""MCTF: DeiT whose blocks merge tokens by similarity, informativeness and size, before they attend.
+
+Paper: Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers, CVPR 2024,
+arXiv 2403.10030.
+Official code: github.com/mlvlab/MCTF, MIT licence; weights by the authors. Merging adds no parameter: any DeiT or plain
+ViT of timm loads, too.
+
+Ours are the dense maps (`terrazzo.backbones._tokens`), any input size, and a few details where the official code fails
+or leaves the choice open: of equal attractions the lowest index comes first, and with fewer than 11 tokens nothing is
+merged.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
+from terrazzo.backbones._tokens import Reducer, TokenState
+from terrazzo.errors import InputError
+from terrazzo.kernels.token_reduction import attention, merge, plan, prop_bias, unmerge
+
+__all__ = ["MCTF"]
+
+FEWEST = 10  # tokens that are always left
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    mask = None if bias is None else bias[:, None, None].to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class Fusion(Reducer):
+    """Merges tokens in front of some blocks, and attends with attention that was computed one step ahead.
+
+    The attention of the tokens before they are merged says how informative each is, and serves the merged tokens, too:
+    rows of a group are averaged, columns added up. Averaging what comes out is the same (section 3.4 of the paper), so
+    no merged matrix is made.
+
+    Source: arXiv 2403.10030, sections 3.2 to 3.4.
+    """
+
+    def __init__(
+        self,
+        r: float,
+        blocks: Sequence[int],
+        criteria: Sequence[float] = (1, 20, 40),
+        bidirectional: bool = True,
+        cells_first: bool = False,
+        multiple: int = 1,
+    ):
+        """Args:
+        r: How many tokens each block merges, or, below 1, which part of them.
+        blocks: Which blocks merge, counted from 0.
+        criteria: tau of similarity, informativeness and size; 0 leaves one out. Without informativeness no weights of
+            attention are made, and tokens are averaged by size alone.
+        bidirectional: Merge half of r each way.
+        cells_first: The first merge is within 2x2 cells of the grid, one way (for dense maps: even and odd tokens of a
+            raster are stripes).
+        multiple: What is left is a multiple of this, or more than r would leave.
+
+        Raises:
+            InputError: r is less than 0, or criteria are not three numbers of at least 0.
+        """
+        super().__init__()
+        if r < 0 or (r >= 1 and int(r) != r):
+            raise InputError(f"r must be a part below 1, or a whole number of tokens, got {r}")
+        if len(criteria) != 3 or min(criteria) < 0:
+            raise InputError(f"criteria must be three numbers of at least 0, got {tuple(criteria)}")
+        self.r = r if r < 1 else int(r)
+        self.blocks = tuple(blocks)
+        self.criteria = tuple(criteria)
+        self.bidirectional = bidirectional
+        self.cells_first = cells_first
+        self.multiple = multiple
+
+    def count(self, tokens: int, prefix: int = 1) -> int:
+        """How many of `tokens`, those in front that are no patches included, are merged."""
+        # Branches, not min and max: a compiler then knows sizes as sums.
+        if tokens <= FEWEST:
+            return 0
+        r = torch.sym_int((tokens - prefix) * self.r) if self.r < 1 else self.r
+        if tokens - r < FEWEST and self.r >= 1:
+            r = tokens - FEWEST
+        if r > (tokens - prefix) // 2:
+            r = (tokens - prefix) // 2
+        if self.multiple > 1:
+            r = max(0, tokens - -(-(tokens - r) // self.multiple) * self.multiple)
+        return r
+
+    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        r = self.count(x.shape[1], state.prefix) if state.depth in self.blocks else 0
+        if r == 0:
+            return super().forward(block, x, state)
+        attn = block.attn
+        width = attn.num_heads * attn.head_dim
+        bias = prop_bias(state.size)
+        query, key = heads(attn, project(attn, block.norm1(x), slice(None, -width)))
+        query, key = attn.q_norm(query), attn.k_norm(key)
+
+        weight, attend = state.size, partial(_attend, query, key, bias)
+        importance = None
+        if self.criteria[1] != 0:
+            importance, attend = attention(query, key, bias)
+            weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
+        cells = self.cells_first and state.size is None
+        found = plan(
+            x,
+            r=r,
+            size=state.size,
+            importance=importance,
+            criteria=self.criteria,
+            protect=state.prefix,
+            bidirectional=self.bidirectional and not cells,
+            partition="cell2x2" if cells else "even_odd",
+            grid=state.grid if cells else None,
+        )
+        if weight is None:
+            weight = torch.ones_like(x[..., 0])
+        merged, size, assignment = merge(x, found, weight, state.size)
+        state = state.reduced(x, merged, assignment, size)
+
+        value = project(attn, block.norm1(merged), slice(-width, None))
+        (value,) = heads(attn, unmerge(value, assignment))
+        out, _, _ = merge(attend(value).transpose(1, 2).flatten(2), found, weight)
+        return finish(block, merged, out), state
+
+
+class MCTF(DeiT):
+    """DeiT whose tokens are merged on the way."""
+
+    def __init__(
+        self,
+        r: float = 16,
+        blocks: Sequence[int] | None = None,
+        criteria: Sequence[float] = (1, 20, 40),
+        bidirectional: bool = True,
+        cells_first: bool = False,
+        multiple: int = 1,
+        depth: int = 12,
+        **kwargs,
+    ):
+        """Args:
+        r: How many tokens are merged in each of `blocks` (below 1: which part of them); 0 for DeiT as it is.
+        blocks: None for all but the first.
+        criteria, bidirectional, cells_first, multiple: See `Fusion`.
+        **kwargs: See `DeiT`.
+        """
+        blocks = range(1, depth) if blocks is None else blocks
+        super().__init__(Fusion(r, blocks, criteria, bidirectional, cells_first, multiple), depth=depth, **kwargs)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """As `from_official`: merging has no parameters."""
+    return from_official(state_dict, model)
+
+
+def _cfg(size: str, top1: str, folder: str | None = None) -> dict[str, Any]:
+    by_hand = "" if folder is None else f"; the authors' are to be fetched by hand from {_DRIVE}/{folder}"
+    return cfg(
+        size,
+        origin_url="https://github.com/mlvlab/MCTF",
+        paper_name="Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers",
+        paper_ids="arXiv:2403.10030",
+        description=f"the weights are DeiT's, which were not trained with merging{by_hand}",
+        notes=(f"published top-1: {top1}",),
+    )
+
+
+_DRIVE = "https://drive.google.com/drive/folders"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mctf_deit_tiny": _cfg("tiny", "72.7 (fine-tuned; DeiT 72.2)", "1a7Kr8YTwgWai7ZK6w5fVOn1R_VVYfnHB"),
+        "mctf_deit_tiny_fast": _cfg("tiny", "72.7 (fine-tuned; DeiT 72.2)", "16DXTcbnemHUtzx1JXYgUJlSl_aXO5oCQ"),
+        "mctf_deit_small": _cfg(
+            "small", "80.1 (fine-tuned; 79.2 with DeiT's weights; DeiT 79.8)", "1JFebSnWF77O3MqBE1Dln_W4RAjqi19ro"
+        ),
+        "mctf_deit_small_fast": _cfg("small", "80.1 (fine-tuned; DeiT 79.8)", "1Ofsab5gtBHJ-TkD8gJbEbTBtB7UX3fXA"),
+        "mctf_deit_base": _cfg("base", "none of the authors for MCTF; DeiT 81.8"),
+        "mctf_deit_base_fast": _cfg("base", "none of the authors for MCTF; DeiT 81.8"),
+    }
+)
+
+_FAST = dict(r=0.35, blocks=(3, 6, 9))
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> MCTF:
+    return build_model_with_cfg(
+        MCTF,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (2, 5, 8, 11)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def mctf_deit_tiny(pretrained: bool = False, **kwargs) -> MCTF:
+    return _create("mctf_deit_tiny", pretrained, **{**TINY, **kwargs})
+
+
+@register_model
+def mctf_deit_tiny_fast(pretrained: bool = False, **kwargs) -> MCTF:
+    return _create("mctf_deit_tiny_fast", pretrained, **{**TINY, **_FAST, **kwargs})
+
+
+@register_model
+def mctf_deit_small(pretrained: bool = False, **kwargs) -> MCTF:
+    return _create("mctf_deit_small", pretrained, **{**SMALL, **kwargs})
+
+
+@register_model
+def mctf_deit_small_fast(pretrained: bool = False, **kwargs) -> MCTF:
+    return _create("mctf_deit_small_fast", pretrained, **{**SMALL, **_FAST, **kwargs})
+
+
+@register_model
+def mctf_deit_base(pretrained: bool = False, **kwargs) -> MCTF:
+    return _create("mctf_deit_base", pretrained, **{**BASE, **kwargs})
+
+
+@register_model
+def mctf_deit_base_fast(pretrained: bool = False, **kwargs) -> MCTF:
+    return _create("mctf_deit_base_fast", pretrained, **{**BASE, **_FAST, **kwargs})

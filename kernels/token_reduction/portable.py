@@ -1,0 +1,166 @@
+"""Token reduction in standard operations on static shapes: what any device runs and what exported graphs hold.
+
+The number of merged tokens is a Python number, so every shape is known from the input's. Exported, ranks are
+comparisons and sums, and pooling is a product with a one-hot matrix: there is no sort and no scatter that reduces.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from terrazzo.kernels.token_reduction.partition import order, sizes
+
+# Attention weights held at a time: all of a call's where they are fewer, and then computed once (README.md).
+_TILE = 1 << 24
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def accumulator(x: torch.Tensor) -> torch.dtype:
+    """In which weights and sums of `x` are computed: half precision in float32."""
+    return torch.float32 if x.dtype in _HALF else x.dtype
+
+
+def rank(score: torch.Tensor) -> torch.Tensor:
+    """(B, N) to the place of each in descending order, from 0; of equals the first comes first."""
+    if not torch.compiler.is_exporting():
+        return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    position = torch.arange(score.shape[-1], device=score.device)
+    mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
+    before = (other > mine) | ((other == mine) & (position[None, :] < position[:, None]))
+    return before.sum(-1)
+
+
+def running(flags: torch.Tensor) -> torch.Tensor:
+    """How many are set up to and with each: (B, N) to int64. In float32, since TensorRT sums no integers."""
+    return flags.float().cumsum(1).long()
+
+
+def _factor(values: torch.Tensor, tau: float) -> torch.Tensor:
+    """(1 / values)^(1 / tau), the largest of each image 1; 0 of padding, whose value is 0."""
+    inverse = torch.where(values > 0, 1 / values, 0)
+    return (inverse / inverse.amax(-1, keepdim=True)) ** (1 / tau)
+
+
+def _attraction(metric: torch.Tensor, factor: torch.Tensor | None, tau: float, sources: int) -> torch.Tensor:
+    """(B, sources, destinations): sources come first in `metric` (B, N, D) and `factor` (B, N)."""
+    metric = F.normalize(metric, dim=-1)
+    weight = metric[:, :sources] @ metric[:, sources:].transpose(1, 2)
+    if tau != 0:
+        weight = ((weight + 1) / 2).clamp(min=0)
+        if tau != 1:
+            weight = weight ** (1 / tau)
+    else:
+        weight = torch.ones_like(weight)
+    if factor is not None:
+        weight = weight * factor[:, :sources, None] * factor[:, None, sources:]
+    return weight
+
+
+def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) -> torch.Tensor:
+    """Maps of all images (B, N); arguments as of `reference.match`, with a batch axis in front."""
+    batch, count = metric.shape[:2]
+    if r == 0:
+        return torch.arange(count, device=metric.device).expand(batch, -1)
+    listed, place = order(count - protect, protect, grid, metric.device)
+    sources, destinations = sizes(count - protect, protect, grid)
+    factor, live = None, None
+    for values, tau in ((importance, criteria[1]), (size, criteria[2])):
+        if values is not None and tau != 0:
+            new = _factor(values, tau)
+            factor = new if factor is None else factor * new
+    if factor is not None:
+        factor = factor[:, protect:].index_select(1, listed)
+    if size is not None:
+        live = size[:, protect:].index_select(1, listed) > 0
+    weight = _attraction(metric[:, protect:].index_select(1, listed), factor, criteria[0], sources)
+    if live is not None:
+        weight = torch.where(live[:, :sources, None] & live[:, None, sources:], weight, -1)
+
+    best, into = weight.max(2)
+    forward = r // 2 if bidirectional else r
+    merged = rank(best) < forward
+    staying = protect - 1 + running(~merged)  # new place of each source that stays
+    if bidirectional:
+        # Sources that are gone are no destinations; attractions are at least -1.
+        best, back = torch.where(merged.unsqueeze(2), -2, weight).max(1)
+        ranks = rank(best)
+        behind = protect + sources - r + ranks  # protect + (sources - forward) + (rank - (r - forward))
+        of_destinations = torch.where(ranks < r - forward, staying.gather(1, back), behind)
+    else:
+        behind = torch.arange(destinations, device=metric.device) + (protect + sources - r)
+        of_destinations = behind.expand(batch, -1)
+    of_sources = torch.where(merged, of_destinations.gather(1, into), staying)
+    found = torch.cat([of_sources, of_destinations], 1).index_select(1, place)
+    if protect:
+        found = torch.cat([torch.arange(protect, device=metric.device).expand(batch, -1), found], 1)
+    return found
+
+
+def add_up(x: torch.Tensor, assignment: torch.Tensor, count: int) -> torch.Tensor:
+    """Sums over the groups: (B, N) or (B, N, C) to (B, count) or (B, count, C)."""
+    if torch.compiler.is_exporting():
+        groups = torch.arange(count, device=x.device)
+        onehot = (assignment.unsqueeze(1) == groups[:, None]).to(x.dtype)  # B M N
+        return onehot @ x if x.dim() == 3 else (onehot @ x.unsqueeze(-1)).squeeze(-1)
+    batch = x.shape[0]
+    first = torch.arange(batch, device=x.device).unsqueeze(1) * count
+    out = x.new_zeros(batch * count, *x.shape[2:])
+    return out.index_add(0, (assignment + first).flatten(), x.flatten(0, 1)).unflatten(0, (batch, count))
+
+
+def pool(x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor) -> torch.Tensor:
+    """As `reference.pool`; half precision is summed in float32."""
+    dtype = accumulator(x)
+    weight = weight.to(dtype)
+    total = add_up(weight, assignment, count).gather(1, assignment)
+    share = weight / total.clamp(min=torch.finfo(dtype).tiny)
+    return add_up(x.to(dtype) * share.unsqueeze(-1), assignment, count).to(x.dtype)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Attention weights (B, H, queries, N), in float32 at least."""
+    score = (query * (1 / math.sqrt(query.shape[-1]))) @ key.transpose(-1, -2)
+    if bias is not None:
+        score = score + bias[:, None, None]
+    return score.softmax(-1, dtype=accumulator(score))
+
+
+def is_whole(query: torch.Tensor) -> bool:
+    """Whether the weights of (B, H, N, D) are few enough to be held at once; in an exported graph they always are."""
+    batch, heads, count = query.shape[:3]
+    return torch.compiler.is_exporting() or batch * heads * count * count <= _TILE
+
+
+@torch.no_grad()
+def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `reference.column_mean`, a tile of weights at a time: some queries of all heads."""
+    batch, heads, count = query.shape[:3]
+    if is_whole(query):
+        return _scores(query, key, bias).mean((1, 2))
+    rows = max(1, _TILE // (batch * heads * count))
+    total = torch.zeros(batch, count, dtype=accumulator(query), device=query.device)
+    for tile in query.split(rows, 2):
+        total += _scores(tile, key, bias).sum((1, 2))
+    return total / (heads * count)
+
+
+def _attend_whole(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return weights.to(value.dtype) @ value
+
+
+def _attend(query, key, bias, value: torch.Tensor) -> torch.Tensor:
+    mask = None if bias is None else bias[:, None, None].to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """What each key gets on average, and the function from values to the attention's output."""
+    if is_whole(query):
+        weights = _scores(query, key, bias)
+        return weights.detach().mean((1, 2)), partial(_attend_whole, weights)
+    return column_mean(query, key, bias), partial(_attend, query, key, bias)
