@@ -180,6 +180,7 @@ class Backbone(nn.Module):
         parameter = next(self.parameters())
         self.head.in_features = self.num_features
         self.head.reset(num_classes, global_pool, device=parameter.device, dtype=parameter.dtype)
+        self.head.train(self.training)  # a new layer would be in training mode
         self.head_hidden_size = self.head.num_features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
