@@ -64,7 +64,7 @@ def _shrink_model(model):
     """Makes a large backbone small, or swaps it, the channels behind it with it, and looks at fewer regions."""
     backbone = model.backbone
     backbone.pretrained = False
-    if backbone.get("out_indices") == (11,):  # a plain backbone stays one, of two blocks
+    if backbone.name.startswith("roma"):  # a plain backbone stays one, of two blocks
         backbone.update(depth=2, out_indices=(1,))
     elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 20e6:
         family, indices = backbone.name.split("_")[0], backbone.get("out_indices", (0, 1, 2, 3))
