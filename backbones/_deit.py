@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_
+from timm.layers import LayerNorm, calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from terrazzo.backbones._layers import PatchConv
+from terrazzo.backbones._layers import PatchConv, init_linear
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._weights import rename, unwrap
@@ -17,13 +17,6 @@ from terrazzo.backbones._weights import rename, unwrap
 TINY, SMALL, BASE = (dict(embed_dim=64 * heads, num_heads=heads) for heads in (3, 6, 12))
 
 _norm_layer = partial(LayerNorm, eps=1e-6)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class DeiT(PlainViT):
@@ -56,7 +49,7 @@ class DeiT(PlainViT):
         super().__init__(
             patches, units, embed_dim, reducer, norm_layer=_norm_layer, in_chans=in_chans, **factory, **kwargs
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
 
 # From DeiT's and timm's names to ours.

@@ -1,7 +1,10 @@
 """What more than one family does with maps of any size."""
 
+import math
+
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import nn
 
 
@@ -73,3 +76,20 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(on_maps(x, self.reduction))
+
+
+def init_linear(module: nn.Module) -> None:
+    """What ViTs begin from, for `Module.apply`: linear layers of standard deviation 0.02, without biases."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def initial_step_bias(*shape: int, **factory) -> torch.Tensor:
+    """What a softplus turns into step sizes spread evenly, on a log scale, over 1e-3 to 1e-1.
+
+    Source: Mamba, arXiv 2312.00752, section 3.6.
+    """
+    steps = torch.exp(torch.empty(shape, **factory).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+    return steps + torch.log(-torch.expm1(-steps))

@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm, calculate_drop_path_rates
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from terrazzo.backbones._layers import PatchConv
+from terrazzo.backbones._layers import PatchConv, init_linear
 from terrazzo.backbones._plain import PlainViT, TokenHead
 from terrazzo.backbones._tokens import Reducer
 
@@ -111,14 +111,7 @@ class LVViT(PlainViT):
             **kwargs,
         )
         self.head = TwoHeads(embed_dim, num_classes, global_pool, drop_rate, **factory)
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
 
 # From the authors' names to ours.

@@ -6,22 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from terrazzo.backbones._layers import on_maps
+from terrazzo.backbones._layers import initial_step_bias, on_maps
 from terrazzo.kernels import selective_scan_2d
 
 __all__ = ["SS2D"]
 
 _SCANS = 4
-
-
-def _uniform(bound: float, *shape: int, **factory) -> torch.Tensor:
-    return torch.empty(shape, **factory).uniform_(-bound, bound)
-
-
-def _initial_step_bias(*shape: int, **factory) -> torch.Tensor:
-    """What a softplus turns into step sizes spread evenly, on a log scale, over 1e-3 to 1e-1."""
-    steps = torch.exp(torch.empty(shape, **factory).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-    return steps + torch.log(-torch.expm1(-steps))
 
 
 class SS2D(nn.Module):
@@ -53,7 +43,7 @@ class SS2D(nn.Module):
         )
         bound = rank**-0.5
         self.dt_projs_weight = nn.Parameter(torch.empty(_SCANS, inner, rank, **factory).uniform_(-bound, bound))
-        self.dt_projs_bias = nn.Parameter(_initial_step_bias(_SCANS, inner, **factory))
+        self.dt_projs_bias = nn.Parameter(initial_step_bias(_SCANS, inner, **factory))
         decays = torch.arange(1, states + 1, **factory).log()
         self.A_logs = nn.Parameter(decays.repeat(_SCANS * inner, 1))
         self.Ds = nn.Parameter(torch.ones(_SCANS * inner, **factory))

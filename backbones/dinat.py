@@ -25,7 +25,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging
+from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import rename, resize_bias_tables, unwrap
@@ -108,13 +108,6 @@ class ConvTokenizer(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class NAT(Pyramid):
     """NAT, DiNAT and DiNAT_s: four stages of neighborhood attention blocks with head dimension 32.
 
@@ -175,7 +168,7 @@ class NAT(Pyramid):
             PatchEmbed(in_chans, embed_dim, 4, **factory) if patches else ConvTokenizer(in_chans, embed_dim, **factory)
         )
         super().__init__(stem, stages, channels, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
 
 class IsotropicNAT(Plain):
@@ -211,7 +204,7 @@ class IsotropicNAT(Plain):
         ]
         stem = PatchEmbed(in_chans, embed_dim, 16, **factory)
         super().__init__(stem, blocks, embed_dim, 16, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
 
 # From the authors' names to ours.

@@ -22,7 +22,7 @@ from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from terrazzo.backbones._layers import on_maps, pixels_of_patches
+from terrazzo.backbones._layers import init_linear, on_maps, pixels_of_patches
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import RECONSTRUCTED
 
@@ -229,13 +229,6 @@ class TokenHead(ClassifierHead):
         return x.squeeze(2) if self.global_pool.is_identity() else x
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class DualTokenViT(Pyramid):
     """Three stages of dual token blocks at strides 8, 16 and 32.
 
@@ -292,7 +285,7 @@ class DualTokenViT(Pyramid):
             self.num_features = self.head_hidden_size = neck
         self.head = TokenHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **factory)
         self.head_hidden_size = self.head.num_features
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.stem(x)

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._layers import init_linear
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import rename, say_licence, unwrap
 from terrazzo.errors import InputError
@@ -180,13 +181,6 @@ def _downsampler(dim: int, **factory) -> nn.Conv2d:
     return nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **factory)
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class MambaVision(Pyramid):
     """Two stages of convolutions, two of windows in which Mamba mixers come first and attention last.
 
@@ -261,7 +255,7 @@ class MambaVision(Pyramid):
             **factory,
             **kwargs,
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
 
 # From the authors' names to ours.

@@ -26,7 +26,7 @@ from timm.layers import DropPath, SwiGLU, global_pool_nlc, lecun_normal_, trunc_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from terrazzo.backbones._layers import PatchConv
+from terrazzo.backbones._layers import PatchConv, initial_step_bias
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._weights import rename, unwrap
 from terrazzo.errors import InputError
@@ -127,9 +127,8 @@ class Scan(nn.Module):
             self.A_log.copy_(torch.arange(1, STATE + 1, device=self.A_log.device).log().expand_as(self.A_log))
             self.D.fill_(1)
             nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
-            nn.init.uniform_(self.dt_proj.bias, math.log(1e-3), math.log(1e-1))
-            step = self.dt_proj.bias.exp().clamp(min=1e-4)
-            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            bias = self.dt_proj.bias
+            bias.copy_(initial_step_bias(*bias.shape, device=bias.device, dtype=bias.dtype))
 
 
 class Mixer(nn.Module):

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, on_maps
+from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear, on_maps
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._ss2d import SS2D
 from terrazzo.backbones._weights import flatten_pointwise, rename, unwrap
@@ -63,13 +63,6 @@ class VSSBlock(nn.Module):
         if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x, state
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class VMamba(Pyramid):
@@ -115,7 +108,7 @@ class VMamba(Pyramid):
         else:
             stem = Stem(in_chans, embed_dim, **factory)
         super().__init__(stem, stages, channels, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
 
 # From the authors' names to ours; where they had other names in the first version, those too.
