@@ -61,7 +61,7 @@ def errors(
     eps = torch.finfo(getattr(torch, dtype)).eps
     units = {torch.float32: 3 if dtype == "float32" else eps / torch.finfo(torch.float32).eps}
     units |= {torch.bfloat16: 1, torch.float16: 1}
-    return limits(NAMES, found, plain, wanted, units.items())
+    return limits(NAMES, found, plain, wanted, units.items(), sums=("A", "D", "dt_bias"))
 
 
 def mutated(helper):

@@ -10,6 +10,7 @@ from terrazzo.kernels.selective_scan import op
 from terrazzo.kernels.selective_scan.exported import without_loops
 from terrazzo.kernels.selective_scan.op import describe
 from terrazzo.kernels.selective_scan.orders import BOTH, CROSS, codes
+from terrazzo.kernels.selective_scan.scans import Scans
 
 __all__ = ["BOTH", "CROSS", "describe", "selective_scan", "selective_scan_2d", "why", "without_loops"]
 
@@ -94,7 +95,7 @@ def selective_scan(
     def of_channels(x: torch.Tensor | None) -> torch.Tensor | None:  # D to G D/G
         return None if x is None else x.unflatten(0, (groups, -1))
 
-    out = op.scan(
+    call = Scans(
         of_maps(u),
         of_maps(delta),
         of_channels(A),
@@ -107,9 +108,8 @@ def selective_scan(
         [2 if reverse else 0] * groups,
         length,
         False,
-        backend,
     )
-    return out.flatten(2).transpose(1, 2)
+    return op.scan(call, backend).flatten(2).transpose(1, 2)
 
 
 def selective_scan_2d(
@@ -169,8 +169,8 @@ def selective_scan_2d(
     _backend.check_name(backend)
     u = u.unsqueeze(3) if shared else u
     u, delta, B, C = (x.flatten(1, 2) for x in (u, delta, B, C))
-    out = op.scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus, order_codes, width, True, backend)
-    return out.unflatten(1, (height, width))
+    call = Scans(u, delta, A, B, C, D, None, delta_bias, delta_softplus, order_codes, width, True)
+    return op.scan(call, backend).unflatten(1, (height, width))
 
 
 def why(backend: str = "auto", u: torch.Tensor | None = None) -> _backend.Choice:

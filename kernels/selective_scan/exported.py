@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.selective_scan.orders import by_columns, is_reversed
-from terrazzo.kernels.selective_scan.reference import accumulator
+from terrazzo.kernels.selective_scan.scans import Scans
 
 _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("terrazzo_unrolled", default=False)
 
@@ -125,37 +125,24 @@ def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
     return torch.stack(out, 1).flatten(0, 1)[:length]
 
 
-def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    orders: Sequence[int],
-    width: int,
-    merge: bool,
-) -> torch.Tensor:
-    """Arguments and result as of `reference.selective_scan`; sizes may be symbolic."""
-    dtype = accumulator(u, delta, A, B, C)
-    x, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)
-    if delta_softplus:
+def selective_scan(call: Scans) -> torch.Tensor:
+    """As `reference.selective_scan`; sizes may be symbolic."""
+    dtype = call.dtype
+    x, delta, B, C = (tensor.to(dtype) for tensor in (call.u, call.delta, call.B, call.C))
+    if call.delta_bias is not None:
+        delta = delta + call.delta_bias.to(dtype)
+    if call.delta_softplus:
         # ONNX Runtime's Softplus computes the same and takes three times as long.
         delta = F.relu(delta) + torch.log(1 + torch.exp(-delta.abs()))
-    decays = A.to(dtype).transpose(1, 2).contiguous()  # K N D
-    if A.shape[2] == 1 and not _is_unrolled():
-        out = C * _one_state(delta, x, B, decays, orders, width)
+    decays = call.A.to(dtype).transpose(1, 2).contiguous()  # K N D
+    if call.A.shape[2] == 1 and not _is_unrolled():
+        out = C * _one_state(delta, x, B, decays, call.orders, call.width)
     else:
-        inputs = tuple(_steps(tensor, orders, width) for tensor in (delta, delta * x, B, C))
+        inputs = tuple(_steps(tensor, call.orders, call.width) for tensor in (delta, delta * x, B, C))
         out = (_unlooped if _is_unrolled() else _looped)(*inputs, decays)
-        out = _pixels(out, orders, width)
-    if D is not None:
-        out = out + D.to(dtype) * x
-    if z is not None:
-        out = out * F.silu(z.to(dtype))
-    return out.sum(2) if merge else out.to(u.dtype)
+        out = _pixels(out, call.orders, call.width)
+    if call.D is not None:
+        out = out + call.D.to(dtype) * x
+    if call.z is not None:
+        out = out * F.silu(call.z.to(dtype))
+    return out.sum(2) if call.merge else out.to(call.u.dtype)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.selective_scan.portable import Call as Call
+from terrazzo.kernels.selective_scan.scans import Scans
 from terrazzo.kernels.triton_host import on_device
 
 # Steps of a chunk: those that the backward pass has in registers at once. The state before each chunk is kept.
@@ -84,7 +84,7 @@ def _strides(*tensors: tuple[torch.Tensor | None, int]) -> list[int]:
 class _Launches:
     """What all launches of one call share: sizes, strides and constants."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Scans):
         self.call = call
         self.batch, self.length, self.scans, self.channels = call.delta.shape
         self.states = call.A.shape[2]
@@ -162,8 +162,8 @@ class _Launches:
         )
 
 
-def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, see `reference.selective_scan`, and the state before each chunk, (B, chunks, K, N, D) float32.
+def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, see `Scans`, and the state before each chunk, (B, chunks, K, N, D) float32.
 
     Tensors are read in place whatever their strides. The scans' outputs are added up afterwards, in float32.
     """
@@ -188,7 +188,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return out, states
 
 
-def backward(call: Call, grad: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def backward(call: Scans, grad: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias, None of what a call does not have.
 
     What several programs add to they write in parts, which are added up afterwards in float32: deterministic.

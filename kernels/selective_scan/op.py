@@ -10,6 +10,7 @@ from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.selective_scan import exported, fused, portable, reference
 from terrazzo.kernels.selective_scan.orders import ORDERS
+from terrazzo.kernels.selective_scan.scans import Scans, accumulator
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, states_fit: bool) -> tuple[dict[str, str], dict[str, str]]:
@@ -18,7 +19,7 @@ def _refusals(device: torch.device, dtype: torch.dtype, states_fit: bool) -> tup
 
 def _decisive(u: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
     """The dtype that decides who can compute a call: that of u, float64 where any tensor is of float64."""
-    return torch.float64 if reference.accumulator(u, *others) == torch.float64 else u.dtype
+    return torch.float64 if accumulator(u, *others) == torch.float64 else u.dtype
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, states_fit: bool = True) -> _backend.Choice:
@@ -53,14 +54,14 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the state in front of every chunk of steps, (B, chunks, K, N, D). `scan` has chosen `backend`."""
     form = fused if backend == "fused" else portable
-    return form.forward(form.Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge))
+    return form.forward(Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge))
 
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend):
     batch, length, scans, channels = delta.shape
     chunk = (fused if backend == "fused" else portable).CHUNK
-    dtype = reference.accumulator(u, delta, A, B, C)
+    dtype = accumulator(u, delta, A, B, C)
     states = A.new_empty(batch, (length + chunk - 1) // chunk, scans, A.shape[2], channels, dtype=dtype)
     if merge:
         return u.new_empty(batch, length, channels, dtype=dtype), states
@@ -92,7 +93,7 @@ def _backward(
     The backward pass takes the form of the forward pass, whatever is asked for by then.
     """
     form = fused if backend == "fused" else portable
-    call = form.Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge)
+    call = Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge)
     return tuple(u.new_empty(0) if x is None else x for x in form.backward(call, grad, states))
 
 
@@ -146,26 +147,12 @@ def describe(
     )
 
 
-def scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    orders: list[int],
-    width: int,
-    merge: bool,
-    backend: str,
-) -> torch.Tensor:
-    """Several scans of a map, arguments checked: see `reference.selective_scan`."""
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge)
+def scan(call: Scans, backend: str) -> torch.Tensor:
+    """The output of a call whose arguments were checked."""
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
-        return exported.selective_scan(*arguments)
-    backend = _chosen(backend, u.device, _decisive(u, delta, A, B, C), fused.fits(A.shape[2]))
+        return exported.selective_scan(call)
+    decisive = _decisive(call.u, call.delta, call.A, call.B, call.C)
+    backend = _chosen(backend, call.u.device, decisive, fused.fits(call.A.shape[2]))
     if backend == "reference":
-        return reference.selective_scan(*arguments)
-    return _forward(*arguments, backend)[0]
+        return reference.selective_scan(call)
+    return _forward(*call, backend)[0]

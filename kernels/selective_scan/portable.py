@@ -8,13 +8,12 @@ overflows (README.md).
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.selective_scan.orders import pixels
-from terrazzo.kernels.selective_scan.reference import accumulator
+from terrazzo.kernels.selective_scan.scans import Scans
 
 # States kept for the backward pass: one in so many steps.
 CHUNK = 64
@@ -28,45 +27,21 @@ _LEAST_EXPONENT = -87.0
 _LEAST_CHANNELS = 64
 
 
-@dataclass(frozen=True)
-class Call:
-    """What `reference.selective_scan` takes."""
+def _channels_last(call: Scans) -> Scans:
+    """The same with the channels of every pixel side by side."""
+    given = {name: getattr(call, name) for name in ("u", "delta", "B", "C", "z")}
+    return call._replace(**{name: None if x is None else _side_by_side(x) for name, x in given.items()})
 
-    u: torch.Tensor
-    delta: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    C: torch.Tensor
-    D: torch.Tensor | None
-    z: torch.Tensor | None
-    delta_bias: torch.Tensor | None
-    delta_softplus: bool
-    orders: Sequence[int]
-    width: int
-    merge: bool
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return accumulator(self.u, self.delta, self.A, self.B, self.C)
-
-    @property
-    def length(self) -> int:
-        return self.u.shape[1]
-
-    def channels_last(self) -> "Call":
-        """The same with the channels of every pixel side by side."""
-        names = ("u", "delta", "B", "C", "z")
-        given = {name: getattr(self, name) for name in names}
-        return replace(
-            self, **{name: x if x is None or x.stride(-1) == 1 else x.contiguous() for name, x in given.items()}
-        )
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, total)) for first in range(0, total, size)]
 
 
-def _parts(call: Call) -> Iterator[tuple[slice, slice, slice]]:
+def _parts(call: Scans) -> Iterator[tuple[slice, slice, slice]]:
     """Images, scans and channels, until a chunk of steps of them has no more numbers of state than a piece."""
     batch, _, scans, channels = call.delta.shape
     size = _PIECE if call.u.device.type == "cpu" else _PIECE_ELSEWHERE
@@ -83,7 +58,7 @@ class _Part:
     Steps past the last have delta 0, which holds the state, so that runs of equal length can be cut.
     """
 
-    def __init__(self, call: Call, images: slice, scans: slice, channels: slice):
+    def __init__(self, call: Scans, images: slice, scans: slice, channels: slice):
         self.call, self.images, self.scans, self.channels = call, images, scans, channels
         self.orders = call.orders[scans]
         self.decays = call.A[scans, channels].to(call.dtype).transpose(1, 2).contiguous()  # K N D
@@ -238,9 +213,9 @@ def _over_channels(states: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (states @ x.unsqueeze(-1)).squeeze(-1)
 
 
-def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, see `reference.selective_scan`, and the state before each chunk of steps, (B, chunks, K, N, D)."""
-    call = call.channels_last()
+def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, see `Scans`, and the state before each chunk of steps, (B, chunks, K, N, D)."""
+    call = _channels_last(call)
     batch, length, scans, channels = call.delta.shape
     if call.merge:
         out = call.u.new_zeros(batch, length, 1, channels, dtype=call.dtype)
@@ -270,7 +245,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 class _Gradients:
     """Of everything a call takes, in the dtype that it computes in; None for what it does not have."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Scans):
         given = (call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias)
         found = [None if x is None else x.new_zeros(x.shape, dtype=call.dtype) for x in given]
         self.given, self.found = given, found
@@ -280,13 +255,13 @@ class _Gradients:
         return tuple(None if g is None else g.to(x.dtype) for x, g in zip(self.given, self.found))
 
 
-def backward(call: Call, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias, given those of the output and the states that were kept.
 
     The states within a piece are computed again. With g_t the gradient of the state, g_t = a_(t+1) g_(t+1) + C_t dy_t
     runs from the last step to the first; the rest is done for a piece at once (README.md).
     """
-    call = call.channels_last()
+    call = _channels_last(call)
     grads = _Gradients(call)
     grad = grad.unsqueeze(2) if call.merge else grad
     for slices in _parts(call):

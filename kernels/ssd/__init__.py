@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.selective_scan.reference import accumulator
+from terrazzo.kernels.selective_scan.scans import accumulator
 from terrazzo.kernels.ssd import fused, op
 from terrazzo.kernels.ssd.op import describe
 

@@ -8,7 +8,7 @@ without a difference, and at most 0, so nothing overflows and long sequences los
 import torch
 import torch.nn.functional as F
 
-from terrazzo.kernels.selective_scan.reference import accumulator
+from terrazzo.kernels.selective_scan.scans import accumulator
 
 
 def _sums_between(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Source: Mamba-2, arXiv 2405.21060, equation 1 with a scalar decay for each head.
 
 import torch
 
-from terrazzo.kernels.selective_scan.reference import accumulator
+from terrazzo.kernels.selective_scan.scans import accumulator
 
 
 def of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
