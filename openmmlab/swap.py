@@ -1,5 +1,7 @@
 """Putting another backbone into a config: the same heads, data and recipe for every model that is to be compared."""
 
+from typing import Any
+
 import torch
 from mmengine.config import Config, ConfigDict
 from timm.models import FeatureInfo
@@ -9,7 +11,7 @@ from terrazzo.errors import InputError
 from terrazzo.openmmlab._timm import create_model, is_ours
 
 
-def swap_backbone(cfg: Config, name: str) -> None:
+def swap_backbone(cfg: Config, name: str, **arguments: Any) -> None:
     """Replaces the `TerrazzoBackbone` (or the backbone of a `Classifier`) of a config by another timm model, in place.
 
     A dense model gets the maps of the same strides, and neck and heads their channels. A model without stochastic depth
@@ -20,6 +22,7 @@ def swap_backbone(cfg: Config, name: str) -> None:
     Args:
         cfg: what `load_config` gave.
         name: the name of a model, as in `timm.list_models()`.
+        **arguments: of the new backbone, before those that it would get.
 
     Raises:
         InputError: if the config has no such backbone, or the model is unknown or has no map of one of the strides.
@@ -31,7 +34,7 @@ def swap_backbone(cfg: Config, name: str) -> None:
     if "drop_path_rate" in settings and _drops_paths(name):
         kept["drop_path_rate"] = settings["drop_path_rate"]
     if cfg.model.type == "Classifier":
-        cfg.model.backbone = ConfigDict(kept, name=name)
+        cfg.model.backbone = ConfigDict({**kept, "name": name, **arguments})
         return
     model, info = _described(name)
     # Where several maps share a stride, the last has seen most layers.
@@ -44,7 +47,7 @@ def swap_backbone(cfg: Config, name: str) -> None:
     indices = tuple(at[stride] for stride in strides)
     channels = [info[index]["num_chs"] for index in indices]
     norm = is_ours(name) or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    cfg.model.backbone = ConfigDict(kept, name=name, out_indices=indices, norm_outputs=norm)
+    cfg.model.backbone = ConfigDict({**kept, "name": name, "out_indices": indices, "norm_outputs": norm, **arguments})
     # Where there is a neck, the heads take its maps.
     for part in ("neck",) if cfg.model.get("neck") else ("decode_head", "auxiliary_head"):
         if isinstance(cfg.model.get(part), dict) and "in_channels" in cfg.model[part]:

@@ -14,11 +14,21 @@ from terrazzo.tools.options import config_options
 DONE = "final.json"
 """Written into the folder of a run when it has ended: a second call of the command goes on with the others."""
 
+_ARGUMENT = re.compile(r",(?=\w+=)")
+_NO_NAME = re.compile(r"[^\w.]+")
+
 
 @click.command()
 @click.argument("config")
 @config_options
-@click.option("--backbone", "backbones", multiple=True, required=True, help="A timm model; give several.")
+@click.option(
+    "--backbone",
+    "backbones",
+    multiple=True,
+    required=True,
+    metavar="NAME[,KEY=VALUE...]",
+    help="A timm model and arguments of it; give several.",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, seeds 0, 1, ...")
 @click.option("--max-iters", type=click.IntRange(min=1), help="Train so many iterations.")
 @click.option("--max-epochs", type=click.IntRange(min=1), help="Train so many epochs.")
@@ -37,7 +47,7 @@ def command(
 
     A run that was interrupted goes on from its last checkpoint when the command is given again.
     """
-    from terrazzo.openmmlab.config import load_config
+    from terrazzo.openmmlab.config import load_config, parse_options
     from terrazzo.openmmlab.swap import swap_backbone
     from terrazzo.tools import mm, results
     from terrazzo.tools.console import print_table
@@ -47,7 +57,8 @@ def command(
     configs = {}
     for name in backbones:
         cfg = load_config(config, data_root, overrides)
-        swap_backbone(cfg, name)
+        model, *arguments = _ARGUMENT.split(name)
+        swap_backbone(cfg, model, **parse_options(arguments))
         mm.shorten(cfg, max_iters, max_epochs)
         mm.check_model(cfg)
         configs[name] = cfg
@@ -56,7 +67,7 @@ def command(
     done: dict[str, list[dict]] = {name: [] for name in backbones}
     for seed in range(seeds):  # in turns, so that an interrupted comparison has as much of each
         for name in backbones:
-            done[name].append(_train(configs[name], out / f"{name}-{seed}", seed))
+            done[name].append(_train(configs[name], out / f"{_NO_NAME.sub('-', name)}-{seed}", seed))
             click.echo(f"{name}, seed {seed}: {_line(done[name][-1]['metrics'])}")
     _draw(done, out / "curves.png")
     rows = _rows(Path(config).stem, configs, done, results)

@@ -38,6 +38,16 @@ def test_compare(floors, tmp_path):
     assert results.read(tmp_path / "out" / "training.csv") == rows
 
 
+def test_compare_one_model_with_two_settings(floors, tmp_path):
+    out = tmp_path / "out"
+    more = ["--backbone", "dinat_mini,kernel_size=3,drop_rate=0.1", "--max-iters", 1]
+    done = compare(floors, out, *more)
+    assert done.exit_code == 0, done.output
+    rows = {row.variant: row.p50 for row in results.read(out / "training.csv") if row.metric == "backbone parameters"}
+    assert rows[more[1]] < rows["dinat_mini"]  # smaller tables of positions
+    assert "unexpected" in compare(floors, tmp_path / "none", "--backbone", "dinat_mini,colour=3").output
+
+
 def test_compare_refuses_an_unknown_backbone(floors, tmp_path):
     done = compare(floors, tmp_path / "out", "--backbone", "resnet19")
     assert done.exit_code == 2
