@@ -4,6 +4,7 @@ A reducer merges tokens in front of some blocks. Between two reductions lies a l
 is recorded, with the map into the next: from these a token is made for every position.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -119,6 +120,12 @@ class Reducer(nn.Module):
     def left(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         """What is left, (B, T, C)."""
         return x
+
+    def assignment(self, state: TokenState) -> torch.Tensor | None:
+        """For each position the token that stands for it, -1 for none: (B, prefix + H W); None before any reduction."""
+        if not state.levels:
+            return None
+        return functools.reduce(lambda inner, level: compose(level.map, inner), state.levels[1:], state.levels[0].map)
 
     def restored(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
         """A token for every position, (B, prefix + H W, C); `x` itself where nothing was reduced."""

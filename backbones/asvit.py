@@ -226,6 +226,10 @@ class Pruning(Reducer):
         first = torch.where(first.values > 0, first.indices + state.prefix, 0)
         return torch.where(kept.unsqueeze(-1), x, unmerge(x, first.unsqueeze(1)))
 
+    def assignment(self, state: PrunedState) -> torch.Tensor | None:
+        kept = self.kept(state)
+        return None if kept is None else torch.where(kept, kept.cumsum(1) - 1, -1)
+
     @staticmethod
     def kept(state: PrunedState) -> torch.Tensor | None:
         """Which positions have a token of their own, (B, T); None before anything was dropped."""

@@ -164,6 +164,22 @@ def grid(
     return _stacked(sheet, _legend(sheet, legend, text))
 
 
+def panels(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int = 4) -> Image.Image:
+    """Pictures of one size in reading order, a title on each."""
+    width, height = pictures[0].size
+    gap, text = max(6, width // 40), max(12, width // 20)
+    columns, head = min(columns, len(pictures)), round(text * 1.8)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (head + height + gap)), _PAPER)
+    pen, font = ImageDraw.Draw(sheet), _font(text)
+    for index, (picture, title) in enumerate(zip(pictures, titles)):
+        row, column = divmod(index, columns)
+        left, top = gap + column * (width + gap), row * (head + height + gap)
+        pen.text((left, top + text * 0.3), _fitted(pen, title, font, width), font=font, fill=_INK)
+        sheet.paste(picture, (left, top + head))
+    return sheet
+
+
 def _legend(image: Image.Image, entries: Sequence[tuple[str, Colour]], text: int | None = None) -> Image.Image:
     """A strip as wide as the picture with a swatch and a text for each entry, in as many lines as it takes."""
     text = text or _text_size(image)

@@ -38,6 +38,9 @@ from terrazzo.tools.targets import is_config, load_timm_model, pick_device
     show_default=True,
     help="Who runs it.",
 )
+@click.option(
+    "--show-tokens", is_flag=True, help="Draw which patches MCTF or AS-ViT merged or dropped, block by block."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
 def command(
     model_or_config: str,
@@ -48,6 +51,7 @@ def command(
     out: Path,
     min_score: float,
     runtime: str,
+    show_tokens: bool,
     device: str | None,
 ) -> None:
     """Run a classifier, segmentor or detector on each IMAGE (a file, or a folder of them).
@@ -55,8 +59,11 @@ def command(
     MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name; with another --runtime than
     torch it is a file that `terrazzo export` wrote in that format. For each picture there are
     NAME.overlay.jpg (the result drawn), NAME.json, for a segmentor NAME.labels.png (a class index for each pixel), and
-    for a panoptic one NAME.segments.png (the number of a segment for each pixel; the JSON has its class).
+    for a panoptic one NAME.segments.png (the number of a segment for each pixel; the JSON has its class). With
+    --show-tokens there is NAME.tokens.jpg.
     """
+    if runtime != "torch" and show_tokens:
+        raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
     if runtime != "torch" and (checkpoint or pretrained or num_classes or device):
         raise InputError("an exported file has its weights, and runs on the CPU: leave the other options out")
     chosen = pick_device(device)
@@ -68,13 +75,18 @@ def command(
         from terrazzo.tools.predict_file import file_predictor
 
         predictor = file_predictor(runtime, Path(model_or_config), min_score)
+    watch = None
+    if show_tokens:
+        from terrazzo.tools.token_pictures import TokenWatch
+
+        watch = TokenWatch(predictor)
     rows = []
     with progress("predicting", len(pictures)) as bar:
         for picture in pictures:
             image = picture.read()
             prediction = predictor(image)
             record = {"picture": str(picture.path), "width": image.width, "height": image.height, **prediction.record}
-            _write(out, picture, record, prediction)
+            _write(out, picture, record, prediction, watch.draw() if watch else None)
             rows.append((picture.path.name, _summary(record)))
             bar.advance(bar.task_ids[0])
     print_table(rows, ("picture", "result"))
@@ -101,9 +113,11 @@ def _predictor(name, checkpoint, pretrained, num_classes, min_score, device):
         return config_predictor(cfg, checkpoint, device, min_score)
 
 
-def _write(out: Path, picture: Picture, record: dict, prediction) -> None:
-    with written_whole(out / f"{picture.name}.overlay.jpg") as temporary:
-        prediction.drawing.save(temporary, quality=92)
+def _write(out: Path, picture: Picture, record: dict, prediction, tokens: Image.Image | None) -> None:
+    for kind, drawing in (("overlay", prediction.drawing), ("tokens", tokens)):
+        if drawing is not None:
+            with written_whole(out / f"{picture.name}.{kind}.jpg") as temporary:
+                drawing.save(temporary, quality=92)
     for kind, pixels in (("labels", prediction.labels), ("segments", prediction.segments)):
         if pixels is not None:
             with written_whole(out / f"{picture.name}.{kind}.png") as temporary:
