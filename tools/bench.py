@@ -31,7 +31,21 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(BENCHMARKS[name])
 
 
-@click.command()
+class _Benchmarks(click.Command):
+    """`reduce` takes other arguments than all that are measured against peers: it is a command of its own."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more, **extra) -> click.Context:
+        if args[:1] != ["reduce"]:
+            return super().make_context(info_name, args, *more, **extra)
+        from terrazzo.tools.bench_reduce import command
+
+        return command.make_context(f"{info_name} reduce", args[1:], *more, **extra)
+
+    def invoke(self, context: click.Context) -> None:
+        super().invoke(context) if context.command is self else context.command.invoke(context)
+
+
+@click.command(cls=_Benchmarks)
 @click.argument("name")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
 @click.option(
@@ -61,7 +75,10 @@ def command(
     out: Path | None,
     resume: bool,
 ) -> None:
-    """Measure the operator or family NAME against its peers on this machine; or, as FAMILY_runtimes, its runtimes."""
+    """Measure the operator or family NAME against its peers on this machine; or, as FAMILY_runtimes, its runtimes.
+
+    `terrazzo bench reduce MODEL` measures what a plain ViT of timm gains and loses by merging tokens: see its --help.
+    """
     module = module_of(name)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
