@@ -38,7 +38,8 @@ class DeiT(PlainViT):
         **kwargs,
     ):
         """Args:
-        **kwargs: restore, full_last, grid, num_classes, global_pool, drop_rate, norm_outputs: see `PlainViT`.
+        **kwargs: restore, full_last, window, global_blocks, grid, num_classes, global_pool, drop_rate, norm_outputs:
+            see `PlainViT`.
         """
         factory = dict(device=device, dtype=dtype)
         units = [

@@ -10,6 +10,7 @@ from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
 from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
+from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
 
 
@@ -118,6 +119,8 @@ class PlainViT(Plain):
         reducer: Reducer | None = None,
         restore: str = "delta",
         full_last: int | None = None,
+        window: int | None = None,
+        global_blocks: Sequence[int] | None = None,
         grid: tuple[int, int] = (14, 14),
         reduction: int = 16,
         global_pool: str = "token",
@@ -135,12 +138,16 @@ class PlainViT(Plain):
         restore: "copy", "delta" or "soft": how maps get every position.
         full_last: So many blocks at the end run on restored tokens wherever maps are asked for, so that parked and
             merged positions see what became of the others (last-layer fusion, arXiv 2412.00965). None for 1 with
-            `norm_outputs`, else 0. Classifying alone never restores.
+            `norm_outputs`, else 0. Classifying alone never restores. They attend to the whole image.
+        window: For large images: blocks attend within windows of the grid, of at most so many patches square, and what
+            is merged is merged there; None for the whole image (`terrazzo.backbones._windows`).
+        global_blocks: With `window`: which blocks attend to the whole image; None for the last of each quarter.
         grid: For which positions are learned.
         **kwargs: in_chans, norm_layer: see `Backbone`.
 
         Raises:
-            InputError: `restore` is none of the modes, or `full_last` not a number of blocks.
+            InputError: `restore` is none of the modes, `full_last` not a number of blocks, or `window` and
+                `global_blocks` do not fit the reducer (`_windows.Windows`).
         """
         if restore not in RESTORE:
             raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
@@ -148,6 +155,7 @@ class PlainViT(Plain):
             full_last = int(norm_outputs)
         if not 0 <= full_last <= len(blocks):
             raise InputError(f"full_last must be 0 to the {len(blocks)} blocks, got {full_last}")
+        reducer = within(Reducer() if reducer is None else reducer, window, len(blocks), global_blocks)
         factory = dict(device=device, dtype=dtype)
         stem = TokenStem(patches, channels, grid, **factory)
         super().__init__(
@@ -163,7 +171,7 @@ class PlainViT(Plain):
         )
         self.head = TokenHead(channels, num_classes, global_pool, drop_rate, **factory)
         self.head_hidden_size = self.head.num_features
-        self.reducer = Reducer() if reducer is None else reducer
+        self.reducer = reducer
         self.restore = restore
         self.full_last = full_last
         self.depth = len(blocks)

@@ -1,5 +1,6 @@
-"""`terrazzo.reduce`: an existing plain ViT of timm merges tokens on the way, and gives maps of every position."""
+"""`terrazzo.reduce`: an existing plain ViT of timm reduces its tokens, and gives maps of every position."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,36 +12,39 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from terrazzo.backbones._tokens import RESTORE, TokenState
+from terrazzo.backbones._tokens import RESTORE, Reducer
+from terrazzo.backbones._windows import within
+from terrazzo.backbones.asvit import Pruning
 from terrazzo.backbones.mctf import Fusion
 from terrazzo.errors import InputError
 
-METHODS = {"mctf": Fusion}
+METHODS: dict[str, type[Reducer]] = {"asvit": Pruning, "mctf": Fusion}
+"""What `reduce` knows by name: reducers, made of `blocks` and of options of their own."""
 
 
 class _Reducing:
     """What replaces timm's loops over blocks; `reducer` and `restore` are set by `reduce`."""
 
-    reducer: Fusion
+    reducer: Reducer
     restore: str
 
-    def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, TokenState]:
+    def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, Any]:
         grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[2:]))
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         return x, self.reducer.begin(grid, self.num_prefix_tokens, 0, maps)
 
-    def _step(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+    def _step(self, block: nn.Module, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         if self.grad_checkpointing:
             x, state = checkpoint(self.reducer, block, x, state)
         else:
             x, state = self.reducer(block, x, state)
         return x, state._replace(depth=state.depth + 1)
 
-    def _features(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+    def _features(self, x: torch.Tensor, state: Any) -> torch.Tensor:
         """What is left; every position for a pooling in which each counts."""
-        if self.global_pool not in ("token", ""):
-            x = self.reducer.restored(x, state, "copy")
-        return self.norm(x)
+        if self.global_pool in ("token", ""):
+            return self.norm(self.reducer.left(x, state))
+        return self.norm(self.reducer.restored(x, state, "copy"))
 
     def forward_features(self, x: torch.Tensor, attn_mask: None = None, is_causal: bool = False) -> torch.Tensor:
         """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves."""
@@ -111,32 +115,59 @@ def _is_plain(block: nn.Module) -> bool:
     return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
+def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None, options: dict[str, Any]) -> Reducer:
+    """A method's reducer for a model, on its device and in its dtype."""
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    kind, depth = METHODS[method], len(model.blocks)
+    known = [name for name in inspect.signature(kind).parameters if name not in ("blocks", "device", "dtype")]
+    if not options.keys() <= set(known):
+        raise InputError(f"options of {method!r} are {', '.join(known)}, got {', '.join(options)}")
+    if kind.by_class_token and model.cls_token is None:
+        raise InputError(f"{method!r} goes by the class token's attention, and this model has none")
+    reducer = kind(blocks=kind.default_blocks(depth) if blocks is None else blocks, **options)
+    if not all(0 <= block < depth for block in reducer.blocks):
+        raise InputError(f"blocks must be some of 0 to {depth - 1}, got {reducer.blocks}")
+    like = next(model.parameters())
+    return reducer.to(like.device, like.dtype).train(model.training)
+
+
 def reduce(
     model: VisionTransformer,
     method: str = "mctf",
-    r: float = 16,
     blocks: Sequence[int] | None = None,
     restore: str = "delta",
+    window: int | None = None,
+    global_blocks: Sequence[int] | None = None,
     **options: Any,
 ) -> VisionTransformer:
-    """Turn a plain ViT of timm, pretrained or not, into one that merges tokens, and return it.
+    """Turn a plain ViT of timm, pretrained or not, into one that reduces its tokens, and return it.
 
     The model itself is changed: its class and its attribute `reducer`. Its parameters, their names and all of timm's
-    methods stay; maps (`forward_intermediates`, `features_only`) have every position. With r = 0 it computes what it
-    did, to the bit. A second call replaces the first one's reducer.
+    methods stay; maps (`forward_intermediates`, `features_only`) have every position. "mctf" with r = 0 computes what
+    the model did, to the bit. "asvit" adds its thresholds, `reducer.thresholds.0` and so on, which train with the
+    model: load timm's weights before, or with `strict=False`. A second call replaces the first one's reducer.
 
         model = terrazzo.reduce(timm.create_model("vit_small_patch16_224", pretrained=True), r=16)
+        model = terrazzo.reduce(model, method="asvit", thresholds=(0.002, 0.004, 0.006))
+        model = terrazzo.reduce(model, method="asvit", form="fixed", keep=(0.7, 0.5, 0.35))
+
+    Where the head pools all positions ("avg", "map", ...), a merged token counts for each that it stands for, and a
+    dropped one as it was when it was dropped.
 
     Args:
         model: timm's VisionTransformer or VisionTransformerDistilled, of timm's plain blocks.
-        method: "mctf".
-        r: How many tokens each block merges, or, below 1, which part of them.
-        blocks: Which blocks merge, counted from 0; None for all but the first.
-        restore: "copy", "delta" or "soft": how maps get every position.
-        **options: criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
+        method: "mctf" merges tokens that are alike, "asvit" drops those of low class attention.
+        blocks: Which blocks merge, or in front of which tokens are dropped, counted from 0; None for the method's own:
+            all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
+        restore: "copy", "delta" or "soft": how maps get every position that was merged.
+        window: Blocks attend within windows of at most so many patches square; see `_plain.PlainViT`.
+        global_blocks: With `window`: which attend to the whole image; None for the last of each quarter.
+        **options: Of "mctf": r, criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
+            Of "asvit": form, keep, thresholds: see `terrazzo.backbones.asvit.Pruning`.
 
     Raises:
-        InputError: The model is of another kind, or a method or number is not one that there is.
+        InputError: The model is of another kind, or a method, an option or a number is not one that there is.
     """
     kind = next((kind for kind, made in _REDUCED.items() if type(model) in (kind, made)), None)
     if kind is None:
@@ -148,11 +179,10 @@ def reduce(
             raise InputError(f"block {i} drops attention weights at {block.attn.attn_drop.p}: set attn_drop_rate=0")
     if not isinstance(model.patch_drop, nn.Identity):
         raise InputError("the model drops patches in training (patch_drop_rate): set it to 0")
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if restore not in RESTORE:
         raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
-    model.reducer = METHODS[method](r, range(1, len(model.blocks)) if blocks is None else blocks, **options)
+    reducer = _reducer(model, method, blocks, options)
+    model.reducer = within(reducer, window, len(model.blocks), global_blocks)
     model.restore = restore
     model.__class__ = _REDUCED[kind]
     return model

@@ -5,7 +5,7 @@ is recorded, with the map into the next: from these a token is made for every po
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,14 @@ class Level(NamedTuple):
         entered, left: (B, N, C), when the level began and when it ended.
         map: (B, N), to the tokens of the next level.
         merged: (B, M, C), with which the next level begins.
+        size: (B, M), patches that each of those stands for; 0 for padding.
     """
 
     entered: torch.Tensor
     left: torch.Tensor
     map: torch.Tensor
     merged: torch.Tensor
+    size: torch.Tensor
 
 
 class TokenState(NamedTuple):
@@ -40,8 +42,9 @@ class TokenState(NamedTuple):
         depth: Blocks that were run.
         maps: Whether anybody will ask for maps; without that nothing is recorded.
         entered: Tokens at the beginning of the current level.
-        size: (B, T), patches that each token stands for; None before anything was merged.
+        size: (B, T), patches that each token stands for, 0 for padding; None for 1 each.
         levels: Those that were left.
+        window: Rows and columns of the windows in whose order the patches are; None for the grid's order.
     """
 
     grid: tuple[int, int]
@@ -51,13 +54,14 @@ class TokenState(NamedTuple):
     entered: torch.Tensor | None = None
     size: torch.Tensor | None = None
     levels: tuple[Level, ...] = ()
+    window: tuple[int, int] | None = None
 
     def reduced(self, left, merged, assignment, size) -> "TokenState":
         """The state after a reduction from the tokens `left` to `merged`."""
         if not self.maps:
             return self._replace(size=size)
-        levels = (*self.levels, Level(left if self.entered is None else self.entered, left, assignment, merged))
-        return self._replace(entered=merged, size=size, levels=levels)
+        level = Level(left if self.entered is None else self.entered, left, assignment, merged, size)
+        return self._replace(entered=merged, size=size, levels=(*self.levels, level))
 
 
 def _copied(x: torch.Tensor, state: TokenState) -> torch.Tensor:
@@ -79,6 +83,7 @@ def _blended(x: torch.Tensor, state: TokenState) -> torch.Tensor:
     for level in reversed(state.levels):
         old, new = (t[:, state.prefix :] for t in (level.left, level.merged))
         nearness = -TEMPERATURE * torch.cdist(old.float(), new.float()).square()
+        nearness = nearness.masked_fill(level.size[:, None, state.prefix :] == 0, float("-inf"))
         nearest, index = nearness.topk(min(NEIGHBOURS, new.shape[1]), -1)
         weight = nearest.softmax(-1).to(x.dtype)  # B N K
         body = x[:, state.prefix :]
@@ -104,7 +109,19 @@ class Reducer(nn.Module):
     """Runs a ViT's blocks: this one as they are, with keys weighted by the patches they stand for.
 
     A reducer makes the state that its blocks carry, which says `grid`, `prefix`, `depth` and `maps` (`TokenState`).
+
+    Attributes:
+        blocks: In front of which it reduces, counted from 0.
+        by_class_token: Whether it goes by the attention of a class token, the first of those in front.
     """
+
+    blocks: tuple[int, ...] = ()
+    by_class_token = False
+
+    @staticmethod
+    def default_blocks(depth: int) -> Sequence[int]:
+        """In front of which blocks to reduce where nobody says."""
+        return ()
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> TokenState:
         """The state in front of a block that gets every token."""

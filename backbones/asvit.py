@@ -107,15 +107,27 @@ class Pruning(Reducer):
     and images are packed one after another. Both give the same up to 2e-6.
     """
 
-    def __init__(self, blocks: Sequence[int], form: str = "auto", keep: Sequence[float] = (0.7, 0.5, 0.35), **factory):
+    by_class_token = True
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        form: str = "auto",
+        keep: Sequence[float] = (0.7, 0.5, 0.35),
+        thresholds: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         """Args:
         blocks: In front of which tokens are dropped, counted from 0.
         form: "masked", "packed", "auto" for the one of these that fits, or "fixed": every image keeps the same
             number, as an engine with static shapes needs.
         keep: With "fixed": which part of the patches is kept at each stage.
+        thresholds: With which each stage's parameter begins; scores are about 1 / tokens. None for 0.001, 0.002, ...
 
         Raises:
-            InputError: `form` is none of these, a stage is in front of the first block, or `keep` does not fit.
+            InputError: `form` is none of these, a stage is in front of the first block, or `keep` or `thresholds` do
+                not fit.
         """
         super().__init__()
         if form not in FORMS:
@@ -124,12 +136,22 @@ class Pruning(Reducer):
             raise InputError(f"tokens are scored by the block before, so stages begin at block 1, got {tuple(blocks)}")
         if form == "fixed" and (len(keep) != len(blocks) or any(not 0 <= part <= 1 for part in keep)):
             raise InputError(f"keep must hold a part of 0 to 1 for each of {len(blocks)} stages, got {tuple(keep)}")
+        if thresholds is None:
+            thresholds = [0.001 * (i + 1) for i in range(len(blocks))]
+        if len(thresholds) != len(blocks):
+            raise InputError(f"thresholds must hold a number for each of {len(blocks)} stages, got {tuple(thresholds)}")
         self.blocks = tuple(blocks)
         self.form = form
         self.keep = tuple(keep)
-        # Class attention is 1 / T on average.
-        values = (torch.tensor(0.001 * (i + 1), **factory) for i in range(len(self.blocks)))
-        self.thresholds = nn.ParameterList(nn.Parameter(value) for value in values)
+        # No loss reaches those that are not read: parallel processes would wait for their gradient.
+        self.thresholds = nn.ParameterList(
+            nn.Parameter(torch.tensor(float(value), device=device, dtype=dtype), requires_grad=form != "fixed")
+            for value in thresholds
+        )
+
+    @staticmethod
+    def default_blocks(depth: int) -> Sequence[int]:
+        return tuple(depth * k // 4 + 1 for k in (1, 2, 3))
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> PrunedState:
         return PrunedState(grid, prefix, depth, maps)
@@ -197,7 +219,9 @@ class Pruning(Reducer):
         else:
             full = full.index_copy(0, place, x)
         offsets = torch.tensor((0, *lengths), dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
-        x, offsets, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], offsets)
+        front = (offsets[:-1, None] + torch.arange(state.prefix, device=x.device)).flatten()
+        score = state.score.flatten().index_fill(0, front, float("inf"))
+        x, offsets, index = prune_packed(x, score, self.thresholds[stage], offsets)
         lengths = tuple(offsets.diff().tolist())
         return x, state._replace(full=full, place=place[index], lengths=lengths)
 

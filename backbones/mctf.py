@@ -46,16 +46,16 @@ class Fusion(Reducer):
 
     def __init__(
         self,
-        r: float,
         blocks: Sequence[int],
+        r: float = 16,
         criteria: Sequence[float] = (1, 20, 40),
         bidirectional: bool = True,
         cells_first: bool = False,
         multiple: int = 1,
     ):
         """Args:
-        r: How many tokens each block merges, or, below 1, which part of them.
         blocks: Which blocks merge, counted from 0.
+        r: How many tokens each block merges, or, below 1, which part of them; in windows, of each window.
         criteria: tau of similarity, informativeness and size; 0 leaves one out. Without informativeness no weights of
             attention are made, and tokens are averaged by size alone.
         bidirectional: Merge half of r each way.
@@ -77,6 +77,10 @@ class Fusion(Reducer):
         self.bidirectional = bidirectional
         self.cells_first = cells_first
         self.multiple = multiple
+
+    @staticmethod
+    def default_blocks(depth: int) -> Sequence[int]:
+        return range(1, depth)
 
     def count(self, tokens: int, prefix: int = 1) -> int:
         """How many of `tokens`, those in front that are no patches included, are merged."""
@@ -107,7 +111,7 @@ class Fusion(Reducer):
         if self.criteria[1] != 0:
             importance, attend = attention(query, key, bias)
             weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
-        cells = self.cells_first and state.size is None
+        cells = self.cells_first and x.shape[1] == state.prefix + state.grid[0] * state.grid[1]
         found = plan(
             x,
             r=r,
@@ -146,12 +150,19 @@ class MCTF(DeiT):
     ):
         """Args:
         r: How many tokens are merged in each of `blocks` (below 1: which part of them); 0 for DeiT as it is.
-        blocks: None for all but the first.
+        blocks: None for all but the first; with `window`, some that attend within windows.
         criteria, bidirectional, cells_first, multiple: See `Fusion`.
         **kwargs: See `DeiT`.
         """
-        blocks = range(1, depth) if blocks is None else blocks
-        super().__init__(Fusion(r, blocks, criteria, bidirectional, cells_first, multiple), depth=depth, **kwargs)
+        fusion = Fusion(
+            Fusion.default_blocks(depth) if blocks is None else blocks,
+            r,
+            criteria,
+            bidirectional,
+            cells_first,
+            multiple,
+        )
+        super().__init__(fusion, depth=depth, **kwargs)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,166 @@
+"""Attention within windows of the grid, as ViTDet has it for large images, around whatever merges tokens.
+
+Windows are of equal size and at most as large as asked for: a side of 64 patches has 5 windows of 13 where 14 is the
+limit. So padding, at the bottom and on the right, is less than one row or column a window, and a grid that fits into
+one window is attended to as a whole.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from terrazzo.backbones._tokens import Reducer, TokenState
+from terrazzo.errors import InputError
+
+
+def spread(depth: int) -> tuple[int, ...]:
+    """The last block of each quarter, as ViTDet's global ones: (2, 5, 8, 11) of 12."""
+    return tuple(sorted({max(0, depth * k // 4 - 1) for k in range(1, 5)}))
+
+
+def even(side: int, window: int) -> int:
+    """How long windows are that divide a side, none longer than `window`, all equal but for padding."""
+    return -(-side // -(-side // window))
+
+
+def counts(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """Windows in a column and in a row; none is padding alone."""
+    return -(-grid[0] // window[0]), -(-grid[1] // window[1])
+
+
+def to_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
+    """Patches in the grid's order (B, H W, C) to one window after another, (B, windows rows columns, C), with zeros."""
+    rows, columns = counts(grid, window)
+    x = x.unflatten(1, grid)
+    x = F.pad(x, (0, 0, 0, columns * window[1] - grid[1], 0, rows * window[0] - grid[0]))
+    x = x.unflatten(2, (columns, window[1])).unflatten(1, (rows, window[0]))
+    return x.transpose(2, 3).flatten(1, 4)
+
+
+def from_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
+    """The inverse of `to_windows`, without what was padded."""
+    x = x.unflatten(1, (*counts(grid, window), *window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, : grid[0], : grid[1]].flatten(1, 2)
+
+
+class Windows(Reducer):
+    """Has a reducer run each window as if it were an image, and some blocks on all that is left of the image.
+
+    The tokens in front, of which each window has a copy, are means over the windows after each block, weighted by
+    their patches. Every window loses as many tokens in a block as every other. Padding is of size 0, so no token sees
+    it; its queries count in MCTF's informativeness, though. A single window is, to the bit, the reducer alone.
+
+    Source: ViTDet, arXiv 2203.16527, section 3, which has no tokens in front and pads to windows of one size.
+    """
+
+    def __init__(self, reducer: Reducer, window: int, depth: int, global_blocks: Sequence[int] | None = None):
+        """Args:
+        window: So many patches a window has at most in a row or column.
+        depth: Blocks of the ViT.
+        global_blocks: Which attend to all tokens, counted from 0; None for the last of each quarter.
+
+        Raises:
+            InputError: A number is out of range, a block both merges and attends to all, behind which windows could not
+                be told apart, or the reducer goes by the class token's attention, which a window has of its own alone.
+        """
+        super().__init__()
+        global_blocks = spread(depth) if global_blocks is None else tuple(global_blocks)
+        if window < 1:
+            raise InputError(f"window must be at least 1, got {window}")
+        if not all(0 <= block < depth for block in global_blocks):
+            raise InputError(f"global_blocks must be some of 0 to {depth - 1}, got {global_blocks}")
+        if reducer.by_class_token:
+            raise InputError("tokens are dropped by class attention over the whole image, so there can be no windows")
+        both = sorted(set(global_blocks) & set(reducer.blocks))
+        if both:
+            raise InputError(f"blocks {both} attend globally, so they cannot merge: give `blocks` without them")
+        self.reducer = reducer
+        self.window = window
+        self.global_blocks = global_blocks
+
+    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        if state.depth in self.global_blocks or max(state.grid) <= self.window:
+            return self.reducer(block, x, state)
+        if state.window is None:
+            x, state = self._enter(x, state)
+        folded, inside = self._fold(x, state)
+        out, inside = self.reducer(block, folded, inside)
+        for level in inside.levels:
+            merged, size = self._unfold(level.merged, state), self._unfold(inside.size.unsqueeze(2), state).squeeze(2)
+            state = state.reduced(x, merged, self._unfold_map(level.map, state, level.merged.shape[1]), size)
+        return self._unfold(out, state), state
+
+    def _enter(self, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        """Tokens in the order of windows; padding has size 0."""
+        state = state._replace(window=tuple(even(side, self.window) for side in state.grid))
+        front, body = x.tensor_split([state.prefix], 1)
+        count = state.grid[0] * state.grid[1]
+        body = to_windows(body, state.grid, state.window)
+        if body.shape[1] != count:
+            real = to_windows(x.new_ones(1, count, 1, dtype=torch.float32), state.grid, state.window)
+            size = F.pad(real.squeeze(2), (state.prefix, 0), value=1.0)
+            state = state._replace(size=size.expand(x.shape[0], -1))
+        return torch.cat([front, body], 1), state
+
+    @staticmethod
+    def _fold(x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        """(B, prefix + windows T, C) to (B windows, prefix + T, C), and the state of tokens that are images."""
+        rows, columns = counts(state.grid, state.window)
+
+        def fold(x: torch.Tensor) -> torch.Tensor:
+            front, body = x.tensor_split([state.prefix], 1)
+            front = front.unsqueeze(1).expand(-1, rows * columns, -1, -1)
+            return torch.cat([front, body.unflatten(1, (rows * columns, -1))], 2).flatten(0, 1)
+
+        size = None if state.size is None else fold(state.size.unsqueeze(2)).squeeze(2)
+        inside = TokenState(state.window, state.prefix, state.depth, maps=True, size=size)
+        return fold(x), inside
+
+    @staticmethod
+    def _unfold(x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """(B windows, prefix + T, C) to (B, prefix + windows T, C)."""
+        lengths = []
+        for side, length, count in zip(state.grid, state.window, counts(state.grid, state.window)):
+            lengths.append((side - torch.arange(count, device=x.device) * length).clamp(max=length))
+        patches = (lengths[0].unsqueeze(1) * lengths[1]).flatten().to(x.dtype)
+        x = x.unflatten(0, (-1, patches.shape[0]))
+        front, body = x.tensor_split([state.prefix], 2)
+        front = (front * (patches / (state.grid[0] * state.grid[1]))[:, None, None]).sum(1)
+        return torch.cat([front, body.flatten(1, 2)], 1)
+
+    @staticmethod
+    def _unfold_map(assignment: torch.Tensor, state: TokenState, left: int) -> torch.Tensor:
+        """Maps within windows (B windows, prefix + T), to `left` tokens each, as one of the image."""
+        rows, columns = counts(state.grid, state.window)
+        windows = torch.arange(rows * columns, device=assignment.device)
+        assignment = assignment.unflatten(0, (-1, rows * columns))
+        body = assignment[:, :, state.prefix :] + (windows * (left - state.prefix)).unsqueeze(1)
+        return torch.cat([assignment[:, 0, : state.prefix], body.flatten(1)], 1)
+
+    def left(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """What is left: in the order of windows and with padding, if anything was merged."""
+        if state.window is None:
+            return x
+        rows, columns = counts(state.grid, state.window)
+        whole = x.shape[1] == state.prefix + rows * state.window[0] * columns * state.window[1]
+        return self._leave(x, state) if whole else x
+
+    def restored(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
+        x = self.reducer.restored(x, state, mode)
+        return x if state.window is None else self._leave(x, state)
+
+    @staticmethod
+    def _leave(x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        front, body = x.tensor_split([state.prefix], 1)
+        return torch.cat([front, from_windows(body, state.grid, state.window)], 1)
+
+
+def within(reducer: Reducer, window: int | None, depth: int, global_blocks: Sequence[int] | None) -> Reducer:
+    """The reducer in windows, or as it is where `window` is None; arguments as of `Windows`."""
+    if window is not None:
+        return Windows(reducer, window, depth, global_blocks)
+    if global_blocks is not None:
+        raise InputError("global_blocks says which blocks attend beyond windows, and there is no window")
+    return reducer
