@@ -9,7 +9,7 @@ import torch
 from seeded import build, image
 
 import terrazzo
-from terrazzo.backbones import mctf
+from terrazzo.backbones import asvit, mctf
 from terrazzo.errors import InputError
 
 # Class token; registers, no class token in the positions, mean pooling, layer scale; distillation token; no prefix and
@@ -116,6 +116,27 @@ def test_trains_and_copies():
         ),
         ("vit_tiny_patch16_224", {}, dict(restore="none"), "restore must be one of copy, delta, soft"),
         ("vit_tiny_patch16_224", {}, dict(r=-1), "r must be a part below 1"),
+        ("vit_tiny_patch16_224", {}, dict(blocks=(3, 12)), r"blocks must be some of 0 to 11, got \(3, 12\)"),
+        ("vit_tiny_patch16_224", {}, dict(keep=(0.5,)), "options of 'mctf' are r, criteria, .*, got keep"),
+        (
+            "vit_tiny_patch16_224",
+            {},
+            dict(method="asvit", r=16),
+            "options of 'asvit' are form, keep, thresholds, got r",
+        ),
+        ("vit_tiny_patch16_224", {}, dict(method="asvit", window=14), "so there can be no windows"),
+        (
+            "vit_tiny_patch16_224",
+            {},
+            dict(method="asvit", thresholds=(0.1,)),
+            r"thresholds must hold a number for each of 3 stages, got \(0.1,\)",
+        ),
+        (
+            "vit_base_patch16_siglip_224",
+            {},
+            dict(method="asvit"),
+            "'asvit' goes by the class token's attention, and this model has none",
+        ),
     ],
 )
 def test_errors(name, options, reduction, message):
@@ -128,3 +149,104 @@ def test_masks_are_refused():
     model = terrazzo.reduce(timm.create_model("vit_tiny_patch16_224", depth=2, device="meta"))
     with pytest.raises(InputError, match="takes no mask"):
         model.forward_features(torch.empty(1, 3, 224, 224, device="meta"), is_causal=True)
+
+
+class TestPruning:
+    """By class attention: of every model with a class token."""
+
+    THRESHOLDS = (0.0050, 0.0060)  # between the scores of both stages
+    SMALL = dict(embed_dim=48, num_heads=3, depth=4)
+
+    @pytest.fixture(params=[name for name in MODELS if "siglip" not in name])
+    def vit(self, request):
+        return build(request.param, **MODELS[request.param] | self.SMALL).double()
+
+    def pruned(self, vit, **options):
+        options = dict(blocks=(1, 3), thresholds=self.THRESHOLDS, form="packed") | options
+        return terrazzo.reduce(vit, method="asvit", **options)
+
+    @torch.no_grad()
+    def test_a_batch_is_its_images(self, vit):
+        """Each keeps what it keeps alone, the tokens in front always; maps have every position."""
+        x, before = image((224, 224), batch=2).double(), copy.deepcopy(vit)
+        model = self.pruned(vit)
+        tokens, state = model._begin(x, maps=False)
+        for block in model.blocks:
+            tokens, state = model._step(block, tokens, state)
+        kept = model.reducer.kept(state)
+        assert kept[:, : model.num_prefix_tokens].all()
+        assert len(set(kept.sum(1).tolist())) > 1, "all images keep the same number: nothing is shown"
+        assert all(10 < count < 190 for count in kept.sum(1).tolist())
+        logits, features = model(x), model.forward_features(x)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        assert features.shape == before.forward_features(x).shape
+        assert [tuple(found.shape) for found in maps] == [(2, vit.embed_dim, 14, 14)] * 4
+        torch.testing.assert_close(maps[0], before.forward_intermediates(x, indices=[0], intermediates_only=True)[0])
+        for i in range(2):
+            alone = x[i : i + 1]
+            torch.testing.assert_close(model(alone), logits[i : i + 1], rtol=0, atol=1e-10)
+            torch.testing.assert_close(model.forward_features(alone), features[i : i + 1], rtol=0, atol=1e-10)
+            for found, wanted in zip(model.forward_intermediates(alone, intermediates_only=True), maps):
+                torch.testing.assert_close(found, wanted[i : i + 1], rtol=0, atol=1e-10)
+
+    @torch.no_grad()
+    def test_forms_agree(self, vit):
+        """Masked to what a part of 1e-6 does; and with as many kept of each, those that thresholds keep of one."""
+        x = image((224, 224)).double()
+        wanted, maps = self.pruned(vit).forward_intermediates(x, norm=True)
+        tokens, state = vit._begin(x, maps=False)
+        parts = []
+        for block in vit.blocks:
+            tokens, state = vit._step(block, tokens, state)
+            if state.depth - 1 in vit.reducer.blocks:
+                parts.append((state.lengths[0] - vit.num_prefix_tokens + 0.5) / 196)
+        for options, limit in ((dict(form="masked"), 1e-3), (dict(form="fixed", keep=parts), 1e-10)):
+            features, own = self.pruned(vit, **options).forward_intermediates(x, norm=True)
+            torch.testing.assert_close(features, wanted, rtol=limit, atol=limit)
+            for found, map_ in zip(own, maps):
+                torch.testing.assert_close(found, map_, rtol=limit, atol=limit)
+
+    @torch.no_grad()
+    def test_is_asvit(self):
+        deit, x = build("deit_tiny_patch16_224", **self.SMALL), image((224, 224), batch=2)
+        model = timm.create_model("asvit_deit_tiny", blocks=(1, 3), **self.SMALL).eval()
+        model.load_state_dict(asvit.checkpoint_filter_fn(deit.state_dict(), model), strict=True)
+        for threshold, value in zip(model.reducer.thresholds, self.THRESHOLDS):
+            threshold.fill_(value)
+        torch.testing.assert_close(self.pruned(deit, form="auto")(x), model(x))
+        assert timm.create_model("asvit_deit_tiny", device="meta").reducer.blocks == asvit.Pruning.default_blocks(12)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("pool", ["avg", "max", "map", "token"])
+    def test_poolings(self, pool):
+        """Over every position, a dropped one as it was when it was dropped; or the class token."""
+        model = build("vit_tiny_patch16_224", global_pool=pool, **self.SMALL).double()
+        x = image((224, 224), batch=2).double()
+        whole = model.forward_intermediates(x, indices=[3], intermediates_only=True, norm=True)[0]
+        (found,), tokens = self.pruned(model).forward_intermediates(x, [3], norm=True)[1], model.forward_features(x)
+        if pool != "token":
+            torch.testing.assert_close(tokens[:, 1:], found.flatten(2).transpose(1, 2))
+        else:
+            assert tokens.shape == (2, 197, 48)
+        assert not torch.allclose(found, whole)
+        torch.testing.assert_close(model(x), model.head(model.fc_norm(model.pool(tokens))))
+
+    def test_thresholds_are_all_that_is_added(self):
+        model = build("vit_tiny_patch16_224", **self.SMALL)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        self.pruned(model, form="auto")
+        assert model.state_dict().keys() - before.keys() == {"reducer.thresholds.0", "reducer.thresholds.1"}
+        assert [t.item() for t in model.reducer.thresholds] == pytest.approx(self.THRESHOLDS)
+        model.load_state_dict(model.state_dict(), strict=True)
+        with pytest.raises(RuntimeError, match=r'Missing key.*"reducer.thresholds.0", "reducer.thresholds.1"'):
+            model.load_state_dict(before)
+        model(image((224, 224))).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert all(threshold.grad != 0 for threshold in model.reducer.thresholds)
+        self.pruned(model, form="fixed", keep=(0.5, 0.25))
+        assert not any(threshold.requires_grad for threshold in model.reducer.thresholds)
+        self.pruned(model, blocks=(), thresholds=())
+        assert model.state_dict().keys() == before.keys()
+        with torch.no_grad():
+            plain = build("vit_tiny_patch16_224", **self.SMALL)
+            assert torch.equal(model(image((224, 224))), plain(image((224, 224))))
