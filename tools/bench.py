@@ -18,7 +18,8 @@ BENCHMARKS = {
     "selective_scan": "terrazzo.tools.bench_operators",
     "strip_attention": "terrazzo.tools.bench_operators",
     **dict.fromkeys(FAMILIES, "terrazzo.tools.bench_backbones"),
-    **{f"{family}_runtimes": "terrazzo.tools.bench_runtimes" for family in FAMILIES},
+    # Runtimes are given a model by its name.
+    **{f"{name}_runtimes": "terrazzo.tools.bench_runtimes" for name, family in FAMILIES.items() if not family.variants},
 }
 _PASSES = {"forward": ("forward",), "training": ("forward+backward",), "both": ("forward", "forward+backward")}
 _SECONDS = {"cuda": 0.3}

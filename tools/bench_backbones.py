@@ -65,10 +65,15 @@ def cases(name: str, plan: Plan) -> list[Case]:
     ]
 
 
-def _build(name: str, images: Images) -> nn.Module:
+def _build(name: str, images: Images, **arguments) -> nn.Module:
     """A model for images of any size; those that are built for one size are built for this."""
     sized = {"img_size": (images.height, images.width)} if pretrained_cfg(name).fixed_input_size else {}
-    return timm.create_model(name, **sized)
+    return timm.create_model(name, **sized, **arguments)
+
+
+def _tensors(found: torch.Tensor | Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """Logits alone, or maps."""
+    return [found] if isinstance(found, torch.Tensor) else found
 
 
 def _infer(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -79,7 +84,7 @@ def _infer(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def _train(model: nn.Module, weights: list[nn.Parameter], images: torch.Tensor, dtype: torch.dtype):
     """Gradients of every weight."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        loss = model(images).float().square().mean()
+        loss = sum(x.float().square().mean() for x in _tensors(model(images)))
     return torch.autograd.grad(loss, weights)
 
 
@@ -88,7 +93,8 @@ def _function(name: str, case: Case, plan: Plan) -> Function:
     training = case.metric == TRAINING
     placed = {"device": plan.device, "memory_format": torch.channels_last}
     dtype = torch.float32 if training else case.dtype
-    model = _build(name, case.images).train(training).to(dtype=dtype, **placed)
+    name, arguments = FAMILIES[case.family].model_of(name)
+    model = _build(name, case.images, **arguments).train(training).to(dtype=dtype, **placed)
     images = torch.randn(case.images.batch, 3, case.images.height, case.images.width).to(dtype=dtype, **placed)
     run = torch.compile(model, dynamic=False) if case.mode == COMPILED else model
     if not training:
@@ -97,8 +103,7 @@ def _function(name: str, case: Case, plan: Plan) -> Function:
 
 
 def _fault(found: torch.Tensor | Iterable[torch.Tensor]) -> str | None:
-    found = [found] if isinstance(found, torch.Tensor) else found
-    return None if all(x.isfinite().all() for x in found) else "its result is not finite"
+    return None if all(x.isfinite().all() for x in _tensors(found)) else "its result is not finite"
 
 
 def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:

@@ -1,6 +1,8 @@
 """Which backbones are measured end to end, against whom, and on what: one entry per family."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Family:
         cpu: images on a CPU; the first of them for a quick look.
         gpu: images on a GPU; the first two of them for a quick look.
         targets: what is promised.
+        variants: what names of no model stand for: timm's name, and arguments.
     """
 
     model: str
@@ -57,6 +60,21 @@ class Family:
     cpu: tuple[Images, ...] = _CPU
     gpu: tuple[Images, ...] = _GPU
     targets: tuple[Target, ...] = ()
+    variants: Mapping[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def model_of(self, name: str) -> tuple[str, dict[str, Any]]:
+        """timm's name, and arguments."""
+        return self.variants.get(name, (name, {}))
+
+
+# The backbone of a detector: one map of every position.
+_DENSE = dict(features_only=True, norm_outputs=True, out_indices=(11,))
+_DEIT_MAP = ("mctf_deit_tiny", dict(r=0, blocks=(), **_DENSE))
+_MERGED_MAP = ("mctf_deit_tiny_fast", dict(criteria=(1, 0, 40), cells_first=True, multiple=8, **_DENSE))
+
+
+def _windows(model: tuple[str, dict[str, Any]], window: int) -> tuple[str, dict[str, Any]]:
+    return model[0], dict(window=window, **model[1])
 
 
 FAMILIES = {
@@ -74,6 +92,20 @@ FAMILIES = {
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
     "mctf": Family("mctf_deit_small", (_DEIT,), _VIT),
+    "mctf_windows": Family(
+        "merging in windows of 16",
+        ("merging in windows of 14", "merging", "windows of 16", "windows of 14", "deit_tiny"),
+        cpu=(Images(1024, 1024), Images(512, 512)),
+        gpu=(Images(1024, 1024), Images(1024, 1024, 8), Images(1024, 2048)),
+        variants={
+            "merging in windows of 16": _windows(_MERGED_MAP, 16),
+            "merging in windows of 14": _windows(_MERGED_MAP, 14),
+            "merging": _MERGED_MAP,
+            "windows of 16": _windows(_DEIT_MAP, 16),
+            "windows of 14": _windows(_DEIT_MAP, 14),
+            "deit_tiny": _DEIT_MAP,
+        },
+    ),
     "medmamba": Family("medmamba_t", _HYBRID),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),

@@ -9,6 +9,7 @@ import terrazzo
 from terrazzo.backbones import _windows
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.errors import InputError
+from terrazzo.tools.bench_families import FAMILIES
 from terrazzo.tools.measure import measure
 
 SMALL = dict(embed_dim=48, depth=4, blocks=(1, 3), r=0.35, global_blocks=(2,))
@@ -187,6 +188,24 @@ def test_cost():
     linear = 12 * 192**2
     wanted = linear * (windows - 1) + 2 * 192 * (windows * 65**2 - tokens**2)
     assert measure(model, 512).macs - measure(whole, 512).macs == wanted
+
+
+@pytest.mark.parametrize(
+    ("variant", "gmacs"),
+    {
+        "deit_tiny": 99.7,
+        "merging": 60.4,
+        "windows of 16": 51.4,
+        "windows of 14": 52.3,
+        "merging in windows of 16": 33.8,
+        "merging in windows of 14": 34.9,
+    }.items(),
+)
+def test_cost_of_large_images(variant, gmacs):
+    """The card's figures."""
+    name, arguments = FAMILIES["mctf_windows"].model_of(variant)
+    model = timm.create_model(name, device="meta", **arguments)
+    assert measure(model, 1024).macs / 1e9 == pytest.approx(gmacs, abs=0.05)
 
 
 @pytest.mark.slow

@@ -82,6 +82,8 @@ def _shrink_model(model):
         behind["in_channels"] = channels
         if "auxiliary_head" in model:
             model.auxiliary_head.in_channels = channels[2]
+    if "window" in backbone:  # small pictures have several, too
+        backbone.window = 3
     if "num_queries" in model:  # DINO takes as many places from the maps, and these are small
         model.num_queries = 50
     if "roi_head" in model:

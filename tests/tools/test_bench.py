@@ -207,6 +207,15 @@ class TestBackbones:
         assert "x the time of test_convnext (1x3x32x64, float32); target at most 0.001: missed" in said
         assert "x the images/s of test_convnext (1x3x32x64, float32); target at least 0.001: met" in said
 
+    def test_models_with_arguments(self, tmp_path, monkeypatch):
+        """By names of their own; maps are as good as logits."""
+        maps = ("test_resnet", dict(features_only=True, out_indices=(2,)))
+        family = Family("its map", ("test_resnet",), (Images(32, 64),), variants={"its map": maps})
+        monkeypatch.setitem(bench_families.FAMILIES, "dinat", family)
+        said = worked("dinat", "--device", "cpu", "--pass", "both", "--out", tmp_path / "rows.csv")
+        assert {row.variant for row in results.read(tmp_path / "rows.csv")} == {"its map", "test_resnet"}
+        assert "not run" not in said
+
     def test_models_of_one_size_are_built_for_the_images(self):
         model = bench_backbones._build("swin_tiny_patch4_window7_224", Images(64, 96))
         with torch.no_grad():
