@@ -50,7 +50,8 @@ class Windows(Reducer):
 
     The tokens in front, of which each window has a copy, are means over the windows after each block, weighted by
     their patches. Every window loses as many tokens in a block as every other. Padding is of size 0, so no token sees
-    it; its queries count in MCTF's informativeness, though. A single window is, to the bit, the reducer alone.
+    it; its queries count in MCTF's informativeness, though. Stochastic depth drops branches of windows, not of images.
+    A single window is, to the bit, the reducer alone.
 
     Source: ViTDet, arXiv 2203.16527, section 3, which has no tokens in front and pads to windows of one size.
     """
@@ -121,13 +122,14 @@ class Windows(Reducer):
     @staticmethod
     def _unfold(x: torch.Tensor, state: TokenState) -> torch.Tensor:
         """(B windows, prefix + T, C) to (B, prefix + windows T, C)."""
-        lengths = []
-        for side, length, count in zip(state.grid, state.window, counts(state.grid, state.window)):
-            lengths.append((side - torch.arange(count, device=x.device) * length).clamp(max=length))
-        patches = (lengths[0].unsqueeze(1) * lengths[1]).flatten().to(x.dtype)
-        x = x.unflatten(0, (-1, patches.shape[0]))
-        front, body = x.tensor_split([state.prefix], 2)
-        front = (front * (patches / (state.grid[0] * state.grid[1]))[:, None, None]).sum(1)
+        rows, columns = (
+            (side - torch.arange(count, device=x.device) * length).clamp(max=length)
+            for side, length, count in zip(state.grid, state.window, counts(state.grid, state.window))
+        )
+        patches = (rows.unsqueeze(1) * columns).flatten()
+        share = patches.to(torch.promote_types(x.dtype, torch.float32)) / (state.grid[0] * state.grid[1])
+        front, body = x.unflatten(0, (-1, patches.shape[0])).tensor_split([state.prefix], 2)
+        front = (front * share[:, None, None]).sum(1).to(x.dtype)
         return torch.cat([front, body.flatten(1, 2)], 1)
 
     @staticmethod

@@ -179,6 +179,22 @@ def test_gradients():
         torch.testing.assert_close(grad, found[1][name], rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_half_precision():
+    """The class token is averaged in float32: of 100 windows' alike ones it is one of them."""
+    model = small(window=2, r=0, blocks=(), depth=2, global_blocks=(1,)).bfloat16()
+    x, state = model.begin(image((320, 320)).bfloat16())
+    for layer in (model.blocks[0].attn.proj, model.blocks[0].mlp.fc2):
+        layer.weight.zero_()
+    front = x[:, :1] + model.blocks[0].attn.proj.bias + model.blocks[0].mlp.fc2.bias
+    x, state = model.run_unit(model.blocks[0], x, state)
+    assert x.dtype == torch.bfloat16
+    torch.testing.assert_close(x[:, :1], front, rtol=0.008, atol=0)
+    assert model(image((320, 200)).bfloat16()).isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float()(image((320, 200))).isfinite().all()
+
+
 def test_cost():
     """Attention's multiply-adds fall to those of windows with a class token each; all else is counted as before."""
     options = dict(r=0, blocks=(), embed_dim=192, depth=2, device="meta")
@@ -219,12 +235,22 @@ def test_one_graph_for_any_size():
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-10)
 
 
-def test_onnx(tmp_path):
+@pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_onnx(dense, tmp_path):
+    """Logits, or a map of every position; of operators that TensorRT documents."""
     onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
-    model = small(window=5, depth=3, blocks=(0,), global_blocks=(1,)).float()
-    report = onnx_export.export_onnx(model, image(ODD), tmp_path / "model.onnx", dynamic=("batch",))
+    import onnx
+
+    from terrazzo.tools.tensorrt_operators import problems
+
+    model = small(window=5, depth=2, blocks=(0,), global_blocks=(1,), norm_outputs=dense).float()
+    if dense:
+        model.forward = lambda x: model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+    path = tmp_path / "model.onnx"
+    report = onnx_export.export_onnx(model, image(ODD), path, dynamic=("batch",))
     assert report.passed, report
     assert report.worst <= 1e-4
+    assert not problems(onnx.load(path))
 
 
 class TestTimm:
