@@ -149,6 +149,12 @@ class Windows(Reducer):
         whole = x.shape[1] == state.prefix + rows * state.window[0] * columns * state.window[1]
         return self._leave(x, state) if whole else x
 
+    def assignment(self, state: TokenState) -> torch.Tensor | None:
+        tokens = self.reducer.assignment(state)
+        if tokens is None or state.window is None:
+            return tokens
+        return self._leave(tokens.unsqueeze(2), state).squeeze(2)
+
     def restored(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
         x = self.reducer.restored(x, state, mode)
         return x if state.window is None else self._leave(x, state)

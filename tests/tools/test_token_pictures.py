@@ -48,6 +48,18 @@ def test_tokens_of_a_reduced_model(photo):
     assert [stage.tokens for stage in watched(model, photo).stages()] == [196, 176, 156]
 
 
+def test_tokens_of_windows(photo):
+    torch.manual_seed(0)
+    model = timm.create_model("mctf_deit_tiny", blocks=(3,), window=5)  # 9 windows of 5 x 5, which are one row too long
+    stages = watched(model, photo).stages()
+    assert [stage.tokens for stage in stages[:1]] == [196]
+    windows = stages[-1].of.reshape(14, 14)
+    corner = set(np.unique(windows[:5, :5]))
+    assert not corner & set(np.unique(windows[5:]))
+    assert not corner & set(np.unique(windows[:, 5:]))
+    assert len(corner) == 25 - 12  # half of a window
+
+
 def test_dropped_tokens(photo):
     torch.manual_seed(0)
     model = timm.create_model("asvit_deit_tiny")
