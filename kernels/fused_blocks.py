@@ -1,4 +1,4 @@
-"""What the Triton kernels of all operators share: products and rows of vectors. Imported at first use only.
+"""What the Triton kernels of all operators share: products, softmax and rows of vectors. Imported at first use only.
 
 Names: pointers `p_`, blocks `b_`, offsets `o_`.
 """
@@ -16,6 +16,27 @@ def product(b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.con
         b_left = b_left.to(tl.float32)
         b_right = b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def exponential(b_score, b_row, EXACT: tl.constexpr):
+    """exp(b_score - b_row): one multiply-add for half precision; for float32 the difference first, which is exact."""
+    if EXACT:
+        return tl.exp2((b_score - b_row) * LOG2_E)
+    return tl.exp2(b_score * LOG2_E - b_row * LOG2_E)
+
+
+# A finite start of a running maximum: a row whose first keys are all masked never computes -inf minus -inf.
+LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def softmax_step(b_score, b_max, b_sum, EXACT: tl.constexpr):
+    """Some more keys of a running softmax: their weights, what earlier sums decay by, the new maximum and sum."""
+    b_new = tl.maximum(b_max, tl.max(b_score, 1))
+    b_weight = exponential(b_score, b_new[:, None], EXACT)
+    b_decay = tl.exp2((b_max - b_new) * LOG2_E)
+    return b_weight, b_decay, b_new, b_sum * b_decay + tl.sum(b_weight, 1)
 
 
 @triton.jit

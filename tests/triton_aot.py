@@ -12,7 +12,7 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compile_kernel(function, values, dtype, target, warps, stages, floats=(), ones=()):
+def compile_kernel(function, values, dtype, target, warps, stages, floats=(), ones=(), others=()):
     """Compile one kernel as a model's tensors launch it: pointers and strides are multiples of 16.
 
     Args:
@@ -20,8 +20,10 @@ def compile_kernel(function, values, dtype, target, warps, stages, floats=(), on
         values: its constants by name; others may be among them.
         dtype: of what its pointers point to.
         target: "sm_90", "gfx942" and the like.
-        floats: pointers to float32 whatever `dtype` is. A `scale` is a float32 number, any other argument an int32.
+        floats: pointers to float32 whatever `dtype` is, and numbers of float32; `scale` always is one, any other
+            argument an int32.
         ones: arguments that are 1, which Triton takes as constants.
+        others: types of pointers to anything else by name, such as "i64".
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -36,9 +38,9 @@ def compile_kernel(function, values, dtype, target, warps, stages, floats=(), on
         if name in constant:
             signature[name] = "constexpr"
         elif name.startswith("p_"):
-            signature[name] = "*" + ("fp32" if name in floats else TYPES[dtype])
+            signature[name] = "*" + ("fp32" if name in floats else dict(others).get(name, TYPES[dtype]))
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name == "scale" or name in floats else "i32"
         if name.startswith(("p_", "stride")) and name not in ones:  # what Triton sees of a packed tensor of a model
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, {k: v for k, v in values.items() if k in constant}, attributes)

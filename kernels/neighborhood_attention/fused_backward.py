@@ -10,11 +10,10 @@ Source: FlashAttention-2, arXiv 2307.08691, for the recomputed weights.
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import load_rows, product, store_rows
+from terrazzo.kernels.fused_blocks import exponential, load_rows, product, store_rows
 from terrazzo.kernels.neighborhood_attention.fused_common import (
     bias_offset,
     class_rows,
-    exponential,
     first_query,
     in_window,
     last_query,

@@ -7,8 +7,6 @@ Names: pointers `p_`, blocks `b_`, offsets `o_`. A position of an axis is member
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import LOG2_E
-
 
 @triton.jit
 def class_members(length, residue, dilation):
@@ -56,14 +54,6 @@ def scores(b_product, p_bias, o_bias, b_inside, scale, HAS_BIAS: tl.constexpr):
     else:
         b_score = tl.where(b_inside, b_product * scale, float("-inf"))
     return b_score
-
-
-@triton.jit
-def exponential(b_score, b_row, EXACT: tl.constexpr):
-    """exp(b_score - b_row): one multiply-add for half precision; for float32 the difference first, which is exact."""
-    if EXACT:
-        return tl.exp2((b_score - b_row) * LOG2_E)
-    return tl.exp2(b_score * LOG2_E - b_row * LOG2_E)
 
 
 @triton.jit

@@ -7,11 +7,18 @@ running softmax.
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import LOG2_E, load_rows, product, store_rows
+from terrazzo.kernels.fused_blocks import (
+    LOG2_E,
+    LOWEST,
+    exponential,
+    load_rows,
+    product,
+    softmax_step,
+    store_rows,
+)
 from terrazzo.kernels.neighborhood_attention.fused_common import (
     bias_offset,
     class_rows,
-    exponential,
     in_window,
     locate_class,
     locate_tile,
@@ -84,8 +91,7 @@ def forward_tiles(
         if HAS_BIAS:
             p_bias += head * ((2 * K_H - 1) * (2 * K_W - 1))
 
-        # A finite start of the running maximum: a row whose first chunk is masked never computes -inf minus -inf.
-        b_max = tl.full([TILE_H * TILE_W], -1.0e38, tl.float32)
+        b_max = tl.full([TILE_H * TILE_W], LOWEST, tl.float32)
         b_sum = tl.zeros([TILE_H * TILE_W], tl.float32)
         b_out = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
         o_n = tl.arange(0, ROWS * COLUMNS)
@@ -113,12 +119,8 @@ def forward_tiles(
                 b_score = scores(b_score, p_bias, o_bias, b_inside, scale, HAS_BIAS)
                 b_value = load_rows(p_value + o_map, o_key, b_real, HEAD_DIM, BLOCK_D)
 
-                b_new = tl.maximum(b_max, tl.max(b_score, 1))
-                b_weight = exponential(b_score, b_new[:, None], EXACT)
-                b_decay = tl.exp2((b_max - b_new) * LOG2_E)
-                b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
+                b_weight, b_decay, b_max, b_sum = softmax_step(b_score, b_max, b_sum, EXACT)
                 b_out = product(b_weight.to(b_value.dtype), b_value, b_out * b_decay[:, None], PRECISION, INTERPRETED)
-                b_max = b_new
 
         o_out, o_lse = output_offsets(
             batch, head, query_h, query_w, class_h, class_w, height, width, heads, dilation_h, dilation_w, HEAD_DIM

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.token_reduction import portable, reference
+from terrazzo.kernels.token_reduction import fused, op, portable, reference
 from terrazzo.kernels.token_reduction.partition import sizes as _partition_sizes
 
 __all__ = [
@@ -25,8 +26,6 @@ __all__ = [
     "unmerge",
     "why",
 ]
-
-_REFUSALS = {"fused": "has no Triton form yet"}
 
 
 class Plan(NamedTuple):
@@ -119,7 +118,7 @@ def plan(
         criteria: tau_sim, tau_info, tau_size; 0 leaves a factor out.
         window: merge within windows of so many tokens square; they come one after another afterwards.
         grid: rows and columns of the unprotected tokens, for "cell2x2" and windows.
-        backend: "auto", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+        backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
 
     Returns:
         The map, without a gradient, computed in float32 at least.
@@ -133,18 +132,28 @@ def plan(
     if torch.compiler.is_exporting() and _is_open(metric.shape[1]):
         raise InputError("token reduction is exported for images of one size: how many are merged becomes a constant")
     _check(metric, r, size, importance, partition, protect, criteria, bidirectional, window, grid)
-    form = reference if _chosen(backend) == "reference" else portable
+    name = op.chosen(backend, metric)
     grid = grid if partition == "cell2x2" or window is not None else None
     with _exact(metric):
-        metric = metric.detach().to(portable.accumulator(metric))
-        size, importance = (None if x is None else x.detach().to(metric.dtype) for x in (size, importance))
+        dtype = portable.accumulator(metric)
+        metric = metric.detach()
+        size, importance = (None if x is None else x.detach().to(dtype) for x in (size, importance))
         if window is None:
-            found = form.plan(metric, r, size, importance, protect, criteria, bidirectional, grid)
+            found = _found(name, metric, r, size, importance, protect, criteria, bidirectional, grid)
             return Plan(found, metric.shape[1] - r)
         cells = (window, window) if partition == "cell2x2" else None
         folded = [None if x is None else _fold(x[:, protect:], grid, window) for x in (metric, size, importance)]
-        found = form.plan(folded[0], r, folded[1], folded[2], 0, criteria, bidirectional, cells)
+        found = _found(name, folded[0], r, folded[1], folded[2], 0, criteria, bidirectional, cells)
         return _unfold(found, grid, window, r, protect)
+
+
+def _found(name, metric, r, size, importance, protect, criteria, bidirectional, grid) -> torch.Tensor:
+    """Maps by the form of that name; arguments as of `reference.match`, with a batch axis in front."""
+    if name == "fused" and r > 0:
+        return op.plan(metric, r, size, importance, protect, criteria, bidirectional, grid or ())
+    form = reference if name == "reference" else portable
+    metric = metric.to(portable.accumulator(metric))  # half precision is read by the kernels as it is
+    return form.plan(metric, r, size, importance, protect, criteria, bidirectional, grid)
 
 
 def _is_open(count: int) -> bool:
@@ -206,11 +215,14 @@ def merge(
     for name, values in (("x", x), ("weight", weight), ("size", size)):
         if values is not None and tuple(values.shape[:2]) != shape:
             raise InputError(f"{name} must begin with {shape}, as the map, got {tuple(values.shape)}")
-    form = reference if _chosen(backend) == "reference" else portable
+    name = op.chosen(backend, x)
     with _exact(x):
         if size is None:
             size = torch.ones(shape, dtype=portable.accumulator(x), device=x.device)
         weight = (size if weight is None else weight).detach()
+        if name == "fused":
+            return *op.pool(x, *plan, weight, size), plan.map
+        form = reference if name == "reference" else portable
         return form.pool(x, *plan, weight), portable.add_up(size, *plan), plan.map
 
 
@@ -316,7 +328,10 @@ def column_mean(
     Returns:
         (B, N), in float32 at least.
     """
-    form = reference if _chosen(backend) == "reference" else portable
+    name = op.chosen(backend, query, fused.fits(query.shape[-1]))
+    if name == "fused":
+        return op.column_mean(query.detach(), key.detach(), None if bias is None else bias.detach())
+    form = reference if name == "reference" else portable
     return form.column_mean(query, key, bias).detach()
 
 
@@ -325,20 +340,19 @@ def attention(
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """`column_mean`, and the function from values (B, H, N, D) to the attention's output of that shape.
 
-    For those who choose values by that mean. Weights that are few are computed once for both; of more neither keeps
-    more than a tile.
+    For those who choose values by that mean. On a GPU the mean is the kernels', and attention PyTorch's. Elsewhere
+    weights that are few are computed once for both; of more neither keeps more than a tile.
     """
+    if op.chosen("auto", query, fused.fits(query.shape[-1])) == "fused":
+        return column_mean(query, key, bias, backend="fused"), partial(portable.attend, query, key, bias)
     return portable.attention(query, key, bias)
 
 
-def why(backend: str = "auto") -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused."""
-    return _backend.choose("token_reduction", backend, _REFUSALS)
+def why(backend: str = "auto", x: torch.Tensor | None = None) -> _backend.Choice:
+    """Which backend a call would run with now, and why the others were refused.
 
-
-def _chosen(backend: str) -> str:
-    return why(_backend.check_name(backend)).name
-
-
-# As of the other operators: a choice is a constant for Dynamo.
-_chosen._dynamo_marked_constant = True
+    Without `x`, tokens or queries, for float32 tensors on the default device.
+    """
+    if x is None:
+        return op.choose(backend, torch.get_default_device(), torch.float32)
+    return op.choose(backend, x.device, x.dtype)

@@ -5,7 +5,7 @@ comparisons and sums, and pooling is a product with a one-hot matrix: there is n
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -44,6 +44,18 @@ def _factor(values: torch.Tensor, tau: float) -> torch.Tensor:
     return (inverse / inverse.amax(-1, keepdim=True)) ** (1 / tau)
 
 
+def factors(
+    size: torch.Tensor | None, importance: torch.Tensor | None, criteria: Sequence[float]
+) -> torch.Tensor | None:
+    """What each token's importance and size (B, N) make of its attractions; None where neither counts."""
+    found = None
+    for values, tau in ((importance, criteria[1]), (size, criteria[2])):
+        if values is not None and tau != 0:
+            new = _factor(values, tau)
+            found = new if found is None else found * new
+    return found
+
+
 def _attraction(metric: torch.Tensor, factor: torch.Tensor | None, tau: float, sources: int) -> torch.Tensor:
     """(B, sources, destinations): sources come first in `metric` (B, N, D) and `factor` (B, N)."""
     metric = F.normalize(metric, dim=-1)
@@ -66,11 +78,7 @@ def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) ->
         return torch.arange(count, device=metric.device).expand(batch, -1)
     listed, place = order(count - protect, protect, grid, metric.device)
     sources, destinations = sizes(count - protect, protect, grid)
-    factor, live = None, None
-    for values, tau in ((importance, criteria[1]), (size, criteria[2])):
-        if values is not None and tau != 0:
-            new = _factor(values, tau)
-            factor = new if factor is None else factor * new
+    factor, live = factors(size, importance, criteria), None
     if factor is not None:
         factor = factor[:, protect:].index_select(1, listed)
     if size is not None:
@@ -151,7 +159,8 @@ def _attend_whole(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return weights.to(value.dtype) @ value
 
 
-def _attend(query, key, bias, value: torch.Tensor) -> torch.Tensor:
+def attend(query, key, bias, value: torch.Tensor) -> torch.Tensor:
+    """PyTorch's attention, with a bias of keys (B, N)."""
     mask = None if bias is None else bias[:, None, None].to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
@@ -163,4 +172,4 @@ def attention(
     if is_whole(query):
         weights = _scores(query, key, bias)
         return weights.detach().mean((1, 2)), partial(_attend_whole, weights)
-    return column_mean(query, key, bias), partial(_attend, query, key, bias)
+    return column_mean(query, key, bias), partial(attend, query, key, bias)

@@ -100,7 +100,7 @@ def pool(x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Te
     onehot = (assignment.unsqueeze(1) == groups[:, None]).to(x.dtype)  # B M N
     weight = weight.to(x.dtype)
     total = onehot @ weight.unsqueeze(-1)
-    return torch.where(total > 0, (onehot * weight.unsqueeze(1)) @ x / total, 0)
+    return (onehot * weight.unsqueeze(1)) @ x / torch.where(total > 0, total, 1)
 
 
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

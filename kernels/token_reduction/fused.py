@@ -1,0 +1,261 @@
+"""Token reduction in Triton: what can run, how a call is cut into blocks, and the launches.
+
+The kernels are in fused_match.py, fused_pool.py and fused_columns.py, which import triton; this file does so at the
+first launch. Every launch is decided by shapes and types alone, and nothing is added up by atomics, so the same call
+gives the same bits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from terrazzo.kernels.token_reduction.partition import sizes
+from terrazzo.kernels.token_reduction.portable import factors
+from terrazzo.kernels.triton_host import block_of, on_device, precision
+
+_HEAD_DIM = 128
+# Tokens of a program that counts, and of one that pools.
+_COUNTED = 64
+_POOLED = 16
+
+
+def fits(head_dim: int) -> bool:
+    """Whether registers hold tiles of such queries and keys. A plain bool also where `head_dim` is symbolic."""
+    if head_dim <= _HEAD_DIM:  # noqa: SIM103
+        return True
+    return False
+
+
+def misfit(head_dim_fits: bool) -> str | None:
+    return None if head_dim_fits else f"needs a head_dim of at most {_HEAD_DIM}"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut: its own rows, rows and channels that it reads at a time, and how it is compiled."""
+
+    own: int
+    other: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def match_blocks(itemsize: int) -> Blocks:
+    """Found by compiling for compute capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing."""
+    return Blocks(64, 64, 64, 4, 3) if itemsize == 2 else Blocks(32, 32, 32, 4, 2)
+
+
+def column_blocks(itemsize: int, head_dim: int) -> Blocks:
+    """As `match_blocks`; own and other are queries and keys in both passes."""
+    width = block_of(head_dim)
+    return Blocks(64, 64, width, 4, 2) if itemsize == 2 else Blocks(32, 32, width, 4, 2)
+
+
+def block_c(channels: int) -> int:
+    """Channels of a program that pools."""
+    return min(128, block_of(channels))
+
+
+def _tiles(count: int, block: int) -> int:
+    return -(-count // block)
+
+
+def _interpreted(kernel) -> bool:
+    return not hasattr(kernel, "cache_key")
+
+
+def plan(
+    metric: torch.Tensor,
+    r: int,
+    size: torch.Tensor | None,
+    importance: torch.Tensor | None,
+    protect: int,
+    criteria: Sequence[float],
+    bidirectional: bool,
+    grid: tuple[int, int] | None,
+) -> torch.Tensor:
+    """Maps of all images, (B, N); arguments as of `portable.plan`, but that `metric` may be in half precision."""
+    from terrazzo.kernels.token_reduction import fused_match
+
+    batch, count, width = metric.shape
+    metric, device = metric.contiguous(), metric.device
+    sources, targets = sizes(count - protect, protect, grid)
+    forward = r // 2 if bidirectional else r
+    # Long vectors of float16 have norms that it does not hold.
+    norm = torch.linalg.vector_norm(metric, dim=-1, dtype=torch.float32)
+    factor = factors(size, importance, criteria)
+    if size is not None:
+        factor = torch.where(size > 0, torch.ones_like(size) if factor is None else factor, -1)
+    tau, cut = criteria[0], match_blocks(metric.dtype.itemsize)
+    place = (protect, *(grid or (1, 1)), forward)
+    found = torch.empty(batch, count, dtype=torch.int64, device=device)
+    if found.numel() == 0:
+        return found
+
+    def match(owners: int, rank: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ranks of the best partners' attractions, and who they are; with the sources' ranks, of destinations."""
+        best = torch.empty(batch, owners, dtype=torch.float32, device=device)
+        into, ranks = (torch.empty(batch, owners, dtype=torch.int32, device=device) for _ in range(2))
+        tiles = _tiles(owners, cut.own)
+        fused_match.match[(batch * tiles,)](
+            metric,
+            norm,
+            norm if factor is None else factor.contiguous(),
+            into if rank is None else rank,
+            best,
+            into,
+            count,
+            sources,
+            targets,
+            *place,
+            tiles,
+            1 / tau if tau else 1.0,
+            DIM=width,
+            BLOCK_D=cut.channels,
+            BLOCK=cut.own,
+            BLOCK_OTHER=cut.other,
+            CELLS=grid is not None,
+            POWER=0 if tau == 0 else 1 if tau == 1 else 2,
+            HAS_FACTOR=factor is not None,
+            BACKWARD=rank is not None,
+            PRECISION=precision(metric.dtype),
+            INTERPRETED=_interpreted(fused_match.match),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+        tiles = _tiles(owners, _COUNTED)
+        fused_match.ranks[(batch * tiles,)](best, ranks, owners, tiles, BLOCK=_COUNTED)
+        return ranks, into
+
+    with on_device(device):
+        rank, into = match(sources, None)
+        back_rank, back = match(targets, rank) if bidirectional else (rank, into)
+        tiles = _tiles(count, _COUNTED)
+        fused_match.assign[(batch * tiles,)](
+            rank,
+            into,
+            back_rank,
+            back,
+            found,
+            count,
+            sources,
+            targets,
+            *place,
+            r,
+            tiles,
+            BLOCK=_COUNTED,
+            CELLS=grid is not None,
+            BACKWARD=bidirectional,
+        )
+    return found
+
+
+def pool(
+    x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted means of groups, as `portable.pool`.
+
+    Args:
+        weight, size: (B, N) float32.
+
+    Returns:
+        The means (B, count, C) in the dtype of x, and sums of sizes and of weights, (B, count) float32.
+    """
+    from terrazzo.kernels.token_reduction import fused_pool
+
+    x, assignment, weight, size = (tensor.contiguous() for tensor in (x, assignment, weight, size))
+    batch, tokens, channels = x.shape
+    out = x.new_empty(batch, count, channels)
+    sizes_, total = (torch.empty(batch, count, dtype=torch.float32, device=x.device) for _ in range(2))
+    order = torch.empty(batch, tokens, dtype=torch.int32, device=x.device)
+    begin = torch.empty(batch, count + 1, dtype=torch.int32, device=x.device)
+    if out.numel() == 0:
+        return out, sizes_.zero_(), total.zero_()
+    with on_device(x.device):
+        tiles = _tiles(tokens + count + 1, _COUNTED)
+        fused_pool.sort[(batch * tiles,)](assignment, order, begin, tokens, count, tiles, BLOCK=_COUNTED)
+        tiles, wide = _tiles(count, _POOLED), block_c(channels)
+        fused_pool.pool[(batch * tiles, _tiles(channels, wide))](
+            x,
+            weight,
+            size,
+            order,
+            begin,
+            out,
+            total,
+            sizes_,
+            tokens,
+            count,
+            tiles,
+            CHANNELS=channels,
+            BLOCK=_POOLED,
+            BLOCK_C=wide,
+        )
+    return out, sizes_, total
+
+
+def pool_backward(
+    grad: torch.Tensor, assignment: torch.Tensor, weight: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x, given that of the means and the sums of weights."""
+    from terrazzo.kernels.token_reduction import fused_pool
+
+    grad, assignment, weight = grad.contiguous(), assignment.contiguous(), weight.contiguous()
+    batch, groups, channels = grad.shape
+    tokens = assignment.shape[1]
+    out = grad.new_empty(batch, tokens, channels)
+    if out.numel() == 0:
+        return out
+    tiles, wide = _tiles(tokens, _POOLED), block_c(channels)
+    with on_device(grad.device):
+        fused_pool.spread[(batch * tiles, _tiles(channels, wide))](
+            grad,
+            assignment,
+            weight,
+            total,
+            out,
+            tokens,
+            groups,
+            tiles,
+            CHANNELS=channels,
+            BLOCK=_POOLED,
+            BLOCK_C=wide,
+        )
+    return out
+
+
+def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `portable.column_mean`, in float32; queries and keys are read in place where channels are contiguous."""
+    from terrazzo.kernels.token_reduction import fused_columns
+
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    batch, heads, count, head_dim = query.shape
+    lse, total = (torch.empty(batch, heads, count, dtype=torch.float32, device=query.device) for _ in range(2))
+    if total.numel() == 0:
+        return total.sum(1)
+    cut = column_blocks(query.dtype.itemsize, head_dim)
+    constants = dict(
+        HEAD_DIM=head_dim,
+        BLOCK_D=cut.channels,
+        BLOCK_N=cut.own,
+        BLOCK_L=cut.other,
+        HAS_BIAS=bias is not None,
+        PRECISION=precision(query.dtype),
+        INTERPRETED=_interpreted(fused_columns.row_sums),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    tensors = (query, key, lse if bias is None else bias.float().contiguous(), lse)
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    scale = 1 / math.sqrt(head_dim)
+    with on_device(query.device):
+        tiles = _tiles(count, cut.own)
+        fused_columns.row_sums[(batch * heads * tiles,)](*tensors, scale, heads, count, tiles, *strides, **constants)
+        tiles = _tiles(count, cut.other)
+        fused_columns.column_sums[(batch * heads * tiles,)](
+            *tensors, total, scale, heads, count, tiles, *strides, **constants
+        )
+    return total.sum(1) / (heads * count)

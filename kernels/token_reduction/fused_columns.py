@@ -1,0 +1,120 @@
+"""Triton kernels of what each key gets of the attention: the rows' sums first, then the columns', without the matrix.
+
+A program owns some queries, or some keys, of one head; nothing is added up by atomics.
+Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+from terrazzo.kernels.fused_blocks import LOG2_E, LOWEST, exponential, load_rows, product, softmax_step
+
+_ANY = ["heads", "count", "tiles"]
+
+
+@triton.jit
+def locate(heads, tiles):
+    """Image, head and tile of a program; tiles of one head share what they go over, so they come first."""
+    program = tl.program_id(0)
+    return (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64), program % tiles
+
+
+@triton.jit
+def scores(b_query, b_key, p_bias, o_key, b_real, scale, HAS_BIAS: tl.constexpr, PRECISION, INTERPRETED):
+    """(queries, keys): scaled products plus the keys' bias, -inf where a key is not real."""
+    b_zero = tl.zeros([b_query.shape[0], b_key.shape[0]], tl.float32)
+    b_score = product(b_query, tl.trans(b_key), b_zero, PRECISION, INTERPRETED) * scale
+    if HAS_BIAS:
+        b_score += tl.load(p_bias + o_key, mask=b_real, other=float("-inf"))[None, :]
+    else:
+        b_score = tl.where(b_real[None, :], b_score, float("-inf"))
+    return b_score
+
+
+@triton.jit(do_not_specialize=_ANY)
+def row_sums(
+    p_query,
+    p_key,
+    p_bias,
+    p_lse,
+    scale,
+    heads,
+    count,
+    tiles,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The logarithm of the sum of exponentials of BLOCK_N queries' rows, (B, H, count)."""
+    EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
+    image, head, tile = locate(heads, tiles)
+    o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_own = o_n < count
+    p_query += image * stride_qb + head * stride_qh
+    p_key += image * stride_kb + head * stride_kh
+    b_query = load_rows(p_query, o_n.to(tl.int64) * stride_qn, b_own, HEAD_DIM, BLOCK_D)
+    b_max = tl.full([BLOCK_N], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, count, BLOCK_L):
+        o_l = first + tl.arange(0, BLOCK_L)
+        b_real = o_l < count
+        b_key = load_rows(p_key, o_l.to(tl.int64) * stride_kn, b_real, HEAD_DIM, BLOCK_D)
+        b_score = scores(b_query, b_key, p_bias + image * count, o_l, b_real, scale, HAS_BIAS, PRECISION, INTERPRETED)
+        _, _, b_max, b_sum = softmax_step(b_score, b_max, b_sum, EXACT)
+    tl.store(p_lse + (image * heads + head) * count + o_n, b_max + tl.log2(b_sum) / LOG2_E, mask=b_own)
+
+
+@triton.jit(do_not_specialize=_ANY)
+def column_sums(
+    p_query,
+    p_key,
+    p_bias,
+    p_lse,
+    p_sum,
+    scale,
+    heads,
+    count,
+    tiles,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The sum over all queries of the weights of BLOCK_L keys, (B, H, count)."""
+    EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
+    image, head, tile = locate(heads, tiles)
+    o_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    b_own = o_l < count
+    p_query += image * stride_qb + head * stride_qh
+    p_key += image * stride_kb + head * stride_kh
+    p_lse += (image * heads + head) * count
+    b_key = load_rows(p_key, o_l.to(tl.int64) * stride_kn, b_own, HEAD_DIM, BLOCK_D)
+    b_sum = tl.zeros([BLOCK_L], tl.float32)
+    for first in range(0, count, BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        b_real = o_n < count
+        b_query = load_rows(p_query, o_n.to(tl.int64) * stride_qn, b_real, HEAD_DIM, BLOCK_D)
+        b_score = scores(b_query, b_key, p_bias + image * count, o_l, b_own, scale, HAS_BIAS, PRECISION, INTERPRETED)
+        # A query that is not real has weight exp(-inf) = 0.
+        b_lse = tl.load(p_lse + o_n, mask=b_real, other=float("inf"))
+        b_sum += tl.sum(exponential(b_score, b_lse[:, None], EXACT), 0)
+    tl.store(p_sum + (image * heads + head) * count + o_l, b_sum, mask=b_own)

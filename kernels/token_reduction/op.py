@@ -1,0 +1,127 @@
+"""The choice of a form, and the fused ones as PyTorch sees them: opaque custom ops, pooling with a gradient.
+
+The portable form is standard operations, which PyTorch differentiates and compiles by itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from terrazzo.kernels import backend as _backend
+from terrazzo.kernels import triton_host
+from terrazzo.kernels.token_reduction import fused
+from terrazzo.kernels.token_reduction.partition import sizes
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool = True) -> _backend.Choice:
+    """The backend of a call on such tensors, and why."""
+    refusals = triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
+    return _backend.choose("token_reduction", _backend.check_name(backend), *refusals)
+
+
+def _name(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
+    return choose(backend, device, dtype, head_dim_fits).name
+
+
+# As of the other operators: a choice is a constant for Dynamo.
+_name._dynamo_marked_constant = True
+
+
+def chosen(backend: str, x: torch.Tensor, head_dim_fits: bool = True) -> str:
+    """The name of the backend of a call on `x`; an exported graph holds standard operations only."""
+    if torch.compiler.is_exporting():
+        return "portable"
+    return _name(backend, x.device, x.dtype, head_dim_fits)
+
+
+@torch.library.custom_op("terrazzo::token_reduction_plan", mutates_args=())
+def plan(
+    metric: torch.Tensor,
+    r: int,
+    size: torch.Tensor | None,
+    importance: torch.Tensor | None,
+    protect: int,
+    criteria: Sequence[float],
+    bidirectional: bool,
+    grid: Sequence[int],
+) -> torch.Tensor:
+    """`fused.plan`; `grid` is empty for the partition "even_odd"."""
+    return fused.plan(metric, r, size, importance, protect, criteria, bidirectional, tuple(grid) or None)
+
+
+@plan.register_fake
+def _(metric, r, size, importance, protect, criteria, bidirectional, grid):
+    return metric.new_empty(metric.shape[:2], dtype=torch.int64)
+
+
+@register_flop_formula(torch.ops.terrazzo.token_reduction_plan)
+def _plan_flops(metric, r, size, importance, protect, criteria, bidirectional, grid, *args, **kwargs) -> int:
+    """The cosines, once for each direction."""
+    batch, count, width = metric
+    sources, targets = sizes(count - protect, protect, tuple(grid) or None)
+    return 2 * batch * sources * targets * width * (1 + bidirectional)
+
+
+@torch.library.custom_op("terrazzo::token_reduction_pool", mutates_args=())
+def _pool(
+    x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return fused.pool(x, assignment, count, weight, size)
+
+
+@_pool.register_fake
+def _(x, assignment, count, weight, size):
+    rows = (x.shape[0], count)
+    return x.new_empty(*rows, x.shape[2]), weight.new_empty(rows), weight.new_empty(rows)
+
+
+@torch.library.custom_op("terrazzo::token_reduction_pool_backward", mutates_args=())
+def _pool_backward(
+    grad: torch.Tensor, assignment: torch.Tensor, weight: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    return fused.pool_backward(grad, assignment, weight, total)
+
+
+@_pool_backward.register_fake
+def _(grad, assignment, weight, total):
+    return grad.new_empty(*assignment.shape, grad.shape[2])
+
+
+def _setup_context(ctx, inputs, output):
+    _, assignment, _, weight, _ = inputs
+    _, found, total = output
+    ctx.mark_non_differentiable(found, total)
+    ctx.save_for_backward(assignment, weight, total)
+
+
+def _autograd(ctx, grad, *_):
+    return _pool_backward(grad, *ctx.saved_tensors), None, None, None, None
+
+
+_pool.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def pool(
+    x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of groups (B, count, C), with x's gradient alone, and their sizes (B, count) in the dtype of `size`."""
+    out, found, _ = _pool(x, assignment, count, weight.detach().float(), size.detach().float())
+    return out, found.to(size.dtype)
+
+
+@torch.library.custom_op("terrazzo::token_reduction_column_mean", mutates_args=())
+def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return fused.column_mean(query, key, bias)
+
+
+@column_mean.register_fake
+def _(query, key, bias):
+    return query.new_empty(query.shape[0], query.shape[2], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.terrazzo.token_reduction_column_mean)
+def _column_mean_flops(query, key, bias, *args, **kwargs) -> int:
+    """Every score twice; softmax is not counted."""
+    batch, heads, count, width = query
+    return 4 * batch * heads * count * count * width
