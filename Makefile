@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 # A file's tests stay together: they share what is costly to make. One thread each, or workers wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-BENCHMARKS := attentive_conv neighborhood_attention selective_scan strip_attention \
+BENCHMARKS := attentive_conv neighborhood_attention selective_scan strip_attention token_reduction varlen_attention \
 	asvit attnet dinat dualtokenvit mambavision mctf medmamba roma s2aformer vmamba
 
 .PHONY: help demo test test-all check bench cards clean

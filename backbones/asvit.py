@@ -24,6 +24,7 @@ from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import compose, prune, prune_packed, unmerge
+from terrazzo.kernels.varlen_attention import first_weights, varlen_attention
 
 __all__ = ["ASViT"]
 
@@ -43,6 +44,7 @@ class PrunedState(NamedTuple):
         map: Fixed: (B, T) to the tokens that are left, -1 for a dropped one.
         place: Packed: (sum of T,), where in `full` each token belongs.
         lengths: Packed: tokens left of each image.
+        offsets: Packed: (B + 1,) int32, where each image's begin.
     """
 
     grid: tuple[int, int]
@@ -55,6 +57,7 @@ class PrunedState(NamedTuple):
     map: torch.Tensor | None = None
     place: torch.Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    offsets: torch.Tensor | None = None
 
 
 def masked_attention(
@@ -93,6 +96,8 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tu
 
 def token_scores(context: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     """Class attention, heads weighted by the norm of what they gave the token: (B, H, T, D), (B, H, T) to (B, T).
+
+    Packed, (sum of T, H, D) and (sum of T, H) to (sum of T,).
 
     Source: arXiv 2209.13802, section 3.2.
     """
@@ -172,7 +177,7 @@ class Pruning(Reducer):
             return block(x), state
         projected = project(block.attn, block.norm1(x), slice(None))
         if state.lengths is not None:
-            context, score = self._packed_context(block.attn, projected, state.lengths)
+            context, score = self._packed_context(block.attn, projected, state, scored)
         else:
             context, score = self._context(block.attn, projected, state.keep)
         return finish(block, x, context), state._replace(score=score if scored else None)
@@ -188,16 +193,14 @@ class Pruning(Reducer):
             context, row = masked_attention(query, key, value, keep)
         return context.transpose(1, 2).flatten(2), token_scores(context, row)
 
-    def _packed_context(self, attn: nn.Module, projected: torch.Tensor, lengths: tuple[int, ...]):
-        """As `_context` for packed tokens (sum of T, C): images of one length at a time."""
-        parts = projected.split(lengths)
-        contexts, scores = list(parts), list(parts)
-        for length in set(lengths):
-            images = [i for i, other in enumerate(lengths) if other == length]
-            context, score = self._context(attn, torch.stack([parts[i] for i in images]), None)
-            for i, c, s in zip(images, context, score):
-                contexts[i], scores[i] = c, s
-        return torch.cat(contexts), torch.cat(scores)
+    @staticmethod
+    def _packed_context(attn: nn.Module, projected: torch.Tensor, state: PrunedState, scored: bool):
+        """As `_context` for packed tokens (sum of T, C); scores only where they are asked for."""
+        query, key, value = projected.unflatten(1, (-1, attn.num_heads, attn.head_dim)).unbind(1)
+        query, key = attn.q_norm(query), attn.k_norm(key)
+        context = varlen_attention(query, key, value, state.offsets, max(state.lengths))
+        score = token_scores(context, first_weights(query, key, state.offsets)) if scored else None
+        return context.flatten(1), score
 
     def _masked(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
         """Straight through: the mask is hard, its gradient that of a steep sigmoid."""
@@ -211,19 +214,19 @@ class Pruning(Reducer):
 
     def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
         """Dropped tokens are removed, and the host is asked how many are left."""
-        lengths, place, full = state.lengths, state.place, state.full
-        if lengths is None:
-            lengths = (x.shape[1],) * x.shape[0]
+        offsets, place, full = state.offsets, state.place, state.full
+        if offsets is None:
+            images, count = x.shape[:2]
+            offsets = torch.arange(images + 1, dtype=torch.int32, device=x.device) * count
             x = full = x.flatten(0, 1)
             place = torch.arange(x.shape[0], device=x.device)
         else:
             full = full.index_copy(0, place, x)
-        offsets = torch.tensor((0, *lengths), dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
         front = (offsets[:-1, None] + torch.arange(state.prefix, device=x.device)).flatten()
         score = state.score.flatten().index_fill(0, front, float("inf"))
         x, offsets, index = prune_packed(x, score, self.thresholds[stage], offsets)
         lengths = tuple(offsets.diff().tolist())
-        return x, state._replace(full=full, place=place[index], lengths=lengths)
+        return x, state._replace(full=full, place=place[index], lengths=lengths, offsets=offsets)
 
     def _fixed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
         """The best of each image are kept, the same number of all, whatever the threshold."""

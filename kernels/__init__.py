@@ -7,6 +7,7 @@ from terrazzo.kernels.selective_scan import selective_scan as selective_scan
 from terrazzo.kernels.selective_scan import selective_scan_2d as selective_scan_2d
 from terrazzo.kernels.ssd import ssd as ssd
 from terrazzo.kernels.strip_attention import strip_attention as strip_attention
+from terrazzo.kernels.varlen_attention import varlen_attention as varlen_attention
 
 __all__ = [
     "attentive_conv",
@@ -16,4 +17,5 @@ __all__ = [
     "ssd",
     "strip_attention",
     "use_backend",
+    "varlen_attention",
 ]

@@ -40,6 +40,14 @@ def softmax_step(b_score, b_max, b_sum, EXACT: tl.constexpr):
 
 
 @triton.jit
+def masked_scores(b_own, b_other, b_real, scale, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """(own, other): scaled products of queries and keys, or of keys and queries, -inf where the other is not real."""
+    b_zero = tl.zeros([b_own.shape[0], b_other.shape[0]], tl.float32)
+    b_score = product(b_own, tl.trans(b_other), b_zero, PRECISION, INTERPRETED) * scale
+    return tl.where(b_real[None, :], b_score, float("-inf"))
+
+
+@triton.jit
 def load_rows(p_base, o_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """(len(o_rows), BLOCK_D), zero where a row is not real and past head_dim."""
     o_d = tl.arange(0, BLOCK_D)

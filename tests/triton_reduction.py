@@ -153,7 +153,7 @@ def mutated(helper):
         "inverse_norm": "fused_match",
         "similarity": "fused_match",
         "share": "fused_pool",
-        "scores": "fused_columns",
+        "masked_scores": "fused_columns",
         "exponential": "fused_columns",
     }
     changes = {}

@@ -17,6 +17,8 @@ BENCHMARKS = {
     "neighborhood_attention": "terrazzo.tools.bench_neighborhood_attention",
     "selective_scan": "terrazzo.tools.bench_operators",
     "strip_attention": "terrazzo.tools.bench_operators",
+    "token_reduction": "terrazzo.tools.bench_operators",
+    "varlen_attention": "terrazzo.tools.bench_operators",
     **dict.fromkeys(FAMILIES, "terrazzo.tools.bench_backbones"),
     # Runtimes are given a model by its name.
     **{f"{name}_runtimes": "terrazzo.tools.bench_runtimes" for name, family in FAMILIES.items() if not family.variants},

@@ -1,7 +1,7 @@
 """What the benchmark of an operator has to know of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,10 +17,11 @@ class Operator:
         compiled: what makes the form by `torch.compile` of a peer that is measured so, too; called anew for each case.
         variant: of the rows.
         axes: what the numbers of a size are, the batch first.
-        arguments: names of the inputs.
-        inputs: from a size and a device to the inputs, random float32.
+        arguments: names of the inputs that have gradients.
+        inputs: from a size and a device to the inputs, random float32, and behind them those of whole numbers.
         at_224: sizes without the batch of the layers of a small model at 224 x 224, which a quick look measures.
         larger: further sizes.
+        gpu_peers: as `peers`; those that PyTorch has for GPUs alone.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Operator:
     inputs: Callable[[tuple[int, ...], torch.device], Sequence[torch.Tensor]]
     at_224: tuple[tuple[int, ...], ...]
     larger: tuple[tuple[int, ...], ...]
+    gpu_peers: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)

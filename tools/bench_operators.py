@@ -14,10 +14,15 @@ from terrazzo.tools.bench_operator import Operator
 from terrazzo.tools.operator_attentive_conv import ATTENTIVE_CONV
 from terrazzo.tools.operator_selective_scan import SELECTIVE_SCAN
 from terrazzo.tools.operator_strip_attention import STRIP_ATTENTION
+from terrazzo.tools.operator_token_reduction import TOKEN_REDUCTION
+from terrazzo.tools.operator_varlen_attention import VARLEN_ATTENTION
 from terrazzo.tools.timing import FORWARD, TRAINING, Function, Plan, attempt, interleaved, kernel_timer
 from terrazzo.tools.verdicts import verdict
 
-OPERATORS = {operator.name: operator for operator in (ATTENTIVE_CONV, SELECTIVE_SCAN, STRIP_ATTENTION)}
+OPERATORS = {
+    operator.name: operator
+    for operator in (ATTENTIVE_CONV, SELECTIVE_SCAN, STRIP_ATTENTION, TOKEN_REDUCTION, VARLEN_ATTENTION)
+}
 COMPILED = " compiled"
 # What a form's result may differ from that of the portable form in float32, relative to its norm.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -49,7 +54,12 @@ class Case:
     def inputs(self, device: torch.device) -> list[torch.Tensor]:
         """Fresh random numbers."""
         torch.manual_seed(0)
-        return [x.to(self.dtype).requires_grad_() for x in self.operator.inputs(self.sizes, device)]
+        return _leaves(self.operator.inputs(self.sizes, device), self.dtype)
+
+
+def _leaves(inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Inputs in that dtype that require gradients; those that are whole numbers stay as they are."""
+    return [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
 def cases(name: str, plan: Plan) -> list[Case]:
@@ -64,8 +74,9 @@ def cases(name: str, plan: Plan) -> list[Case]:
 
 def _forms(operator: Operator, inputs: list[torch.Tensor], plan: Plan) -> dict[str, Function]:
     """The forms by name: each computes the output of these inputs."""
-    ours = ("fused", "portable") if plan.device.type == "cuda" else ("portable",)
-    functions = {name: partial(operator.run, backend=name) for name in ours} | dict(operator.peers)
+    gpu = plan.device.type == "cuda"
+    functions = {name: partial(operator.run, backend=name) for name in (("fused",) if gpu else ()) + ("portable",)}
+    functions |= {**operator.peers, **(operator.gpu_peers if gpu else {})}
     if plan.compiles:
         torch.compiler.reset()  # or it would run uncompiled once as many shapes as Dynamo keeps have passed
         functions |= {name + COMPILED: make() for name, make in operator.compiled.items()}
@@ -73,14 +84,14 @@ def _forms(operator: Operator, inputs: list[torch.Tensor], plan: Plan) -> dict[s
 
 
 def _gradients(form: Function, inputs: Sequence[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(form(), inputs, grad)
+    return torch.autograd.grad(form(), [x for x in inputs if x.requires_grad], grad)
 
 
 def _expected(
     operator: Operator, inputs: list[torch.Tensor], grad: torch.Tensor, training: bool
 ) -> Sequence[torch.Tensor]:
     """The output, or the gradients, by the portable form in float32."""
-    inputs = [x.detach().float().requires_grad_() for x in inputs]
+    inputs = _leaves(inputs, torch.float32)
     form = partial(operator.run, *inputs, backend="portable")
     return _gradients(form, inputs, grad.float()) if training else (form().detach(),)
 
@@ -138,7 +149,7 @@ def _peers(operator: Operator) -> list[str]:
     """Every name of a peer, those that are compiled behind what they are made from."""
     return [
         found
-        for name in operator.peers
+        for name in (*operator.peers, *operator.gpu_peers)
         for found in ((name, name + COMPILED) if name in operator.compiled else (name,))
     ]
 

@@ -45,13 +45,15 @@ class Blocks:
 
 def match_blocks(itemsize: int) -> Blocks:
     """Found by compiling for compute capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing."""
-    return Blocks(64, 64, 64, 4, 3) if itemsize == 2 else Blocks(32, 32, 32, 4, 2)
+    return Blocks(64, 64, 32, 4, 3) if itemsize == 2 else Blocks(32, 32, 32, 4, 2)
 
 
 def column_blocks(itemsize: int, head_dim: int) -> Blocks:
     """As `match_blocks`; own and other are queries and keys in both passes."""
     width = block_of(head_dim)
-    return Blocks(64, 64, width, 4, 2) if itemsize == 2 else Blocks(32, 32, width, 4, 2)
+    if itemsize == 2:
+        return Blocks(64, 64, width, 4, 2)
+    return Blocks(32, 32, width, 4 if width <= 64 else 8, 2)
 
 
 def block_c(channels: int) -> int:

@@ -7,7 +7,7 @@ Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import LOG2_E, LOWEST, exponential, load_rows, product, softmax_step
+from terrazzo.kernels.fused_blocks import LOG2_E, LOWEST, exponential, load_rows, masked_scores, softmax_step
 
 _ANY = ["heads", "count", "tiles"]
 
@@ -17,18 +17,6 @@ def locate(heads, tiles):
     """Image, head and tile of a program; tiles of one head share what they go over, so they come first."""
     program = tl.program_id(0)
     return (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64), program % tiles
-
-
-@triton.jit
-def scores(b_query, b_key, p_bias, o_key, b_real, scale, HAS_BIAS: tl.constexpr, PRECISION, INTERPRETED):
-    """(queries, keys): scaled products plus the keys' bias, -inf where a key is not real."""
-    b_zero = tl.zeros([b_query.shape[0], b_key.shape[0]], tl.float32)
-    b_score = product(b_query, tl.trans(b_key), b_zero, PRECISION, INTERPRETED) * scale
-    if HAS_BIAS:
-        b_score += tl.load(p_bias + o_key, mask=b_real, other=float("-inf"))[None, :]
-    else:
-        b_score = tl.where(b_real[None, :], b_score, float("-inf"))
-    return b_score
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -69,7 +57,9 @@ def row_sums(
         o_l = first + tl.arange(0, BLOCK_L)
         b_real = o_l < count
         b_key = load_rows(p_key, o_l.to(tl.int64) * stride_kn, b_real, HEAD_DIM, BLOCK_D)
-        b_score = scores(b_query, b_key, p_bias + image * count, o_l, b_real, scale, HAS_BIAS, PRECISION, INTERPRETED)
+        b_score = masked_scores(b_query, b_key, b_real, scale, PRECISION, INTERPRETED)
+        if HAS_BIAS:
+            b_score += tl.load(p_bias + image * count + o_l, mask=b_real, other=0.0)[None, :]
         _, _, b_max, b_sum = softmax_step(b_score, b_max, b_sum, EXACT)
     tl.store(p_lse + (image * heads + head) * count + o_n, b_max + tl.log2(b_sum) / LOG2_E, mask=b_own)
 
@@ -108,13 +98,17 @@ def column_sums(
     p_key += image * stride_kb + head * stride_kh
     p_lse += (image * heads + head) * count
     b_key = load_rows(p_key, o_l.to(tl.int64) * stride_kn, b_own, HEAD_DIM, BLOCK_D)
+    if HAS_BIAS:
+        b_bias = tl.load(p_bias + image * count + o_l, mask=b_own, other=0.0)
     b_sum = tl.zeros([BLOCK_L], tl.float32)
     for first in range(0, count, BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
         b_real = o_n < count
         b_query = load_rows(p_query, o_n.to(tl.int64) * stride_qn, b_real, HEAD_DIM, BLOCK_D)
-        b_score = scores(b_query, b_key, p_bias + image * count, o_l, b_own, scale, HAS_BIAS, PRECISION, INTERPRETED)
-        # A query that is not real has weight exp(-inf) = 0.
-        b_lse = tl.load(p_lse + o_n, mask=b_real, other=float("inf"))
-        b_sum += tl.sum(exponential(b_score, b_lse[:, None], EXACT), 0)
+        # Keys in front: in float32 the product would hold all of its second factor in registers over the whole loop.
+        b_score = masked_scores(b_key, b_query, b_real, scale, PRECISION, INTERPRETED)
+        if HAS_BIAS:
+            b_score += b_bias[:, None]
+        b_lse = tl.load(p_lse + o_n, mask=b_real, other=0.0)
+        b_sum += tl.sum(exponential(b_score, b_lse[None, :], EXACT), 1)
     tl.store(p_sum + (image * heads + head) * count + o_l, b_sum, mask=b_own)

@@ -159,7 +159,7 @@ class TestMutations:
         assert interpreted("triton_reduction.mutated", "") == 0
 
     @pytest.mark.parametrize(
-        "helper", ["source_at", "target_at", "inverse_norm", "similarity", "share", "scores", "exponential"]
+        "helper", ["source_at", "target_at", "inverse_norm", "similarity", "share", "masked_scores", "exponential"]
     )
     def test_pieces(self, interpreted, helper):
         assert interpreted("triton_reduction.mutated", helper) > 0

@@ -1,0 +1,95 @@
+"""Attention within each of many sequences of unlike lengths that lie one after another in memory."""
+
+import torch
+
+from terrazzo.errors import InputError
+from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.varlen_attention import fused, op
+from terrazzo.kernels.varlen_attention.op import describe
+
+__all__ = ["describe", "first_weights", "varlen_attention", "why"]
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Raise `InputError` for what the definition does not allow."""
+    if query.dim() != 3 or not query.shape == key.shape == value.shape:
+        raise InputError(
+            "query, key and value must be (sum of lengths, heads, head_dim), all of one shape, "
+            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise InputError(
+            f"query, key and value must have one floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    _check_offsets(offsets, query)
+
+
+def _check_offsets(offsets: torch.Tensor, query: torch.Tensor) -> None:
+    if offsets.dim() != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"offsets must be (B + 1,) whole numbers, got {tuple(offsets.shape)} of {offsets.dtype}")
+    if offsets.device != query.device:
+        raise InputError(f"offsets must be where query is, on {query.device}, and are on {offsets.device}")
+    # Those on a GPU are taken as they are: to look at them would be to wait for it.
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = offsets.tolist()
+        if found[0] != 0 or found[-1] != len(query) or found != sorted(found):
+            raise InputError(f"offsets must rise from 0 to the {len(query)} tokens, got {found}")
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of every token to those of its own sequence; the scale is 1 / sqrt(head_dim).
+
+    Args:
+        query, key, value: (sum of lengths, heads, head_dim), any strides.
+        offsets: (B + 1,) int32 or int64, where each sequence begins, and the sum of lengths ("cu_seqlens"). On a GPU
+            they are not checked.
+        longest: the length of the longest sequence, or more, where the host knows it; None asks the device.
+        backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+
+    Returns:
+        (sum of lengths, heads, head_dim): what each sequence gives alone.
+
+    Raises:
+        InputError: A shape, dtype or offset that the definition does not allow.
+        BackendError: `backend` names a form that cannot run here.
+    """
+    _check(query, key, value, offsets)
+    _backend.check_name(backend)
+    return op.attend(query, key, value, offsets, longest, backend)
+
+
+def first_weights(query: torch.Tensor, key: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """What the first token of each sequence gives each of its tokens, by head: (sum of lengths, heads).
+
+    That is a row of each matrix of weights, a softmax over the tokens of a sequence, in float32 at least. Standard
+    operations on any device, without a loop over sequences.
+
+    Args: as of `varlen_attention`.
+    """
+    _check(query, key, key, offsets)
+    lengths = offsets.diff().long()
+    # Which sequence a token is of; the number of tokens is known, so nobody waits for a GPU.
+    of = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths, output_size=len(query))
+    first = query[offsets[:-1].long().clamp(max=max(len(query) - 1, 0))] * query.shape[-1] ** -0.5
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = (first[of].to(dtype) * key.to(dtype)).sum(-1)
+    highest = torch.segment_reduce(logits.detach(), "max", lengths=lengths)
+    part = (logits - highest[of]).exp()
+    return part / torch.segment_reduce(part, "sum", lengths=lengths)[of]
+
+
+def why(backend: str = "auto", query: torch.Tensor | None = None) -> _backend.Choice:
+    """Which backend a call would run with now, and why the others were refused.
+
+    Without `query`, for float32 tensors on the default device.
+    """
+    if query is None:
+        return op.choose(backend, torch.get_default_device(), torch.float32, True)
+    return op.choose(backend, query.device, query.dtype, fused.fits(query.shape[-1]))
