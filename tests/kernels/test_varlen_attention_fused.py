@@ -26,10 +26,10 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         "lengths",
         [
-            (2, 1),
             (32, 1, 33),
-            (31, 64, 65),
             (0, 40, 0, 3),
+            pytest.param((2, 1), marks=SLOW),
+            pytest.param((31, 64, 65), marks=SLOW),
             pytest.param((197, 129, 1, 96), marks=SLOW),
         ],
         ids=str,
@@ -37,24 +37,26 @@ class TestInterpreted:
     def test_lengths(self, interpreted, lengths):
         check(interpreted("triton_varlen.errors", lengths))
 
-    @pytest.mark.parametrize("dim", [1, 24, 64, pytest.param(128, marks=SLOW)])
+    @pytest.mark.parametrize("dim", [24, *(pytest.param(dim, marks=SLOW) for dim in (1, 64, 128))])
     def test_head_dims(self, interpreted, dim):
         check(interpreted("triton_varlen.errors", (40, 9), dim=dim))
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
     def test_half_precision(self, interpreted, dtype):
-        check(interpreted("triton_varlen.errors", (130, 63), dim=32, dtype=dtype))
+        check(interpreted("triton_varlen.errors", (130, 63), 1, dim=32, dtype=dtype))
 
-    @pytest.mark.parametrize("layout", ["plain", "turned"])
+    @pytest.mark.parametrize("layout", ["turned", pytest.param("plain", marks=SLOW)])
     def test_layouts(self, interpreted, layout):
         check(interpreted("triton_varlen.errors", (17, 35), 3, layout=layout))
 
+    @pytest.mark.slow
     def test_more_programs_than_needed(self, interpreted):
         check(interpreted("triton_varlen.errors", longest=100))
 
     def test_a_sequence_is_what_it_is_alone(self, interpreted):
         assert interpreted("triton_varlen.alone")
 
+    @pytest.mark.slow
     def test_same_bits_every_time(self, interpreted):
         assert interpreted("triton_varlen.repeats")
 
@@ -69,6 +71,7 @@ class TestInterpreted:
         assert error < 1e-5
 
 
+@pytest.mark.slow
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
 
@@ -81,6 +84,7 @@ class TestMutations:
 
 
 class TestOperator:
+    @pytest.mark.slow
     def test_opcheck(self, interpreted):
         interpreted("triton_varlen.opcheck")
 
