@@ -178,8 +178,8 @@ def opcheck(device="cpu"):
     x, size, importance = inputs(21, device=device)
     ops = torch.ops.terrazzo
     plan = (x, 6, size, importance, 1, (1.0, 20.0, 40.0), True, ())
-    torch.library.opcheck(ops.token_reduction_plan.default, plan)
-    found = ops.token_reduction_plan(*plan)
+    torch.library.opcheck(ops.token_reduction.default, plan)
+    found = ops.token_reduction(*plan)
     torch.library.opcheck(ops.token_reduction_pool.default, (x.requires_grad_(), found, 15, importance, size))
     query = x.detach().unsqueeze(1)
     torch.library.opcheck(ops.token_reduction_column_mean.default, (query, query, size))

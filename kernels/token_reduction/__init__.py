@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.token_reduction import fused, op, portable, reference
+from terrazzo.kernels.token_reduction.op import describe
 from terrazzo.kernels.token_reduction.partition import sizes as _partition_sizes
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "column_mean",
     "compose",
+    "describe",
     "merge",
     "plan",
     "prop_bias",

@@ -10,14 +10,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels import triton_host
+from terrazzo.kernels.call import Call
 from terrazzo.kernels.token_reduction import fused
 from terrazzo.kernels.token_reduction.partition import sizes
 
 
+def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
+    return triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool = True) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    refusals = triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
-    return _backend.choose("token_reduction", _backend.check_name(backend), *refusals)
+    return _backend.choose("token_reduction", _backend.check_name(backend), *_refusals(device, dtype, head_dim_fits))
 
 
 def _name(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -35,7 +39,7 @@ def chosen(backend: str, x: torch.Tensor, head_dim_fits: bool = True) -> str:
     return _name(backend, x.device, x.dtype, head_dim_fits)
 
 
-@torch.library.custom_op("terrazzo::token_reduction_plan", mutates_args=())
+@torch.library.custom_op("terrazzo::token_reduction", mutates_args=())
 def plan(
     metric: torch.Tensor,
     r: int,
@@ -55,12 +59,24 @@ def _(metric, r, size, importance, protect, criteria, bidirectional, grid):
     return metric.new_empty(metric.shape[:2], dtype=torch.int64)
 
 
-@register_flop_formula(torch.ops.terrazzo.token_reduction_plan)
+@register_flop_formula(torch.ops.terrazzo.token_reduction)
 def _plan_flops(metric, r, size, importance, protect, criteria, bidirectional, grid, *args, **kwargs) -> int:
     """The cosines, once for each direction."""
     batch, count, width = metric
     sources, targets = sizes(count - protect, protect, tuple(grid) or None)
     return 2 * batch * sources * targets * width * (1 + bidirectional)
+
+
+def describe(device: torch.device, metric, r, size, importance, protect, criteria, bidirectional, grid) -> Call:
+    """What `terrazzo explain` says of a plan: see `terrazzo.kernels.call`."""
+    refusals, discouraged = _refusals(device, metric.dtype, True)
+    batch, count, width = metric.shape
+    return Call(
+        shape={"B": batch, "tokens": count, "merged": r, "channels": width},
+        parameters={"partition": "cell2x2" if len(grid) else "even_odd", "ways": "2" if bidirectional else "1"},
+        refusals=refusals,
+        discouraged=discouraged,
+    )
 
 
 @torch.library.custom_op("terrazzo::token_reduction_pool", mutates_args=())
