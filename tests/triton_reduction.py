@@ -15,27 +15,36 @@ from terrazzo.kernels import use_backend
 FOLDER = "terrazzo.kernels.token_reduction"
 
 
-def inputs(count, batch=2, dim=5, dtype="float32", padding=0, seed=0, device="cpu"):
-    """Tokens, sizes of 1 to 5 with `padding` of 0 among the last, importances that add up to 1; all amid NaN."""
+def inputs(count, batch=2, dim=5, dtype="float32", padding=0, seed=0, exact=False, device="cpu"):
+    """Tokens, sizes of 1 to 5 with `padding` of 0 among the last, importances that add up to 1; all amid NaN.
+
+    exact: tokens of 1 and -1, sizes of 1 and 2, importances of 1 and 3 with them. With a power of 4 for `dim` cosines
+    have no rounding error in any dtype: two attractions are equal, to the bit, or far from equal.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, count, dim, generator=generator, dtype=torch.float64)
     size = torch.randint(1, 6, (batch, count), generator=generator).double()
+    importance = torch.randn(batch, count, generator=generator, dtype=torch.float64)
+    if exact:
+        x, size = x.sign(), size % 2 + 1
+        importance = 2 * size - 1
+    else:
+        importance = importance.softmax(-1)
     size[:, count - padding :] = 0
-    importance = torch.randn(batch, count, generator=generator, dtype=torch.float64).softmax(-1)
-    return [guarded(t.to(device, kind)) for t, kind in ((x, getattr(torch, dtype)), (size, torch.float32))] + [
-        guarded(importance.to(device, torch.float32))
-    ]
+    tensors = (x.to(getattr(torch, dtype)), size.float(), importance.float())
+    return [guarded(t.to(device)) for t in tensors]
 
 
 def plans(cases, device="cpu"):
     """Of each case the largest difference between the fused map and the definition's, in float64 on the same numbers.
 
-    Each is keyword arguments of `plan`, and `count`, `dim`, `dtype`, `padding`; True for `size` and `importance`.
+    Each is keyword arguments of `plan`, and those of `inputs`; True for `size` and `importance`.
     """
+    names = ("count", "batch", "dim", "dtype", "padding", "seed", "exact")
     found = []
     for case in cases:
         case = dict(case)
-        about = {name: case.pop(name) for name in ("count", "dim", "dtype", "padding", "batch", "seed") if name in case}
+        about = {name: case.pop(name) for name in names if name in case}
         x, size, importance = inputs(**about, device=device)
         extras = {"size": size, "importance": importance}
         extras = {name: extras[name] if case.pop(name) else None for name in extras if name in case}
