@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -23,15 +22,11 @@ from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, finish, from_
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import attention, merge, plan, prop_bias, unmerge
+from terrazzo.kernels.token_reduction.portable import attend
 
 __all__ = ["MCTF"]
 
 FEWEST = 10  # tokens that are always left
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-    mask = None if bias is None else bias[:, None, None].to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class Fusion(Reducer):
@@ -106,10 +101,10 @@ class Fusion(Reducer):
         query, key = heads(attn, project(attn, block.norm1(x), slice(None, -width)))
         query, key = attn.q_norm(query), attn.k_norm(key)
 
-        weight, attend = state.size, partial(_attend, query, key, bias)
+        weight, attended = state.size, partial(attend, query, key, bias)
         importance = None
         if self.criteria[1] != 0:
-            importance, attend = attention(query, key, bias)
+            importance, attended = attention(query, key, bias)
             weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
         cells = self.cells_first and x.shape[1] == state.prefix + state.grid[0] * state.grid[1]
         found = plan(
@@ -130,7 +125,7 @@ class Fusion(Reducer):
 
         value = project(attn, block.norm1(merged), slice(-width, None))
         (value,) = heads(attn, unmerge(value, assignment))
-        out, _, _ = merge(attend(value).transpose(1, 2).flatten(2), found, weight)
+        out, _, _ = merge(attended(value).transpose(1, 2).flatten(2), found, weight)
         return finish(block, merged, out), state
 
 
