@@ -20,7 +20,7 @@ _norm_layer = partial(LayerNorm, eps=1e-6)
 
 
 class DeiT(PlainViT):
-    """timm's blocks on patches of 16 pixels, run by a reducer.
+    """timm's blocks, run by a reducer.
 
     Source: arXiv 2012.12877.
     """
@@ -31,6 +31,7 @@ class DeiT(PlainViT):
         embed_dim: int = 192,
         num_heads: int = 3,
         depth: int = 12,
+        patch_size: int = 16,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -46,9 +47,17 @@ class DeiT(PlainViT):
             Block(embed_dim, num_heads, qkv_bias=True, drop_path=rate, norm_layer=_norm_layer, **factory)
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ]
-        patches = PatchConv(in_chans, embed_dim, 16, **factory)
+        patches = PatchConv(in_chans, embed_dim, patch_size, **factory)
         super().__init__(
-            patches, units, embed_dim, reducer, norm_layer=_norm_layer, in_chans=in_chans, **factory, **kwargs
+            patches,
+            units,
+            embed_dim,
+            reducer,
+            norm_layer=_norm_layer,
+            in_chans=in_chans,
+            reduction=patch_size,
+            **factory,
+            **kwargs,
         )
         self.apply(init_linear)
 

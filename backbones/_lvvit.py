@@ -59,11 +59,14 @@ class TwoHeads(TokenHead):
         super().reset(num_classes, pool_type, **kwargs)
         self.aux = self._second(**kwargs)
 
+    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super().forward(x), self.aux(x[:, 1:]) if self.has_second() else None
+
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        out = super().forward(x, pre_logits=pre_logits)
-        if pre_logits or not self.has_second():
-            return out
-        return out + 0.5 * self.aux(x[:, 1:]).amax(1)
+        if pre_logits:
+            return super().forward(x, pre_logits=True)
+        out, patches = self.separate(x)
+        return out if patches is None else out + 0.5 * patches.amax(1)
 
 
 class LVViT(PlainViT):

@@ -96,6 +96,10 @@ class TokenHead(ClassifierHead):
             self.token = pool_type == "token"
         super().reset(num_classes, "" if self.token else pool_type, **kwargs)
 
+    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""
+        return self(x), None
+
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         if self.of_positions:
             x = x[:, 1:].unsqueeze(2)
@@ -176,9 +180,12 @@ class PlainViT(Plain):
         self.full_last = full_last
         self.depth = len(blocks)
 
-    def begin(self, x: torch.Tensor, maps: bool = True) -> tuple[torch.Tensor, TokenState]:
+    def begin(self, x: torch.Tensor, maps: bool = True, **choices) -> tuple[torch.Tensor, TokenState]:
+        """Args:
+        choices: What the reducer's `begin` lets one choose for one forward.
+        """
         x, grid = self.stem(x)
-        return x, self.reducer.begin(grid, 1, 0, maps)
+        return x, self.reducer.begin(grid, 1, 0, maps, **choices)
 
     def run_unit(self, unit: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         if self.grad_checkpointing:
@@ -201,9 +208,9 @@ class PlainViT(Plain):
             return self.norm(self.reducer.restored(x, state, "copy"))
         return self.norm(self.reducer.left(x, state))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves."""
-        x, state = self.begin(x, maps=self.head.of_positions)
+    def forward_features(self, x: torch.Tensor, **choices) -> torch.Tensor:
+        """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves. `choices`: see `begin`."""
+        x, state = self.begin(x, maps=self.head.of_positions, **choices)
         for unit in self.blocks:
             x, state = self.run_unit(unit, x, state)
         return self.to_features(x, state)

@@ -45,6 +45,7 @@ class TokenState(NamedTuple):
         size: (B, T), patches that each token stands for, 0 for padding; None for 1 each.
         levels: Those that were left.
         window: Rows and columns of the windows in whose order the patches are; None for the grid's order.
+        r: How many tokens each reduction takes away, where whoever began the forward says so.
     """
 
     grid: tuple[int, int]
@@ -55,6 +56,7 @@ class TokenState(NamedTuple):
     size: torch.Tensor | None = None
     levels: tuple[Level, ...] = ()
     window: tuple[int, int] | None = None
+    r: float | None = None
 
     def reduced(self, left, merged, assignment, size) -> "TokenState":
         """The state after a reduction from the tokens `left` to `merged`."""

@@ -47,6 +47,7 @@ class Fusion(Reducer):
         bidirectional: bool = True,
         cells_first: bool = False,
         multiple: int = 1,
+        r_eval: float | None = None,
     ):
         """Args:
         blocks: Which blocks merge, counted from 0.
@@ -57,16 +58,19 @@ class Fusion(Reducer):
         cells_first: The first merge is within 2x2 cells of the grid, one way (for dense maps: even and odd tokens of a
             raster are stripes).
         multiple: What is left is a multiple of this, or more than r would leave.
+        r_eval: In place of r outside of training; None for r.
 
         Raises:
             InputError: r is less than 0, or criteria are not three numbers of at least 0.
         """
         super().__init__()
-        if r < 0 or (r >= 1 and int(r) != r):
-            raise InputError(f"r must be a part below 1, or a whole number of tokens, got {r}")
+        for name, value in (("r", r), ("r_eval", 0 if r_eval is None else r_eval)):
+            if value < 0 or (value >= 1 and int(value) != value):
+                raise InputError(f"{name} must be a part below 1, or a whole number of tokens, got {value}")
         if len(criteria) != 3 or min(criteria) < 0:
             raise InputError(f"criteria must be three numbers of at least 0, got {tuple(criteria)}")
-        self.r = r if r < 1 else int(r)
+        self.r = r
+        self.r_eval = r_eval
         self.blocks = tuple(blocks)
         self.criteria = tuple(criteria)
         self.bidirectional = bidirectional
@@ -77,13 +81,20 @@ class Fusion(Reducer):
     def default_blocks(depth: int) -> Sequence[int]:
         return range(1, depth)
 
-    def count(self, tokens: int, prefix: int = 1) -> int:
+    def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool, r: float | None = None) -> TokenState:
+        """As `Reducer`; `r` is merged in place of the model's own number."""
+        if r is None:
+            r = self.r if self.training or self.r_eval is None else self.r_eval
+        return super().begin(grid, prefix, depth, maps)._replace(r=r)
+
+    def count(self, tokens: int, r: float, prefix: int = 1) -> int:
         """How many of `tokens`, those in front that are no patches included, are merged."""
         # Branches, not min and max: a compiler then knows sizes as sums.
         if tokens <= FEWEST:
             return 0
-        r = torch.sym_int((tokens - prefix) * self.r) if self.r < 1 else self.r
-        if tokens - r < FEWEST and self.r >= 1:
+        part = r < 1
+        r = torch.sym_int((tokens - prefix) * r) if part else int(r)
+        if tokens - r < FEWEST and not part:
             r = tokens - FEWEST
         if r > (tokens - prefix) // 2:
             r = (tokens - prefix) // 2
@@ -92,7 +103,7 @@ class Fusion(Reducer):
         return r
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        r = self.count(x.shape[1], state.prefix) if state.depth in self.blocks else 0
+        r = self.count(x.shape[1], state.r, state.prefix) if state.depth in self.blocks else 0
         if r == 0:
             return super().forward(block, x, state)
         attn = block.attn
@@ -140,13 +151,14 @@ class MCTF(DeiT):
         bidirectional: bool = True,
         cells_first: bool = False,
         multiple: int = 1,
+        r_eval: float | None = None,
         depth: int = 12,
         **kwargs,
     ):
         """Args:
         r: How many tokens are merged in each of `blocks` (below 1: which part of them); 0 for DeiT as it is.
         blocks: None for all but the first; with `window`, some that attend within windows.
-        criteria, bidirectional, cells_first, multiple: See `Fusion`.
+        criteria, bidirectional, cells_first, multiple, r_eval: See `Fusion`.
         **kwargs: See `DeiT`.
         """
         fusion = Fusion(
@@ -156,6 +168,7 @@ class MCTF(DeiT):
             bidirectional,
             cells_first,
             multiple,
+            r_eval,
         )
         super().__init__(fusion, depth=depth, **kwargs)
 

@@ -73,7 +73,7 @@ class TestOfficial:
     def test_schedule(self, options, tokens, wanted):
         fusion, found = mctf.Fusion(**options, blocks=()), []
         for _ in wanted:
-            tokens -= fusion.count(tokens)
+            tokens -= fusion.count(tokens, fusion.r)
             found.append(tokens)
         assert found == wanted
 
