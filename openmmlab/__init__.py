@@ -33,6 +33,8 @@ from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
 from terrazzo.openmmlab.roma_pretraining import RoMAPretraining  # noqa: E402
 from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
 from terrazzo.openmmlab.throughput import ThroughputHook  # noqa: E402
+from terrazzo.openmmlab.token_budget import TokenBudget  # noqa: E402
+from terrazzo.openmmlab.token_consistency import TokenConsistency  # noqa: E402
 
 __all__ = [
     "Bfloat16OptimWrapper",
@@ -50,4 +52,6 @@ __all__ = [
     "SeedingHook",
     "TerrazzoBackbone",
     "ThroughputHook",
+    "TokenBudget",
+    "TokenConsistency",
 ]

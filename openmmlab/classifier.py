@@ -29,11 +29,14 @@ class Classifier(BaseModel):
         loss: `type` (BinaryCrossEntropy, CrossEntropyLoss, LabelSmoothingCrossEntropy or SoftTargetCrossEntropy) and
             its arguments. By default LabelSmoothingCrossEntropy, or SoftTargetCrossEntropy with mixup.
         mixup: arguments of `timm.data.Mixup`, for mixup and CutMix; None for neither.
+        recipe: `type` (`TokenConsistency` or `TokenBudget`) and its arguments: how a family trains where it takes more
+            than the loss of the logits.
         data_preprocessor: mmengine's; by default it only moves the batch to the device.
         init_cfg: mmengine's; weights are left to timm and to `checkpoint`.
 
     Raises:
-        InputError: if the model or loss is unknown, or the number of classes is missing.
+        InputError: if the model or loss is unknown, the number of classes is missing, or the recipe is of another
+            family.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Classifier(BaseModel):
         loss: dict | None = None,
         mixup: dict | None = None,
         probe: bool = False,
+        recipe: dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ):
@@ -70,6 +74,13 @@ class Classifier(BaseModel):
         if mixup and kind == "LabelSmoothingCrossEntropy":
             raise InputError("mixup makes soft targets; use SoftTargetCrossEntropy, and Mixup's own label_smoothing")
         self.loss = LOSSES[kind](**arguments)
+        self.recipe = MODELS.build(recipe) if recipe else None
+        if self.recipe is not None:
+            if probe:
+                raise InputError("probe trains the last layer alone, and recipe the whole model; choose one of them")
+            self.recipe.prepare(
+                self.backbone, name=name, checkpoint=checkpoint, pretrained=options.get("pretrained", False)
+            )
 
     def forward(self, inputs: Tensor | list[Tensor], targets: Tensor | list | None = None, mode: str = "tensor") -> Any:
         """Classifies images.
@@ -77,15 +88,16 @@ class Classifier(BaseModel):
         Args:
             inputs: B 3 H W, or a list of B images.
             targets: B class indices.
-            mode: "loss" gives `{"loss": ...}`; "predict" a list of B dicts with `scores` (probabilities of each class),
-                `pred_label` and, where there are targets, `gt_label`; "tensor" the logits, B x classes.
+            mode: "loss" gives `{"loss": ...}`, or the recipe's terms; "predict" a list of B dicts with `scores`
+                (probabilities of each class), `pred_label` and, where there are targets, `gt_label`; "tensor" the
+                logits, B x classes.
         """
         if isinstance(inputs, (list, tuple)):
             inputs = torch.stack(list(inputs))
         if targets is not None:
             targets = torch.as_tensor(targets, device=inputs.device)
         if mode == "loss":
-            return {"loss": self._loss(inputs, targets)}
+            return self._losses(inputs, targets)
         logits = self.backbone(inputs)
         if mode == "tensor":
             return logits
@@ -106,15 +118,19 @@ class Classifier(BaseModel):
         """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them anew."""
         self._is_init = True
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a training batch, mixed if so configured."""
+    def _losses(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The losses of a training batch, mixed if so configured."""
+        labels = targets[:, None]
         if self.mixup is not None:
             if len(inputs) % 2:
                 raise InputError(
                     f"mixup pairs images, and this batch has {len(inputs)}; use an even batch_size and drop_last=True"
                 )
+            labels = torch.stack([targets, targets.flip(0)], 1)  # what timm mixes
             inputs, targets = self.mixup(inputs, targets)
-        return self.loss(self.backbone(inputs), targets)
+        if self.recipe is None:
+            return {"loss": self.loss(self.backbone(inputs), targets)}
+        return self.recipe.losses(self.backbone, inputs, labels, lambda logits: self.loss(logits, targets))
 
 
 def _head_names(model: nn.Module) -> list[str]:

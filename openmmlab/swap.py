@@ -35,6 +35,7 @@ def swap_backbone(cfg: Config, name: str, **arguments: Any) -> None:
         kept["drop_path_rate"] = settings["drop_path_rate"]
     if cfg.model.type == "Classifier":
         cfg.model.backbone = ConfigDict({**kept, "name": name, **arguments})
+        cfg.model.pop("recipe", None)  # which is of a family
         return
     model, info = _described(name)
     # Where several maps share a stride, the last has seen most layers.

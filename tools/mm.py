@@ -206,6 +206,7 @@ def _moved(points: Any, new: int, old: int, least: int) -> Any:
 def _without_weights(settings: Any) -> Any:
     """The settings of a model, changed in place so that building it loads and downloads no weights."""
     if isinstance(settings, dict):
+        settings.pop("recipe", None)  # which is for training, and may read a teacher's
         if settings.get("pretrained"):
             settings["pretrained"] = False if "name" in settings else None
         if "name" in settings and settings.get("checkpoint"):

@@ -1,5 +1,6 @@
 """`terrazzo test`: the metrics of a checkpoint on its config's test data."""
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -54,6 +55,8 @@ def evaluate(cfg, checkpoint: Path) -> dict[str, float]:
     with mm.quiet():
         # mmengine loads what fits and goes on: this is where a checkpoint that does not fit is refused.
         mm.build_model(cfg, checkpoint)
+        cfg = copy.deepcopy(cfg)
+        cfg.model.pop("recipe", None)  # which is for training, and may read a teacher's weights
         with tempfile.TemporaryDirectory() as scratch, progress("testing") as bar:
             runner = build_runner(cfg, scratch, load_from=checkpoint)
             runner.register_hook(mm.Ticker(bar))

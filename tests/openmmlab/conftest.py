@@ -3,6 +3,7 @@
 import pytest
 import timm
 import tiny_data as data
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +58,8 @@ def _shrink(value):
 SMALLER = {
     "mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4)),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
+    "mctf": dict(embed_dim=96, num_heads=3),
+    "asvit": dict(embed_dim=96, num_heads=3),
 }
 
 
@@ -97,8 +100,15 @@ def _shrink_model(model):
             part["size"] = (64, 64)
 
 
+def _write_teacher(model, file):
+    """Random weights for a model that distils from those that it begins with."""
+    options = {key: value for key, value in model.backbone.items() if key != "name"}
+    torch.save(timm.create_model(model.backbone.name, **options).state_dict(), file)
+    model.backbone.checkpoint = str(file)
+
+
 @pytest.fixture
-def tiny_config(tiny_data):
+def tiny_config(tiny_data, tmp_path):
     """A function from the name of a packaged config to that config, on tiny data, for one training step."""
     from terrazzo.openmmlab.config import load_config
 
@@ -113,6 +123,8 @@ def tiny_config(tiny_data):
         for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
             _shrink(cfg[loader])
         _shrink_model(cfg.model)
+        if (cfg.model.get("recipe") or {}).get("type") == "TokenBudget":
+            _write_teacher(cfg.model, tmp_path / "teacher.pt")
         return cfg
 
     return config_of

@@ -1,0 +1,159 @@
+"""AS-ViT's fine-tuning: thresholds learn to keep as many tokens as a budget allows; the full network is the teacher.
+
+Source: arXiv 2209.13802, section 3.3. The authors' published training does not run: the model returns names that it
+never defines, and six things where the loss takes five, and two files import classes that do not exist. What is here
+is what these parts are for, by the formulas.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from terrazzo.backbones._deit import DeiT
+from terrazzo.backbones._lvvit import LVViT
+from terrazzo.backbones._plain import PlainViT
+from terrazzo.backbones._tokens import Reducer
+from terrazzo.backbones.asvit import Pruning
+from terrazzo.errors import InputError
+from terrazzo.openmmlab._timm import load_weights
+
+
+def cost(backbone: DeiT | LVViT, grid: tuple[int, int], tokens: Sequence[Tensor | float]) -> Tensor | float:
+    """Multiply-adds of an image in G, as the authors' loss counts them: patches and blocks, no classifier.
+
+    Args:
+        grid: rows and columns of the patches.
+        tokens: of each block, how many it runs on: numbers, or tensors (B,).
+    """
+    dim, patches = backbone.num_features, grid[0] * grid[1]
+    if isinstance(backbone, LVViT):
+        attn, mlp = backbone.blocks[0].attn, backbone.blocks[0].mlp
+        heads, hidden, width = attn.num_heads, mlp.fc1.out_features, backbone.stem.patches.conv1.out_channels
+        # At half the size of the image, 64 places of a patch: three convolutions, and the one to patches.
+        stem = 64 * patches * width * (49 * backbone.in_chans + 2 * 9 * width + dim)
+        linear, square = 4 * dim**2 + 2 * dim * hidden + 14 * dim + 9 * hidden, 2 * dim + 6 * heads
+    else:
+        stem = patches * dim * backbone.in_chans * backbone.feature_info[0]["reduction"] ** 2
+        linear, square = 12 * dim**2, 2 * dim
+    return (stem + sum(linear * n + square * n**2 for n in tokens)) / 1e9
+
+
+@MODELS.register_module()
+class TokenBudget:
+    """A `recipe` of `Classifier`: a budget for the mean cost of a batch, and distillation from the full network.
+
+        loss + weight * |mean cost - budget * full cost| + distillation * KL(teacher, student)
+
+    with costs in G of multiply-adds (`cost`). The full cost is of the patches without a class token, as the authors'
+    is, so that a budget of 1 is missed by half a percent. The mean is over the images of a process. LV-ViT learns the
+    class token's logits alone, and those of its second classifier for each kept patch are distilled, too, by as much.
+
+    The teacher is the same network with nothing dropped, and stays as it is. Its weights are those that the model
+    begins with. No checkpoint holds them: a run that is resumed reads them again.
+
+    Clip no gradients: that of a threshold is large and seldom, and Adam's step is the rate all the same.
+
+    Args:
+        budget: the part of the full cost that is to be left, 0 to 1.
+        weight: of the budget; costs are in G, so what it means depends on the size of the model.
+        distillation: of the teacher's logits; 0 for no teacher.
+        teacher: a file of the full network's weights. By default those that `backbone.checkpoint` or
+            `backbone.pretrained` gives the model.
+
+    Raises:
+        InputError: a budget that is none.
+    """
+
+    def __init__(self, budget: float, weight: float = 2.0, distillation: float = 0.5, teacher: str | None = None):
+        if not 0 < budget <= 1:
+            raise InputError(f"budget must be above 0 and at most 1, got {budget}")
+        self.budget = budget
+        self.weight = weight
+        self.distillation = distillation
+        self.file = teacher
+        self.teacher: PlainViT | None = None
+
+    def prepare(self, backbone: nn.Module, name: str, checkpoint: str | None = None, pretrained: bool = False) -> None:
+        """Makes the teacher.
+
+        Args:
+            backbone: the model, with the weights that it begins with.
+            name: its registered name.
+            checkpoint, pretrained: where these are from.
+
+        Raises:
+            InputError: the model drops no tokens by thresholds, or the teacher would have no weights, or those of
+                other classes.
+        """
+        reducer = getattr(backbone, "reducer", None)
+        if not isinstance(reducer, Pruning) or reducer.form not in ("auto", "masked"):
+            form = f" of form {reducer.form!r}" if isinstance(reducer, Pruning) else ""
+            raise InputError(
+                f"TokenBudget trains the thresholds of AS-ViT, with form 'auto' or 'masked', and the model is "
+                f"{type(backbone).__name__}{form}; see recipe"
+            )
+        if self.distillation == 0:
+            return
+        file = self.file or checkpoint
+        fits = pretrained and backbone.num_classes == backbone.pretrained_cfg["num_classes"]
+        if file is None and not fits:
+            raise InputError(
+                f"TokenBudget distils from the full network, and no weights of '{name}' with {backbone.num_classes} "
+                "classes are named; set backbone.checkpoint or recipe.teacher to a file of a plain ViT that was "
+                "trained for them, or recipe.distillation=0"
+            )
+        teacher = copy.deepcopy(backbone)
+        teacher.reducer = Reducer()
+        if file is not None:
+            load_weights(teacher, name, file)
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def losses(
+        self, backbone: PlainViT, inputs: Tensor, labels: Tensor, loss: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """The terms of a step.
+
+        Args:
+            inputs: B 3 H W.
+            labels: not looked at.
+            loss: from logits, B x classes, to the loss of the labels.
+
+        Returns:
+            `loss_cls`, `loss_budget` and, with a teacher, `loss_distill` and, for LV-ViT, `loss_patches`, which are to
+            be added up; `cost`, the mean one as a part of the full one, and `kept0`, ...: the part of the patches that
+            each stage leaves.
+        """
+        x, state = backbone.begin(inputs, maps=backbone.head.of_positions)
+        tokens = []
+        for block in backbone.blocks:
+            x, state = backbone.run_unit(block, x, state)
+            tokens.append(x.shape[1] if state.keep is None else state.keep.sum(1))
+        patches = state.grid[0] * state.grid[1]
+        full = cost(backbone, state.grid, [patches] * len(tokens))
+        mean = torch.as_tensor(cost(backbone, state.grid, tokens)).mean()
+        logits, of_patches = backbone.head.separate(backbone.to_features(x, state))
+        found = dict(loss_cls=loss(logits), loss_budget=self.weight * (mean - self.budget * full).abs())
+        if self.distillation:
+            # It is no part of the model, so nothing else moves it to where the images are.
+            teacher = self.teacher.to(inputs.device)
+            with torch.no_grad():
+                wanted, of_teacher = teacher.head.separate(teacher.forward_features(inputs))
+            found["loss_distill"] = self.distillation * divergence(logits, wanted).mean()
+            if of_patches is not None:
+                kept = torch.ones_like(x[:, 1:, 0]) if state.keep is None else state.keep[:, 1:].detach().round()
+                apart = divergence(of_patches, of_teacher) * kept
+                found["loss_patches"] = self.distillation * apart.sum() / kept.sum().clamp(min=1)
+        found["cost"] = mean.detach() / full
+        for i, stage in enumerate(backbone.reducer.blocks):
+            found[f"kept{i}"] = ((torch.as_tensor(tokens[stage]).detach() - state.prefix) / patches).mean()
+        return found
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher, student) of logits (..., classes)."""
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
