@@ -5,8 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
+import tiny_data
 import torch
 from PIL import Image
+
+from terrazzo.openmmlab.config import load_config
 
 CONFIG = "fpn_dinat-mini_floors"
 TINY = (
@@ -33,7 +37,6 @@ def test_train_resume_and_test(shell, run, floors, tmp_path):
 
 
 def test_shortened_schedules_end_with_the_training():
-    from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 
     cfg = load_config(CONFIG)
@@ -63,7 +66,6 @@ def points(cfg):
     ],
 )
 def test_shortened_schedules_keep_their_proportions(name, epochs, expected):
-    from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 
     cfg = load_config(name)
@@ -72,7 +74,6 @@ def test_shortened_schedules_keep_their_proportions(name, epochs, expected):
 
 
 def test_shortened_schedules_of_iterations():
-    from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 
     cfg = load_config("mask2former_dinat-large_16xb1-lsj-100e_coco", options={"param_scheduler.T_max": 737_500})
@@ -88,7 +89,6 @@ def test_rate_of_a_shortened_run(length):
     from mmengine.optim import OptimWrapper
     from mmengine.registry import PARAM_SCHEDULERS
 
-    from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 
     cfg = load_config("dinat-mini_8xb128-300e_imagenet")
@@ -202,3 +202,22 @@ def test_test_refusals(refused, trained, floors, tmp_path):
     assert "is a file" in refused("test", config, checkpoint, "--out", half / "metrics.json")
     assert "did you mean" in refused("test", "fpn_dinat-mini_flors", checkpoint, *out)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_is_for_training_alone(refused, run, tmp_path):
+    """Training without the teacher's weights is refused before anything is made; testing needs none."""
+    config = "asvit-deit-tiny_1xb64-30e_eurosat64"
+    cfg = load_config(config)
+    tiny_data.write_folders(tmp_path, cfg.metainfo.classes, (64, 64))
+    words = refused("train", config, "--data-root", tmp_path, "--work-dir", tmp_path / "work")
+    assert "set backbone.checkpoint or recipe.teacher" in words
+    assert not (tmp_path / "work").exists()
+    small = dict(cfg.model.backbone, embed_dim=48, depth=3, blocks=(1, 2))
+    model = timm.create_model(small.pop("name"), **small)
+    weights = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "trained.pth")
+    options = ("model.backbone.embed_dim=48", "model.backbone.depth=3", "model.backbone.blocks=(1, 2)")
+    options = ("--cfg-options", *options, "test_dataloader.num_workers=0")
+    tested = run("test", config, tmp_path / "trained.pth", "--data-root", tmp_path, *options)
+    assert tested.exit_code == 0, tested.output
+    assert "accuracy/top1" in tested.stdout
