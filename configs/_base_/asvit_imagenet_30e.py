@@ -5,7 +5,7 @@ authors' 0.1 never reaches their model). Another budget: `--cfg-options model.re
 weights is validated and saved; a short run turns it off: `--cfg-options custom_hooks=[]`. Deviations: their code does
 not run as it is published (see `terrazzo/openmmlab/token_budget.py`); an epoch shows each image once, theirs shows a
 third of them three times (repeated augmentation); they validate with a number of tokens that the batch decides on. On
-fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`. In mixed precision: `--amp bf16`.
+fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`. In mixed precision: `--amp fp16`.
 """
 
 _base_ = ["classification_runtime.py", "imagenet.py"]

@@ -71,3 +71,9 @@ def test_refusals():
     cfg.model.backbone = dict(type="ResNet", depth=18)
     with pytest.raises(InputError, match="no TerrazzoBackbone"):
         swap_backbone(cfg, "resnet18")
+
+
+def test_a_recipe_goes_with_its_family():
+    cfg = load_config("mctf-deit-tiny_1xb64-30e_eurosat64")
+    swap_backbone(cfg, "resnet18")
+    assert MODELS.build(cfg.model).recipe is None

@@ -92,8 +92,9 @@ def test_the_teacher_stays_where_it_is(batch, monkeypatch):
     assert model(x, labels, mode="loss")["loss_consistency"] == 0
 
 
-def test_every_parameter_learns(batch):
-    model = classifier()
+@pytest.mark.parametrize(("r", "r_max"), [(9, 4), (0.35, 0.15)])
+def test_every_parameter_learns(batch, r, r_max):
+    model = classifier(r_max, backbone=dict(BACKBONE, r=r))
     sum(value for key, value in model(*batch, mode="loss").items() if "loss" in key).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
