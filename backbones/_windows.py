@@ -6,6 +6,7 @@ one window is attended to as a whole.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,9 @@ class Windows(Reducer):
         self.window = window
         self.global_blocks = global_blocks
 
+    def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool, **choices: Any) -> TokenState:
+        return self.reducer.begin(grid, prefix, depth, maps, **choices)
+
     def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         if state.depth in self.global_blocks or max(state.grid) <= self.window:
             return self.reducer(block, x, state)
@@ -116,7 +120,7 @@ class Windows(Reducer):
             return torch.cat([front, body.unflatten(1, (rows * columns, -1))], 2).flatten(0, 1)
 
         size = None if state.size is None else fold(state.size.unsqueeze(2)).squeeze(2)
-        inside = TokenState(state.window, state.prefix, state.depth, maps=True, size=size)
+        inside = TokenState(state.window, state.prefix, state.depth, maps=True, size=size, r=state.r)
         return fold(x), inside
 
     @staticmethod

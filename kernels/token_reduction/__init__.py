@@ -239,12 +239,17 @@ def unmerge(tokens: torch.Tensor, map: torch.Tensor, parked: torch.Tensor | None
         batch, count, channels = tokens.shape
         first = torch.arange(batch, device=map.device).unsqueeze(1) * count
         return tokens.reshape(-1, channels).index_select(0, (map + first).flatten()).view(*map.shape, channels)
-    return torch.where(map.unsqueeze(-1) < 0, parked, unmerge(tokens, map.clamp(min=0)))
+    return torch.where(map.unsqueeze(-1) < 0, parked, unmerge(tokens, _existing(map)))
 
 
 def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     """The map of one reduction after another: `inner` (B, N) first, then `outer` (B, M); -1 stays -1."""
-    return torch.where(inner < 0, -1, outer.gather(1, inner.clamp(min=0)))
+    return torch.where(inner < 0, -1, outer.gather(1, _existing(inner)))
+
+
+def _existing(map: torch.Tensor) -> torch.Tensor:
+    """Any token in the place of none; TensorRT clamps no integers."""
+    return torch.where(map < 0, 0, map)
 
 
 def prop_bias(size: torch.Tensor | None) -> torch.Tensor | None:

@@ -104,8 +104,9 @@ class TestMerging:
         model = small(window=5, **options)
         x, state = run(model, image(ODD, batch=2).double())
         inside = 1 + 4 * 5
-        counts = [inside - model.reducer.reducer.count(inside)]
-        counts.append(counts[0] - model.reducer.reducer.count(counts[0]))
+        fusion = model.reducer.reducer
+        counts = [inside - fusion.count(inside, fusion.r)]
+        counts.append(counts[0] - fusion.count(counts[0], fusion.r))
         assert [level.merged.shape[1] for level in state.levels] == [1 + 6 * (count - 1) for count in counts]
         assert inside > counts[0] > counts[1]
         assert x.shape[1] == state.levels[-1].merged.shape[1]
@@ -116,6 +117,14 @@ class TestMerging:
             assert (level.map[:, 0] == 0).all()
             assert (level.size.sum(1) == 1 + 7 * 13).all()
             before = count
+
+    @torch.no_grad()
+    def test_another_number_for_one_forward(self):
+        """What the reducer lets one choose reaches it through the windows."""
+        model = small(window=5)
+        tokens = [model.forward_features(image(ODD).double(), **choice).shape[1] for choice in ({}, {"r": 1}, {"r": 0})]
+        assert tokens[1:] == [1 + 6 * (4 * 5 - 2), 1 + 7 * 13]  # padding leaves where nothing was merged
+        assert tokens[0] < tokens[1]
 
     @torch.no_grad()
     def test_cells_are_of_the_grid(self):
