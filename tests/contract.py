@@ -30,7 +30,7 @@ from timm.models._manipulate import group_parameters, group_with_matcher
 
 import terrazzo
 from terrazzo.backbones._weights import RECONSTRUCTED
-from terrazzo.tools.measure import measure
+from terrazzo.tools import cards, results
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, plain
 MAX_SIDE = 96  # of the costlier checks
@@ -74,10 +74,12 @@ class BackboneContract(CapabilityContract):
 
     def test_parameters_and_macs(self, variant):
         parameters, gmacs = self.costs[variant]
-        model = timm.create_model(variant, device="meta")
-        measured = measure(model, model.default_cfg["input_size"][-1])
-        assert measured.params == parameters
-        assert measured.macs / 1e9 == pytest.approx(gmacs, rel=0.02)
+        found = cards.measure_model(variant)
+        assert found[0].p50 == parameters
+        assert found[1].p50 / 1e9 == pytest.approx(gmacs, rel=0.02)
+        assert found == [row for row in results.read(cards.MODELS) if row.variant == variant], (
+            "`terrazzo cards --count`"
+        )
 
     def test_arguments(self, variant):
         model = timm.create_model(

@@ -78,7 +78,12 @@ def _windows(model: tuple[str, dict[str, Any]], window: int) -> tuple[str, dict[
 
 
 FAMILIES = {
-    "asvit": Family("asvit_deit_small", (_DEIT,), _VIT),
+    "asvit": Family(
+        "asvit_deit_small",
+        ("70, 50 and 35 % kept", _DEIT),
+        _VIT,
+        variants={"70, 50 and 35 % kept": ("asvit_deit_small", dict(form="fixed"))},
+    ),
     "attnet": Family("attnet_xxs", _MOBILE),
     "dinat": Family(
         "dinat_tiny",
@@ -91,7 +96,7 @@ FAMILIES = {
     ),
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
-    "mctf": Family("mctf_deit_small", (_DEIT,), _VIT),
+    "mctf": Family("mctf_deit_small", ("mctf_deit_small_fast", _DEIT), _VIT),
     "mctf_windows": Family(
         "merging in windows of 16",
         ("merging in windows of 14", "merging", "windows of 16", "windows of 14", "deit_tiny"),

@@ -19,27 +19,29 @@ MODELS = results.FOLDER / "models.csv"
 
 def measure_models() -> list[results.Row]:
     """Parameters, multiply-adds and activations of every registered model at its default size."""
-    from terrazzo.tools.measure import measure
-    from terrazzo.tools.models import build_on_meta, pretrained_cfg, registered_models
+    from terrazzo.tools.models import registered_models
 
+    with click.progressbar(sorted(registered_models()), label="counting") as models:
+        return [row for name in models for row in measure_model(name)]
+
+
+def measure_model(name: str) -> list[results.Row]:
+    """Parameters, multiply-adds and activations of a registered model at its default size."""
+    from terrazzo.tools.measure import measure
+    from terrazzo.tools.models import build_on_meta, family_of, pretrained_cfg
+
+    size = pretrained_cfg(name).input_size
+    found = measure(build_on_meta(name), size[1:], size[0])
     rows = []
-    with click.progressbar(sorted(registered_models().items()), label="counting") as models:
-        for name, family in models:
-            size = pretrained_cfg(name).input_size
-            found = measure(build_on_meta(name), size[1:], size[0])
-            for metric, unit, value in (
-                ("parameters", "1", found.params),
-                ("multiply-adds", "1", found.macs),
-                ("activations", "1", found.activations),
-            ):
-                shape = "1x" + "x".join(map(str, size))
-                count = float(value)
-                rows.append(
-                    # A count does not depend on where or when it was made.
-                    results.Row(
-                        family, name, shape, "float32", "meta", metric, unit, count, count, count, "any", "any", ""
-                    )
-                )
+    for metric, value in (
+        ("parameters", found.params),
+        ("multiply-adds", found.macs),
+        ("activations", found.activations),
+    ):
+        count = float(value)
+        # A count does not depend on where or when it was made.
+        facts = (family_of(name), name, f"1x{'x'.join(map(str, size))}", "float32", "meta", metric, "1")
+        rows.append(results.Row(*facts, count, count, count, "any", "any", ""))
     return rows
 
 
