@@ -55,7 +55,7 @@ def suite():
 def run(suite: Path, models: tuple[str, ...], select: str) -> str:
     path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     environment = dict(os.environ, TERRAZZO_TIMM_MODELS=",".join(models), PYTHONPATH=path)
-    command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:cacheprovider", "-q", "-rp", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:cacheprovider", "-qrp", "-W", "ignore"]
     done = subprocess.run(
         [*command, "tests/test_models.py", "-k", select], cwd=suite, env=environment, capture_output=True, text=True
     )
