@@ -179,6 +179,7 @@ class CapabilityContract:
             for size in ((64, 96), (96, 70)):
                 torch.testing.assert_close(compiled(image(size)), model(image(size)), rtol=limit, atol=limit)
 
+    @pytest.mark.slow  # ONNX files are made from the same program
     def test_pt2(self, files, capability):
         from terrazzo.tools.pt2_export import ProgramForm
 
