@@ -16,6 +16,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def interpreted(kernel) -> bool:
+    """Whether a kernel was defined while `interpreting`: Triton decides that once, at its import."""
+    return not hasattr(kernel, "cache_key")
+
+
 def is_amd() -> bool:
     return torch.version.hip is not None
 
@@ -69,6 +74,14 @@ def precision(dtype: torch.dtype) -> str:
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed and dtype == torch.float32 else "ieee"
+
+
+def within(limit: int, *sizes: int) -> bool:
+    """Whether no size is above the limit. A plain bool also where a size is symbolic, which a comparison is not."""
+    for size in sizes:  # noqa: SIM110
+        if size > limit:
+            return False
+    return True
 
 
 def block_of(size: int) -> int:

@@ -61,3 +61,9 @@ def limits(names, found, plain, exact, units=((torch.float32, 3),), sums=()):
         floor *= 2 if name in sums else 1
         allowed[name] = (error, max(2 * theirs, floor))
     return allowed
+
+
+def check(errors, times=1):
+    """What `limits` found, each of so many times what it allows at most."""
+    for name, (error, allowed) in errors.items():
+        assert error <= times * allowed, f"{name}: {error:.2e}, allowed are {times * allowed:.2e}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import block_of, is_amd, on_device, precision
+from terrazzo.kernels.triton_host import block_of, interpreted, is_amd, on_device, precision, within
 
 _HEAD_DIMS = (8, 128)
 # A class of at most so many positions is one block of dense attention.
@@ -24,9 +24,9 @@ _PARTIAL_BYTES = 64 << 20
 
 def fits(head_dim: int) -> bool:
     """Whether registers hold tiles of such vectors. A plain bool also where `head_dim` is symbolic."""
-    if _HEAD_DIMS[0] <= head_dim <= _HEAD_DIMS[1]:  # noqa: SIM103
-        return True
-    return False
+    if head_dim < _HEAD_DIMS[0]:
+        return False
+    return within(_HEAD_DIMS[1], head_dim)
 
 
 def misfit(head_dim_fits: bool) -> str | None:
@@ -150,7 +150,7 @@ class _Call:
             HAS_BIAS=self.has_bias,
             VECTOR=math.gcd(16, *self.strides),
             PRECISION=precision(self.dtype),
-            INTERPRETED=not hasattr(fused_forward.forward_tiles, "cache_key"),
+            INTERPRETED=interpreted(fused_forward.forward_tiles),
         )
 
     def cut(self, kernel: str) -> tuple[Blocks, dict[str, object]]:

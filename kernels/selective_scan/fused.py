@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from terrazzo.kernels.selective_scan.scans import Scans
-from terrazzo.kernels.triton_host import on_device
+from terrazzo.kernels.triton_host import on_device, within
 
 # Steps of a chunk: those that the backward pass has in registers at once. The state before each chunk is kept.
 CHUNK = 32
@@ -23,9 +23,7 @@ _LONG = 256
 
 def fits(states: int) -> bool:
     """Whether registers hold so many states. A plain bool also where the number is symbolic."""
-    if states <= _STATES:  # noqa: SIM103
-        return True
-    return False
+    return within(_STATES, states)
 
 
 def misfit(states_fit: bool) -> str | None:

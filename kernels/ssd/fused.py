@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import block_of, is_amd, on_device, precision
+from terrazzo.kernels.triton_host import block_of, interpreted, is_amd, on_device, precision, within
 
 _WIDEST = 64
 _CARRIED = 256  # numbers of a state that one program carries over the chunks
@@ -16,9 +16,7 @@ _CARRIED = 256  # numbers of a state that one program carries over the chunks
 
 def fits(states: int, width: int) -> bool:
     """Whether registers hold such a state. A plain bool also where a size is symbolic."""
-    if states <= _WIDEST and width <= _WIDEST:  # noqa: SIM103
-        return True
-    return False
+    return within(_WIDEST, states, width)
 
 
 def misfit(sizes_fit: bool) -> str | None:
@@ -73,7 +71,7 @@ class _Call:
             CHUNK=chunk(self.x.dtype.itemsize),
             REVERSE=self.reverse,
             PRECISION=precision(self.x.dtype),
-            INTERPRETED=not hasattr(fused_kernels.outputs, "cache_key"),
+            INTERPRETED=interpreted(fused_kernels.outputs),
             num_warps=warps(self.x.dtype.itemsize, is_amd()),
             num_stages=1,  # nothing is loaded in a loop
         )

@@ -3,8 +3,9 @@
 import torch
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import attention_host
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.strip_attention import fused, op
+from terrazzo.kernels.strip_attention import op
 from terrazzo.kernels.strip_attention.op import describe
 
 __all__ = ["describe", "strip_attention", "why"]
@@ -64,4 +65,4 @@ def why(backend: str = "auto", value: torch.Tensor | None = None) -> _backend.Ch
     """
     if value is None:
         return op.choose(backend, torch.get_default_device(), torch.float32, True)
-    return op.choose(backend, value.device, value.dtype, fused.fits(value.shape[-1]))
+    return op.choose(backend, value.device, value.dtype, attention_host.fits(value.shape[-1]))

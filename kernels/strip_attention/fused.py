@@ -8,33 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import block_of, on_device, precision
+from terrazzo.kernels.attention_host import Blocks
+from terrazzo.kernels.triton_host import on_device
 
-_HEAD_DIM = 128
 # Programs that fill a large GPU a few times over: where there are fewer blocks of keys, their queries are split.
 _PROGRAMS = 512
 _LEAST_ROWS = 256
-
-
-def fits(head_dim: int) -> bool:
-    """Whether registers hold blocks of such vectors. A plain bool also where `head_dim` is symbolic."""
-    if head_dim <= _HEAD_DIM:  # noqa: SIM103
-        return True
-    return False
-
-
-def misfit(head_dim_fits: bool) -> str | None:
-    return None if head_dim_fits else f"needs a head_dim of at most {_HEAD_DIM}"
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel is cut: queries and keys at a time, and how it is compiled."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def blocks(kernel: str, itemsize: int) -> Blocks:
@@ -91,16 +70,7 @@ class _Call:
 
         head_dim, dtype = self.value.shape[3], self.value.dtype
         found = blocks(kernel, dtype.itemsize)
-        return found, dict(
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_of(head_dim),
-            BLOCK_N=found.queries,
-            BLOCK_L=found.keys,
-            PRECISION=precision(dtype),
-            INTERPRETED=not hasattr(fused_kernels.forward, "cache_key"),
-            num_warps=found.warps,
-            num_stages=found.stages,
-        )
+        return found, found.constants(fused_kernels.forward, head_dim, dtype)
 
 
 def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Call:

@@ -3,17 +3,19 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from terrazzo.kernels import attention_host, triton_host
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.strip_attention import fused, portable, reference
 
 
+def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
+    return triton_host.refusals(device, dtype, attention_host.misfit(head_dim_fits))
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose(
-        "strip_attention", backend, *triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
-    )
+    return _backend.choose("strip_attention", backend, *_refusals(device, dtype, head_dim_fits))
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -27,7 +29,9 @@ _chosen._dynamo_marked_constant = True
 
 def _name(backend: str, value: torch.Tensor) -> str:
     """Of the backend that runs inside of the op; what `attend` passes is resolved already."""
-    return _chosen(backend, value.device, value.dtype, fused.fits(value.shape[-1])) if backend == "auto" else backend
+    if backend != "auto":
+        return backend
+    return _chosen(backend, value.device, value.dtype, attention_host.fits(value.shape[-1]))
 
 
 @torch.library.custom_op("terrazzo::strip_attention", mutates_args=())
@@ -99,7 +103,7 @@ def _backward_flops(grad, query, key, value, sums, *args, **kwargs) -> int:
 
 def describe(device: torch.device, query, key, value, backend) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = triton_host.refusals(device, value.dtype, fused.misfit(fused.fits(value.shape[-1])))
+    refusals, discouraged = _refusals(device, value.dtype, attention_host.fits(value.shape[-1]))
     batch, keys, heads, dim = value.shape
     return Call(
         shape={"B": batch, "queries": query.shape[1], "keys": keys, "heads": heads, "dim": dim},
@@ -113,7 +117,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend:
     """Strip attention, arguments checked."""
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
         return portable.whole(query, key, value)
-    backend = _chosen(backend, value.device, value.dtype, fused.fits(value.shape[-1]))
+    backend = _chosen(backend, value.device, value.dtype, attention_host.fits(value.shape[-1]))
     if backend == "reference":
         return reference.strip_attention(query, key, value)
     # A compiler sees one op, whatever the sizes.

@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import attention_host
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.token_reduction import fused, op, portable, reference
+from terrazzo.kernels.token_reduction import op, portable, reference
 from terrazzo.kernels.token_reduction.op import describe
 from terrazzo.kernels.token_reduction.partition import sizes as _partition_sizes
+from terrazzo.kernels.token_reduction.portable import attend
 
 __all__ = [
     "Plan",
+    "attend",
     "attention",
     "column_mean",
     "compose",
@@ -302,19 +305,21 @@ def prune(
 
 
 def prune_packed(
-    x: torch.Tensor, score: torch.Tensor, threshold: torch.Tensor | float, offsets: torch.Tensor
+    x: torch.Tensor, score: torch.Tensor, threshold: torch.Tensor | float, offsets: torch.Tensor, protect: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each image keep the first token and those whose score is larger than the threshold, in order.
+    """Of each image keep the protected tokens in front and those whose score is larger than the threshold, in order.
 
     Args:
         x: (sum of T, C), the tokens of all images one after another.
-        score: (sum of T,).
+        score: (sum of T,). Those of protected tokens are not read.
         offsets: (B + 1,) int32, where each image begins ("cu_seqlens").
 
     Returns:
         The kept tokens, the new offsets, and the kept tokens' indices in x.
     """
-    keep = (score.detach() > threshold).index_fill(0, offsets[:-1].long(), True)
+    begin = offsets[:-1].repeat_interleave(offsets.diff(), output_size=x.shape[0])
+    front = torch.arange(x.shape[0], device=x.device) - begin < protect
+    keep = front | (score.detach() > threshold)
     index = keep.nonzero().squeeze(1)
     in_front = F.pad(keep.cumsum(0), (1, 0))
     return x.index_select(0, index), in_front[offsets.long()].to(offsets.dtype), index
@@ -335,7 +340,7 @@ def column_mean(
     Returns:
         (B, N), in float32 at least.
     """
-    name = op.chosen(backend, query, fused.fits(query.shape[-1]))
+    name = op.chosen(backend, query, attention_host.fits(query.shape[-1]))
     if name == "fused":
         return op.column_mean(query.detach(), key.detach(), None if bias is None else bias.detach())
     form = reference if name == "reference" else portable
@@ -350,8 +355,8 @@ def attention(
     For those who choose values by that mean. On a GPU the mean is the kernels', and attention PyTorch's. Elsewhere
     weights that are few are computed once for both; of more neither keeps more than a tile.
     """
-    if op.chosen("auto", query, fused.fits(query.shape[-1])) == "fused":
-        return column_mean(query, key, bias, backend="fused"), partial(portable.attend, query, key, bias)
+    if op.chosen("auto", query, attention_host.fits(query.shape[-1])) == "fused":
+        return column_mean(query, key, bias, backend="fused"), partial(attend, query, key, bias)
     return portable.attention(query, key, bias)
 
 

@@ -11,25 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
+from terrazzo.kernels import attention_host
 from terrazzo.kernels.token_reduction.partition import sizes
 from terrazzo.kernels.token_reduction.portable import factors
-from terrazzo.kernels.triton_host import block_of, on_device, precision
+from terrazzo.kernels.triton_host import block_of, interpreted, on_device, precision
 
-_HEAD_DIM = 128
 # Tokens of a program that counts, and of one that pools.
 _COUNTED = 64
 _POOLED = 16
-
-
-def fits(head_dim: int) -> bool:
-    """Whether registers hold tiles of such queries and keys. A plain bool also where `head_dim` is symbolic."""
-    if head_dim <= _HEAD_DIM:  # noqa: SIM103
-        return True
-    return False
-
-
-def misfit(head_dim_fits: bool) -> str | None:
-    return None if head_dim_fits else f"needs a head_dim of at most {_HEAD_DIM}"
 
 
 @dataclass(frozen=True)
@@ -48,12 +37,11 @@ def match_blocks(itemsize: int) -> Blocks:
     return Blocks(64, 64, 32, 4, 3) if itemsize == 2 else Blocks(32, 32, 32, 4, 2)
 
 
-def column_blocks(itemsize: int, head_dim: int) -> Blocks:
-    """As `match_blocks`; own and other are queries and keys in both passes."""
-    width = block_of(head_dim)
+def column_blocks(itemsize: int, head_dim: int) -> attention_host.Blocks:
+    """As `match_blocks`, of both passes."""
     if itemsize == 2:
-        return Blocks(64, 64, width, 4, 2)
-    return Blocks(32, 32, width, 4 if width <= 64 else 8, 2)
+        return attention_host.Blocks(64, 64, 4, 2)
+    return attention_host.Blocks(32, 32, 4 if head_dim <= 64 else 8, 2)
 
 
 def block_c(channels: int) -> int:
@@ -63,10 +51,6 @@ def block_c(channels: int) -> int:
 
 def _tiles(count: int, block: int) -> int:
     return -(-count // block)
-
-
-def _interpreted(kernel) -> bool:
-    return not hasattr(kernel, "cache_key")
 
 
 def plan(
@@ -124,7 +108,7 @@ def plan(
             HAS_FACTOR=factor is not None,
             BACKWARD=rank is not None,
             PRECISION=precision(metric.dtype),
-            INTERPRETED=_interpreted(fused_match.match),
+            INTERPRETED=interpreted(fused_match.match),
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
@@ -239,24 +223,14 @@ def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | Non
     if total.numel() == 0:
         return total.sum(1)
     cut = column_blocks(query.dtype.itemsize, head_dim)
-    constants = dict(
-        HEAD_DIM=head_dim,
-        BLOCK_D=cut.channels,
-        BLOCK_N=cut.own,
-        BLOCK_L=cut.other,
-        HAS_BIAS=bias is not None,
-        PRECISION=precision(query.dtype),
-        INTERPRETED=_interpreted(fused_columns.row_sums),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+    constants = cut.constants(fused_columns.row_sums, head_dim, query.dtype) | dict(HAS_BIAS=bias is not None)
     tensors = (query, key, lse if bias is None else bias.float().contiguous(), lse)
     strides = (*query.stride()[:3], *key.stride()[:3])
     scale = 1 / math.sqrt(head_dim)
     with on_device(query.device):
-        tiles = _tiles(count, cut.own)
+        tiles = _tiles(count, cut.queries)
         fused_columns.row_sums[(batch * heads * tiles,)](*tensors, scale, heads, count, tiles, *strides, **constants)
-        tiles = _tiles(count, cut.other)
+        tiles = _tiles(count, cut.keys)
         fused_columns.column_sums[(batch * heads * tiles,)](
             *tensors, total, scale, heads, count, tiles, *strides, **constants
         )

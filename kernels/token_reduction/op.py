@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from terrazzo.kernels import attention_host, triton_host
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.token_reduction import fused
 from terrazzo.kernels.token_reduction.partition import sizes
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
+    return triton_host.refusals(device, dtype, attention_host.misfit(head_dim_fits))
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool = True) -> _backend.Choice:

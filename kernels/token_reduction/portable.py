@@ -159,8 +159,8 @@ def _attend_whole(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return weights.to(value.dtype) @ value
 
 
-def attend(query, key, bias, value: torch.Tensor) -> torch.Tensor:
-    """PyTorch's attention, with a bias of keys (B, N)."""
+def attend(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """PyTorch's attention, (B, H, N, D), with a bias (B, N) on the logits of keys, or None."""
     mask = None if bias is None else bias[:, None, None].to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 

@@ -3,8 +3,9 @@
 import torch
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import attention_host
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.varlen_attention import fused, op
+from terrazzo.kernels.varlen_attention import op
 from terrazzo.kernels.varlen_attention.op import describe
 
 __all__ = ["describe", "first_weights", "varlen_attention", "why"]
@@ -93,4 +94,4 @@ def why(backend: str = "auto", query: torch.Tensor | None = None) -> _backend.Ch
     """
     if query is None:
         return op.choose(backend, torch.get_default_device(), torch.float32, True)
-    return op.choose(backend, query.device, query.dtype, fused.fits(query.shape[-1]))
+    return op.choose(backend, query.device, query.dtype, attention_host.fits(query.shape[-1]))

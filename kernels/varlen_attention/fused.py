@@ -10,30 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import block_of, on_device, precision
-
-_HEAD_DIM = 128
-
-
-def fits(head_dim: int) -> bool:
-    """Whether registers hold blocks of such vectors. A plain bool also where `head_dim` is symbolic."""
-    if head_dim <= _HEAD_DIM:  # noqa: SIM103
-        return True
-    return False
-
-
-def misfit(head_dim_fits: bool) -> str | None:
-    return None if head_dim_fits else f"needs a head_dim of at most {_HEAD_DIM}"
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel is cut: queries and keys at a time, and how it is compiled."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+from terrazzo.kernels.attention_host import Blocks
+from terrazzo.kernels.triton_host import on_device
 
 
 def blocks(kernel: str, head_dim: int, itemsize: int) -> Blocks:
@@ -72,16 +50,7 @@ class _Call:
         found = blocks(kernel, head_dim, self.query.dtype.itemsize)
         tiles = -(-self.longest // (found.keys if kernel == "keys" else found.queries))
         strides = (stride for x in self.tensors[:3] for stride in x.stride()[:2])
-        constants = dict(
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_of(head_dim),
-            BLOCK_N=found.queries,
-            BLOCK_L=found.keys,
-            PRECISION=precision(self.query.dtype),
-            INTERPRETED=not hasattr(fused_kernels.forward, "cache_key"),
-            num_warps=found.warps,
-            num_stages=found.stages,
-        )
+        constants = found.constants(fused_kernels.forward, head_dim, self.query.dtype)
         grid = ((len(self.offsets) - 1) * heads * tiles,)
         return grid, (1 / math.sqrt(head_dim), heads, tiles, *strides), constants
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from triton_aot import SHARED, TYPES, compile_kernel, resources
+from triton_common import check
 
 from terrazzo.kernels import triton_host
 
@@ -13,11 +14,6 @@ fused = importlib.import_module("terrazzo.kernels.attentive_conv.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
 
 SLOW = pytest.mark.slow
-
-
-def check(errors):
-    for name, (error, allowed) in errors.items():
-        assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
 
 
 class TestInterpreted:

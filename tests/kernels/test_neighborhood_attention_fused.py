@@ -7,6 +7,7 @@ import pytest
 import torch
 from neighborhood_shapes import LARGE, QUICK
 from triton_aot import SHARED, TYPES, compile_kernel, resources
+from triton_common import check
 
 from terrazzo.kernels import triton_host
 
@@ -14,11 +15,6 @@ fused = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
 
 SLOW = pytest.mark.slow
-
-
-def check(errors):
-    for name, (error, allowed) in errors.items():
-        assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
 
 
 SHAPES = [*QUICK, *(pytest.param(*shape, marks=SLOW) for shape in LARGE)]

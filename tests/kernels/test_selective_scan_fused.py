@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from triton_aot import SHARED, TYPES, compile_kernel, resources
+from triton_common import check
 
 from terrazzo.kernels import triton_host
 
@@ -17,11 +18,6 @@ SLOW = pytest.mark.slow
 
 def slow(*values):
     return pytest.param(*values, marks=SLOW)
-
-
-def check(errors, times=1):
-    for name, (error, allowed) in errors.items():
-        assert error <= times * allowed, f"{name}: {error:.2e}, allowed are {times * allowed:.2e}"
 
 
 class TestInterpreted:

@@ -6,17 +6,13 @@ import itertools
 import pytest
 import torch
 from triton_aot import SHARED, TYPES, compile_kernel, resources
+from triton_common import check
 
 fused = importlib.import_module("terrazzo.kernels.ssd.fused")
 triton_host = importlib.import_module("terrazzo.kernels.triton_host")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
 
 SLOW = pytest.mark.slow
-
-
-def check(errors):
-    for name, (error, allowed) in errors.items():
-        assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
 
 
 class TestInterpreted:

@@ -267,6 +267,18 @@ class TestPrune:
         assert found.dtype == torch.int32
         assert torch.equal(x.flatten(0, 1)[index], packed)
 
+    @pytest.mark.parametrize("protect", [0, 2])
+    def test_by_threshold_behind_other_tokens_in_front(self, protect):
+        """Of images of unlike lengths, one of which has no token and one fewer than are protected."""
+        x, _, score = (t[0] for t in inputs(9))
+        lengths = [3, 0, 1, 5]
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        packed, found, _ = prune_packed(x, score, 0.1, offsets, protect)
+        images = zip(x.split(lengths), score.split(lengths))
+        wanted = [t[(s > 0.1) | (torch.arange(len(t)) < protect)] for t, s in images]
+        assert torch.equal(packed, torch.cat(wanted))
+        assert found.diff().tolist() == [len(t) for t in wanted]
+
     def test_all_may_go(self):
         x, _, score = inputs(9, batch=1)
         tokens, assignment, _ = prune(x, score, threshold=2.0)

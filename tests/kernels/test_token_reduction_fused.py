@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from triton_aot import SHARED, TYPES, compile_kernel, resources
+from triton_common import check
 
 from terrazzo.kernels import triton_host
 
@@ -16,11 +17,6 @@ SLOW = pytest.mark.slow
 # Whatever rounds how, the map is one: see `triton_reduction.inputs`.
 EXACT = dict(exact=True, judge="portable")
 BOTH = dict(size=True, importance=True)
-
-
-def check(errors):
-    for name, (error, allowed) in errors.items():
-        assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
 
 
 class TestPlan:
@@ -229,7 +225,9 @@ def test_compiles_without_spills(kernel, size, target, dtype):
         warps, stages = cut.warps, cut.stages
     elif module == "fused_columns":
         cut = fused.column_blocks(dtype.itemsize, size)
-        values |= dict(HEAD_DIM=size, BLOCK_D=cut.channels, BLOCK_N=cut.own, BLOCK_L=cut.other, HAS_BIAS=True)
+        values |= dict(
+            HEAD_DIM=size, BLOCK_D=triton_host.block_of(size), BLOCK_N=cut.queries, BLOCK_L=cut.keys, HAS_BIAS=True
+        )
         warps, stages = cut.warps, cut.stages
     elif kernel in ("pool", "spread"):
         values |= dict(CHANNELS=size, BLOCK=fused._POOLED, BLOCK_C=fused.block_c(size))

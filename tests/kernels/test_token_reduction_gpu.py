@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import triton_reduction
+from triton_common import check
 
 from terrazzo.kernels.token_reduction import column_mean
 
@@ -14,11 +15,6 @@ if not torch.cuda.is_available():
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
 BOTH = dict(size=True, importance=True)
-
-
-def check(errors):
-    for name, (error, allowed) in errors.items():
-        assert error <= allowed, f"{name}: {error:.2e}, allowed are {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
