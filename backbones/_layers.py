@@ -32,6 +32,20 @@ class PatchConv(nn.Conv2d):
         return super().forward(F.pad(x, (0, pad, 0, pad)))
 
 
+def split_windows(x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """(B, H, W, C) to (B, rows, columns, h, w, C): windows of one size, zeros below and on the right."""
+    size = tuple(x.shape[1:3])
+    rows, columns = ((extent + side - 1) // side for extent, side in zip(size, window))
+    # Sums of products, not remainders: exporters solve those for sizes that they do not know.
+    x = F.pad(x, (0, 0, 0, columns * window[1] - size[1], 0, rows * window[0] - size[0]))
+    return x.unflatten(2, (columns, window[1])).unflatten(1, (rows, window[0])).transpose(2, 3)
+
+
+def join_windows(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The inverse of `split_windows`, to (B, H, W, C) of that size."""
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
+
+
 def pixels_of_patches(x: torch.Tensor) -> torch.Tensor:
     """The four pixels of each 2x2 patch side by side: (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4 C).
 

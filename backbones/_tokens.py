@@ -4,7 +4,6 @@ A reducer merges tokens in front of some blocks. Between two reductions lies a l
 is recorded, with the map into the next: from these a token is made for every position.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -144,7 +143,11 @@ class Reducer(nn.Module):
         """For each position the token that stands for it, -1 for none: (B, prefix + H W); None before any reduction."""
         if not state.levels:
             return None
-        return functools.reduce(lambda inner, level: compose(level.map, inner), state.levels[1:], state.levels[0].map)
+        first, *others = state.levels
+        found = first.map
+        for level in others:
+            found = compose(level.map, found)
+        return found
 
     def restored(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
         """A token for every position, (B, prefix + H W, C); `x` itself where nothing was reduced."""

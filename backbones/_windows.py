@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from terrazzo.backbones._layers import join_windows, split_windows
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.errors import InputError
 
@@ -33,17 +34,12 @@ def counts(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
 
 def to_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
     """Patches in the grid's order (B, H W, C) to one window after another, (B, windows rows columns, C), with zeros."""
-    rows, columns = counts(grid, window)
-    x = x.unflatten(1, grid)
-    x = F.pad(x, (0, 0, 0, columns * window[1] - grid[1], 0, rows * window[0] - grid[0]))
-    x = x.unflatten(2, (columns, window[1])).unflatten(1, (rows, window[0]))
-    return x.transpose(2, 3).flatten(1, 4)
+    return split_windows(x.unflatten(1, grid), window).flatten(1, 4)
 
 
 def from_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
     """The inverse of `to_windows`, without what was padded."""
-    x = x.unflatten(1, (*counts(grid, window), *window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x[:, : grid[0], : grid[1]].flatten(1, 2)
+    return join_windows(x.unflatten(1, (*counts(grid, window), *window)), grid).flatten(1, 2)
 
 
 class Windows(Reducer):

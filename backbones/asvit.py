@@ -222,9 +222,7 @@ class Pruning(Reducer):
             place = torch.arange(x.shape[0], device=x.device)
         else:
             full = full.index_copy(0, place, x)
-        front = (offsets[:-1, None] + torch.arange(state.prefix, device=x.device)).flatten()
-        score = state.score.flatten().index_fill(0, front, float("inf"))
-        x, offsets, index = prune_packed(x, score, self.thresholds[stage], offsets)
+        x, offsets, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], offsets, state.prefix)
         lengths = tuple(offsets.diff().tolist())
         return x, state._replace(full=full, place=place[index], lengths=lengths, offsets=offsets)
 
@@ -282,19 +280,22 @@ class ASLVViT(LVViT):
 
     def __init__(
         self,
-        blocks: Sequence[int] = (5, 9, 13),
+        blocks: Sequence[int] | None = None,
         form: str = "auto",
         keep: Sequence[float] = (0.7, 0.5, 0.35),
+        depth: int = 16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs,
     ):
         """Args:
-        blocks, form, keep: See `Pruning`.
+        blocks: None for three that are evenly spread.
+        form, keep: See `Pruning`.
         **kwargs: See `LVViT`.
         """
         factory = dict(device=device, dtype=dtype)
-        super().__init__(Pruning(blocks, form, keep, **factory), **factory, **kwargs)
+        blocks = Pruning.default_blocks(depth) if blocks is None else blocks
+        super().__init__(Pruning(blocks, form, keep, **factory), depth=depth, **factory, **kwargs)
 
 
 class ASViT(DeiT):
@@ -302,19 +303,22 @@ class ASViT(DeiT):
 
     def __init__(
         self,
-        blocks: Sequence[int] = (4, 7, 10),
+        blocks: Sequence[int] | None = None,
         form: str = "auto",
         keep: Sequence[float] = (0.7, 0.5, 0.35),
+        depth: int = 12,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs,
     ):
         """Args:
-        blocks, form, keep: See `Pruning`.
+        blocks: None for three that are evenly spread.
+        form, keep: See `Pruning`.
         **kwargs: See `DeiT`.
         """
         factory = dict(device=device, dtype=dtype)
-        super().__init__(Pruning(blocks, form, keep, **factory), **factory, **kwargs)
+        blocks = Pruning.default_blocks(depth) if blocks is None else blocks
+        super().__init__(Pruning(blocks, form, keep, **factory), depth=depth, **factory, **kwargs)
 
 
 NAMES = [(r"^score_predictor\.(\d+)\.keep_threshold$", r"reducer.thresholds.\1")]
@@ -385,5 +389,5 @@ def asvit_lvvit_small(pretrained: bool = False, **kwargs) -> ASLVViT:
 
 @register_model
 def asvit_lvvit_medium(pretrained: bool = False, **kwargs) -> ASLVViT:
-    arguments = {**_lvvit.MEDIUM, "blocks": (6, 11, 16), "out_indices": (4, 9, 14, 19), **kwargs}
+    arguments = {**_lvvit.MEDIUM, "out_indices": (4, 9, 14, 19), **kwargs}
     return _create("asvit_lvvit_medium", pretrained, ASLVViT, **arguments)

@@ -28,7 +28,7 @@ from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from terrazzo.backbones._layers import init_linear
+from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import rename, say_licence, unwrap
 from terrazzo.errors import InputError
@@ -166,15 +166,10 @@ class WindowStage(Stage):
         x = self.downsample(x).permute(0, 2, 3, 1)
         size = tuple(x.shape[1:3])
         sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in size]
-        counts = [(extent + side - 1) // side for extent, side in zip(size, sides)]
-        # Sums of products, not remainders: exporters solve those for sizes that they do not know.
-        below, right = (count * side - extent for count, side, extent in zip(counts, sides, size))
-        x = F.pad(x, (0, 0, 0, right, 0, below))
-        x = x.unflatten(2, (counts[1], sides[1])).unflatten(1, (counts[0], sides[0]))
-        x = x.transpose(2, 3).flatten(0, 2)  # B h w C, all windows of an image together
-        x, _ = self.run(x, Kept(*size))
-        x = x.unflatten(0, (-1, *counts)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return x[:, : size[0], : size[1]].permute(0, 3, 1, 2), state
+        x = split_windows(x, sides)
+        counts = x.shape[1:3]
+        x, _ = self.run(x.flatten(0, 2), Kept(*size))  # all windows of an image together
+        return join_windows(x.unflatten(0, (-1, *counts)), size).permute(0, 3, 1, 2), state
 
 
 def _downsampler(dim: int, **factory) -> nn.Conv2d:

@@ -21,8 +21,7 @@ from torch import nn
 from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.errors import InputError
-from terrazzo.kernels.token_reduction import attention, merge, plan, prop_bias, unmerge
-from terrazzo.kernels.token_reduction.portable import attend
+from terrazzo.kernels.token_reduction import attend, attention, merge, plan, prop_bias, unmerge
 
 __all__ = ["MCTF"]
 
