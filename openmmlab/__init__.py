@@ -35,6 +35,7 @@ from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook
 from terrazzo.openmmlab.throughput import ThroughputHook  # noqa: E402
 from terrazzo.openmmlab.token_budget import TokenBudget  # noqa: E402
 from terrazzo.openmmlab.token_consistency import TokenConsistency  # noqa: E402
+from terrazzo.openmmlab.workers import WorkersHook  # noqa: E402
 
 __all__ = [
     "Bfloat16OptimWrapper",
@@ -54,4 +55,5 @@ __all__ = [
     "ThroughputHook",
     "TokenBudget",
     "TokenConsistency",
+    "WorkersHook",
 ]

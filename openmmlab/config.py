@@ -22,7 +22,7 @@ CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 """Where the packaged configs lie."""
 
 SPLITS = ("train", "val", "test")
-OWN_HOOKS = ("SeedingHook", "FiniteLossHook", "ThroughputHook")
+OWN_HOOKS = ("SeedingHook", "FiniteLossHook", "ThroughputHook", "WorkersHook")
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "panoptic_head", "panoptic_fusion_head")
 
 

@@ -138,6 +138,8 @@ def _rows(config: str, configs: dict, done: dict[str, list[dict]], results) -> l
         final["loss"] = [run["losses"][-1][1] for run in runs if run["losses"]]
         final["backbone parameters"] = [run["parameters"] for run in runs]
         for metric, values in final.items():
+            if not values:  # no loss was logged
+                continue
             cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
             spread = (cuts[0], statistics.median(values), cuts[-1])
             unit = "1" if metric == "loss" or "parameters" in metric else "%" if max(values) > 1 else "fraction"

@@ -1,6 +1,7 @@
 """What the verbs that take an OpenMMLab config share: checks before anything is created, building, loading, silence."""
 
 import contextlib
+import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,7 @@ def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, dict]:
         InputError: the checkpoint cannot be read, or is of another model or of other classes.
     """
     saved = load_file(checkpoint, "cpu")
-    settings = cfg.model.copy() if isinstance(cfg.model, dict) else cfg.model
-    model = revert_sync_batchnorm(MODELS.build(_without_weights(ConfigDict(settings))))
+    model = revert_sync_batchnorm(MODELS.build(without_weights(copy.deepcopy(cfg.model))))
     load_exactly(model, saved, checkpoint)
     meta = saved.get("meta") if isinstance(saved, dict) else None
     return model.eval(), class_facts(cfg, (meta or {}).get("dataset_meta") or {})
@@ -158,9 +158,12 @@ def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
     old, loop[key] = loop[key], limit
     if loop.get("val_interval"):
         loop.val_interval = min(loop.val_interval, limit)
-    saving = (cfg.get("default_hooks") or {}).get("checkpoint")
-    if saving and saving.get("interval", -1) > 0:
-        saving.interval = min(saving.interval, limit)
+    hooks = cfg.get("default_hooks") or {}
+    # The logger counts iterations, and logs the end of an epoch whatever the interval.
+    for name in ("checkpoint", *(["logger"] if key == "max_iters" else [])):
+        hook = hooks.get(name)
+        if hook and hook.get("interval", -1) > 0:
+            hook.interval = min(hook.interval, limit)
     schedules = cfg.get("param_scheduler") or []
     for schedule in schedules if isinstance(schedules, (list, tuple)) else [schedules]:
         for point in POINTS:
@@ -203,7 +206,7 @@ def _moved(points: Any, new: int, old: int, least: int) -> Any:
     return max(round(points * new / old), least)
 
 
-def _without_weights(settings: Any) -> Any:
+def without_weights(settings: Any) -> Any:
     """The settings of a model, changed in place so that building it loads and downloads no weights."""
     if isinstance(settings, dict):
         settings.pop("recipe", None)  # which is for training, and may read a teacher's
@@ -214,10 +217,10 @@ def _without_weights(settings: Any) -> Any:
         if isinstance(settings.get("init_cfg"), dict) and settings["init_cfg"].get("type") == "Pretrained":
             settings["init_cfg"] = None
         for value in settings.values():
-            _without_weights(value)
+            without_weights(value)
     elif isinstance(settings, (list, tuple)):
         for value in settings:
-            _without_weights(value)
+            without_weights(value)
     return settings
 
 

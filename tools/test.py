@@ -56,7 +56,7 @@ def evaluate(cfg, checkpoint: Path) -> dict[str, float]:
         # mmengine loads what fits and goes on: this is where a checkpoint that does not fit is refused.
         mm.build_model(cfg, checkpoint)
         cfg = copy.deepcopy(cfg)
-        cfg.model.pop("recipe", None)  # which is for training, and may read a teacher's weights
+        mm.without_weights(cfg.model)
         with tempfile.TemporaryDirectory() as scratch, progress("testing") as bar:
             runner = build_runner(cfg, scratch, load_from=checkpoint)
             runner.register_hook(mm.Ticker(bar))

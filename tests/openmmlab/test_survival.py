@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ from mmengine.hooks import Hook
 from terrazzo.errors import NonFiniteError, SavingError
 from terrazzo.openmmlab.config import build_runner, load_config
 from terrazzo.openmmlab.saving import find_latest_checkpoint
+from terrazzo.openmmlab.workers import end_workers
 
 FLOORS = "fpn_dinat-mini_floors"
 CLOTHING = "dinat-mini_1xb64-30e_clothing96"
@@ -53,6 +55,16 @@ class StopAfter(Hook):
     def after_train_iter(self, runner, *args, **kwargs):
         if runner.iter + 1 == self.iteration:
             raise Stop
+
+
+class Watch(Hook):
+    """Notes which processes there are when a validation ends."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.seen.append(set(multiprocessing.active_children()))
 
 
 def logged_losses(work_dir):
@@ -126,6 +138,7 @@ def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
     broken.register_hook(StopAfter(2 * steps + 1))
     with pytest.raises(Stop):
         broken.train()
+    end_workers(broken)
     resumed = runner_of(tmp_path / "b", resume=True)
     resumed.train()
     expected, found = (runner.message_hub.get_scalar("train/loss").data[0] for runner in (unbroken, resumed))
@@ -137,6 +150,27 @@ def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
             torch.testing.assert_close(ends[1][part][key], value, rtol=1e-3, atol=1e-5)
     weights, average = ends[0]["state_dict"], ends[0]["ema_state_dict"]
     assert any(not torch.equal(value, average[f"module.{key}"]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("config", [FLOORS, CLOTHING])
+def test_workers_end_with_the_run(config, tiny_data, tmp_path):
+    """Loops of iterations and of epochs; a run of the same runner afterwards has workers of its own."""
+    before = set(multiprocessing.active_children())
+    if config == FLOORS:
+        options = {**RANDOM, "train_cfg.max_iters": 1}
+    else:
+        options = {"train_dataloader.dataset.transform.input_size": 64, "train_cfg.max_epochs": 1}
+    for loader in ("train_dataloader", "val_dataloader"):
+        options |= {f"{loader}.num_workers": 1, f"{loader}.persistent_workers": True, f"{loader}.batch_size": 4}
+    cfg = load_config(config, tiny_data(config.rpartition("_")[2]), options)
+    runner = build_runner(cfg, tmp_path, seed=1)
+    seen = []
+    runner.register_hook(Watch(seen))
+    runner.train()
+    assert len(seen[-1] - before) >= 2
+    assert set(multiprocessing.active_children()) <= before
+    runner.val()
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.fixture

@@ -19,7 +19,11 @@ TINY = (
 )
 
 
-def test_train_resume_and_test(shell, run, floors, tmp_path):
+def _refuse(*args, **kwargs):
+    raise AssertionError("weights are fetched")
+
+
+def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     work_dir, out = tmp_path / "work", tmp_path / "metrics.json"
     places = ("--data-root", floors, "--work-dir", work_dir)
     first = shell("train", CONFIG, *places, "--max-iters", 2, "--seed", 1, *TINY)
@@ -30,7 +34,10 @@ def test_train_resume_and_test(shell, run, floors, tmp_path):
     assert more.returncode == 0, more.stderr
     assert "trained 3 iterations" in more.stdout
     assert (work_dir / "iter_3.pth").is_file()
-    tested = run("test", CONFIG, work_dir / "iter_3.pth", "--data-root", floors, "--out", out, *TINY)
+    # A checkpoint brings all weights, so published ones are not fetched.
+    monkeypatch.setattr("timm.models._builder.load_pretrained", _refuse)
+    options = (*TINY, "model.backbone.pretrained=True")
+    tested = run("test", CONFIG, work_dir / "iter_3.pth", "--data-root", floors, "--out", out, *options)
     assert tested.exit_code == 0, tested.output
     assert "mIoU" in tested.stdout
     assert 0 <= json.loads(out.read_text())["mIoU"] <= 100
