@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
-# A file's tests stay together: they share what is costly to make. One thread each, or workers wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# A file's tests stay together: they share what is costly to make. One thread each, or workers wait for one another. Files
+# of many tests would else come first, and those of few long ones last, for one worker to end alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 BENCHMARKS := attentive_conv neighborhood_attention selective_scan strip_attention token_reduction varlen_attention \
 	asvit attnet dinat dualtokenvit mambavision mctf medmamba roma s2aformer vmamba
 

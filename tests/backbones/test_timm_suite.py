@@ -7,9 +7,9 @@ needs the authors' server.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,8 +45,7 @@ def suite():
         )
         if done.returncode:
             pytest.skip(f"no source distribution of timm {timm.__version__} could be fetched: {done.stderr[-200:]}")
-        with tarfile.open(next(CACHE.glob(f"timm-{timm.__version__}.tar.gz"))) as archive:
-            archive.extractall(CACHE, filter="data")
+        shutil.unpack_archive(next(CACHE.glob(f"timm-{timm.__version__}.tar.gz")), CACHE)
     if not (root / "tests" / "test_models.py").exists():
         pytest.skip(f"the source distribution of timm {timm.__version__} holds no tests")
     return root
