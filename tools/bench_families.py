@@ -100,7 +100,7 @@ FAMILIES = {
     "mctf_windows": Family(
         "merging in windows of 16",
         ("merging in windows of 14", "merging", "windows of 16", "windows of 14", "deit_tiny"),
-        cpu=(Images(1024, 1024), Images(512, 512)),
+        cpu=(Images(1024, 1024), Images(512, 512), Images(360, 480)),
         gpu=(Images(1024, 1024), Images(1024, 1024, 8), Images(1024, 2048)),
         variants={
             "merging in windows of 16": _windows(_MERGED_MAP, 16),
