@@ -11,7 +11,6 @@ merged.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.errors import InputError
-from terrazzo.kernels.token_reduction import attend, attention, merge, plan, prop_bias, unmerge
+from terrazzo.kernels.token_reduction import Plan, attention, merge, plan, prop_bias, unmerge
 
 __all__ = ["MCTF"]
 
@@ -33,7 +32,8 @@ class Fusion(Reducer):
 
     The attention of the tokens before they are merged says how informative each is, and serves the merged tokens, too:
     rows of a group are averaged, columns added up. Averaging what comes out is the same (section 3.4 of the paper), so
-    no merged matrix is made.
+    no merged matrix is made. Where informativeness does not count, nobody asks for that attention: the block runs on
+    merged tokens as it is, at less cost.
 
     Source: arXiv 2403.10030, sections 3.2 to 3.4.
     """
@@ -51,8 +51,8 @@ class Fusion(Reducer):
         """Args:
         blocks: Which blocks merge, counted from 0.
         r: How many tokens each block merges, or, below 1, which part of them; in windows, of each window.
-        criteria: tau of similarity, informativeness and size; 0 leaves one out. Without informativeness no weights of
-            attention are made, and tokens are averaged by size alone.
+        criteria: tau of similarity, informativeness and size; 0 leaves one out. Without informativeness tokens are
+            averaged by size alone.
         bidirectional: Merge half of r each way.
         cells_first: The first merge is within 2x2 cells of the grid, one way (for dense maps: even and odd tokens of a
             raster are stripes).
@@ -105,19 +105,26 @@ class Fusion(Reducer):
         r = self.count(x.shape[1], state.r, state.prefix) if state.depth in self.blocks else 0
         if r == 0:
             return super().forward(block, x, state)
+        if self.criteria[1] == 0:
+            merged, size, assignment = merge(x, self._plan(x, state, r), size=state.size)
+            return super().forward(block, merged, state.reduced(x, merged, assignment, size))
         attn = block.attn
         width = attn.num_heads * attn.head_dim
-        bias = prop_bias(state.size)
         query, key = heads(attn, project(attn, block.norm1(x), slice(None, -width)))
-        query, key = attn.q_norm(query), attn.k_norm(key)
+        importance, attended = attention(attn.q_norm(query), attn.k_norm(key), prop_bias(state.size))
+        weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
+        found = self._plan(x, state, r, importance)
+        merged, size, assignment = merge(x, found, weight, state.size)
+        state = state.reduced(x, merged, assignment, size)
 
-        weight, attended = state.size, partial(attend, query, key, bias)
-        importance = None
-        if self.criteria[1] != 0:
-            importance, attended = attention(query, key, bias)
-            weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
+        value = project(attn, block.norm1(merged), slice(-width, None))
+        (value,) = heads(attn, unmerge(value, assignment))
+        out, _, _ = merge(attended(value).transpose(1, 2).flatten(2), found, weight)
+        return finish(block, merged, out), state
+
+    def _plan(self, x: torch.Tensor, state: TokenState, r: int, importance: torch.Tensor | None = None) -> Plan:
         cells = self.cells_first and x.shape[1] == state.prefix + state.grid[0] * state.grid[1]
-        found = plan(
+        return plan(
             x,
             r=r,
             size=state.size,
@@ -128,15 +135,6 @@ class Fusion(Reducer):
             partition="cell2x2" if cells else "even_odd",
             grid=state.grid if cells else None,
         )
-        if weight is None:
-            weight = torch.ones_like(x[..., 0])
-        merged, size, assignment = merge(x, found, weight, state.size)
-        state = state.reduced(x, merged, assignment, size)
-
-        value = project(attn, block.norm1(merged), slice(-width, None))
-        (value,) = heads(attn, unmerge(value, assignment))
-        out, _, _ = merge(attended(value).transpose(1, 2).flatten(2), found, weight)
-        return finish(block, merged, out), state
 
 
 class MCTF(DeiT):

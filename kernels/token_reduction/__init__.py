@@ -18,7 +18,6 @@ from terrazzo.kernels.token_reduction.portable import attend
 
 __all__ = [
     "Plan",
-    "attend",
     "attention",
     "column_mean",
     "compose",

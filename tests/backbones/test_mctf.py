@@ -97,6 +97,22 @@ class TestOfficial:
         assert grad.isfinite().all()
         assert all(part.abs().sum() > 0 for part in grad.chunk(3))
 
+    @pytest.mark.parametrize("sizes", [False, True])
+    @torch.no_grad()
+    def test_without_informativeness_nothing_is_computed_ahead(self, deit, sizes):
+        """timm's block on merged tokens, keys weighted by their sizes; what was merged is weighted by size, too."""
+        block = deit.blocks[1].double()
+        fusion = mctf.Fusion((1,), r=4, criteria=(1, 0, 40))
+        x = image((64, 64)).double().flatten(1)[:, : 17 * 192].unflatten(1, (17, 192))
+        size = torch.arange(1.0, 18).expand(len(x), -1).double() if sizes else None
+        state = fusion.begin((4, 4), 1, 1, maps=False)._replace(size=size)
+        found, after = fusion(block, x, state)
+        merged, wanted, _ = merge(x, plan(x, r=4, size=size, criteria=(1, 0, 40), bidirectional=True), size, size)
+        torch.testing.assert_close(after.size, wanted, rtol=0, atol=1e-12)
+        mask = wanted.log()[:, None, None]
+        torch.testing.assert_close(found, block(merged, attn_mask=mask), rtol=0, atol=1e-12)
+        deit.float()
+
 
 class TestPlainViT:
     @pytest.mark.parametrize(

@@ -219,11 +219,11 @@ def test_cost():
     ("variant", "gmacs"),
     {
         "deit_tiny": 99.7,
-        "merging": 60.4,
+        "merging": 54.2,
         "windows of 16": 51.4,
         "windows of 14": 52.3,
-        "merging in windows of 16": 33.8,
-        "merging in windows of 14": 34.9,
+        "merging in windows of 16": 33.2,
+        "merging in windows of 14": 34.4,
     }.items(),
 )
 def test_cost_of_large_images(variant, gmacs):
