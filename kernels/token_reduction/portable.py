@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 from terrazzo.kernels.token_reduction.partition import order, sizes
 
-# Attention weights held at a time: all of a call's where they are fewer, and then computed once (README.md).
-_TILE = 1 << 24
+# Attention weights of a call that are held, and so computed once; of more, a tile at a time: on a CPU as many as the
+# caches hold (README.md).
+_WHOLE = 1 << 24
+_TILE = 1 << 19
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -139,19 +141,23 @@ def _scores(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -
 def is_whole(query: torch.Tensor) -> bool:
     """Whether the weights of (B, H, N, D) are few enough to be held at once; in an exported graph they always are."""
     batch, heads, count = query.shape[:3]
-    return torch.compiler.is_exporting() or batch * heads * count * count <= _TILE
+    return torch.compiler.is_exporting() or batch * heads * count * count <= _WHOLE
 
 
 @torch.no_grad()
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `reference.column_mean`, a tile of weights at a time: some queries of all heads."""
+    """As `reference.column_mean`, a tile of weights at a time: some images, or some queries of all heads of one."""
     batch, heads, count = query.shape[:3]
     if is_whole(query):
         return _scores(query, key, bias).mean((1, 2))
-    rows = max(1, _TILE // (batch * heads * count))
+    tile = _TILE if query.device.type == "cpu" else _WHOLE
+    images = max(1, tile // (heads * count * count))
+    rows = max(1, tile // (images * heads * count))
     total = torch.zeros(batch, count, dtype=accumulator(query), device=query.device)
-    for tile in query.split(rows, 2):
-        total += _scores(tile, key, bias).sum((1, 2))
+    for first in range(0, batch, images):
+        here = slice(first, first + images)
+        for queries in query[here].split(rows, 2):
+            total[here] += _scores(queries, key[here], None if bias is None else bias[here]).sum((1, 2))
     return total / (heads * count)
 
 

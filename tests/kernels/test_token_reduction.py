@@ -287,16 +287,17 @@ class TestPrune:
 
 
 class TestImportance:
-    @pytest.mark.parametrize("tile", [1 << 24, 40])
+    @pytest.mark.parametrize(("whole", "tile"), [(1 << 24, 40), (0, 200), (0, 100), (0, 40), (0, 1)])
     @pytest.mark.parametrize("biased", [False, True])
-    def test_column_mean(self, tile, biased, monkeypatch):
-        """At once and a tile at a time; weights add up to 1 for each query, so means do over keys."""
+    def test_column_mean(self, whole, tile, biased, monkeypatch):
+        """At once; two images, one, two queries and one at a time. Weights add up to 1 for each query."""
+        monkeypatch.setattr(portable, "_WHOLE", whole)
         monkeypatch.setattr(portable, "_TILE", tile)
-        q, k, v = torch.randn(3, 2, 2, 7, 4, dtype=torch.float64, requires_grad=True).unbind()
-        bias = torch.rand(2, 7, dtype=torch.float64) if biased else None
+        q, k, v = torch.randn(3, 3, 2, 7, 4, dtype=torch.float64, requires_grad=True).unbind()
+        bias = torch.rand(3, 7, dtype=torch.float64) if biased else None
         wanted = column_mean(q, k, bias, backend="reference")
         torch.testing.assert_close(column_mean(q, k, bias), wanted, rtol=0, atol=1e-14)
-        torch.testing.assert_close(wanted.sum(1), torch.ones(2, dtype=torch.float64))
+        torch.testing.assert_close(wanted.sum(1), torch.ones(3, dtype=torch.float64))
         found, attend = attention(q, k, bias)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
         assert not found.requires_grad
@@ -305,6 +306,7 @@ class TestImportance:
         torch.testing.assert_close(attend(v), whole, rtol=0, atol=1e-12)
 
     def test_no_more_than_a_tile_is_held(self, monkeypatch):
+        monkeypatch.setattr(portable, "_WHOLE", 0)
         monkeypatch.setattr(portable, "_TILE", 1 << 12)
         held = []
         scores = portable._scores
