@@ -5,6 +5,8 @@ import fnmatch
 import click
 
 from terrazzo.errors import InputError
+from terrazzo.tools import results
+from terrazzo.tools.cards import MODELS
 from terrazzo.tools.console import print_table
 from terrazzo.tools.models import NO_WEIGHTS, build_on_meta, pretrained_cfg, published_top1, registered_models
 
@@ -29,14 +31,17 @@ def command(pattern: str | None, family: str | None) -> None:
         if not found:
             raise InputError(f"none of the {len(models)} models matches {pattern!r}; `terrazzo list` names them all")
         models = found
-    rows = [_row(name, member) for name, member in models.items()]
+    counted = {row.variant: int(row.p50) for row in results.read(MODELS) if row.metric == "parameters"}
+    rows = [_row(name, member, counted.get(name)) for name, member in models.items()]
     print_table(rows, ("model", "family", "params (M)", "top-1 (%)", "input", "weights' licence"), right=(2, 3, 4))
     click.echo("top-1: published by the authors for their own weights, ImageNet-1K validation")
 
 
-def _row(name: str, family: str) -> tuple:
+def _row(name: str, family: str, params: int | None) -> tuple:
+    """A model's facts; its parameters are counted where nobody did, which takes a moment for each."""
     cfg = pretrained_cfg(name)
-    params = sum(p.numel() for p in build_on_meta(name).parameters())
+    if params is None:
+        params = sum(p.numel() for p in build_on_meta(name).parameters())
     top1 = published_top1(cfg)
     size = "x".join(map(str, cfg.input_size[1:]))
     return name, family, f"{params / 1e6:.2f}", None if top1 is None else f"{top1:.1f}", size, cfg.license or NO_WEIGHTS

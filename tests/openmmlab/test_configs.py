@@ -1,7 +1,7 @@
 """Every packaged config builds at full size, and takes a training step, validates and predicts on tiny data.
 
 For the step, a large backbone is made small or swapped for `dinat_mini`, and pictures are small; head, losses,
-pipeline, metric and optimizer stay the config's own. Of each head and data set, and of each task and family, the first
+pipeline, metric and optimizer stay the config's own. Of each task the first config of every head, data set and family
 is run, the rest are slow.
 """
 
@@ -21,7 +21,7 @@ PANOPTIC = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
 
 
 def cases():
-    """Every config; slow are those whose task and family, and whose head and data set, an earlier one has.
+    """Every config; slow are those whose head, data set and family earlier ones of their task have.
 
     Those with the smallest backbones come first.
     """
@@ -29,7 +29,7 @@ def cases():
     for name in sorted(CONFIGS, key=lambda name: (not re.search(r"-(mini|xxs)_", name), name)):
         task, parts = CONFIGS[name].parent.name, name.split("_")
         head, backbone = ("", parts[0]) if task == "classification" else parts[:2]
-        kinds = {(task, head, re.sub(r"-\d+x\d+$", "", parts[-1])), (task, backbone.split("-")[0])}
+        kinds = {(task, kind) for kind in (head, re.sub(r"-\d+x\d+$", "", parts[-1]), backbone.split("-")[0])}
         marks = [pytest.mark.slow] if kinds <= seen else []
         seen |= kinds
         yield pytest.param(name, marks=marks)

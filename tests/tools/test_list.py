@@ -15,6 +15,12 @@ def test_names_every_model_and_nothing_else(run):
     assert [line.split()[0] for line in result.stdout.splitlines()[1:-1]] == list(models)
 
 
+def test_counts_where_nobody_did(run, monkeypatch, tmp_path):
+    before = run("list", "dinat_mini").stdout
+    monkeypatch.setattr("terrazzo.tools.list.results.read", lambda path: [])
+    assert run("list", "dinat_mini").stdout == before
+
+
 def test_row(run):
     lines = run("list", "dinat_mini").stdout.splitlines()
     row = next(line for line in lines if line.split()[0] == "dinat_mini")
