@@ -14,7 +14,7 @@ BENCHMARKS := attentive_conv neighborhood_attention selective_scan strip_attenti
 
 help:
 	@echo "make demo      set up, then train, evaluate, draw and export a small segmentor (about 6 minutes)"
-	@echo "make test      set up, then run the tests (under 20 minutes on 2 cores)"
+	@echo "make test      set up, then run the tests (about 20 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     ruff: lint and format"
 	@echo "make bench     speed here, as ratios to named peers; on a GPU first the kernels' tests, then model_cards/results/*_gpu.csv"

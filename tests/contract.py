@@ -227,6 +227,7 @@ class BackboneContract(CapabilityContract):
         assert out.isfinite().all()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
+    @pytest.mark.slow  # ONNX files are made from such programs
     def test_export(self, name):
         torch._dynamo.reset()  # a refused export with open sizes leaves them open
         model = self.shallow_model(name)
