@@ -32,11 +32,17 @@ class PatchConv(nn.Conv2d):
         return super().forward(F.pad(x, (0, pad, 0, pad)))
 
 
+def window_counts(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """Windows in a column and in a row; none is padding alone."""
+    # No remainders, here and in padding: exporters solve sums of products for sizes that they do not know.
+    rows, columns = ((extent + side - 1) // side for extent, side in zip(size, window))
+    return rows, columns
+
+
 def split_windows(x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     """(B, H, W, C) to (B, rows, columns, h, w, C): windows of one size, zeros below and on the right."""
     size = tuple(x.shape[1:3])
-    rows, columns = ((extent + side - 1) // side for extent, side in zip(size, window))
-    # Sums of products, not remainders: exporters solve those for sizes that they do not know.
+    rows, columns = window_counts(size, window)
     x = F.pad(x, (0, 0, 0, columns * window[1] - size[1], 0, rows * window[0] - size[0]))
     return x.unflatten(2, (columns, window[1])).unflatten(1, (rows, window[0])).transpose(2, 3)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from terrazzo.backbones._layers import join_windows, split_windows
+from terrazzo.backbones._layers import join_windows, split_windows, window_counts
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.errors import InputError
 
@@ -27,11 +27,6 @@ def even(side: int, window: int) -> int:
     return -(-side // -(-side // window))
 
 
-def counts(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
-    """Windows in a column and in a row; none is padding alone."""
-    return -(-grid[0] // window[0]), -(-grid[1] // window[1])
-
-
 def to_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
     """Patches in the grid's order (B, H W, C) to one window after another, (B, windows rows columns, C), with zeros."""
     return split_windows(x.unflatten(1, grid), window).flatten(1, 4)
@@ -39,7 +34,7 @@ def to_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) 
 
 def from_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
     """The inverse of `to_windows`, without what was padded."""
-    return join_windows(x.unflatten(1, (*counts(grid, window), *window)), grid).flatten(1, 2)
+    return join_windows(x.unflatten(1, (*window_counts(grid, window), *window)), grid).flatten(1, 2)
 
 
 class Windows(Reducer):
@@ -108,7 +103,7 @@ class Windows(Reducer):
     @staticmethod
     def _fold(x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         """(B, prefix + windows T, C) to (B windows, prefix + T, C), and the state of tokens that are images."""
-        rows, columns = counts(state.grid, state.window)
+        rows, columns = window_counts(state.grid, state.window)
 
         def fold(x: torch.Tensor) -> torch.Tensor:
             front, body = x.tensor_split([state.prefix], 1)
@@ -124,7 +119,7 @@ class Windows(Reducer):
         """(B windows, prefix + T, C) to (B, prefix + windows T, C)."""
         rows, columns = (
             (side - torch.arange(count, device=x.device) * length).clamp(max=length)
-            for side, length, count in zip(state.grid, state.window, counts(state.grid, state.window))
+            for side, length, count in zip(state.grid, state.window, window_counts(state.grid, state.window))
         )
         patches = (rows.unsqueeze(1) * columns).flatten()
         share = patches.to(torch.promote_types(x.dtype, torch.float32)) / (state.grid[0] * state.grid[1])
@@ -135,7 +130,7 @@ class Windows(Reducer):
     @staticmethod
     def _unfold_map(assignment: torch.Tensor, state: TokenState, left: int) -> torch.Tensor:
         """Maps within windows (B windows, prefix + T), to `left` tokens each, as one of the image."""
-        rows, columns = counts(state.grid, state.window)
+        rows, columns = window_counts(state.grid, state.window)
         windows = torch.arange(rows * columns, device=assignment.device)
         assignment = assignment.unflatten(0, (-1, rows * columns))
         body = assignment[:, :, state.prefix :] + (windows * (left - state.prefix)).unsqueeze(1)
@@ -145,7 +140,7 @@ class Windows(Reducer):
         """What is left: in the order of windows and with padding, if anything was merged."""
         if state.window is None:
             return x
-        rows, columns = counts(state.grid, state.window)
+        rows, columns = window_counts(state.grid, state.window)
         whole = x.shape[1] == state.prefix + rows * state.window[0] * columns * state.window[1]
         return self._leave(x, state) if whole else x
 

@@ -4,18 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import block_of, interpreted, precision, within
+from terrazzo.kernels.triton_host import Limit, block_of, interpreted, precision
 
-_HEAD_DIM = 128
-
-
-def fits(head_dim: int) -> bool:
-    """Whether registers hold blocks of such vectors. A plain bool also where `head_dim` is symbolic."""
-    return within(_HEAD_DIM, head_dim)
-
-
-def misfit(head_dim_fits: bool) -> str | None:
-    return None if head_dim_fits else f"needs a head_dim of at most {_HEAD_DIM}"
+HEAD_DIM = Limit(0, 128, "needs a head_dim of at most 128")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,31 @@ import contextlib
 import functools
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Sizes that an operator's kernels hold in registers, both ends included, and what they say of others."""
+
+    least: int
+    most: int
+    words: str
+
+    def fits(self, *sizes: int) -> bool:
+        """Whether all do. A plain bool also where a size is symbolic, which a comparison is not."""
+        for size in sizes:  # noqa: SIM110
+            if size < self.least or size > self.most:
+                return False
+        return True
+
+    def misfit(self, fits: bool) -> str | None:
+        return None if fits else self.words
 
 
 def interpreting() -> bool:
@@ -74,14 +94,6 @@ def precision(dtype: torch.dtype) -> str:
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed and dtype == torch.float32 else "ieee"
-
-
-def within(limit: int, *sizes: int) -> bool:
-    """Whether no size is above the limit. A plain bool also where a size is symbolic, which a comparison is not."""
-    for size in sizes:  # noqa: SIM110
-        if size > limit:
-            return False
-    return True
 
 
 def block_of(size: int) -> int:

@@ -170,7 +170,9 @@ def build_runner(
     sharded: bool = False,
     scale_lr: bool = False,
 ) -> Runner:
-    """Builds mmengine's runner for a config, with terrazzo's hooks: exact resuming, finite losses, images per second.
+    """Builds mmengine's runner for a config, with terrazzo's hooks.
+
+    These are exact resuming, finite losses, images per second, and worker processes that end with the run.
 
     Args:
         cfg: what `load_config` returned; it is copied, not changed.

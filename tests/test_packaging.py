@@ -67,24 +67,36 @@ def test_importing_terrazzo_is_light():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(tmp_path_factory):
+    """A wheel, and what building it printed."""
     pytest.importorskip("build", reason="needs the extra 'dev'")
     folder = tmp_path_factory.mktemp("wheel")
     # From a copy: an old `build/` of the checkout would lend the wheel what the sources no longer name.
     source = folder / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "data", "demo", "work_dirs")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    others = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "data", "demo", "exports", "work_dirs")
+    shutil.copytree(ROOT, source, ignore=lambda folder, names: others(folder, names) if Path(folder) == ROOT else [])
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and "No matching distribution" in done.stderr + done.stdout:
         pytest.skip("the build backend could not be fetched: " + done.stdout[-200:])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return next(folder.glob("*.whl"))
+    return next(folder.glob("*.whl")), done.stdout + done.stderr
 
 
-def test_wheel_holds_every_module(wheel):
+@pytest.fixture(scope="module")
+def wheel(built):
+    return built[0]
+
+
+def test_building_warns_of_no_folder(built):
+    """As each `pip install` would: of a folder of data that looks like a package."""
+    assert "`packages` configuration" not in built[1], built[1]
+
+
+def test_wheel_holds_every_module_and_table(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"terrazzo/{path.relative_to(ROOT).as_posix()}" for path in sources()}
+    tables = [path for folder in ("tools", "model_cards") for path in (ROOT / folder).rglob("*.csv")]
+    wanted = {f"terrazzo/{path.relative_to(ROOT).as_posix()}" for path in [*sources(), *tables]}
     wanted |= {"terrazzo/__init__.py", "terrazzo/errors.py"}
     assert not wanted - names
     top = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}

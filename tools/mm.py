@@ -159,8 +159,8 @@ def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
     if loop.get("val_interval"):
         loop.val_interval = min(loop.val_interval, limit)
     hooks = cfg.get("default_hooks") or {}
-    # The logger counts iterations, and logs the end of an epoch whatever the interval.
-    for name in ("checkpoint", *(["logger"] if key == "max_iters" else [])):
+    # The logger counts iterations; an epoch of fewer than its interval is logged at its end anyway.
+    for name in ("checkpoint", "logger") if key == "max_iters" else ("checkpoint",):
         hook = hooks.get(name)
         if hook and hook.get("interval", -1) > 0:
             hook.interval = min(hook.interval, limit)

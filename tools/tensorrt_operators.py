@@ -1,6 +1,6 @@
 """Whether TensorRT documents support for every node of an ONNX graph: an answer that needs neither TensorRT nor a GPU.
 
-The table `data/tensorrt_operators.csv` and the rules below hold what `docs/operators.md` of
+The table `tensorrt_operators.csv` and the rules below hold what `docs/operators.md` of
 github.com/onnx/onnx-tensorrt says for the version named here, and of bytes TensorRT's own `DataType`. A graph that
 passes has only documented operators, types and attributes; whether an engine builds, and how fast it is, only a GPU
 tells.
@@ -61,7 +61,7 @@ class Problem:
 @lru_cache(maxsize=1)
 def operators() -> dict[str, frozenset[str]]:
     """Every operator that the document lists, with the types it takes; none where it is not supported."""
-    text = resources.files("terrazzo.tools").joinpath("data/tensorrt_operators.csv").read_text()
+    text = resources.files("terrazzo.tools").joinpath("tensorrt_operators.csv").read_text()
     return {row["operator"]: frozenset(row["types"].split()) for row in csv.DictReader(text.splitlines())}
 
 

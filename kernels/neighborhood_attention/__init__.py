@@ -105,4 +105,4 @@ def why(backend: str = "auto", query: torch.Tensor | None = None) -> _backend.Ch
     """
     if query is None:
         return op.choose(backend, torch.get_default_device(), torch.float32, True)
-    return op.choose(backend, query.device, query.dtype, fused.fits(query.shape[-1]))
+    return op.choose(backend, query.device, query.dtype, fused.HEAD_DIM.fits(query.shape[-1]))

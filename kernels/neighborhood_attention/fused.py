@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import block_of, interpreted, is_amd, on_device, precision, within
+from terrazzo.kernels.triton_host import Limit, block_of, interpreted, is_amd, on_device, precision
 
-_HEAD_DIMS = (8, 128)
+HEAD_DIM = Limit(8, 128, "needs a head_dim from 8 to 128")
 # A class of at most so many positions is one block of dense attention.
 _CLASS = 64
 # The bias' gradient is summed by bias row in registers: 2 kernel - 1 rows of at most this kernel.
@@ -20,17 +20,6 @@ _KERNEL_WITH_BIAS_GRADIENT = 16
 # Programs, and bytes, that hold partial sums of the bias' gradient.
 _PROGRAMS = 2048
 _PARTIAL_BYTES = 64 << 20
-
-
-def fits(head_dim: int) -> bool:
-    """Whether registers hold tiles of such vectors. A plain bool also where `head_dim` is symbolic."""
-    if head_dim < _HEAD_DIMS[0]:
-        return False
-    return within(_HEAD_DIMS[1], head_dim)
-
-
-def misfit(head_dim_fits: bool) -> str | None:
-    return None if head_dim_fits else f"needs a head_dim from {_HEAD_DIMS[0]} to {_HEAD_DIMS[1]}"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from terrazzo.kernels.call import Call
 from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
 
 
+def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
+    return triton_host.refusals(device, dtype, fused.HEAD_DIM.misfit(head_dim_fits))
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose(
-        "neighborhood_attention", backend, *triton_host.refusals(device, dtype, fused.misfit(head_dim_fits))
-    )
+    return _backend.choose("neighborhood_attention", backend, *_refusals(device, dtype, head_dim_fits))
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -30,9 +32,9 @@ _chosen._dynamo_marked_constant = True
 
 def _name(backend: str, query: torch.Tensor) -> str:
     """Of the backend that runs inside of the op; what `attend` passes is resolved already."""
-    return (
-        choose(backend, query.device, query.dtype, fused.fits(query.shape[-1])).name if backend == "auto" else backend
-    )
+    if backend != "auto":
+        return backend
+    return choose(backend, query.device, query.dtype, fused.HEAD_DIM.fits(query.shape[-1])).name
 
 
 @torch.library.custom_op("terrazzo::neighborhood_attention", mutates_args=())
@@ -131,7 +133,7 @@ def _backward_flops(
 
 def describe(device: torch.device, query, key, value, rpb, kernel_size, dilation, scale, backend) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = triton_host.refusals(device, query.dtype, fused.misfit(fused.fits(query.shape[-1])))
+    refusals, discouraged = _refusals(device, query.dtype, fused.HEAD_DIM.fits(query.shape[-1]))
     return Call(
         shape=dict(zip(("B", "H", "W", "heads", "dim"), query.shape)),
         parameters={"kernel": _per_axis(kernel_size), "dilation": _per_axis(dilation)},
@@ -151,7 +153,7 @@ def attend(query, key, value, rpb, kernel_size, dilation, scale, backend) -> tor
         if any(isinstance(length, torch.SymInt) for length in query.shape[1:3]):
             raise InputError("neighborhood attention is exported for images of one size: its windows become constants")
         return portable.forward(query, key, value, rpb, kernel_size, dilation, scale)
-    backend = _chosen(backend, query.device, query.dtype, fused.fits(query.shape[-1]))
+    backend = _chosen(backend, query.device, query.dtype, fused.HEAD_DIM.fits(query.shape[-1]))
     if backend == "reference":
         return reference.neighborhood_attention(query, key, value, rpb, kernel_size, dilation, scale)
     return _forward(query, key, value, rpb, kernel_size, dilation, scale, backend)[0]

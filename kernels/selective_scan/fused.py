@@ -10,24 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from terrazzo.kernels.selective_scan.scans import Scans
-from terrazzo.kernels.triton_host import on_device, within
+from terrazzo.kernels.triton_host import Limit, on_device
 
 # Steps of a chunk: those that the backward pass has in registers at once. The state before each chunk is kept.
 CHUNK = 32
-_STATES = 64
+STATES = Limit(0, 64, "holds at most 64 states of a channel in registers")
 # Programs of one warp that fill a large GPU: where one each for all steps of some channels are fewer, and steps are
 # many, chunks get programs of their own.
 _PROGRAMS = 2048
 _LONG = 256
-
-
-def fits(states: int) -> bool:
-    """Whether registers hold so many states. A plain bool also where the number is symbolic."""
-    return within(_STATES, states)
-
-
-def misfit(states_fit: bool) -> str | None:
-    return None if states_fit else f"holds at most {_STATES} states of a channel in registers"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from terrazzo.kernels.selective_scan.scans import Scans, accumulator
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, states_fit: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, fused.misfit(states_fit))
+    return triton_host.refusals(device, dtype, fused.STATES.misfit(states_fit))
 
 
 def _decisive(u: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
@@ -137,7 +137,7 @@ def describe(
     device: torch.device, u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend
 ) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, _decisive(u, delta, A, B, C), fused.fits(A.shape[2]))
+    refusals, discouraged = _refusals(device, _decisive(u, delta, A, B, C), fused.STATES.fits(A.shape[2]))
     batch, length, scans, channels = delta.shape
     return Call(
         shape={"B": batch, "L": length, "scans": scans, "D": channels, "N": A.shape[2]},
@@ -152,7 +152,7 @@ def scan(call: Scans, backend: str) -> torch.Tensor:
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
         return exported.selective_scan(call)
     decisive = _decisive(call.u, call.delta, call.A, call.B, call.C)
-    backend = _chosen(backend, call.u.device, decisive, fused.fits(call.A.shape[2]))
+    backend = _chosen(backend, call.u.device, decisive, fused.STATES.fits(call.A.shape[2]))
     if backend == "reference":
         return reference.selective_scan(call)
     return _forward(*call, backend)[0]

@@ -105,4 +105,4 @@ def why(backend: str = "auto", x: torch.Tensor | None = None, B: torch.Tensor | 
     """
     if x is None or B is None:
         return op.choose(backend, torch.get_default_device(), torch.float32)
-    return op.choose(backend, x.device, x.dtype, fused.fits(B.shape[3], x.shape[3]))
+    return op.choose(backend, x.device, x.dtype, fused.SIZES.fits(B.shape[3], x.shape[3]))

@@ -8,19 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import block_of, interpreted, is_amd, on_device, precision, within
+from terrazzo.kernels.triton_host import Limit, block_of, interpreted, is_amd, on_device, precision
 
-_WIDEST = 64
+SIZES = Limit(0, 64, "needs N and P of at most 64")
 _CARRIED = 256  # numbers of a state that one program carries over the chunks
-
-
-def fits(states: int, width: int) -> bool:
-    """Whether registers hold such a state. A plain bool also where a size is symbolic."""
-    return within(_WIDEST, states, width)
-
-
-def misfit(sizes_fit: bool) -> str | None:
-    return None if sizes_fit else f"needs N and P of at most {_WIDEST}"
 
 
 def chunk(itemsize: int) -> int:

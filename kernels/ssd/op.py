@@ -15,7 +15,7 @@ _STEPS = fused.chunk(2)  # of a chunk, as FLOPs are counted: those of half preci
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, sizes_fit: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, fused.misfit(sizes_fit))
+    return triton_host.refusals(device, dtype, fused.SIZES.misfit(sizes_fit))
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, sizes_fit: bool = True) -> _backend.Choice:
@@ -97,7 +97,7 @@ def _backward_flops(grad, *args, **kwargs) -> int:
 
 def describe(device: torch.device, x, dt, A, B, C, reverse) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, x.dtype, fused.fits(B.shape[3], x.shape[3]))
+    refusals, discouraged = _refusals(device, x.dtype, fused.SIZES.fits(B.shape[3], x.shape[3]))
     batch, length, heads, width = x.shape
     shape = {"B": batch, "L": length, "heads": heads, "P": width, "N": B.shape[3]}
     return Call(shape=shape, parameters={}, refusals=refusals, discouraged=discouraged)
@@ -120,7 +120,7 @@ def scan(
     """
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
         return portable.ssd(x, dt, A, B, C, reverse, chunk)
-    backend = _chosen(backend, x.device, x.dtype, fused.fits(B.shape[3], x.shape[3]))
+    backend = _chosen(backend, x.device, x.dtype, fused.SIZES.fits(B.shape[3], x.shape[3]))
     if backend == "fused":
         # The kernels' products want one dtype; step sizes and decays stay in float32.
         return _forward(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), reverse)[0]

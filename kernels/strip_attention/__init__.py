@@ -65,4 +65,4 @@ def why(backend: str = "auto", value: torch.Tensor | None = None) -> _backend.Ch
     """
     if value is None:
         return op.choose(backend, torch.get_default_device(), torch.float32, True)
-    return op.choose(backend, value.device, value.dtype, attention_host.fits(value.shape[-1]))
+    return op.choose(backend, value.device, value.dtype, attention_host.HEAD_DIM.fits(value.shape[-1]))

@@ -10,7 +10,7 @@ from terrazzo.kernels.strip_attention import fused, portable, reference
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, attention_host.misfit(head_dim_fits))
+    return triton_host.refusals(device, dtype, attention_host.HEAD_DIM.misfit(head_dim_fits))
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
@@ -31,7 +31,7 @@ def _name(backend: str, value: torch.Tensor) -> str:
     """Of the backend that runs inside of the op; what `attend` passes is resolved already."""
     if backend != "auto":
         return backend
-    return _chosen(backend, value.device, value.dtype, attention_host.fits(value.shape[-1]))
+    return _chosen(backend, value.device, value.dtype, attention_host.HEAD_DIM.fits(value.shape[-1]))
 
 
 @torch.library.custom_op("terrazzo::strip_attention", mutates_args=())
@@ -103,7 +103,7 @@ def _backward_flops(grad, query, key, value, sums, *args, **kwargs) -> int:
 
 def describe(device: torch.device, query, key, value, backend) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, value.dtype, attention_host.fits(value.shape[-1]))
+    refusals, discouraged = _refusals(device, value.dtype, attention_host.HEAD_DIM.fits(value.shape[-1]))
     batch, keys, heads, dim = value.shape
     return Call(
         shape={"B": batch, "queries": query.shape[1], "keys": keys, "heads": heads, "dim": dim},
@@ -117,7 +117,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend:
     """Strip attention, arguments checked."""
     if torch.compiler.is_exporting():  # an exported graph holds standard operations only
         return portable.whole(query, key, value)
-    backend = _chosen(backend, value.device, value.dtype, attention_host.fits(value.shape[-1]))
+    backend = _chosen(backend, value.device, value.dtype, attention_host.HEAD_DIM.fits(value.shape[-1]))
     if backend == "reference":
         return reference.strip_attention(query, key, value)
     # A compiler sees one op, whatever the sizes.

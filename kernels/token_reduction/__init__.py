@@ -14,7 +14,6 @@ from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.token_reduction import op, portable, reference
 from terrazzo.kernels.token_reduction.op import describe
 from terrazzo.kernels.token_reduction.partition import sizes as _partition_sizes
-from terrazzo.kernels.token_reduction.portable import attend
 
 __all__ = [
     "Plan",
@@ -339,7 +338,7 @@ def column_mean(
     Returns:
         (B, N), in float32 at least.
     """
-    name = op.chosen(backend, query, attention_host.fits(query.shape[-1]))
+    name = op.chosen(backend, query, attention_host.HEAD_DIM.fits(query.shape[-1]))
     if name == "fused":
         return op.column_mean(query.detach(), key.detach(), None if bias is None else bias.detach())
     form = reference if name == "reference" else portable
@@ -354,8 +353,8 @@ def attention(
     For those who choose values by that mean. On a GPU the mean is the kernels', and attention PyTorch's. Elsewhere
     weights that are few are computed once for both; of more neither keeps more than a tile.
     """
-    if op.chosen("auto", query, attention_host.fits(query.shape[-1])) == "fused":
-        return column_mean(query, key, bias, backend="fused"), partial(attend, query, key, bias)
+    if op.chosen("auto", query, attention_host.HEAD_DIM.fits(query.shape[-1])) == "fused":
+        return column_mean(query, key, bias, backend="fused"), partial(portable.attend, query, key, bias)
     return portable.attention(query, key, bias)
 
 

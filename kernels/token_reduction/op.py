@@ -16,7 +16,7 @@ from terrazzo.kernels.token_reduction.partition import sizes
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, attention_host.misfit(head_dim_fits))
+    return triton_host.refusals(device, dtype, attention_host.HEAD_DIM.misfit(head_dim_fits))
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool = True) -> _backend.Choice:

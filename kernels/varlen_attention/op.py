@@ -13,7 +13,7 @@ from terrazzo.kernels.varlen_attention import fused, portable, reference
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, attention_host.misfit(head_dim_fits))
+    return triton_host.refusals(device, dtype, attention_host.HEAD_DIM.misfit(head_dim_fits))
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
@@ -91,7 +91,7 @@ def _backward_flops(grad, query, key, value, offsets, longest, *args, **kwargs) 
 
 def describe(device: torch.device, query, key, value, offsets, longest) -> Call:
     """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, query.dtype, attention_host.fits(query.shape[2]))
+    refusals, discouraged = _refusals(device, query.dtype, attention_host.HEAD_DIM.fits(query.shape[2]))
     tokens, heads, width = query.shape
     shape = {"B": len(offsets) - 1, "tokens": tokens, "longest": longest, "heads": heads, "dim": width}
     return Call(shape=shape, parameters={}, refusals=refusals, discouraged=discouraged)
@@ -99,7 +99,7 @@ def describe(device: torch.device, query, key, value, offsets, longest) -> Call:
 
 def attend(query, key, value, offsets: torch.Tensor, longest: int | None, backend: str) -> torch.Tensor:
     """Attention within sequences, arguments checked."""
-    backend = _chosen(backend, query.device, query.dtype, attention_host.fits(query.shape[-1]))
+    backend = _chosen(backend, query.device, query.dtype, attention_host.HEAD_DIM.fits(query.shape[-1]))
     if backend == "fused":
         if longest is None:
             longest = int(offsets.diff().max()) if len(offsets) > 1 else 0

@@ -214,7 +214,20 @@ class TestPruning:
         for threshold, value in zip(model.reducer.thresholds, self.THRESHOLDS):
             threshold.fill_(value)
         torch.testing.assert_close(self.pruned(deit, form="auto")(x), model(x))
-        assert timm.create_model("asvit_deit_tiny", device="meta").reducer.blocks == asvit.Pruning.default_blocks(12)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "blocks"),
+        [
+            ("asvit_deit_tiny", {}, (4, 7, 10)),
+            ("asvit_lvvit_small", {}, (5, 9, 13)),
+            ("asvit_lvvit_medium", {}, (6, 11, 16)),
+            ("asvit_deit_tiny", dict(depth=8), (3, 5, 7)),
+            ("asvit_deit_tiny", dict(depth=8, blocks=(2, 5)), (2, 5)),
+        ],
+    )
+    def test_where_tokens_are_dropped(self, name, options, blocks):
+        """The authors' blocks; of another depth evenly spread."""
+        assert timm.create_model(name, device="meta", **options).reducer.blocks == blocks
 
     @torch.no_grad()
     @pytest.mark.parametrize("pool", ["avg", "max", "map", "token"])

@@ -7,6 +7,7 @@ from seeded import build, image
 
 import terrazzo
 from terrazzo.backbones import _windows
+from terrazzo.backbones._layers import window_counts
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.errors import InputError
 from terrazzo.tools.bench_families import FAMILIES
@@ -39,7 +40,7 @@ class TestGeometry:
     @pytest.mark.parametrize("window", [1, 4, 14, 16])
     def test_windows_are_even(self, side, window):
         length = _windows.even(side, window)
-        (count, _) = _windows.counts((side, side), (length, length))
+        (count, _) = window_counts((side, side), (length, length))
         assert count == -(-side // window)
         assert length <= window
         assert (count - 1) * length < side <= count * length < side + count
@@ -52,7 +53,7 @@ class TestGeometry:
     @pytest.mark.parametrize("grid", [(4, 6), (7, 13), (5, 2)])
     def test_there_and_back(self, grid):
         window = tuple(_windows.even(side, 3) for side in grid)
-        rows, columns = _windows.counts(grid, window)
+        rows, columns = window_counts(grid, window)
         x = torch.arange(1.0, grid[0] * grid[1] + 1).view(1, -1, 1)
         found = _windows.to_windows(x, grid, window)
         padded = torch.zeros(rows * window[0], columns * window[1])

@@ -63,7 +63,7 @@ def test_two_processes_with_half_the_batch(single, tiny_data, tmp_path):
     assert torch.load(tmp_path / "epoch_4.pth", weights_only=True)["meta"]["epoch"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a minute and a half: three trainings, two of them of two processes
 def test_sharded_processes_and_their_checkpoints(single, tiny_data, tmp_path):
     half = {"train_dataloader.batch_size": 5}
     losses = run(tiny_data, tmp_path, 2, half, sharded=True)

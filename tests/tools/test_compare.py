@@ -14,9 +14,9 @@ SMALLER = "dinat_mini,kernel_size=3,drop_rate=0.1"  # has fewer positions in its
 
 
 def compare(floors, out, *more):
+    options = ["train_dataloader.batch_size=2", "default_hooks.logger.interval=1"]
     arguments = ["compare", CONFIG, "--data-root", floors, "--out", out, "--max-iters", 2]
-    arguments += ["--backbone", "resnet18", "--backbone", SMALLER, *more]
-    arguments += ["--cfg-options", "train_dataloader.batch_size=2"]
+    arguments += ["--backbone", "resnet18", "--backbone", SMALLER, *more, "--cfg-options", *options]
     return CliRunner().invoke(cli, list(map(str, arguments)))
 
 
@@ -30,7 +30,7 @@ def test_compare(floors, tmp_path):
         assert 0 < found[name, "loss"].p50 < 5
         assert "2 iterations of batch 2, from scratch, 1 seed" in found[name, "mIoU"].backend
         final = json.loads((tmp_path / "out" / folder / "final.json").read_text())
-        assert [step for step, _ in final["losses"]] == [2]  # a short run is logged at its end
+        assert [step for step, _ in final["losses"]] == [1, 2]
     with torch.device("meta"):
         wanted = timm.create_model("dinat_mini", features_only=True, kernel_size=3, norm_outputs=True)
     assert found[SMALLER, "backbone parameters"].p50 == sum(x.numel() for x in wanted.parameters())
@@ -41,6 +41,11 @@ def test_compare(floors, tmp_path):
     assert again.exit_code == 0, again.output
     assert not (tmp_path / "out" / "resnet18-0" / "iter_2.pth").exists()
     assert results.read(tmp_path / "out" / "training.csv") == rows
+    # One that logged no loss has the other figures.
+    for path in (tmp_path / "out").glob("*/final.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"losses": []}))
+    assert compare(floors, tmp_path / "out").exit_code == 0
+    assert results.read(tmp_path / "out" / "training.csv") == [row for row in rows if row.metric != "loss"]
 
 
 def test_compare_refuses_unknown_backbones_and_arguments(floors, tmp_path):

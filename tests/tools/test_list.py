@@ -15,7 +15,7 @@ def test_names_every_model_and_nothing_else(run):
     assert [line.split()[0] for line in result.stdout.splitlines()[1:-1]] == list(models)
 
 
-def test_counts_where_nobody_did(run, monkeypatch, tmp_path):
+def test_counts_where_nobody_did(run, monkeypatch):
     before = run("list", "dinat_mini").stdout
     monkeypatch.setattr("terrazzo.tools.list.results.read", lambda path: [])
     assert run("list", "dinat_mini").stdout == before

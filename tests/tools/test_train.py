@@ -51,7 +51,10 @@ def test_shortened_schedules_end_with_the_training():
     assert cfg.train_cfg.max_iters == 50
     assert cfg.train_cfg.val_interval <= 50
     assert cfg.default_hooks.checkpoint.interval <= 50
+    assert cfg.default_hooks.logger.interval == 10
     assert cfg.param_scheduler[-1].end == 50
+    mm.shorten(cfg, 3, None)
+    assert cfg.default_hooks.logger.interval == 3  # or a short run would log no loss
 
 
 def points(cfg):
