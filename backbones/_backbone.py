@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from terrazzo.backbones._head import Head
 from terrazzo.errors import InputError
 
 
@@ -70,7 +70,7 @@ class Backbone(nn.Module):
         if norm_outputs:
             for i, c in enumerate(channels):
                 setattr(self, f"norm{i}", norm_layer(c, **factory))
-        self.head = ClassifierHead(
+        self.head = Head(
             channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **factory
         )
 

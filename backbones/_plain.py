@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, resample_abs_pos_embed, trunc_normal_
+from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models._manipulate import checkpoint
 from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
+from terrazzo.backbones._head import Head
 from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
@@ -77,7 +78,7 @@ class TokenStem(nn.Module):
         return torch.cat([self.pos_embed[:, :1], learned.flatten(1, 2)], 1)
 
 
-class TokenHead(ClassifierHead):
+class TokenHead(Head):
     """timm's head on tokens (B, T, C): the pooling "token" takes the first, all others those behind it."""
 
     def __init__(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, **factory):

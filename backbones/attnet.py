@@ -17,18 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm2d,
-    LayerScale2d,
-    RmsNorm2d,
-    calculate_drop_path_rates,
-    trunc_normal_,
-)
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, RmsNorm2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._head import Head
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import rename, unwrap
 from terrazzo.kernels import attentive_conv
@@ -124,7 +117,7 @@ def downsampler(in_chans: int, out_chans: int, **factory) -> nn.Sequential:
     )
 
 
-class NormedHead(ClassifierHead):
+class NormedHead(Head):
     """Pooling, a norm of the pooled vector, a classifier. A map that is not pooled goes through as it is."""
 
     def __init__(self, in_features: int, num_classes: int, *, device=None, dtype=None, **kwargs):

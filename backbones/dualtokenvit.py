@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._head import Head
 from terrazzo.backbones._layers import init_linear, on_maps, pixels_of_patches
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import RECONSTRUCTED
@@ -221,7 +222,7 @@ class Stem(nn.Module):
         return x, self.tokens.repeat(x.shape[0], 1, 1)
 
 
-class TokenHead(ClassifierHead):
+class TokenHead(Head):
     """timm's head on tokens (B, N, C) in place of a map."""
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -17,10 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._head import Head
 from terrazzo.backbones._layers import PatchConv, init_linear, on_maps
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import RECONSTRUCTED
@@ -122,7 +123,7 @@ class Stem(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-class ConvHead(ClassifierHead):
+class ConvHead(Head):
     """A 1x1 convolution, batch norm and SiLU in front of pooling and classifier, on (B, H, W, C): CMT's head."""
 
     def __init__(self, in_features: int, hidden: int, num_classes: int, pool_type: str, drop_rate: float, **factory):

@@ -127,7 +127,7 @@ def _bench(name: str) -> str:
     if not rows:
         raise InputError(f"{path} has no rows; run `terrazzo bench {bare} --device {device} --out {path}`")
     head, lines = module.table(rows)
-    return _markdown(head, lines) + f"\nMeasured on {rows[0].device}, {rows[0].versions}, medians.\n"
+    return _markdown(head, lines) + f"\nMeasured on {_machines(rows)}, {rows[0].versions}, medians.\n"
 
 
 def _training(name: str) -> str:
@@ -140,7 +140,11 @@ def _training(name: str) -> str:
         count = found[variant, "backbone parameters"].p50 / 1e6
         lines.append((f"`{variant}`", f"{count:.1f}", *(_spread(found[variant, metric]) for metric in metrics)))
     head = ("backbone", "its params, M", *metrics)
-    return _markdown(head, lines) + f"\n{rows[0].shape}: {rows[0].backend}, on {rows[0].device}, {rows[0].versions}.\n"
+    return _markdown(head, lines) + f"\n{rows[0].shape}: {rows[0].backend}, on {_machines(rows)}, {rows[0].versions}.\n"
+
+
+def _machines(rows: list[results.Row]) -> str:
+    return " and ".join(dict.fromkeys(row.device for row in rows))
 
 
 def _spread(row: results.Row) -> str:
@@ -152,7 +156,7 @@ def _precision(name: str) -> str:
     """What half precision and INT8 cost a family, on the data of its configs."""
     rows = results.read(results.FOLDER / f"{name}_precision.csv")
     note = "Points of 100 on the test data; layer errors are rms of the difference to float32 / rms."
-    return _markdown(*precision_results.table(rows)) + f"\n{note} {rows[0].device}, {rows[0].versions}.\n"
+    return _markdown(*precision_results.table(rows)) + f"\n{note} {_machines(rows)}, {rows[0].versions}.\n"
 
 
 def _zoo(argument: str | None) -> str:

@@ -92,6 +92,9 @@ def backward_queries(
     WIDTH is the tile's own first.
     """
     EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
+    PAIRS: tl.constexpr = TILE_H * ROWS
+    # Until Triton 3.6 a product is over 16 numbers at least: copies of the pairs, which count in no bin, fill them up.
+    COPIES: tl.constexpr = 1 if PAIRS >= 16 else 16 // PAIRS
     program = tl.program_id(0)
     head = program % heads
     slice_ = program // heads
@@ -158,9 +161,12 @@ def backward_queries(
                             b_bins += tl.reshape(b_grad_score, (1, TILE_W * COLUMNS)).to(tl.float32)
                         else:
                             b_pairs = tl.reshape(b_grad_score, (TILE_H, TILE_W, ROWS, COLUMNS))
-                            b_pairs = tl.reshape(tl.permute(b_pairs, (0, 2, 1, 3)), (TILE_H * ROWS, TILE_W * COLUMNS))
-                            o_pair = tl.arange(0, TILE_H * ROWS)
+                            b_pairs = tl.reshape(tl.permute(b_pairs, (0, 2, 1, 3)), (1, PAIRS, TILE_W * COLUMNS))
+                            b_pairs = tl.broadcast_to(b_pairs, (COPIES, PAIRS, TILE_W * COLUMNS))
+                            b_pairs = tl.reshape(b_pairs, (COPIES * PAIRS, TILE_W * COLUMNS))
+                            o_pair = tl.arange(0, COPIES * PAIRS)
                             o_bin = row + o_pair % ROWS - origin_h - o_pair // ROWS + K_H - 1
+                            o_bin = tl.where(o_pair < PAIRS, o_bin, -1)
                             b_bin = (tl.arange(0, BINS)[:, None] == o_bin[None, :]).to(tl.float32).to(b_pairs.dtype)
                             b_bins = product(b_bin, b_pairs, b_bins, PRECISION, INTERPRETED)
                 if HAS_BIAS:

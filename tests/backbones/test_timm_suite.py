@@ -14,23 +14,14 @@ from pathlib import Path
 
 import pytest
 import timm
+from families import smallest
 
-from terrazzo.tools import cards, results
 from terrazzo.tools.models import registered_models
 
 TESTS = Path(__file__).parents[1]
 CACHE = TESTS.parent / ".cache" / "timm"
 ALL = tuple(registered_models())
 EXCEPTED = "not fx and not torchscript and not pretrained"
-
-
-def smallest() -> list[str]:
-    """Of each family the model with the fewest parameters."""
-    rows = sorted((row.p50, row.what, row.variant) for row in results.read(cards.MODELS) if row.metric == "parameters")
-    found = {}
-    for _, family, name in rows:
-        found.setdefault(family, name)
-    return list(found.values())
 
 
 @pytest.fixture(scope="session")
