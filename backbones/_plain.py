@@ -69,8 +69,12 @@ class TokenStem(nn.Module):
         return x + self.positions(grid), grid
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """(1, 1 + H W, C) of a grid. Exported, they are products with matrices: TensorRT resizes no such way."""
-        if not torch.compiler.is_exporting():
+        """(1, 1 + H W, C) of a grid.
+
+        Exported or compiled, they are products with matrices: TensorRT resizes no such way, and torch 2.15 fails to
+        differentiate resizing to sizes that are open.
+        """
+        if not torch.compiler.is_compiling():
             return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
         rows, columns = (bicubic(old, new, self.pos_embed) for old, new in zip(self.grid, grid))
         learned = self.pos_embed[:, 1:].unflatten(1, self.grid)

@@ -165,7 +165,7 @@ class Pruning(Reducer):
         """What "auto" means for these tokens."""
         if self.form != "auto":
             return self.form
-        static = torch.compiler.is_compiling() or torch.compiler.is_exporting() or x.device.type == "meta"
+        static = torch.compiler.is_compiling() or x.device.type == "meta"
         return "masked" if self.training or torch.is_grad_enabled() or static else "packed"
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: PrunedState) -> tuple[torch.Tensor, PrunedState]:

@@ -26,6 +26,7 @@ from terrazzo.backbones._head import Head
 from terrazzo.backbones._layers import init_linear, on_maps, pixels_of_patches
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import RECONSTRUCTED
+from terrazzo.kernels.exporting import is_exporting
 
 __all__ = ["DualTokenViT"]
 
@@ -49,7 +50,7 @@ def pool_to_grid(x: torch.Tensor) -> torch.Tensor:
 
     Exported it is two products with matrices, since no ONNX operator pools to cells of unequal size.
     """
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), GRID).flatten(2).transpose(1, 2)
     rows, columns = (_cells(size, x) for size in x.shape[1:3])
     x = columns @ x  # B H GRID C

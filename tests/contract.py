@@ -227,6 +227,24 @@ class BackboneContract(CapabilityContract):
         assert out.isfinite().all()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
+    @pytest.mark.slow  # test_mctf.py has a quick one
+    def test_compiled_gradients(self, name):
+        """Of images of any size, from one graph."""
+        torch._dynamo.reset()
+        model = self.shallow_model(name)
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        for size in ((64, 96), (96, 70)):
+            wanted, found = (self.gradients(form, model, image(size)) for form in (model, compiled))
+            scale = max(grad.abs().max() for grad in wanted)
+            for one, other in zip(found, wanted):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(scale))
+
+    @staticmethod
+    def gradients(form, model, x):
+        model.zero_grad()
+        form(x).square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
     @pytest.mark.slow  # ONNX files are made from such programs
     def test_export(self, name):
         torch._dynamo.reset()  # a refused export with open sizes leaves them open

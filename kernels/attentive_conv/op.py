@@ -10,6 +10,7 @@ from terrazzo.kernels import backend as _backend
 from terrazzo.kernels import triton_host
 from terrazzo.kernels.attentive_conv import fused, portable, reference
 from terrazzo.kernels.call import Call
+from terrazzo.kernels.exporting import is_exporting
 
 
 def _asked(x: torch.Tensor, value: torch.Tensor, mixing: torch.Tensor) -> tuple[torch.device, torch.dtype, int]:
@@ -145,7 +146,7 @@ def describe(device: torch.device, x, value, weight, bias, mixing, mixing_bias, 
 def attend(x, value, weight, bias, mixing, mixing_bias, inhibition, backend) -> torch.Tensor:
     """Attentive convolution, arguments checked."""
     arguments = (x, value, weight, bias, mixing, mixing_bias, inhibition)
-    if torch.compiler.is_exporting():  # an exported graph holds standard operations only
+    if is_exporting():  # an exported graph holds standard operations only
         return portable.traced(*arguments)
     backend = _chosen(backend, *_asked(x, value, mixing))
     if backend == "reference":

@@ -9,6 +9,7 @@ from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
 
 
@@ -149,7 +150,7 @@ def _per_axis(values: Sequence[int]) -> str:
 
 def attend(query, key, value, rpb, kernel_size, dilation, scale, backend) -> torch.Tensor:
     """Neighborhood attention on a map, arguments checked and complete."""
-    if torch.compiler.is_exporting():  # an exported graph holds standard operations only
+    if is_exporting():  # an exported graph holds standard operations only
         if any(isinstance(length, torch.SymInt) for length in query.shape[1:3]):
             raise InputError("neighborhood attention is exported for images of one size: its windows become constants")
         return portable.forward(query, key, value, rpb, kernel_size, dilation, scale)

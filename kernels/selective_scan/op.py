@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.selective_scan import exported, fused, portable, reference
 from terrazzo.kernels.selective_scan.orders import ORDERS
 from terrazzo.kernels.selective_scan.scans import Scans, accumulator
@@ -149,7 +150,7 @@ def describe(
 
 def scan(call: Scans, backend: str) -> torch.Tensor:
     """The output of a call whose arguments were checked."""
-    if torch.compiler.is_exporting():  # an exported graph holds standard operations only
+    if is_exporting():  # an exported graph holds standard operations only
         return exported.selective_scan(call)
     decisive = _decisive(call.u, call.delta, call.A, call.B, call.C)
     backend = _chosen(backend, call.u.device, decisive, fused.STATES.fits(call.A.shape[2]))

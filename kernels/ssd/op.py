@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.ssd import fused, portable, reference
 
 _STEPS = fused.chunk(2)  # of a chunk, as FLOPs are counted: those of half precision
@@ -118,7 +119,7 @@ def scan(
     Returns:
         (B, L, H, P), from the kernels in the dtype of x, else in that of the computation.
     """
-    if torch.compiler.is_exporting():  # an exported graph holds standard operations only
+    if is_exporting():  # an exported graph holds standard operations only
         return portable.ssd(x, dt, A, B, C, reverse, chunk)
     backend = _chosen(backend, x.device, x.dtype, fused.SIZES.fits(B.shape[3], x.shape[3]))
     if backend == "fused":

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 from terrazzo.kernels import attention_host, triton_host
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.call import Call
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.strip_attention import fused, portable, reference
 
 
@@ -115,7 +116,7 @@ def describe(device: torch.device, query, key, value, backend) -> Call:
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
     """Strip attention, arguments checked."""
-    if torch.compiler.is_exporting():  # an exported graph holds standard operations only
+    if is_exporting():  # an exported graph holds standard operations only
         return portable.whole(query, key, value)
     backend = _chosen(backend, value.device, value.dtype, attention_host.HEAD_DIM.fits(value.shape[-1]))
     if backend == "reference":

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from terrazzo.errors import InputError
 from terrazzo.kernels import attention_host
 from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.token_reduction import op, portable, reference
 from terrazzo.kernels.token_reduction.op import describe
 from terrazzo.kernels.token_reduction.partition import sizes as _partition_sizes
@@ -132,7 +133,7 @@ def plan(
 
     Source: MCTF, arXiv 2403.10030, section 3.2; the partition "cell2x2": arXiv 2303.17604.
     """
-    if torch.compiler.is_exporting() and _is_open(metric.shape[1]):
+    if is_exporting() and _is_open(metric.shape[1]):
         raise InputError("token reduction is exported for images of one size: how many are merged becomes a constant")
     _check(metric, r, size, importance, partition, protect, criteria, bidirectional, window, grid)
     name = op.chosen(backend, metric)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from terrazzo.kernels import attention_host, triton_host
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.call import Call
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.token_reduction import fused
 from terrazzo.kernels.token_reduction.partition import sizes
 
@@ -34,7 +35,7 @@ _name._dynamo_marked_constant = True
 
 def chosen(backend: str, x: torch.Tensor, head_dim_fits: bool = True) -> str:
     """The name of the backend of a call on `x`; an exported graph holds standard operations only."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "portable"
     return _name(backend, x.device, x.dtype, head_dim_fits)
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.token_reduction.partition import order, sizes
 
 # Attention weights of a call that are held, and so computed once; of more, a tile at a time: on a CPU as many as the
@@ -27,7 +28,7 @@ def accumulator(x: torch.Tensor) -> torch.dtype:
 
 def rank(score: torch.Tensor) -> torch.Tensor:
     """(B, N) to the place of each in descending order, from 0; of equals the first comes first."""
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     position = torch.arange(score.shape[-1], device=score.device)
     mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
@@ -111,7 +112,7 @@ def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) ->
 
 def add_up(x: torch.Tensor, assignment: torch.Tensor, count: int) -> torch.Tensor:
     """Sums over the groups: (B, N) or (B, N, C) to (B, count) or (B, count, C)."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         groups = torch.arange(count, device=x.device)
         onehot = (assignment.unsqueeze(1) == groups[:, None]).to(x.dtype)  # B M N
         return onehot @ x if x.dim() == 3 else (onehot @ x.unsqueeze(-1)).squeeze(-1)
@@ -141,7 +142,7 @@ def _scores(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -
 def is_whole(query: torch.Tensor) -> bool:
     """Whether the weights of (B, H, N, D) are few enough to be held at once; in an exported graph they always are."""
     batch, heads, count = query.shape[:3]
-    return torch.compiler.is_exporting() or batch * heads * count * count <= _WHOLE
+    return is_exporting() or batch * heads * count * count <= _WHOLE
 
 
 @torch.no_grad()
