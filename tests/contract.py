@@ -227,7 +227,7 @@ class BackboneContract(CapabilityContract):
         assert out.isfinite().all()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
-    @pytest.mark.slow  # test_mctf.py has a quick one
+    @pytest.mark.slow  # a quarter of a minute each
     def test_compiled_gradients(self, name):
         """Of images of any size, from one graph."""
         torch._dynamo.reset()
