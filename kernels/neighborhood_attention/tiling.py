@@ -52,7 +52,7 @@ class Kind:
 
 def folds(length: int, dilation: int) -> tuple[Fold, ...]:
     """The residue classes of an axis, grouped by their length."""
-    members, longer = length // dilation, length % dilation  # torch 2.8 traces no divmod
+    members, longer = divmod(length, dilation)
     groups = []
     if longer:
         groups.append(Fold(0, longer, members + 1))
