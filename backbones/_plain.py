@@ -13,6 +13,7 @@ from terrazzo.backbones._head import Head
 from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
+from terrazzo.kernels.autocast import without_autocast
 
 
 class Plain(Backbone):
@@ -78,7 +79,8 @@ class TokenStem(nn.Module):
             return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
         rows, columns = (bicubic(old, new, self.pos_embed) for old, new in zip(self.grid, grid))
         learned = self.pos_embed[:, 1:].unflatten(1, self.grid)
-        learned = columns @ (rows @ learned.flatten(2)).unflatten(2, (self.grid[1], -1))
+        with without_autocast(learned):
+            learned = columns @ (rows @ learned.flatten(2)).unflatten(2, (self.grid[1], -1))
         return torch.cat([self.pos_embed[:, :1], learned.flatten(1, 2)], 1)
 
 

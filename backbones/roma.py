@@ -31,6 +31,7 @@ from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._weights import rename, unwrap
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
+from terrazzo.kernels.autocast import without_autocast
 
 __all__ = ["RoMA"]
 
@@ -209,10 +210,11 @@ def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     side = math.isqrt(x.shape[1])
     if not torch.compiler.is_compiling() and tuple(size) == (side, side):
-        return x  # autocast would round the products
+        return x
     rows, columns = (_cubic(side, length, x) for length in size)
-    x = columns @ x.unflatten(1, (side, side))  # 1 side W C
-    return (rows @ x.flatten(2)).unflatten(2, (size[1], -1)).flatten(1, 2)
+    with without_autocast(x):
+        x = columns @ x.unflatten(1, (side, side))  # 1 side W C
+        return (rows @ x.flatten(2)).unflatten(2, (size[1], -1)).flatten(1, 2)
 
 
 def init_patches(proj: nn.Conv2d) -> None:

@@ -1,12 +1,19 @@
-"""Whether an exporter traces, for which operators are made of standard operations."""
+"""Whether an exporter traces, for which operators are made of standard operations, and what it leaves open."""
 
 import torch
 
 
 def is_exporting() -> bool:
-    """As `torch.compiler.is_exporting`, which torch 2.8 to 2.11 at least take for true in `torch.compile`, too."""
+    """As `torch.compiler.is_exporting`, which torch 2.8 and 2.11 take for true in `torch.compile`, too."""
     return torch.compiler.is_exporting()
 
 
-# Dynamo takes its value when tracing, and does not read what is inside.
+def is_open(length: int) -> bool:
+    """Whether an exporter leaves a number open."""
+    return isinstance(length, torch.SymInt)
+
+
+# Dynamo takes their values when tracing, and does not read what is inside: there an open number is an int like others,
+# and would be fixed silently. A constant that depends on an open number it refuses.
 is_exporting._dynamo_marked_constant = True
+is_open._dynamo_marked_constant = True

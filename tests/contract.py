@@ -36,6 +36,14 @@ SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, pla
 MAX_SIDE = 96  # of the costlier checks
 
 
+def output_and_gradients(run, model, x):
+    """What `run` makes of x, and the gradient of each of the model's parameters that gets one, by name."""
+    model.zero_grad()
+    out = run(x)
+    out.square().mean().backward()
+    return out.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
 class BackboneContract(CapabilityContract):
     costs: dict[str, tuple[int, float]] = {}
     reconstructed = False
@@ -165,19 +173,12 @@ class BackboneContract(CapabilityContract):
     def test_every_parameter_learns_and_checkpointing_changes_nothing(self, name):
         model = build(name)
         x = image((64, 96), batch=2)
-
-        def gradients():
-            model.zero_grad()
-            out = model(x)
-            out.square().mean().backward()
-            return out.detach(), {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-
-        out, plain = gradients()
+        out, plain = output_and_gradients(model, model, x)
         missing = {key for key, _ in model.named_parameters()} - plain.keys()
         assert not missing, f"no gradient: {missing}"
         assert all(value.isfinite().all() for value in plain.values())
         model.set_grad_checkpointing()
-        out_again, checkpointed = gradients()
+        out_again, checkpointed = output_and_gradients(model, model, x)
         torch.testing.assert_close(out_again, out)
         for key, value in plain.items():
             torch.testing.assert_close(checkpointed[key], value, msg=lambda text, key=key: f"{key}: {text}")
@@ -234,16 +235,10 @@ class BackboneContract(CapabilityContract):
         model = self.shallow_model(name)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for size in ((64, 96), (96, 70)):
-            wanted, found = (self.gradients(form, model, image(size)) for form in (model, compiled))
-            scale = max(grad.abs().max() for grad in wanted)
-            for one, other in zip(found, wanted):
-                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(scale))
-
-    @staticmethod
-    def gradients(form, model, x):
-        model.zero_grad()
-        form(x).square().mean().backward()
-        return [p.grad for p in model.parameters() if p.grad is not None]
+            x = image(size)
+            (_, wanted), (_, found) = (output_and_gradients(form, model, x) for form in (model, compiled))
+            scale = max(float(grad.abs().max()) for grad in wanted.values())
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * scale)
 
     @pytest.mark.slow  # ONNX files are made from such programs
     def test_export(self, name):

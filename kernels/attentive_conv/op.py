@@ -9,6 +9,7 @@ from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels import triton_host
 from terrazzo.kernels.attentive_conv import fused, portable, reference
+from terrazzo.kernels.autocast import without_autocast
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.exporting import is_exporting
 
@@ -35,11 +36,6 @@ def _chosen(backend: str, device: torch.device, dtype: torch.dtype, taps: int) -
 _chosen._dynamo_marked_constant = True
 
 
-def _plain(device: torch.device):
-    """Autocast is off inside of the op, or it would round the means and the kernels."""
-    return torch.autocast(device.type, enabled=False)
-
-
 @torch.library.custom_op("terrazzo::attentive_conv", mutates_args=())
 def _forward(
     x: torch.Tensor,
@@ -55,7 +51,7 @@ def _forward(
     if value.numel() == 0:  # not where calls are traced: an open size would be told from 0
         raise InputError(f"x and value must have at least one position of one sample, got {tuple(value.shape)}")
     form = fused if backend == "fused" else portable
-    with _plain(value.device):
+    with without_autocast(value):  # it would round the means and the kernels
         return form.forward(x, value, weight, bias, mixing, mixing_bias, inhibition)
 
 
@@ -87,7 +83,7 @@ def _backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     form = fused if backend == "fused" else portable
-    with _plain(value.device):
+    with without_autocast(value):
         grad_x, grad_value, *others = form.backward(
             grad, value, pooled, projected, kernels, weight, mixing, mixing_bias, inhibition, x_dtype
         )

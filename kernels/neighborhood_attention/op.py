@@ -9,7 +9,7 @@ from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels import triton_host
 from terrazzo.kernels.call import Call
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.exporting import is_exporting, is_open
 from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
 
 
@@ -151,7 +151,7 @@ def _per_axis(values: Sequence[int]) -> str:
 def attend(query, key, value, rpb, kernel_size, dilation, scale, backend) -> torch.Tensor:
     """Neighborhood attention on a map, arguments checked and complete."""
     if is_exporting():  # an exported graph holds standard operations only
-        if any(isinstance(length, torch.SymInt) for length in query.shape[1:3]):
+        if is_open(query.shape[1]) or is_open(query.shape[2]):
             raise InputError("neighborhood attention is exported for images of one size: its windows become constants")
         return portable.forward(query, key, value, rpb, kernel_size, dilation, scale)
     backend = _chosen(backend, query.device, query.dtype, fused.HEAD_DIM.fits(query.shape[-1]))

@@ -1,6 +1,5 @@
 """Token reduction that can be undone: which tokens become one, their mean, and the way back to every position."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from terrazzo.errors import InputError
 from terrazzo.kernels import attention_host
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.autocast import without_autocast
+from terrazzo.kernels.exporting import is_exporting, is_open
 from terrazzo.kernels.token_reduction import op, portable, reference
 from terrazzo.kernels.token_reduction.op import describe
 from terrazzo.kernels.token_reduction.partition import sizes as _partition_sizes
@@ -133,12 +133,12 @@ def plan(
 
     Source: MCTF, arXiv 2403.10030, section 3.2; the partition "cell2x2": arXiv 2303.17604.
     """
-    if is_exporting() and _is_open(metric.shape[1]):
+    if is_exporting() and is_open(metric.shape[1]):
         raise InputError("token reduction is exported for images of one size: how many are merged becomes a constant")
     _check(metric, r, size, importance, partition, protect, criteria, bidirectional, window, grid)
     name = op.chosen(backend, metric)
     grid = grid if partition == "cell2x2" or window is not None else None
-    with _exact(metric):
+    with without_autocast(metric):  # ranks need float32
         dtype = portable.accumulator(metric)
         metric = metric.detach()
         size, importance = (None if x is None else x.detach().to(dtype) for x in (size, importance))
@@ -158,22 +158,6 @@ def _found(name, metric, r, size, importance, protect, criteria, bidirectional, 
     form = reference if name == "reference" else portable
     metric = metric.to(portable.accumulator(metric))  # half precision is read by the kernels as it is
     return form.plan(metric, r, size, importance, protect, criteria, bidirectional, grid)
-
-
-def _is_open(count: int) -> bool:
-    """Whether an exporter leaves a number open."""
-    return isinstance(count, torch.SymInt)
-
-
-# Dynamo takes an open number for an int, and would fix it; a constant of an open number it refuses.
-_is_open._dynamo_marked_constant = True
-
-
-def _exact(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Out of autocast: ranks and weights need float32."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _fold(x: torch.Tensor, grid: tuple[int, int], window: int) -> torch.Tensor:
@@ -220,7 +204,7 @@ def merge(
         if values is not None and tuple(values.shape[:2]) != shape:
             raise InputError(f"{name} must begin with {shape}, as the map, got {tuple(values.shape)}")
     name = op.chosen(backend, x)
-    with _exact(x):
+    with without_autocast(x):  # so do weights
         if size is None:
             size = torch.ones(shape, dtype=portable.accumulator(x), device=x.device)
         weight = (size if weight is None else weight).detach()

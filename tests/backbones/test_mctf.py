@@ -134,13 +134,15 @@ class TestPlainViT:
             (wanted,) = deit.forward_intermediates(x, indices=1, intermediates_only=True)
             assert torch.equal(dense.norm11(wanted.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), found)
 
-    def test_compiled_positions_are_resized_the_same(self, deit, monkeypatch):
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_compiled_positions_are_resized_the_same(self, deit, autocast):
+        torch._dynamo.reset()
         stem = of(deit, r=0).stem
+        compiled = torch.compile(stem.positions, backend="eager", fullgraph=True, dynamic=True)
         for grid in ((14, 14), (7, 9), (20, 33)):
             wanted = stem.positions(grid)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.compiler, "is_compiling", lambda: True)
-                torch.testing.assert_close(stem.positions(grid), wanted)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                torch.testing.assert_close(compiled(grid), wanted)
         assert torch.equal(bicubic(14, 14, wanted), torch.eye(14))
 
     def test_pooling_weighs_positions(self):

@@ -109,6 +109,12 @@ class TestOfficial:
         missing, unexpected = model.model.load_state_dict(weights, strict=False)
         assert (missing, unexpected) == ([], [])
 
+    def test_positions_are_resized_the_same_under_autocast(self):
+        positions = pretrained()["pos_embed"]
+        wanted = roma.resize_positions(positions, (5, 7))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(roma.resize_positions(positions, (5, 7)), wanted)
+
     def test_segmentors_backbone(self):
         """Its one norm is that of the last map; its pyramid is a neck here."""
         pack = Pack(packs("roma")[0])
