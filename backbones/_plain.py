@@ -1,6 +1,7 @@
 """Isotropic backbones: one stride, one width; features after every block."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ class PlainViT(Plain):
             x = unit(self.reducer.restored(x, state, self.restore))
             return x, self.reducer.begin(state.grid, state.prefix, state.depth + 1, maps=True)
         x, state = self.reducer(unit, x, state)
-        return x, state._replace(depth=state.depth + 1)
+        return x, replace(state, depth=state.depth + 1)
 
     def to_map(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         return self.reducer.restored(x, state, self.restore)[:, state.prefix :].unflatten(1, state.grid)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _Reducing:
             x, state = checkpoint(self.reducer, block, x, state)
         else:
             x, state = self.reducer(block, x, state)
-        return x, state._replace(depth=state.depth + 1)
+        return x, replace(state, depth=state.depth + 1)
 
     def _features(self, x: torch.Tensor, state: Any) -> torch.Tensor:
         """What is left; every position for a pooling in which each counts."""

@@ -5,6 +5,7 @@ is recorded, with the map into the next: from these a token is made for every po
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class Level(NamedTuple):
     size: torch.Tensor
 
 
-class TokenState(NamedTuple):
+@dataclass(frozen=True)
+class TokenState:
     """What flows beside the tokens (B, T, C) of a plain ViT.
 
     Attributes:
@@ -60,9 +62,9 @@ class TokenState(NamedTuple):
     def reduced(self, left, merged, assignment, size) -> "TokenState":
         """The state after a reduction from the tokens `left` to `merged`."""
         if not self.maps:
-            return self._replace(size=size)
+            return replace(self, size=size)
         level = Level(left if self.entered is None else self.entered, left, assignment, merged, size)
-        return self._replace(entered=merged, size=size, levels=(*self.levels, level))
+        return replace(self, entered=merged, size=size, levels=(*self.levels, level))
 
 
 def _copied(x: torch.Tensor, state: TokenState) -> torch.Tensor:

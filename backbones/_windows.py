@@ -6,6 +6,7 @@ one window is attended to as a whole.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,14 +91,14 @@ class Windows(Reducer):
 
     def _enter(self, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         """Tokens in the order of windows; padding has size 0."""
-        state = state._replace(window=tuple(even(side, self.window) for side in state.grid))
+        state = replace(state, window=tuple(even(side, self.window) for side in state.grid))
         front, body = x.tensor_split([state.prefix], 1)
         count = state.grid[0] * state.grid[1]
         body = to_windows(body, state.grid, state.window)
         if body.shape[1] != count:
             real = to_windows(x.new_ones(1, count, 1, dtype=torch.float32), state.grid, state.window)
             size = F.pad(real.squeeze(2), (state.prefix, 0), value=1.0)
-            state = state._replace(size=size.expand(x.shape[0], -1))
+            state = replace(state, size=size.expand(x.shape[0], -1))
         return torch.cat([front, body], 1), state
 
     @staticmethod

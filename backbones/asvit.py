@@ -11,7 +11,8 @@ it was dropped with.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ TEMPERATURE = 1e-4  # of the sigmoid that thresholds learn by
 EPSILON = 1e-6  # of the masked softmax
 
 
-class PrunedState(NamedTuple):
+@dataclass(frozen=True)
+class PrunedState:
     """What flows beside the tokens: (B, T, C), or packed (sum of T, C).
 
     Attributes:
@@ -180,7 +182,7 @@ class Pruning(Reducer):
             context, score = self._packed_context(block.attn, projected, state, scored)
         else:
             context, score = self._context(block.attn, projected, state.keep)
-        return finish(block, x, context), state._replace(score=score if scored else None)
+        return finish(block, x, context), replace(state, score=score if scored else None)
 
     @staticmethod
     def _context(attn: nn.Module, projected: torch.Tensor, keep: torch.Tensor | None):
@@ -210,7 +212,7 @@ class Pruning(Reducer):
         before = torch.ones_like(keep) if state.keep is None else state.keep
         keep = torch.cat([torch.ones_like(keep[:, : state.prefix]), (keep * before)[:, state.prefix :]], 1)
         full = x if state.full is None else self.restored(x, state, "copy")
-        return x, state._replace(keep=keep, full=full)
+        return x, replace(state, keep=keep, full=full)
 
     def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
         """Dropped tokens are removed, and the host is asked how many are left."""
@@ -224,7 +226,7 @@ class Pruning(Reducer):
             full = full.index_copy(0, place, x)
         x, offsets, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], offsets, state.prefix)
         lengths = tuple(offsets.diff().tolist())
-        return x, state._replace(full=full, place=place[index], lengths=lengths, offsets=offsets)
+        return x, replace(state, full=full, place=place[index], lengths=lengths, offsets=offsets)
 
     def _fixed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
         """The best of each image are kept, the same number of all, whatever the threshold."""
@@ -234,7 +236,7 @@ class Pruning(Reducer):
         x, assignment, _ = prune(x, state.score, k=kept, protect=state.prefix)
         if state.map is not None:
             assignment = compose(assignment, state.map)
-        return x, state._replace(full=full, map=assignment)
+        return x, replace(state, full=full, map=assignment)
 
     def left(self, x: torch.Tensor, state: PrunedState) -> torch.Tensor:
         """As many tokens as there are positions, since images keep unlike numbers.

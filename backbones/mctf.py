@@ -11,6 +11,7 @@ merged.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Fusion(Reducer):
         """As `Reducer`; `r` is merged in place of the model's own number."""
         if r is None:
             r = self.r if self.training or self.r_eval is None else self.r_eval
-        return super().begin(grid, prefix, depth, maps)._replace(r=r)
+        return replace(super().begin(grid, prefix, depth, maps), r=r)
 
     def count(self, tokens: int, r: float, prefix: int = 1) -> int:
         """How many of `tokens`, those in front that are no patches included, are merged."""

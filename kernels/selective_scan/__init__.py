@@ -86,13 +86,14 @@ def selective_scan(
     _check_shape("delta_bias", delta_bias, (channels,))
     _backend.check_name(backend)
 
-    def of_maps(x: torch.Tensor | None) -> torch.Tensor | None:  # B D L to B L G D/G
+    # Without annotations: Dynamo of torch 2.8 fails at those with "|".
+    def of_maps(x):  # B D L to B L G D/G
         return None if x is None else x.transpose(1, 2).unflatten(2, (groups, -1))
 
-    def of_groups(x: torch.Tensor) -> torch.Tensor:  # B G N L to B L G N
+    def of_groups(x):  # B G N L to B L G N
         return (x.unsqueeze(1) if x.dim() == 3 else x).permute(0, 3, 1, 2)
 
-    def of_channels(x: torch.Tensor | None) -> torch.Tensor | None:  # D to G D/G
+    def of_channels(x):  # D to G D/G
         return None if x is None else x.unflatten(0, (groups, -1))
 
     call = Scans(

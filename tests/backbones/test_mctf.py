@@ -1,5 +1,7 @@
 """MCTF: the contract, official weights, the plain ViT underneath, and maps of every position."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -105,7 +107,7 @@ class TestOfficial:
         fusion = mctf.Fusion((1,), r=4, criteria=(1, 0, 40))
         x = image((64, 64)).double().flatten(1)[:, : 17 * 192].unflatten(1, (17, 192))
         size = torch.arange(1.0, 18).expand(len(x), -1).double() if sizes else None
-        state = fusion.begin((4, 4), 1, 1, maps=False)._replace(size=size)
+        state = replace(fusion.begin((4, 4), 1, 1, maps=False), size=size)
         found, after = fusion(block, x, state)
         merged, wanted, _ = merge(x, plan(x, r=4, size=size, criteria=(1, 0, 40), bidirectional=True), size, size)
         torch.testing.assert_close(after.size, wanted, rtol=0, atol=1e-12)

@@ -1,6 +1,7 @@
 """AS-ViT's fine-tuning: costs, the terms of the loss by hand, the thresholds' gradient, and the teacher."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -167,7 +168,7 @@ def test_the_thresholds_gradient(file, monkeypatch):
     hard[:, 0] = 1
     assert 0 < hard[:, 1:].sum() < 8
     masks = [hard]
-    monkeypatch.setattr(Pruning, "_masked", lambda self, x, state, stage: (x, state._replace(keep=masks[0], full=x)))
+    monkeypatch.setattr(Pruning, "_masked", lambda self, x, state, stage: (x, replace(state, keep=masks[0], full=x)))
     step, wanted, slope = 1e-6, 0.0, above.sigmoid() * (1 - above.sigmoid()) / TEMPERATURE
     with torch.no_grad():
         for i in range(2):
