@@ -170,7 +170,8 @@ def _draw(done: dict[str, list[dict]], path: Path) -> None:
     for index, (name, runs) in enumerate(done.items()):
         for seed, run in enumerate(runs):
             if run["losses"]:
-                axes.plot(*zip(*run["losses"]), color=f"C{index}", label=None if seed else name)
+                # Points, too: a line through one would not be seen.
+                axes.plot(*zip(*run["losses"]), marker=".", color=f"C{index}", label=None if seed else name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

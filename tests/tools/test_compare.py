@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import timm
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from terrazzo.tools import results
 from terrazzo.tools.cli import cli
+from terrazzo.tools.compare import _draw
 
 CONFIG = "fpn_dinat-mini_floors"
 SMALLER = "dinat_mini,kernel_size=3,drop_rate=0.1"  # has fewer positions in its tables
@@ -46,6 +49,14 @@ def test_compare(floors, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"losses": []}))
     assert compare(floors, tmp_path / "out").exit_code == 0
     assert results.read(tmp_path / "out" / "training.csv") == [row for row in rows if row.metric != "loss"]
+
+
+def test_one_loss_is_seen(tmp_path):
+    """Of a run as short as the interval of the log."""
+    _draw({"resnet18": [{"losses": [(5, 1.8)]}]}, tmp_path / "curves.png")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), int)
+    pixels = pixels[:, : pixels.shape[1] * 2 // 3]  # the legend is in the upper right corner
+    assert (np.abs(pixels - (31, 119, 180)).max(-1) < 30).sum() > 10, "nothing is drawn in the first colour"
 
 
 def test_compare_refuses_unknown_backbones_and_arguments(floors, tmp_path):
