@@ -136,8 +136,8 @@ def checked_export(
         The figures, and where the file is.
 
     Raises:
-        InputError: the module does not take the inputs, cannot be traced or has an operation without a form there, or
-            the path cannot be written.
+        InputError: the module does not take the inputs, cannot be traced or has an operation without a form there, the
+            file does not take them, or the path cannot be written.
     """
     path = check_output_file(Path(path))
     if len(form.suffixes) > 1 and path.suffix != form.suffixes[0]:
@@ -163,7 +163,9 @@ def checked_export(
         parities = tuple(
             parity
             for source, expected in references.items()
-            for parity in compare(names, source, expected, run(*inputs[source]), relative_limit, label_limit)
+            for parity in compare(
+                names, source, expected, _found(run, source, inputs[source]), relative_limit, label_limit
+            )
         )
         if not all(parity.passed for parity in parities):
             divergence = form.divergence(task, relative_limit)
@@ -182,8 +184,20 @@ def _expected(reference: Callable[..., Tensor | Sequence[Tensor]], inputs: tuple
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs)
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"the model cannot take images of {shapes}: {reason}; name another size") from error
+        raise InputError(
+            f"the model cannot take images of {shapes}: {_first_line(error)}; name another size"
+        ) from error
+
+
+def _found(run: Callable[..., Sequence[Tensor]], source: str, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    """The file's results; InputError if it does not take what the module takes: older exporters fix sizes unasked."""
+    try:
+        return run(*inputs)
+    except TerrazzoError:
+        raise
+    except Exception as error:  # each runtime raises what it likes
+        shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs)
+        raise InputError(f"the exported file fails on the {source} ({shapes}): {_first_line(error)}") from error
 
 
 def _publish(file: Path, suffixes: tuple[str, ...], path: Path) -> None:
@@ -213,6 +227,10 @@ def opened(task: Task) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...] |
     return arguments, tuple(dict(shape) for _ in arguments) if shape else None
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def not_exportable(module: nn.Module, form: str, error: Exception) -> InputError:
     """One line for what an exporter of PyTorch threw."""
     cause = error
@@ -221,8 +239,7 @@ def not_exportable(module: nn.Module, form: str, error: Exception) -> InputError
         if isinstance(cause, TerrazzoError):  # an operator of ours says why
             return InputError(f"{type(module).__name__} cannot be exported to {form}: {cause}")
     cause = error.__cause__ or error
-    reason = str(cause).strip().split("\n")[0]
     return InputError(
-        f"{type(module).__name__} cannot be exported to {form}: {type(cause).__name__}: {reason} "
+        f"{type(module).__name__} cannot be exported to {form}: {type(cause).__name__}: {_first_line(cause)} "
         "(TERRAZZO_TRACEBACK=1 shows where)"
     )

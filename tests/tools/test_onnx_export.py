@@ -98,6 +98,13 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, image, module):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_does_not_take_what_the_module_takes(tmp_path, image):
+    with pytest.raises(InputError, match=r"the exported file fails on the two \(2x3x10x14\): .*dimension") as error:
+        export_onnx(Net(), image, tmp_path / "net.onnx", checks={"two": torch.cat([image, image])})
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_refuses_places_and_names(tmp_path, image):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
