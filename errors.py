@@ -19,3 +19,8 @@ class NonFiniteError(TerrazzoError, ArithmeticError):
 
 class SavingError(TerrazzoError, OSError):
     """A checkpoint that could not be written; the message says why, and that earlier ones are whole."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits into a message of one line; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

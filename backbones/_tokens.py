@@ -34,14 +34,27 @@ class Level(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenState:
-    """What flows beside the tokens (B, T, C) of a plain ViT.
+class State:
+    """What flows beside the tokens of a plain ViT, whatever reduces them.
 
     Attributes:
         grid: Rows and columns of the patches.
         prefix: Tokens in front that are no patches; nothing merges or parks them.
         depth: Blocks that were run.
         maps: Whether anybody will ask for maps; without that nothing is recorded.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    depth: int
+    maps: bool
+
+
+@dataclass(frozen=True)
+class TokenState(State):
+    """What flows beside the tokens (B, T, C) where they are merged.
+
+    Attributes:
         entered: Tokens at the beginning of the current level.
         size: (B, T), patches that each token stands for, 0 for padding; None for 1 each.
         levels: Those that were left.
@@ -49,10 +62,6 @@ class TokenState:
         r: How many tokens each reduction takes away, where whoever began the forward says so.
     """
 
-    grid: tuple[int, int]
-    prefix: int
-    depth: int
-    maps: bool
     entered: torch.Tensor | None = None
     size: torch.Tensor | None = None
     levels: tuple[Level, ...] = ()
@@ -111,7 +120,7 @@ were merged (Expedite, arXiv 2210.01035).
 class Reducer(nn.Module):
     """Runs a ViT's blocks: this one as they are, with keys weighted by the patches they stand for.
 
-    A reducer makes the state that its blocks carry, which says `grid`, `prefix`, `depth` and `maps` (`TokenState`).
+    A reducer makes the state that its blocks carry, a `State` and what is theirs.
 
     Attributes:
         blocks: In front of which it reduces, counted from 0.

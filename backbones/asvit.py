@@ -22,7 +22,7 @@ from torch import nn
 from terrazzo.backbones import _deit, _lvvit
 from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
 from terrazzo.backbones._lvvit import LVViT
-from terrazzo.backbones._tokens import Reducer
+from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import compose, prune, prune_packed, unmerge
 from terrazzo.kernels.varlen_attention import first_weights, varlen_attention
@@ -35,11 +35,10 @@ EPSILON = 1e-6  # of the masked softmax
 
 
 @dataclass(frozen=True)
-class PrunedState:
+class PrunedState(State):
     """What flows beside the tokens: (B, T, C), or packed (sum of T, C).
 
     Attributes:
-        grid, prefix, depth, maps: See `TokenState`.
         score: Of each token by the block before, as the tokens without channels.
         keep: Masked, from the first stage on: (B, T), 1 where a token is kept, with the thresholds' gradient.
         full: Features of every position, of which those of dropped tokens are read: (B, T, C), packed flat.
@@ -49,10 +48,6 @@ class PrunedState:
         offsets: Packed: (B + 1,) int32, where each image's begin.
     """
 
-    grid: tuple[int, int]
-    prefix: int
-    depth: int
-    maps: bool
     score: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     full: torch.Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from terrazzo._files import written_whole
-from terrazzo.errors import InputError, TerrazzoError
+from terrazzo.errors import InputError, TerrazzoError, first_line
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.parity import LABEL_LIMIT, RELATIVE_LIMIT, Parity, compare
 
@@ -183,9 +183,8 @@ def _expected(reference: Callable[..., Tensor | Sequence[Tensor]], inputs: tuple
     except TerrazzoError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs)
         raise InputError(
-            f"the model cannot take images of {shapes}: {_first_line(error)}; name another size"
+            f"the model cannot take images of {_sizes(inputs)}: {first_line(error)}; name another size"
         ) from error
 
 
@@ -196,8 +195,7 @@ def _found(run: Callable[..., Sequence[Tensor]], source: str, inputs: tuple[Tens
     except TerrazzoError:
         raise
     except Exception as error:  # each runtime raises what it likes
-        shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs)
-        raise InputError(f"the exported file fails on the {source} ({shapes}): {_first_line(error)}") from error
+        raise InputError(f"the exported file fails on the {source} ({_sizes(inputs)}): {first_line(error)}") from error
 
 
 def _publish(file: Path, suffixes: tuple[str, ...], path: Path) -> None:
@@ -227,8 +225,8 @@ def opened(task: Task) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...] |
     return arguments, tuple(dict(shape) for _ in arguments) if shape else None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _sizes(inputs: tuple[Tensor, ...]) -> str:
+    return ", ".join("x".join(map(str, value.shape)) for value in inputs)
 
 
 def not_exportable(module: nn.Module, form: str, error: Exception) -> InputError:
@@ -240,6 +238,6 @@ def not_exportable(module: nn.Module, form: str, error: Exception) -> InputError
             return InputError(f"{type(module).__name__} cannot be exported to {form}: {cause}")
     cause = error.__cause__ or error
     return InputError(
-        f"{type(module).__name__} cannot be exported to {form}: {type(cause).__name__}: {_first_line(cause)} "
+        f"{type(module).__name__} cannot be exported to {form}: {type(cause).__name__}: {first_line(cause)} "
         "(TERRAZZO_TRACEBACK=1 shows where)"
     )

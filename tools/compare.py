@@ -173,7 +173,8 @@ def _draw(done: dict[str, list[dict]], path: Path) -> None:
                 # Points, too: a line through one would not be seen.
                 axes.plot(*zip(*run["losses"]), marker=".", color=f"C{index}", label=None if seed else name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -8,7 +8,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, first_line
 from terrazzo.tools.checked_export import Report, Task, checked_export, not_exportable, opened
 from terrazzo.tools.divergence import first_divergence
 
@@ -67,8 +67,7 @@ class OnnxForm:
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
+            raise InputError(f"ONNX Runtime cannot load {path.name}: {first_line(error)}") from error
         names = [value.name for value in session.get_inputs()]
 
         def run(*arguments: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torchvision  # noqa: F401  programs of detectors call its operators
 from torch import Tensor
 
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, first_line
 from terrazzo.tools.checked_export import Task, as_tuple, not_exportable, opened
 
 
@@ -79,7 +79,6 @@ def loading(path: Path, reader: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what is no archive, of another kind or of another version fails in many ways
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise InputError(f"{reader} cannot load {path.name}: {reason}") from error
+        raise InputError(f"{reader} cannot load {path.name}: {first_line(error)}") from error
     finally:
         logging.disable(before)

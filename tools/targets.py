@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, first_line
 from terrazzo.tools.models import require_model
 
 
@@ -52,8 +52,9 @@ def load_timm_model(
         try:
             return timm.create_model(name, pretrained=True, **options).eval()
         except Exception as error:  # the hub's clients fail in many ways: no network, no file, no such weights
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"the weights of {name} cannot be had: {reason}; name a file of weights") from error
+            raise InputError(
+                f"the weights of {name} cannot be had: {first_line(error)}; name a file of weights"
+            ) from error
     model = timm.create_model(name, **options).eval()
     if checkpoint is not None:
         from terrazzo.openmmlab._timm import load_weights
@@ -70,6 +71,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"the device {name!r} cannot be used: {reason}; leave --device out or name cpu") from error
+        raise InputError(
+            f"the device {name!r} cannot be used: {first_line(error)}; leave --device out or name cpu"
+        ) from error
     return device

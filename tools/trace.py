@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, first_line
 from terrazzo.kernels import use_backend
 
 # PyTorch counts in 64 bits; no sum over pixels of such images comes near.
@@ -62,8 +62,7 @@ def taking(name: str, size: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name} cannot take {size[0]}x{size[1]} images: {reason}") from error
+        raise InputError(f"{name} cannot take {size[0]}x{size[1]} images: {first_line(error)}") from error
 
 
 def meta_outputs(model: nn.Module, size: int | tuple[int, int], in_chans: int = 3, batch: int = 1):
