@@ -332,7 +332,23 @@ class TestOperator:
         q = torch.zeros(2, 20, 21, 3, 8, device="meta")
         with FlopCounterMode(display=False) as counter:
             neighborhood_attention(q, q, q, 7, 2)
-        assert counter.get_total_flops() == 2 * 2 * (2 * 20 * 21 * 3 * 8) * 49
+        forward = 2 * 2 * (2 * 20 * 21 * 3 * 8) * 49
+        assert counter.get_total_flops() == forward
+        q.requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            neighborhood_attention(q, q, q, 7, 2).sum().backward()
+        assert counter.get_total_flops() == forward + forward * 5 // 2  # five products backward, two forward
+
+    @pytest.mark.parametrize("axis", [1, 2])
+    def test_export_with_one_open_side_is_refused(self, axis):
+        class Attention(torch.nn.Module):
+            def forward(self, q):
+                return neighborhood_attention(q, q, q, 3)
+
+        q = torch.zeros(1, 8, 9, 1, 4)
+        shapes = ({axis: torch.export.Dim("side", min=6, max=64)},)
+        with pytest.raises(Exception, match="images of one size"):  # the exporter may wrap the refusal
+            torch.export.export(Attention(), (q,), dynamic_shapes=shapes, strict=False)
 
 
 class TestBackends:

@@ -62,6 +62,16 @@ def test_order_of_a_pyramid():
     assert len(set(scales)) == 4
 
 
+def test_blocks_of_a_stage_are_layers_of_their_own():
+    model = Detector("dinat_mini")
+    found = settings_of(model, optimizer_of(model, layer_decay=0.9))
+    blocks = len(model.backbone.model.stages[2].blocks)
+    rates = [{g["lr"] for n, g in found.items() if f"stages.2.blocks.{block}." in n} for block in range(blocks)]
+    assert all(len(rate) == 1 for rate in rates)
+    rates = [rate.pop() for rate in rates]
+    assert [later / earlier for earlier, later in zip(rates, rates[1:])] == pytest.approx([1 / 0.9] * (blocks - 1))
+
+
 def test_weight_decay():
     model = Detector("dinat_mini")
     found = settings_of(model, optimizer_of(model, layer_decay=1.0))

@@ -91,6 +91,15 @@ def test_soft_nms(method, offset):
     assert len(kept) == 0
 
 
+@pytest.mark.parametrize(("method", "left"), [("naive", 0), ("linear", 0.4)])
+def test_soft_nms_acts_at_the_threshold(method, left):
+    from mmcv.ops import soft_nms
+
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1]])  # they overlap by a half
+    dets, _ = soft_nms(boxes, torch.tensor([0.9, 0.8]), 0.5, min_score=0.0, method=method)
+    assert dets[1, 4].item() == pytest.approx(left)
+
+
 def bilinear(plane, y, x):
     """The sample of a map (H W) at a real position, 0 one pixel and more outside; differentiable in the map."""
     height, width = plane.shape
