@@ -1,5 +1,7 @@
 """Layer-wise learning rates."""
 
+import itertools
+
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
@@ -69,7 +71,7 @@ def test_blocks_of_a_stage_are_layers_of_their_own():
     rates = [{g["lr"] for n, g in found.items() if f"stages.2.blocks.{block}." in n} for block in range(blocks)]
     assert all(len(rate) == 1 for rate in rates)
     rates = [rate.pop() for rate in rates]
-    assert [later / earlier for earlier, later in zip(rates, rates[1:])] == pytest.approx([1 / 0.9] * (blocks - 1))
+    assert [later / earlier for earlier, later in itertools.pairwise(rates)] == pytest.approx([1 / 0.9] * (blocks - 1))
 
 
 def test_weight_decay():
