@@ -336,7 +336,7 @@ def _numbers(reader: Reader, dtype: Any, shape: Any, data: Any, order: str = "C"
     shape = _sizes(shape)
     kind = dtype.value
     if len(shape) > 32 or math.prod(shape) * kind.itemsize != len(data):
-        raise Refused(f"it holds a NumPy array of shape {shape[:32]} and {len(data)} bytes of {kind}, which do not fit")
+        raise Refused(f"it holds a NumPy array of shape {shape[:8]} and {len(data)} bytes of {kind}, which do not fit")
     reader.spend(len(data))
     if kind.kind == "b":  # a byte other than 0 and 1 is no truth value
         flat = np.frombuffer(data, np.uint8) != 0
