@@ -9,6 +9,10 @@ class InputError(TerrazzoError, ValueError):
     """An argument, a file or a shape that cannot be used; the message names the value, the limit and the next step."""
 
 
+class WeightsError(InputError, RuntimeError):
+    """Weights that do not fit a model, which PyTorch says by a RuntimeError; the message names the nearest model."""
+
+
 class BackendError(TerrazzoError, RuntimeError):
     """A backend that was asked for by name and cannot run here; the message says why."""
 

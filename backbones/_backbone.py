@@ -1,6 +1,7 @@
 """What timm asks of every model, written once for hierarchical (`_pyramid`) and isotropic (`_plain`) backbones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from terrazzo.backbones._head import Head
+from terrazzo.backbones._weights import load_strictly
 from terrazzo.errors import InputError
 
 
@@ -170,6 +172,17 @@ class Backbone(nn.Module):
         if prune_head or cut:
             self.reset_classifier(0, "")
         return taken
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """PyTorch's. If strict, it also takes official checkpoints, and names with a prefix: see `load_strictly`.
+
+        So does `timm.create_model(name, checkpoint_path=...)`, which reads a file and calls this.
+
+        Raises:
+            WeightsError: the weights do not fit.
+        """
+        load = partial(super().load_state_dict, strict=strict, assign=assign)
+        return load_strictly(self, state_dict, load) if strict else load(state_dict)
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc

@@ -12,7 +12,7 @@ from torch import nn
 from terrazzo.backbones._layers import PatchConv, init_linear
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
-from terrazzo.backbones._weights import rename, unwrap
+from terrazzo.backbones._weights import rename
 
 TINY, SMALL, BASE = (dict(embed_dim=64 * heads, num_heads=heads) for heads in (3, 6, 12))
 
@@ -80,7 +80,7 @@ def from_official(
     Args:
         names: pairs of a regular expression and a replacement.
     """
-    state_dict = rename(unwrap(checkpoint), names)
+    state_dict = rename(checkpoint, names)
     positions, own = state_dict.get("stem.pos_embed"), model.stem.pos_embed
     if positions is not None and positions.shape[1] != own.shape[1]:
         state_dict["stem.pos_embed"] = resample_abs_pos_embed(positions, list(model.stem.grid))

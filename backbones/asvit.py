@@ -23,6 +23,7 @@ from terrazzo.backbones import _deit, _lvvit
 from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
 from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._tokens import Reducer, State
+from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import compose, prune, prune_packed, unmerge
 from terrazzo.kernels.varlen_attention import first_weights, varlen_attention
@@ -321,6 +322,7 @@ class ASViT(DeiT):
 NAMES = [(r"^score_predictor\.(\d+)\.keep_threshold$", r"reducer.thresholds.\1")]
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """As `from_official`; a plain ViT leaves the thresholds as they are."""
     own = {name: value for name, value in model.state_dict().items() if name.startswith("reducer.")}

@@ -23,7 +23,7 @@ from torch import nn
 
 from terrazzo.backbones._head import Head
 from terrazzo.backbones._pyramid import Pyramid, Stage
-from terrazzo.backbones._weights import rename, unwrap
+from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import attentive_conv
 
 __all__ = ["AttNet"]
@@ -222,9 +222,10 @@ OFFICIAL_NAMES = [
 ]
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint into a state dict of `model`."""
-    return rename(unwrap(state_dict), OFFICIAL_NAMES)
+    return rename(state_dict, OFFICIAL_NAMES)
 
 
 # The folder that the authors' readme links; no file that timm could fetch.

@@ -28,7 +28,7 @@ from torch import nn
 from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
-from terrazzo.backbones._weights import rename, resize_bias_tables, unwrap
+from terrazzo.backbones._weights import any_prefix, rename, resize_bias_tables
 from terrazzo.errors import InputError
 from terrazzo.kernels import neighborhood_attention
 
@@ -252,13 +252,13 @@ def _from_hub(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint into a state dict of `model`.
 
     Takes the authors' classifiers, their detectors' and segmentors' backbones (`backbone.` prefix, `norm0`..`norm3`:
     build the model with `norm_outputs=True`) and the hub's copies; a bias table of another kernel size is resized.
     """
-    state_dict = unwrap(state_dict)
     if any(".attention.self." in name for name in state_dict):
         state_dict = _from_hub(state_dict)
     return resize_bias_tables(rename(state_dict, OFFICIAL_NAMES), model, suffix=".rpb")

@@ -30,7 +30,7 @@ from torch import nn
 
 from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
-from terrazzo.backbones._weights import rename, say_licence, unwrap
+from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
 
@@ -255,7 +255,6 @@ class MambaVision(Pyramid):
 
 # From the authors' names to ours.
 OFFICIAL_NAMES = [
-    (r"^(?:module|model)\.", ""),
     (r"^patch_embed\.conv_down\.", "stem."),
     (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     *((rf"^levels\.{i}\.downsample\.reduction\.0\.", f"stages.{i + 1}.downsample.") for i in range(3)),
@@ -264,17 +263,13 @@ OFFICIAL_NAMES = [
 ]
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint into a state dict of `model`, and say the licence of one.
 
     Takes the authors' classifiers, also those inside of a larger network (`model.` or `encoder.`), and the backbones of
     their detectors and segmentors (`backbone.`, with `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
     """
-    state_dict = unwrap(state_dict)
-    say_licence(state_dict)
-    prefix = "encoder."
-    if any(name.startswith(prefix) for name in state_dict):
-        state_dict = {k.removeprefix(prefix): value for k, value in state_dict.items() if k.startswith(prefix)}
     return rename(state_dict, OFFICIAL_NAMES)
 
 

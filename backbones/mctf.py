@@ -20,6 +20,7 @@ from torch import nn
 
 from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
 from terrazzo.backbones._tokens import Reducer, TokenState
+from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import Plan, attention, merge, plan, prop_bias, unmerge
 
@@ -171,6 +172,7 @@ class MCTF(DeiT):
         super().__init__(fusion, depth=depth, **kwargs)
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """As `from_official`: merging has no parameters."""
     return from_official(state_dict, model)

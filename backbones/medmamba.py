@@ -25,7 +25,7 @@ from torch import nn
 from terrazzo.backbones._layers import PatchEmbed, PatchMerging, init_linear, on_maps
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._ss2d import SS2D
-from terrazzo.backbones._weights import rename, unwrap
+from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
 
 __all__ = ["MedMamba"]
@@ -122,13 +122,14 @@ OFFICIAL_NAMES = [
 ]
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint into a state dict of `model`.
 
     Raises:
         InputError: The checkpoint is of another width or depth: S and B of the paper and of the authors' script differ.
     """
-    weights = rename(unwrap(state_dict), OFFICIAL_NAMES)
+    weights = rename(state_dict, OFFICIAL_NAMES)
     blocks = {name.split(".")[3] for name in weights if name.startswith("stages.2.blocks.")}
     if blocks and "stem.norm.weight" in weights and len(model.stages) > 2:
         found = (len(weights["stem.norm.weight"]), len(blocks))

@@ -28,7 +28,7 @@ from torch import nn
 
 from terrazzo.backbones._layers import PatchConv, initial_step_bias
 from terrazzo.backbones._plain import Plain
-from terrazzo.backbones._weights import rename, unwrap
+from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
 from terrazzo.kernels.autocast import without_autocast
@@ -397,6 +397,7 @@ def _from_pretraining(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     return out
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint, or one of `RoMAPretraining`, into a state dict of `model`.
 
@@ -404,7 +405,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     model has `norm_outputs`, and whose pyramid is a neck here (`PlainPyramid`); and pretraining checkpoints. A position
     embedding of another size is resized.
     """
-    state_dict = rename(unwrap(state_dict), OFFICIAL_NAMES)
+    state_dict = rename(state_dict, OFFICIAL_NAMES)
     if not any(".scans.1." in name for name in state_dict):
         state_dict = _from_pretraining(state_dict, model)
     state_dict = {name: value for name, value in state_dict.items() if not re.match(r"fpn\d\.", name)}

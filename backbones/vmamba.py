@@ -24,7 +24,7 @@ from torch import nn
 from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear, on_maps
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._ss2d import SS2D
-from terrazzo.backbones._weights import flatten_pointwise, rename, unwrap
+from terrazzo.backbones._weights import any_prefix, flatten_pointwise, rename
 
 __all__ = ["VMamba"]
 
@@ -130,13 +130,14 @@ OFFICIAL_NAMES = [
 ]
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint into a state dict of `model`.
 
     Takes the authors' classifiers, their projections as matrices or as 1x1 convolutions, and their detectors' and
     segmentors' backbones (`backbone.` prefix, `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
     """
-    return flatten_pointwise(rename(unwrap(state_dict), OFFICIAL_NAMES), model)
+    return flatten_pointwise(rename(state_dict, OFFICIAL_NAMES), model)
 
 
 def _cfg(file: str, top1: float, **kwargs) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from mmengine.registry import OPTIMIZERS
 from timm.optim import Lamb
 
 import terrazzo  # noqa: F401  registers the backbones with timm
-from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, checkpoint, saving
+from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, addresses, checkpoint, saving
 
 _mmengine.repair()
 _finder.install({**_ext.MODULES, **_panoptic.MODULES})
 checkpoint.install()
+addresses.install()
 saving.install()
 OPTIMIZERS.register_module(module=Lamb, force=True)
 

@@ -1,14 +1,12 @@
 """Building timm models by name, with errors that help: what the backbone and the classifier wrapper share."""
 
 import difflib
-import re
-import sys
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
+from terrazzo.backbones._weights import filter_of, fitted, misfit, say_licence, weights_of
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.checkpoint import load_file
 
@@ -72,7 +70,8 @@ def is_ours(name: str) -> bool:
 def load_weights(model: nn.Module, name: str, filename: str, optional: str = r"^$") -> None:
     """Loads a checkpoint into a model: an official file, or one of a detector or classifier trained here.
 
-    The names of official files are mapped by the `checkpoint_filter_fn` of the model's family, if it has one.
+    The names of official files are mapped by the `checkpoint_filter_fn` of the model's family, if it has one; those of
+    detectors, wrappers and Lightning's modules have prefixes, which go.
 
     Args:
         model: the model.
@@ -83,31 +82,14 @@ def load_weights(model: nn.Module, name: str, filename: str, optional: str = r"^
     Raises:
         InputError: if the file cannot be read, or lacks parameters of the model, or has them in other shapes.
     """
-    state = load_file(filename, "cpu")
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict):
-        raise InputError(f"checkpoint '{filename}' holds a {type(state).__name__}, not named tensors")
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    for prefix in ("backbone.model.", "backbone."):
-        inner = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        state = inner or state
-        if inner:
-            break
-    module = sys.modules[timm.models.model_entrypoint(name.split(".")[0]).__module__]
-    if hasattr(module, "checkpoint_filter_fn"):
-        state = module.checkpoint_filter_fn(state, model)
+    checkpoint = load_file(filename, "cpu")
+    try:
+        weights = weights_of(checkpoint)
+        found = fitted(weights, model, filter_of(name))
+    except InputError as error:
+        raise InputError(f"checkpoint '{filename}' {str(error).removeprefix('the checkpoint ')}") from error
+    say_licence(weights)
+    if complaint := misfit(weights, found, model, name, optional):
+        raise InputError(f"checkpoint '{filename}' {complaint}")
     own = model.state_dict()
-    needed = [key for key in own if not re.search(optional, key)]
-    missing = [key for key in needed if key not in state]
-    shapes = [key for key in needed if key in state and state[key].shape != own[key].shape]
-    for what, keys in (("lacks", missing), ("has in another shape", shapes)):
-        if keys:
-            raise InputError(
-                f"checkpoint '{filename}' does not fit model '{name}': it {what} {len(keys)} of {len(own)} tensors, "
-                f"such as {', '.join(keys[:3])}; name a checkpoint of this model"
-            )
-    fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict({k: v for k, v in found.items() if k in own and v.shape == own[k].shape}, strict=False)

@@ -1,12 +1,15 @@
-"""Checkpoints as plain data: they load with `torch.load(weights_only=True)`, and loading never runs code."""
+"""Checkpoints as plain data: they load with `torch.load(weights_only=True)`, and loading never runs code.
+
+How a file is read is said in `_archives` (its format) and `_pickles` (its objects). Those of the web: `addresses`.
+"""
 
 import collections
+import contextlib
+import functools
 import io
 import os
 import pathlib
-import urllib.parse
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mmengine.runner
@@ -14,7 +17,6 @@ import mmengine.runner.checkpoint
 import mmengine.runner.runner
 import numpy as np
 import torch
-from mmengine.dist import get_dist_info, is_main_process
 from mmengine.fileio import get_file_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import HistoryBuffer, MessageHub, print_log
@@ -22,14 +24,17 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError, SavingError
+from terrazzo.openmmlab import _archives
+from terrazzo.openmmlab._pickles import DEPTH, Refused, check_key
 
 HISTORY = "terrazzo.history"
 """The key that marks a dict as a saved HistoryBuffer."""
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.Size, torch.dtype, torch.device)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.Tensor, torch.Size, torch.dtype)
+PLAIN += (torch.device, torch.layout)
 
 
-def plain(value: Any, where: str = "checkpoint") -> Any:
+def plain(value: Any, where: str = "checkpoint", depth: int = 0) -> Any:
     """Copies a nested structure into dicts, lists, tuples, numbers, text and tensors, which load without any class.
 
     NumPy scalars become numbers, arrays nested lists, mmengine's histories dicts of tensors. Anything that has no plain
@@ -38,7 +43,11 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
     Args:
         value: what is to be saved.
         where: the place of the value in the checkpoint, for the warning.
+        depth: how deep that place is; what is deeper than a checkpoint may be becomes text, too.
     """
+    if depth > DEPTH:
+        print_log(f"{where[:100]}... is nested more than {DEPTH} deep and is left out", logger="current")
+        return f"<{type(value).__name__}>"
     if isinstance(value, HistoryBuffer):
         logs, counts = value.data
         histories = {"log": torch.as_tensor(np.asarray(logs)), "count": torch.as_tensor(np.asarray(counts))}
@@ -50,17 +59,19 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        return plain(value.tolist(), where)
+        return plain(value.tolist(), where, depth)
     if isinstance(value, dict):
         copy = collections.OrderedDict() if isinstance(value, collections.OrderedDict) else {}
-        copy.update((plain(key, where), plain(item, f"{where}[{key!r}]")) for key, item in value.items())
+        copy.update(
+            (_plain_key(key, where), plain(item, f"{where}[{key!r}]", depth + 1)) for key, item in value.items()
+        )
         if hasattr(value, "_metadata"):  # the versions that PyTorch keeps beside a state dict
             copy._metadata = plain(dict(value._metadata), where)
         return copy
     if isinstance(value, tuple):
-        return tuple(plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value))
     if isinstance(value, (list, set, frozenset, collections.deque)):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     for base in (bool, int, float, str):  # subclasses, such as enums of numbers and text
         if isinstance(value, base):
             return base(value)
@@ -68,6 +79,14 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
         return str(value)
     print_log(f"{where} is a {type(value).__name__} and is saved as its text", logger="current")
     return repr(value)
+
+
+def _plain_key(key: Any, where: str) -> Any:
+    """A key of a dict in its plain form, or its text where that is none that a checkpoint may have."""
+    try:
+        return check_key(plain(key, where))
+    except Refused:
+        return repr(key)
 
 
 def save_checkpoint(
@@ -120,7 +139,13 @@ def _safetensors(checkpoint: dict) -> bytes:
 
 
 def load_file(filename: str | os.PathLike, map_location: Any = None) -> Any:
-    """Loads a checkpoint file without ever running code from it: plain data, tensors and OpenMMLab's log histories.
+    """Loads a checkpoint file without ever running code from it: plain data, arrays, tensors and OpenMMLab's histories.
+
+    PyTorch's reader of pickles is not used (see `terrazzo.openmmlab._pickles`), and neither are the names that a
+    program added by `torch.serialization.add_safe_globals`: they do not widen what is loaded here, and they stay.
+    Attributes of tensors are left out. A file is refused if its pickle has more than 512 MiB or 10 million operations,
+    if its dicts and lists are nested more than 100 deep, if it is a compressed archive, or if its arrays and tensors
+    claim to have more than 8 times the bytes of the file and 64 MiB.
 
     Args:
         filename: a `.pth` file, or a `.safetensors` file, whose tensors are returned.
@@ -132,33 +157,55 @@ def load_file(filename: str | os.PathLike, map_location: Any = None) -> Any:
     path = pathlib.Path(filename).expanduser()
     if not path.is_file():
         raise InputError(f"checkpoint '{filename}' does not exist; name a .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        import safetensors.torch
+    place = functools.partial(_place, map_location)
+    with _refusing(filename):
+        if path.suffix == ".safetensors":
+            import safetensors.torch
 
-        try:
-            return safetensors.torch.load_file(path, device=str(map_location or "cpu"))
-        except Exception as error:  # safetensors' own errors derive from Exception alone
-            raise InputError(f"checkpoint '{filename}' is refused: {_unreadable(error)}") from error
+            tensors = safetensors.torch.load_file(path)
+            on_cpu = map_location is None or str(map_location) == "cpu"
+            return tensors if on_cpu else {key: _moved(tensor, place) for key, tensor in tensors.items()}
+        with open(path, "rb") as file:
+            return _archives.read(file, place)
+
+
+def load_bytes(content: bytes, name: str, map_location: Any = None) -> Any:
+    """As `load_file`, from the bytes of a `.pth` file; `name` is for the message."""
+    with _refusing(name):
+        return _archives.read(io.BytesIO(content), functools.partial(_place, map_location))
+
+
+@contextlib.contextmanager
+def _refusing(filename: str | os.PathLike) -> Iterator[None]:
+    """Turns all that a file causes into an InputError of one line."""
     try:
-        _check_sums(path)
-        with torch.serialization.safe_globals(_allowed()):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # the unpickler fails in many ways on foreign bytes
-        raise InputError(f"checkpoint '{filename}' is refused: {_reason(path, error)}") from error
+        yield
+    except Refused as error:
+        raise InputError(f"checkpoint '{filename}' is refused: {error}") from error
+    except (
+        Exception
+    ) as error:  # foreign bytes fail in many ways, and safetensors' own errors derive from Exception alone
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(
+            f"checkpoint '{filename}' is refused: it is not a checkpoint that can be read ({said})"
+        ) from error
 
 
-def _check_sums(path: pathlib.Path) -> None:
-    """Compares the parts of a checkpoint with their check sums, which PyTorch writes and does not read.
+def _place(map_location: Any, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    """The bytes of a tensor that was at `location`, on the device where `torch.load` would put it."""
+    restore = torch.serialization.default_restore_location
+    if isinstance(map_location, (str, torch.device)):  # a device is callable, too
+        return restore(storage, str(map_location))
+    if isinstance(map_location, dict):
+        return restore(storage, str(map_location.get(location, location)))
+    moved = None if map_location is None else map_location(storage, location)
+    return restore(storage, location) if moved is None else moved
 
-    Raises:
-        zipfile.BadZipFile: if one differs.
-    """
-    if not zipfile.is_zipfile(path):
-        return  # PyTorch's format before 1.6
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise zipfile.BadZipFile(f"the check sum of {broken} is wrong: the file was damaged after it was written")
+
+def _moved(tensor: torch.Tensor, place: _archives.Place) -> torch.Tensor:
+    """A tensor of the CPU where `place` puts it."""
+    storage = place(tensor.contiguous().clone().untyped_storage(), "cpu")
+    return torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(storage, 0, tensor.shape)
 
 
 def install() -> None:
@@ -166,9 +213,7 @@ def install() -> None:
     for module in (mmengine.runner, mmengine.runner.runner, mmengine.runner.checkpoint):
         module.save_checkpoint = save_checkpoint
     mmengine.runner.checkpoint.load_from_local = load_from_local
-    mmengine.runner.checkpoint.load_from_http = load_from_http
     CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
-    CheckpointLoader.register_scheme(prefixes=("http://", "https://"), loader=load_from_http, force=True)
     if not hasattr(MessageHub.load_state_dict, "original"):
         MessageHub.load_state_dict = _reading_histories(MessageHub.load_state_dict)
 
@@ -178,80 +223,15 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     return load_file(filename, map_location)
 
 
-def load_from_http(
-    filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = False
-) -> Any:
-    """mmengine's loader of addresses: the first process downloads into PyTorch's cache, and all load from there."""
-    folder = pathlib.Path(model_dir or os.path.join(torch.hub.get_dir(), "checkpoints"))
-    path = folder / pathlib.PurePosixPath(urllib.parse.urlparse(filename).path).name
-    if is_main_process() and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(filename, str(path), progress=progress)
-    if get_dist_info()[1] > 1:
-        torch.distributed.barrier()
-    return load_file(path, map_location)
-
-
-class _History:
-    """What an OpenMMLab checkpoint's HistoryBuffer is read into: it keeps the numbers and drops the methods."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.log = np.asarray(state.get("_log_history", ()))
-        self.count = np.asarray(state.get("_count_history", ()))
-        self.max_length = int(state.get("max_length", 1000000))
-
-
-def _no_attribute(*args: Any) -> None:
-    """Stands for `getattr`, by which histories refer to their methods; those are not restored."""
-
-
-def _allowed() -> list:
-    """What a foreign checkpoint may name: NumPy's arrays and numbers, and histories, read into `_History`."""
-    core = np.core if np.lib.NumpyVersion(np.__version__) < "2.0.0" else np._core
-    allowed: list = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
-    for package in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        allowed += [
-            (core.multiarray._reconstruct, f"{package}._reconstruct"),
-            (core.multiarray.scalar, f"{package}.scalar"),
-        ]
-    allowed += [(_History, "mmengine.logging.history_buffer.HistoryBuffer"), (_no_attribute, "builtins.getattr")]
-    allowed += [(_no_attribute, "__builtin__.getattr"), (_encode, "_codecs.encode")]
-    return allowed
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Stands for `codecs.encode`, by which old pickles write the bytes of an array."""
-    if encoding != "latin1":
-        raise InputError(f"encoding '{encoding}' in a checkpoint; only latin1 is used for bytes")
-    return text.encode("latin1")
-
-
-def _reason(path: pathlib.Path, error: Exception) -> str:
-    """Why a file cannot be loaded, in one line."""
-    with torch.serialization.safe_globals(_allowed()):
-        try:
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception:  # not a zip archive, or broken
-            found = []
-    if found:
-        return (
-            f"it holds objects other than plain data, tensors and log histories ({', '.join(sorted(found))}), and "
-            "loading them could run code; save its state_dict alone where it was made"
-        )
-    return _unreadable(error)
-
-
-def _unreadable(error: Exception) -> str:
-    return f"it is not a checkpoint that can be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-
-
 def _history(value: Any) -> Any:
-    """Turns a saved history, in terrazzo's form or in mmengine's, back into a HistoryBuffer."""
-    if isinstance(value, dict) and value.get(HISTORY):
-        return HistoryBuffer(value["log"].cpu().numpy(), value["count"].cpu().numpy(), value["max_length"])
-    if isinstance(value, _History):
-        return HistoryBuffer(value.log, value.count, value.max_length)
-    return value
+    """Turns a saved history back into a HistoryBuffer; mmengine's own form is one already."""
+    if not isinstance(value, dict) or not value.get(HISTORY):
+        return value
+    log, count, length = (value.get(key) for key in ("log", "count", "max_length"))
+    tensors = isinstance(log, torch.Tensor) and isinstance(count, torch.Tensor)
+    if not tensors or log.dim() != 1 or log.shape != count.shape or type(length) is not int or length < 1:
+        raise InputError("a log history in the checkpoint is malformed; resume from another one")
+    return HistoryBuffer(log.cpu().numpy(), count.cpu().numpy(), length)
 
 
 def _reading_histories(original: Callable) -> Callable:

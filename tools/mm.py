@@ -15,6 +15,7 @@ from rich.progress import Progress
 from torch import nn
 
 import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
+from terrazzo.backbones._weights import weights_of
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.config import datasets
@@ -63,10 +64,10 @@ def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, dict]:
 
 def load_exactly(model: nn.Module, saved: Any, checkpoint: str | Path) -> None:
     """Put saved weights into a model; InputError if they lack a parameter or have it in another shape."""
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    if not isinstance(state, dict):
-        raise InputError(f"checkpoint {checkpoint} has no state_dict; name a file that a training wrote")
-    state = {key.removeprefix("module."): value for key, value in state.items() if hasattr(value, "shape")}
+    try:
+        state = weights_of(saved, ema=False)
+    except InputError as error:
+        raise InputError(f"checkpoint {checkpoint} {error}; name a file that a training wrote") from error
     own = model.state_dict()
     lacking = [key for key in own if key not in state]
     if lacking:
