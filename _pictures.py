@@ -79,6 +79,21 @@ def upright_size(file: str | Path | BinaryIO) -> tuple[int, int]:
     return (height, width) if turn >= 5 else (width, height)
 
 
+def is_picture(path: str | Path) -> bool:
+    """Whether a path ends as pictures do; see `SUFFIXES`."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+def is_plain(file: BinaryIO) -> bool:
+    """Whether bytes begin as an upright JPEG or PNG of 8 bits in grey or RGB, which every decoder reads alike."""
+    try:
+        with _opened(file) as image:
+            still = image.format in ("JPEG", "PNG") and not getattr(image, "is_animated", False)
+            return still and image.mode in ("L", "RGB") and _turn(image) == 1
+    except Exception:  # as in `read_picture`, which says what is wrong
+        return False
+
+
 def check_same_turn(picture: str | Path, label_map: str | Path) -> None:
     """Make sure that a picture and its label map carry the same EXIF orientation, so that both are turned alike.
 
@@ -107,11 +122,14 @@ def _facts(file: str | Path | BinaryIO) -> tuple[int, tuple[int, int]]:
         with _opened(file) as image:
             if image.format == "TIFF":  # whose `size` is that of the turned picture in some versions of Pillow
                 return _tagged(image), (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT])
-            if image.format == "PNG" and not _png_has_metadata(image.fp):
-                return 1, image.size  # without a search behind the pixels, for which Pillow decodes all of them
-            return _tagged(image), image.size
+            return _turn(image), image.size
     except Exception as error:  # as in `read_picture`
         raise _refusal(file, file, error) from error
+
+
+def _turn(image: Image.Image) -> int:
+    """As `_tagged`, without decoding a PNG, as Pillow does to find EXIF data behind the pixels."""
+    return 1 if image.format == "PNG" and not _png_has_metadata(image.fp) else _tagged(image)
 
 
 def _tagged(image: Image.Image) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from terrazzo._pictures import SUFFIXES, read_picture
+from terrazzo._pictures import SUFFIXES, is_picture, read_picture
 from terrazzo.errors import InputError
 
 
@@ -40,7 +40,7 @@ def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
     paths: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            inside = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+            inside = sorted(path for path in place.iterdir() if is_picture(path) and path.is_file())
             if not inside:
                 raise InputError(f"folder {place} has no pictures; the suffixes read are {', '.join(SUFFIXES)}")
             paths += inside
