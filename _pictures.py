@@ -210,13 +210,24 @@ def _refusal(file: str | Path | BinaryIO, name: object, error: Exception) -> Inp
         return InputError(f"picture {name} does not exist")
     if isinstance(error, OSError) and error.errno is not None:
         return InputError(f"picture {name} cannot be read: {error.strerror}")
+    if isinstance(error, Image.DecompressionBombError):
+        return InputError(f"picture {name} is too large: {first_line(error)}; cut it into tiles")
     if isinstance(error, UnidentifiedImageError):
-        what = "is empty" if _length(file) == 0 else "is not in a picture format that can be read"
+        head = _head(file)
+        if head in (b"II*\0", b"MM\0*"):
+            return InputError(
+                f"picture {name} is a TIFF whose samples cannot be read (such as floats of several channels, or of 64 "
+                "bits), or damaged; save it with 8 or 16 bits a channel"
+            )
+        what = "is not in a picture format that can be read" if head else "is empty"
         return InputError(f"picture {name} {what}; use one of {', '.join(SUFFIXES)}")
     return InputError(f"picture {name} is damaged or cut short: {first_line(error)}")
 
 
-def _length(file: str | Path | BinaryIO) -> int:
+def _head(file: str | Path | BinaryIO) -> bytes:
+    """The first four bytes."""
     if isinstance(file, (str, Path)):
-        return Path(file).stat().st_size
-    return file.seek(0, os.SEEK_END)
+        with open(file, "rb") as stream:
+            return stream.read(4)
+    file.seek(0)
+    return file.read(4)

@@ -15,13 +15,12 @@ import mmcv.image
 import mmcv.image.io
 import mmengine.fileio
 import numpy as np
-from mmcv.transforms import LoadAnnotations, LoadImageFromFile
+from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 
 from terrazzo._pictures import check_same_turn, is_plain, orientation, read_picture
 from terrazzo.errors import InputError, first_line
 
 _mmcv_decode = mmcv.image.io.imfrombytes
-_mmcv_annotations = LoadAnnotations.transform
 
 
 def install() -> None:
@@ -29,7 +28,7 @@ def install() -> None:
     for module in (mmcv, mmcv.image, mmcv.image.io):
         module.imfrombytes = decode
     LoadImageFromFile.transform = load_image
-    LoadAnnotations.transform = load_annotations
+    LoadAnnotations.__call__ = load_annotations
 
 
 def decode(
@@ -55,14 +54,14 @@ def decode(
         InputError: the picture is empty, damaged, or of an unknown range.
     """
     backend = backend or mmcv.image.io.imread_backend
-    upright = not str(flag).endswith("_ignore_orientation")
-    if flag == "unchanged" or not isinstance(flag, str) or backend not in ("cv2", "pillow"):
-        return _decoded_by_mmcv(content, flag, channel_order, backend, name, upright and isinstance(flag, str))
+    upright = isinstance(flag, str) and not flag.endswith("_ignore_orientation")
+    if str(flag).removesuffix("_ignore_orientation") not in ("color", "grayscale") or backend not in ("cv2", "pillow"):
+        return _decoded_by_mmcv(content, flag, channel_order, backend, name, upright)
     if backend == "cv2" and is_plain(BytesIO(content)):
-        pixels = _mmcv_decode(content, flag, channel_order, backend)
+        pixels = _mmcv_decode(content, flag, "bgr", backend)
         # OpenCV fills the rest of a JPEG that was cut short with grey, and some of its versions do so without a word.
         if pixels is not None and (content[:1] != b"\xff" or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")):
-            return pixels
+            return pixels if channel_order == "bgr" or pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
     picture = read_picture(BytesIO(content), name, upright)
     if flag.startswith("grayscale"):
         return np.array(picture.convert("L"))
@@ -98,10 +97,10 @@ def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def load_image(self: LoadImageFromFile, results: dict[str, Any]) -> dict[str, Any] | None:
-    """`LoadImageFromFile.transform`: the picture at `img_path`, after a look at whether its label map is turned alike.
+    """`LoadImageFromFile.transform`: the picture at `img_path`, unless it is turned while its annotations are not.
 
     Raises:
-        InputError: the picture cannot be read and `ignore_empty` is off, or it is not turned as its label map is.
+        InputError: the picture cannot be read and `ignore_empty` is off, or its annotations are not turned as it is.
     """
     path, labels = results["img_path"], results.get("seg_map_path")
     try:
@@ -113,22 +112,34 @@ def load_image(self: LoadImageFromFile, results: dict[str, Any]) -> dict[str, An
         raise
     if labels and Path(path).is_file() and Path(labels).is_file():
         check_same_turn(path, labels)
+    _check_size(path, content, pixels, results.get("width"), results.get("height"))
     results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
     results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
     return results
 
 
 def load_annotations(self: LoadAnnotations, results: dict[str, Any]) -> dict[str, Any]:
-    """`LoadAnnotations.transform` of mmcv and mmseg, whose errors name the label map.
+    """`LoadAnnotations.__call__`, of mmcv's class and those of mmdet and mmseg, whose errors name the label map.
 
     Raises:
         InputError: the label map cannot be read.
     """
     try:
-        return _mmcv_annotations(self, results)
+        return BaseTransform.__call__(self, results)
     except (InputError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"label map {results.get('seg_map_path')} cannot be read: {reason or error}") from error
+        path, reason = results.get("seg_map_path"), getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"label map {path} cannot be read: {reason}") from error
+
+
+def _check_size(path: str, content: bytes, pixels: np.ndarray, width: int | None, height: int | None) -> None:
+    """Refuse a turned picture of another size than its annotations are for; InputError."""
+    size = (pixels.shape[1], pixels.shape[0])
+    if None in (width, height) or (width, height) == size or (turn := orientation(BytesIO(content))) == 1:
+        return
+    raise InputError(
+        f"picture {path} is {size[0]}x{size[1]} when it is turned as its EXIF orientation {turn} says, but its "
+        f"annotations are for {width}x{height}; save it upright, and annotate it so"
+    )
 
 
 def _content(loader: LoadImageFromFile, path: str) -> bytes:

@@ -267,6 +267,12 @@ def test_a_label_map_must_be_turned_as_its_picture(tmp_path):
             check_same_turn(*pair)
 
 
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"large\.png is too large: .*384 pixels"):
+        read_picture(saved(COLOUR, tmp_path / "large.png"))
+
+
 def test_unreadable_pictures_are_refused_by_name(tmp_path):
     whole = saved(COLOUR, tmp_path / "whole.jpg").read_bytes()
     contents = {"empty.jpg": b"", "text.jpg": b"text", "short.jpg": whole[:-2], "shorter.jpg": whole[: len(whole) // 2]}
@@ -275,6 +281,10 @@ def test_unreadable_pictures_are_refused_by_name(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"{name} is (empty|not in|damaged)"):
             read_picture(path)
+    path = tmp_path / "channels.tif"
+    path.write_bytes(tiff(GREY.astype(np.float64)).getvalue())
+    with pytest.raises(InputError, match=r"channels\.tif is a TIFF whose samples cannot be read"):
+        read_picture(path)
     for path in (tmp_path / "missing.jpg", tmp_path):
         for function in (read_picture, orientation, upright_size):
             with pytest.raises(InputError, match=f"{path.name} (does not exist|cannot be read)"):

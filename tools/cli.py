@@ -4,11 +4,12 @@ A verb is a module of `terrazzo.tools` with a click command named `command`; it 
 own help is asked for), so that `terrazzo list` does not pay for mmengine.
 """
 
+import functools
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
@@ -64,9 +65,12 @@ def error_line(error: BaseException) -> str | None:
     return " ".join(f"error: {text}".split())
 
 
-def _note(message: Warning | str, *place: object) -> None:
-    """Show a warning of ours as a line on stderr, without its place in the code."""
-    click.echo(f"note: {message}", err=True)
+def _show(others: Callable, message: Warning | str, category: type[Warning], *place: object) -> None:
+    """Show a warning of ours as a line on stderr, without its place in the code; and others as ever."""
+    if issubclass(category, PictureWarning):
+        click.echo(f"note: {message}", err=True)
+    else:
+        others(message, category, *place)
 
 
 class VerbGroup(click.Group):
@@ -99,7 +103,7 @@ class VerbGroup(click.Group):
                 # A user can do nothing about the deprecations inside mmengine, mmdet, mmseg or torch's exporter.
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("always", PictureWarning)
-                warnings.showwarning = _note
+                warnings.showwarning = functools.partial(_show, warnings.showwarning)
             try:
                 code = super().main(args, prog_name or "terrazzo", **extra)
             except click.Abort:

@@ -128,6 +128,13 @@ def test_a_jpeg_cut_short_is_refused_where_opencv_says_nothing(tmp_path, monkeyp
             decode(short)
 
 
+def test_decoders_that_are_not_there_are_said(tmp_path):
+    path = saved(COLOUR, tmp_path / "whole.png")
+    for options in ({"imdecode_backend": "any"}, {"color_type": "colourful"}):
+        with pytest.raises(InputError, match=r"whole\.png cannot be decoded by (any|cv2: 'colourful')"):
+            loaded(path, **options)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"picture .*none\.jpg cannot be read: No such file"):
         loaded(tmp_path / "none.jpg")
@@ -159,18 +166,32 @@ def test_label_maps_are_turned_as_their_pictures(tmp_path, turn):
         image({**sample, "seg_map_path": unlike})
 
 
-def test_label_maps_that_cannot_be_read_are_named(tmp_path):
-    init_default_scope("mmseg")
-    step = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations"))
-    sample = {"reduce_zero_label": False, "seg_fields": []}
-    with pytest.raises(InputError, match=r"label map .*none\.png cannot be read: No such file"):
-        step({**sample, "seg_map_path": str(tmp_path / "none.png")})
-    labels = np.random.default_rng(0).integers(0, 9, (32, 48), dtype=np.uint8)
-    whole = saved(labels, tmp_path / "whole.png")
+@pytest.mark.parametrize(
+    ("scope", "options"),
+    [
+        ("mmseg", dict(type="LoadAnnotations")),
+        ("mmdet", dict(type="LoadAnnotations", with_bbox=False, with_label=False, with_seg=True)),
+        ("mmdet", dict(type="LoadPanopticAnnotations", with_bbox=False, with_label=False, with_mask=False)),
+    ],
+    ids=["mmseg", "mmdet", "panoptic"],
+)
+def test_label_maps_that_cannot_be_read_are_named(tmp_path, scope, options):
+    init_default_scope(scope)
+    step = TRANSFORMS.build({**options, "type": f"{scope}.{options['type']}"})
+    saved(np.random.default_rng(0).integers(0, 9, (32, 48), dtype=np.uint8), tmp_path / "whole.png")
     short = cut(tmp_path / "short.png", (tmp_path / "whole.png").read_bytes(), 0.6)
-    assert np.array_equal(step({**sample, "seg_map_path": whole, "seg_fields": []})["gt_seg_map"], labels)
-    with pytest.raises(InputError, match=r"label map .*short\.png cannot be read: .* damaged"):
-        step({**sample, "seg_map_path": short})
+    sample = {"reduce_zero_label": False, "seg_fields": [], "ori_shape": (32, 48), "height": 32, "width": 48}
+    for path, reason in ((str(tmp_path / "none.png"), "No such file"), (short, ".* damaged")):
+        with pytest.raises(InputError, match=f"label map {path} cannot be read: {reason}"):
+            step({**sample, "seg_map_path": path})
+
+
+def test_boxes_of_a_turned_picture_are_for_the_upright_one(tmp_path):
+    path = saved(COLOUR, tmp_path / "turned.jpg", 6)
+    step = TRANSFORMS.build(dict(type="LoadImageFromFile"))
+    assert step({"img_path": path, "width": 32, "height": 48})["img"].shape == (48, 32, 3)
+    with pytest.raises(InputError, match=r"turned\.jpg is 32x48 .* orientation 6 .* annotations are for 48x32"):
+        step({"img_path": path, "width": 48, "height": 32})
 
 
 PLAIN = dict(input_size=32, is_training=False, crop_pct=1.0)
