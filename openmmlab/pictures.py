@@ -58,7 +58,8 @@ def decode(
     if str(flag).removesuffix("_ignore_orientation") not in ("color", "grayscale") or backend not in ("cv2", "pillow"):
         return _decoded_by_mmcv(content, flag, channel_order, backend, name, upright)
     if backend == "cv2" and is_plain(BytesIO(content)):
-        pixels = _mmcv_decode(content, flag, "bgr", backend)
+        # What is plain is upright, even if OpenCV makes more of EXIF data that are broken.
+        pixels = _mmcv_decode(content, f"{flag.partition('_')[0]}_ignore_orientation", "bgr", backend)
         # OpenCV fills the rest of a JPEG that was cut short with grey, and some of its versions do so without a word.
         if pixels is not None and (content[:1] != b"\xff" or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")):
             return pixels if channel_order == "bgr" or pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])

@@ -82,6 +82,26 @@ def test_transparency_is_dropped_by_every_backend(tmp_path):
         assert np.array_equal(loaded(tmp_path / "clear.png", imdecode_backend=backend)[..., 0], GREY)
 
 
+def test_broken_exif_data_turn_nothing(tmp_path):
+    """Not even where OpenCV still finds an orientation in them."""
+    path = tmp_path / "broken.jpg"
+    saved(COLOUR, path, 6)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"Exif") + 6] = 0  # the byte order, "MM"
+    path.write_bytes(content)
+    assert read_picture(path).size == (48, 32)
+    for options in ({}, {"color_type": "unchanged"}, {"imdecode_backend": "pillow"}):
+        assert loaded(path, **options).shape == (32, 48, 3), options
+
+
+def test_animations_show_their_first_picture(tmp_path):
+    """Of an animated PNG that is the still picture in front, too."""
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (50, 100, 200)]
+    for name, options in {"a.png": {}, "still.png": {"default_image": True}, "a.gif": {}, "a.webp": {}}.items():
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert np.abs(loaded(tmp_path / name).astype(int) - 50).max() <= 2, name
+
+
 def test_unchanged_values_stay_as_they_are(tmp_path):
     path = saved(WIDE, tmp_path / "wide.png")
     step = TRANSFORMS.build(dict(type="LoadImageFromFile", color_type="unchanged"))
