@@ -25,6 +25,14 @@ class SavingError(TerrazzoError, OSError):
     """A checkpoint that could not be written; the message says why, and that earlier ones are whole."""
 
 
+def own_text(error: TerrazzoError) -> str:
+    """What an error says; of one from a worker process of a data loader, without the traceback that PyTorch adds."""
+    text, kind = str(error), type(error)
+    if text.startswith(f"Caught {kind.__name__} in "):
+        return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].rstrip()
+    return text
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, as far as it fits into a message of one line; its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -6,21 +6,22 @@ A config needs one line for it:
 
 Importing it registers terrazzo's backbones with timm and its wrappers with mmengine's root registries (mmdet and mmseg
 look there too), provides mmcv's compiled operators where no compiled mmcv is installed, and panopticapi where that is
-not, makes mmengine's checkpoints plain data, and registers timm's LAMB among the optimizers, since PyTorch has none. It
-imports neither mmdet nor mmseg.
+not, makes mmengine's checkpoints plain data, lets mmcv read pictures as terrazzo does, and registers timm's LAMB among
+the optimizers, since PyTorch has none. It imports neither mmdet nor mmseg.
 """
 
 from mmengine.registry import OPTIMIZERS
 from timm.optim import Lamb
 
 import terrazzo  # noqa: F401  registers the backbones with timm
-from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, addresses, checkpoint, saving
+from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, addresses, checkpoint, pictures, saving
 
 _mmengine.repair()
 _finder.install({**_ext.MODULES, **_panoptic.MODULES})
 checkpoint.install()
 addresses.install()
 saving.install()
+pictures.install()
 OPTIMIZERS.register_module(module=Lamb, force=True)
 
 from terrazzo.necks import FinerLevel, PlainPyramid  # noqa: E402

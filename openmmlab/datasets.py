@@ -9,8 +9,8 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
+from terrazzo._pictures import is_picture, read_picture
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.adaptive_rotation import AdaptiveRotation
 
@@ -37,7 +37,7 @@ class ImageFolderDataset(Dataset):
         if not folder.is_dir():
             raise InputError(f"data folder '{folder}' does not exist; unpack the data there or set data_root")
         try:
-            self.images = ImageFolder(str(folder), transform=_transform(transform))
+            self.images = ImageFolder(str(folder), _transform(transform), loader=read_picture, is_valid_file=is_picture)
         except FileNotFoundError as error:
             raise InputError(f"data folder '{folder}' is not one folder of images a class: {error}") from error
         wanted: Sequence[str] = (metainfo or {}).get("classes") or self.images.classes
@@ -75,7 +75,7 @@ class RotatedImages(Dataset):
 
     def __init__(self, data_root: str, split: str, transform: dict, rotation: dict | None = None):
         folder = Path(data_root) / split
-        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        self.files = sorted(path for path in folder.rglob("*") if is_picture(path))
         if not self.files:
             raise InputError(f"data folder '{folder}' holds no images; unpack the data there or set data_root")
         self.transform = _transform(transform)
@@ -86,7 +86,7 @@ class RotatedImages(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """The rotated image as `inputs` and the image as `targets`, 3 H W, and the `window`: see `AdaptiveRotation`."""
-        image = self.transform(default_loader(str(self.files[index])))
+        image = self.transform(read_picture(self.files[index]))
         rotated, window = self.rotate(image)
         return {"inputs": rotated, "targets": image, "window": window}
 

@@ -4,15 +4,18 @@ A verb is a module of `terrazzo.tools` with a click command named `command`; it 
 own help is asked for), so that `terrazzo list` does not pay for mmengine.
 """
 
+import functools
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
 from terrazzo import TerrazzoError, __version__
+from terrazzo._pictures import PictureWarning
+from terrazzo.errors import own_text
 
 VERBS = {
     "list": "Name the models, with parameters, published accuracy and input.",
@@ -51,7 +54,7 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, click.ClickException):
         text = error.format_message()
     elif isinstance(error, TerrazzoError):
-        text = str(error)
+        text = own_text(error)
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
         package = error.name.split(".")[0]
         text = f"the package {package} is not installed; install it with: pip install 'terrazzo[{EXTRAS[package]}]'"
@@ -60,6 +63,14 @@ def error_line(error: BaseException) -> str | None:
     else:
         return None
     return " ".join(f"error: {text}".split())
+
+
+def _show(others: Callable, message: Warning | str, category: type[Warning], *place: object) -> None:
+    """Show a warning of ours as a line on stderr, without its place in the code; and others as ever."""
+    if issubclass(category, PictureWarning):
+        click.echo(f"note: {message}", err=True)
+    else:
+        others(message, category, *place)
 
 
 class VerbGroup(click.Group):
@@ -91,6 +102,8 @@ class VerbGroup(click.Group):
             if not sys.warnoptions:
                 # A user can do nothing about the deprecations inside mmengine, mmdet, mmseg or torch's exporter.
                 warnings.simplefilter("ignore")
+                warnings.simplefilter("always", PictureWarning)
+                warnings.showwarning = functools.partial(_show, warnings.showwarning)
             try:
                 code = super().main(args, prog_name or "terrazzo", **extra)
             except click.Abort:

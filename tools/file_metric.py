@@ -13,8 +13,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS
 from mmengine.structures import InstanceData, PixelData
-from PIL import Image
 
+from terrazzo._pictures import read_picture
 from terrazzo.errors import InputError
 from terrazzo.tools import mm
 from terrazzo.tools.console import progress
@@ -61,8 +61,7 @@ class FileMetric:
             with progress("testing") as bar:
                 bar.update(bar.task_ids[0], total=len(self.dataset))
                 for path, sample in self._samples():
-                    with Image.open(path) as picture:
-                        _fill(sample, predictor.results(picture.convert("RGB")))
+                    _fill(sample, predictor.results(read_picture(path)))
                     evaluator.process(data_samples=[sample], data_batch=None)
                     bar.advance(bar.task_ids[0])
             metrics = evaluator.evaluate(len(self.dataset))

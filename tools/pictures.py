@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from terrazzo._pictures import SUFFIXES, is_picture, read_picture
 from terrazzo.errors import InputError
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,8 @@ class Picture:
     name: str
 
     def read(self) -> Image.Image:
-        """The picture in RGB, turned upright if its EXIF data say that the camera was not.
-
-        Raises:
-            InputError: the file is missing, empty, cut short, or no picture that Pillow can read.
-        """
-        try:
-            with Image.open(self.path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except FileNotFoundError:
-            raise InputError(f"picture {self.path} does not exist") from None
-        except UnidentifiedImageError:
-            what = "is empty" if self.path.stat().st_size == 0 else "is not in a picture format that can be read"
-            raise InputError(f"picture {self.path} {what}; use one of {', '.join(SUFFIXES)}") from None
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise InputError(f"picture {self.path} is damaged or cut short: {error}") from error
+        """The picture in RGB and upright; InputError if it cannot be read. See `read_picture`."""
+        return read_picture(self.path)
 
 
 def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
@@ -54,7 +40,7 @@ def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
     paths: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            inside = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+            inside = sorted(path for path in place.iterdir() if is_picture(path) and path.is_file())
             if not inside:
                 raise InputError(f"folder {place} has no pictures; the suffixes read are {', '.join(SUFFIXES)}")
             paths += inside

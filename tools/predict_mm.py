@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
+from terrazzo.errors import InputError
 from terrazzo.tools import mm
 from terrazzo.tools.draw import palette
 from terrazzo.tools.pictures import to_bgr
@@ -51,13 +52,35 @@ def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, 
     return BoxPredictor(model, prepare, facts["classes"], facts["palette"], min_score)
 
 
+_READ = {"color_type": ("color",), "imdecode_backend": ("cv2", "pillow", "turbojpeg", None)}
+"""The ways of reading in mmcv's loader that give what `terrazzo.tools.pictures` reads; the first is the default."""
+
+
+def _kind(step: dict) -> str:
+    """The name of a pipeline's step, which may stand for itself, with its package, or as the class."""
+    kind = step["type"]
+    return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+
+
 class _Prepare:
-    """A config's test pipeline, fed with a picture from memory and without annotations."""
+    """A config's test pipeline, fed with a picture from memory and without annotations.
+
+    Raises:
+        InputError: the pipeline reads pictures in another way than in colour and upright.
+    """
 
     def __init__(self, pipeline: Sequence[dict]):
-        loading = next((step for step in pipeline if "LoadImage" in str(step["type"])), {})
-        self.to_float32 = bool(loading.get("to_float32"))
-        self.steps = Compose([step for step in pipeline if not str(step["type"]).rsplit(".", 1)[-1].startswith("Load")])
+        loading = {_kind(step): step for step in pipeline if _kind(step).startswith("Load")}
+        reading = loading.get("LoadImageFromFile", {})
+        asked = [f"{key}={reading[key]!r}" for key, known in _READ.items() if reading.get(key, known[0]) not in known]
+        asked += [kind for kind in loading if "Image" in kind and not kind.startswith("LoadImageFrom")]
+        if asked:
+            raise InputError(
+                f"the config's test pipeline reads pictures with {', '.join(asked)}, but infer reads them upright "
+                "and in colour: its model would see something else; train one with the plain LoadImageFromFile"
+            )
+        self.to_float32 = any(step.get("to_float32") for step in loading.values())
+        self.steps = Compose([step for step in pipeline if _kind(step) not in loading])
 
     def __call__(self, image: Image.Image) -> dict:
         """A batch of one, for a model's `test_step`."""

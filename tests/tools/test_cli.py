@@ -5,6 +5,7 @@ import sys
 
 import click
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from terrazzo import __version__
 from terrazzo.errors import BackendError, InputError
@@ -87,6 +88,26 @@ def test_traceback_on_request(shell):
 def test_error_lines(error, line):
     assert line in error_line(error)
     assert "\n" not in error_line(error)
+
+
+class _Damaged(Dataset):
+    """Its every item fails, by an error that has a cause."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise OSError("cut short")
+        except OSError as error:
+            raise InputError(f"picture {index}.jpg is damaged:\n{error}") from error
+
+
+def test_errors_of_worker_processes_are_one_line():
+    """PyTorch puts the traceback of the worker into the message."""
+    with pytest.raises(InputError, match="Traceback") as caught:
+        next(iter(DataLoader(_Damaged(), num_workers=1)))
+    assert error_line(caught.value) == "error: picture 0.jpg is damaged: cut short"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), ModuleNotFoundError("no", name="terrazzo.x"), OSError("bug")])

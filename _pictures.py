@@ -1,0 +1,233 @@
+"""Reading pictures: one way for training, testing, inference, export and calibration, so that all see the same.
+
+A picture is 8-bit RGB and upright. What a file holds beyond that is brought there by the range of its type:
+
+- 16-bit samples lose their low byte, as Pillow and OpenCV do with colours of 16 bits.
+- Floats from 0 to 1 are scaled by 255, floats up to 255 are taken as they are; a note says so. So it is with 32-bit
+  integers up to 255 and up to 65535. Other values are refused: nothing in the file tells what their range is.
+- Transparency is dropped, palettes and colour spaces are converted, and an animation shows its first picture.
+- The EXIF orientation is applied; a block of EXIF data that cannot be read is ignored.
+"""
+
+import contextlib
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from terrazzo.errors import InputError, first_line
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What the names of pictures end with, in lower case, where a folder is searched for them."""
+
+_BITS, _WIDTH, _HEIGHT, _PHOTOMETRIC, _FORMAT = 258, 256, 257, 262, 339
+"""Tags of TIFF: bits per sample, the stored size, what 0 means, and the type of the samples."""
+_WHITE_IS_ZERO, _SIGNED = 0, (2,)
+_noted: set[str] = set()
+"""What this process has told about pictures already."""
+
+
+class PictureWarning(UserWarning):
+    """Says what was made of pictures whose range is not told by their type."""
+
+
+def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, upright: bool = True) -> Image.Image:
+    """Read a picture in RGB with 8 bits a channel.
+
+    Args:
+        file: a path, or a file open for reading bytes.
+        name: what messages call the picture; None for the path.
+        upright: whether to turn the picture as its EXIF orientation says; a TIFF is always turned.
+
+    Raises:
+        InputError: the file is missing, empty, cut short, no picture that Pillow can read, or has an unknown range.
+    """
+    name = name or file
+    try:
+        with _opened(file) as image:
+            image.load()
+            if upright and _tagged(image) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, name)
+    except InputError:
+        raise
+    except Exception as error:  # decoders fail in every way on bytes that are not theirs
+        raise _refusal(file, name, error) from error
+
+
+def orientation(file: str | Path | BinaryIO) -> int:
+    """The EXIF orientation of a picture, 1 (upright) to 8, from its headers; 1 where it has none.
+
+    Raises:
+        InputError: the file is missing, empty or no picture.
+    """
+    return _facts(file)[0]
+
+
+def upright_size(file: str | Path | BinaryIO) -> tuple[int, int]:
+    """Width and height of a picture after it is turned upright, from its headers.
+
+    Raises:
+        InputError: the file is missing, empty or no picture.
+    """
+    turn, (width, height) = _facts(file)
+    return (height, width) if turn >= 5 else (width, height)
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a path ends as pictures do; see `SUFFIXES`."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+def is_plain(file: BinaryIO) -> bool:
+    """Whether bytes begin as an upright JPEG or PNG of 8 bits in grey or RGB, which every decoder reads alike."""
+    try:
+        with _opened(file) as image:
+            still = image.format in ("JPEG", "PNG") and not getattr(image, "is_animated", False)
+            return still and image.mode in ("L", "RGB") and _turn(image) == 1
+    except Exception:  # as in `read_picture`, which says what is wrong
+        return False
+
+
+def check_same_turn(picture: str | Path, label_map: str | Path) -> None:
+    """Make sure that a picture and its label map carry the same EXIF orientation, so that both are turned alike.
+
+    Raises:
+        InputError: they do not, or either is no picture.
+    """
+    turn, label_turn = orientation(picture), orientation(label_map)
+    if turn != label_turn:
+        raise InputError(
+            f"picture {picture} has EXIF orientation {turn}, but its label map {label_map} has {label_turn}, so that "
+            "only one of them would be turned; save both upright (1)"
+        )
+
+
+@contextlib.contextmanager
+def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Pillow's picture of an open file: by a path, Pillow mixes up width and height of turned TIFFs."""
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open(file, "rb")) if isinstance(file, (str, Path)) else file
+        yield stack.enter_context(Image.open(stream))
+
+
+def _facts(file: str | Path | BinaryIO) -> tuple[int, tuple[int, int]]:
+    """The orientation, and the width and height as they are stored."""
+    try:
+        with _opened(file) as image:
+            if image.format == "TIFF":  # whose `size` is that of the turned picture in some versions of Pillow
+                return _tagged(image), (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT])
+            return _turn(image), image.size
+    except Exception as error:  # as in `read_picture`
+        raise _refusal(file, file, error) from error
+
+
+def _turn(image: Image.Image) -> int:
+    """As `_tagged`, without decoding a PNG, as Pillow does to find EXIF data behind the pixels."""
+    return 1 if image.format == "PNG" and not _png_has_metadata(image.fp) else _tagged(image)
+
+
+def _tagged(image: Image.Image) -> int:
+    """The orientation that an open picture still has to be turned by; 1 if its EXIF data make no sense."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, struct.error, KeyError, TypeError):
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _png_has_metadata(file: BinaryIO) -> bool:
+    """Whether any chunk of a PNG can hold an orientation: EXIF data, or text with EXIF or XMP data in it."""
+    place = file.tell()
+    file.seek(8)
+    try:
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return True
+            start = file.read(min(size, 17)) if kind in (b"iTXt", b"tEXt", b"zTXt") else b""
+            if start.startswith((b"Raw profile type", b"XML:com.adobe.xmp")):
+                return True
+            file.seek(size + 4 - len(start), os.SEEK_CUR)  # the rest of the chunk, and its checksum
+        return False
+    finally:
+        file.seek(place)
+
+
+def _to_rgb(image: Image.Image, name: object) -> Image.Image:
+    if image.mode == "La":  # grey with the transparency multiplied in; Pillow leads it to RGB by this way alone
+        image = image.convert("LA")
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        return image.convert("RGB")
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    pixels = _to_8_bits(image, tags, name)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts these up to 8 bits alone
+        pixels = 255 - pixels
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, tags: dict, name: object) -> np.ndarray:
+    """Grey samples wider than 8 bits as uint8, (H, W)."""
+    values = np.asarray(image)
+    if image.mode.startswith("I;") or image.format in ("PNG", "PPM"):
+        return (values >> tags.get(_BITS, (16,))[0] - 8).astype(np.uint8)
+    if image.mode == "F":
+        what = "floats"
+    else:
+        what = f"{'signed ' if tags.get(_FORMAT) == _SIGNED else ''}{tags.get(_BITS, (32,))[0]}-bit integers"
+    lowest, highest = values.min(), values.max()  # NaN if any value is
+    if image.mode == "F" and lowest >= 0 and highest <= 1:
+        _note("floats from 0 to 1 are scaled by 255", name)
+        return np.rint(values * 255).astype(np.uint8)
+    # Floats that go a little beyond 1 are rather a picture from 0 to 1 that was sharpened than an almost black one.
+    if lowest >= 0 and (2 if image.mode == "F" else 0) <= highest <= 255:
+        _note(f"{what} from 0 to 255 are taken as they are", name)
+        return np.rint(values).astype(np.uint8)
+    if what.endswith("32-bit integers") and lowest >= 0 and highest <= 65535:
+        _note(f"{what} from 0 to 65535 are divided by 256", name)
+        return (values >> 8).astype(np.uint8)
+    raise InputError(
+        f"picture {name} holds {what} from {lowest:g} to {highest:g}; nothing says which of them are black and "
+        "white, so save it with 8 bits or with 16 bits without a sign"
+    )
+
+
+def _note(what: str, name: object) -> None:
+    """Warn once of what is made of a kind of picture, rather than for each picture of a data set."""
+    if what not in _noted:
+        _noted.add(what)
+        warnings.warn(f"pictures of {what}; the first is {name}", PictureWarning, stacklevel=2)
+
+
+def _refusal(file: str | Path | BinaryIO, name: object, error: Exception) -> InputError:
+    """What to raise for a picture that could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"picture {name} does not exist")
+    if isinstance(error, OSError) and error.errno is not None:
+        return InputError(f"picture {name} cannot be read: {error.strerror}")
+    if isinstance(error, Image.DecompressionBombError):
+        return InputError(f"picture {name} is too large: {first_line(error)}; cut it into tiles")
+    if isinstance(error, UnidentifiedImageError):
+        head = _head(file)
+        if head in (b"II*\0", b"MM\0*"):
+            return InputError(
+                f"picture {name} is a TIFF whose samples cannot be read (such as floats of several channels, or of 64 "
+                "bits), or damaged; save it with 8 or 16 bits a channel"
+            )
+        what = "is not in a picture format that can be read" if head else "is empty"
+        return InputError(f"picture {name} {what}; use one of {', '.join(SUFFIXES)}")
+    return InputError(f"picture {name} is damaged or cut short: {first_line(error)}")
+
+
+def _head(file: str | Path | BinaryIO) -> bytes:
+    """The first four bytes."""
+    if isinstance(file, (str, Path)):
+        with open(file, "rb") as stream:
+            return stream.read(4)
+    file.seek(0)
+    return file.read(4)

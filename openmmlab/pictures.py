@@ -1,0 +1,152 @@
+"""How the pipelines of mmdet and mmseg read pictures and label maps: upright, and as every other part of terrazzo does.
+
+mmcv's own decoding differs from that in four ways: it refuses floats, does not turn label maps (nor anything that is
+read "unchanged" or by turbojpeg), depends on the backend for transparency, and says of a damaged file neither its name
+nor, with some versions of OpenCV, that it is damaged. It stays in use for whole upright JPEG and PNG files of 8 bits,
+of which every decoder makes the same, and where a config asks for "unchanged" values, turbojpeg or tifffile.
+"""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import mmcv.image
+import mmcv.image.io
+import mmengine.fileio
+import numpy as np
+from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
+
+from terrazzo._pictures import check_same_turn, is_plain, orientation, read_picture
+from terrazzo.errors import InputError, first_line
+
+_mmcv_decode = mmcv.image.io.imfrombytes
+
+
+def install() -> None:
+    """Makes mmcv decode through this module, however a config names its loaders. Doing so again changes nothing."""
+    for module in (mmcv, mmcv.image, mmcv.image.io):
+        module.imfrombytes = decode
+    LoadImageFromFile.transform = load_image
+    LoadAnnotations.__call__ = load_annotations
+
+
+def decode(
+    content: bytes,
+    flag: str | int = "color",
+    channel_order: str = "bgr",
+    backend: str | None = None,
+    name: str | Path = "in memory",
+) -> np.ndarray:
+    """`mmcv.imfrombytes`: the picture in a file's bytes, upright unless the flag says "ignore_orientation".
+
+    Args:
+        content: the bytes.
+        flag: "color", "grayscale", "unchanged", or the former two with "_ignore_orientation"; or a flag of OpenCV.
+        channel_order: "bgr" or "rgb", of colours.
+        backend: "cv2", "pillow", "turbojpeg" or "tifffile"; None for what `mmcv.use_backend` chose.
+        name: what messages call the picture.
+
+    Returns:
+        (H, W, 3), or (H, W) of grey; uint8 unless read "unchanged" or by tifffile.
+
+    Raises:
+        InputError: the picture is empty, damaged, or of an unknown range.
+    """
+    backend = backend or mmcv.image.io.imread_backend
+    upright = isinstance(flag, str) and not flag.endswith("_ignore_orientation")
+    if str(flag).removesuffix("_ignore_orientation") not in ("color", "grayscale") or backend not in ("cv2", "pillow"):
+        return _decoded_by_mmcv(content, flag, channel_order, backend, name, upright)
+    if backend == "cv2" and is_plain(BytesIO(content)):
+        # What is plain is upright, even if OpenCV makes more of EXIF data that are broken.
+        pixels = _mmcv_decode(content, f"{flag.partition('_')[0]}_ignore_orientation", "bgr", backend)
+        # OpenCV fills the rest of a JPEG that was cut short with grey, and some of its versions do so without a word.
+        if pixels is not None and (content[:1] != b"\xff" or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")):
+            return pixels if channel_order == "bgr" or pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
+    picture = read_picture(BytesIO(content), name, upright)
+    if flag.startswith("grayscale"):
+        return np.array(picture.convert("L"))
+    raw = picture.tobytes("raw", channel_order.upper())
+    return np.frombuffer(bytearray(raw), np.uint8).reshape(picture.height, picture.width, 3)
+
+
+def _decoded_by_mmcv(
+    content: bytes, flag: str | int, channel_order: str, backend: str, name: str | Path, upright: bool
+) -> np.ndarray:
+    try:
+        pixels, reason = _mmcv_decode(content, flag, channel_order, backend), f"by {backend}"
+    except Exception as error:  # a decoder fails in every way
+        pixels, reason = None, f"by {backend}: {first_line(error)}"
+    if pixels is None:
+        read_picture(BytesIO(content), name)  # says it better, if Pillow cannot read it either
+        raise InputError(f"picture {name} cannot be decoded {reason}")
+    is_tiff = content[:2] in (b"II", b"MM")
+    if not upright or (is_tiff and backend != "tifffile"):  # OpenCV and Pillow turn a TIFF in any case
+        return pixels
+    return turned(pixels, orientation(BytesIO(content)))
+
+
+def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """Pixels (H, W) or (H, W, C) of an EXIF orientation, 1 to 8, upright."""
+    if turn >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def load_image(self: LoadImageFromFile, results: dict[str, Any]) -> dict[str, Any] | None:
+    """`LoadImageFromFile.transform`: the picture at `img_path`, unless it is turned while its annotations are not.
+
+    Raises:
+        InputError: the picture cannot be read and `ignore_empty` is off, or its annotations are not turned as it is.
+    """
+    path, labels = results["img_path"], results.get("seg_map_path")
+    try:
+        content = _content(self, path)
+        pixels = decode(content, self.color_type, backend=self.imdecode_backend, name=path)
+    except InputError:
+        if self.ignore_empty:
+            return None
+        raise
+    if labels and Path(path).is_file() and Path(labels).is_file():
+        check_same_turn(path, labels)
+    _check_size(path, content, pixels, results.get("width"), results.get("height"))
+    results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
+    results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+    return results
+
+
+def load_annotations(self: LoadAnnotations, results: dict[str, Any]) -> dict[str, Any]:
+    """`LoadAnnotations.__call__`, of mmcv's class and those of mmdet and mmseg, whose errors name the label map.
+
+    Raises:
+        InputError: the label map cannot be read.
+    """
+    try:
+        return BaseTransform.__call__(self, results)
+    except (InputError, OSError) as error:
+        path, reason = results.get("seg_map_path"), getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"label map {path} cannot be read: {reason}") from error
+
+
+def _check_size(path: str, content: bytes, pixels: np.ndarray, width: int | None, height: int | None) -> None:
+    """Refuse a turned picture of another size than its annotations are for; InputError."""
+    size = (pixels.shape[1], pixels.shape[0])
+    if None in (width, height) or (width, height) == size or (turn := orientation(BytesIO(content))) == 1:
+        return
+    raise InputError(
+        f"picture {path} is {size[0]}x{size[1]} when it is turned as its EXIF orientation {turn} says, but its "
+        f"annotations are for {width}x{height}; save it upright, and annotate it so"
+    )
+
+
+def _content(loader: LoadImageFromFile, path: str) -> bytes:
+    try:
+        if loader.file_client_args is not None:
+            return mmengine.fileio.FileClient.infer_client(loader.file_client_args, path).get(path)
+        return mmengine.fileio.get(path, backend_args=loader.backend_args)
+    except OSError as error:
+        raise InputError(f"picture {path} cannot be read: {error.strerror or error}") from error
