@@ -1,6 +1,7 @@
 """What the tests of the command share: running it, tiny data, and a segmentor that was trained for two iterations."""
 
 import copy
+import logging
 import os
 import subprocess
 import sys
@@ -31,6 +32,14 @@ test_pipeline = [
 ]
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_loggers():
+    """mmengine's logger keeps the standard error of the command that made it, which is closed by the next one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "raiseExceptions", False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +104,9 @@ def check(config_on, capsys):
 
     def invoke(config: str, root: Path, *splits: str, **options) -> str:
         try:
-            check_data(config_on(config, root, options), splits)
+            cfg = config_on(config, root, options)
+            capsys.readouterr()  # mmengine says that another config's scope was there before
+            check_data(cfg, splits)
             said = capsys.readouterr().err
         except InputError as error:
             said = f"refused: {error}\n"

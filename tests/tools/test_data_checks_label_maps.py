@@ -93,7 +93,7 @@ def test_opencv_reads_palettes_as_colours(check, copy):
     ("spoil", "words"),
     [
         (lambda path: path.write_bytes(b""), "5.png is empty"),
-        (lambda path: path.write_bytes(b"no picture"), "5.png is in no picture format"),
+        (lambda path: path.write_bytes(b"no picture"), "5.png is not in a picture format"),
         (lambda path: path.write_bytes(path.read_bytes()[:-60]), "5.png is damaged or cut short"),
         (lambda path: path.unlink(), "5.png does not exist, and its picture does"),
         (lambda path: path.rename(path.with_suffix(".PNG")), "the folder has 5.PNG"),

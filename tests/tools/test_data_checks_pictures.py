@@ -39,7 +39,7 @@ def scramble(path):
 
 FAULTS = [
     (lambda path: path.write_bytes(b""), "is empty"),
-    (lambda path: path.write_text("<html>"), "is in no picture format"),
+    (lambda path: path.write_text("<html>"), "is not in a picture format"),
     (cut, "is damaged or cut short"),
     (scramble, "is"),
 ]
@@ -61,7 +61,7 @@ def test_several_bad_pictures_are_counted(check, data, tmp_path):
     copy = shutil.copytree(data / CLASSIFIER, tmp_path / "copy")
     for picture in (copy / "val" / "Forest").iterdir():
         picture.write_bytes(b"")
-    assert "is empty (and 1 more)" in check(CLASSIFIER, copy, "val")
+    assert "(and 1 more) is empty" in check(CLASSIFIER, copy, "val")
 
 
 @pytest.mark.parametrize("format", ["jpeg", "png", "webp", "bmp", "tiff"])

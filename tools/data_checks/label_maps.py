@@ -92,7 +92,7 @@ def check_label_maps(
         )
     bad = [(path, fact.fault) for path, fact in zip(maps, facts) if fact.fault]
     if bad:
-        raise InputError(f"the {source.split} label map {bad[0][0]} {bad[0][1]}{and_more(len(bad))}")
+        raise InputError(f"the {source.split} label map {bad[0][0]}{and_more(len(bad))} {bad[0][1]}")
     for path, fact, picture in zip(maps, facts, pictures):
         if picture is not None and picture.stored != (0, 0):
             _check_pair(source, path, fact, picture)

@@ -89,7 +89,7 @@ def check_pictures(source: Source, samples: Sequence[Sample]) -> list[PictureFac
     if bad:
         sample, fact = bad[0]
         raise InputError(
-            f"the {source.split} picture {sample.path} {fact.fault}{and_more(len(bad))}; replace it, or take it out of "
+            f"the {source.split} picture {sample.path}{and_more(len(bad))} {fact.fault}; replace it, or take it out of "
             f"{source.key}"
         )
     upright = _reads_upright(source)
@@ -120,7 +120,7 @@ def _examine(path: Path, whole: bool) -> PictureFacts:
     except UnidentifiedImageError:
         if path.stat().st_size == 0:
             return PictureFacts(0, 0, 1, "is empty")
-        return PictureFacts(0, 0, 1, "" if _opencv_reads(path) else "is in no picture format that can be read")
+        return PictureFacts(0, 0, 1, "" if _opencv_reads(path) else "is not in a picture format that can be read")
     except MemoryError:
         raise
     except Exception as error:  # decoders fail in every way on damaged files
