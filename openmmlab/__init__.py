@@ -14,9 +14,10 @@ from mmengine.registry import OPTIMIZERS
 from timm.optim import Lamb
 
 import terrazzo  # noqa: F401  registers the backbones with timm
-from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, addresses, checkpoint, pictures, saving
+from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, _pycocotools, addresses, checkpoint, pictures, saving
 
 _mmengine.repair()
+_pycocotools.repair()
 _finder.install({**_ext.MODULES, **_panoptic.MODULES})
 checkpoint.install()
 addresses.install()

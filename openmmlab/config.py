@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.registry import DATASETS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner
 
 from terrazzo.errors import InputError
@@ -24,6 +24,9 @@ CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 SPLITS = ("train", "val", "test")
 OWN_HOOKS = ("SeedingHook", "FiniteLossHook", "ThroughputHook", "WorkersHook")
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "panoptic_head", "panoptic_fusion_head")
+
+OTHER_CLASSES = ("STDCHead",)
+"""Heads that tell other classes apart than the data set's: this one tells edges from the rest."""
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -141,20 +144,26 @@ def set_data_root(cfg: Config, data_root: str) -> None:
 
 
 def check_class_counts(cfg: Config) -> None:
-    """Compares the class count of every head with the classes that the config gives its training set.
+    """Compares the class count of every head with the classes of the training set: the config's, or its class's own.
 
     Raises:
         InputError: if a head has another count; the message names both.
     """
-    metainfo = next((d["metainfo"] for d in datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
-    if metainfo is None or "model" not in cfg:
+    if "model" not in cfg or "language_model" in cfg.model:  # which is told the classes in words
         return
+    metainfo = next((d["metainfo"] for d in datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
+    whose, step = "the data set has", "make them equal"
+    if metainfo is None:
+        key, settings = next(placed_datasets(cfg), ("", {}))
+        metainfo = getattr(registered_class(DATASETS, settings, cfg), "METAINFO", None) or {}
+        whose = f"{settings.get('type')} has, unless {key}.metainfo.classes names others,"
+        step = "name the classes in metainfo of every data set, or change the head"
     for where, kind, count in _head_counts(cfg.model, "model"):
         names = metainfo.get(kind)
         if names is not None and count != len(names):
             raise InputError(
-                f"{where} is {count}, but the data set has {len(names)} {kind.replace('_', ' ')} "
-                f"({', '.join(map(str, names[:8]))}{', ...' if len(names) > 8 else ''}); make them equal"
+                f"{where} is {count}, but {whose} {len(names)} {kind.replace('_', ' ')} "
+                f"({', '.join(map(str, names[:8]))}{', ...' if len(names) > 8 else ''}); {step}"
             )
 
 
@@ -187,7 +196,7 @@ def build_runner(
         scale_lr: whether to scale the learning rate by the batch size, from the config's `auto_scale_lr`.
 
     Raises:
-        InputError: if a named checkpoint file or a data folder does not exist, or an option does not fit.
+        InputError: if a named checkpoint file does not exist, or an option does not fit.
     """
     cfg = cfg.copy()
     cfg.work_dir = str(work_dir)
@@ -213,7 +222,6 @@ def build_runner(
         if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
             raise InputError("the config has no auto_scale_lr.base_batch_size to scale the learning rate from; add it")
         cfg.auto_scale_lr.enable = True
-    check_data(cfg)
     seed_config(cfg)
     hooks = list(cfg.get("custom_hooks") or [])
     present = [hook.get("type") for hook in hooks]
@@ -252,20 +260,6 @@ def _set_precision(cfg: Config, amp: str | None) -> None:
         raise InputError(f"precision '{amp}' is unknown; choose fp16 or bf16")
 
 
-def check_data(cfg: Config) -> None:
-    """Checks that the data folder of every local dataset exists.
-
-    Raises:
-        InputError: if one does not.
-    """
-    for dataset in datasets(cfg):
-        root = dataset.get("data_root")
-        if root and "://" not in root and not Path(root).is_dir():
-            raise InputError(
-                f"data folder '{root}' does not exist; unpack the data there, or name its folder (data_root)"
-            )
-
-
 def datasets(cfg: Config, *splits: str) -> Iterator[ConfigDict]:
     """Yields the settings of the innermost data sets of splits, inside RepeatDataset, ConcatDataset and their like.
 
@@ -273,18 +267,41 @@ def datasets(cfg: Config, *splits: str) -> Iterator[ConfigDict]:
         cfg: a config.
         *splits: of "train", "val" and "test"; none for all.
     """
+    for _, settings in placed_datasets(cfg, *splits):
+        yield settings
+
+
+def placed_datasets(cfg: Config, *splits: str) -> Iterator[tuple[str, ConfigDict]]:
+    """Yields what `datasets` does, and in front of each the dotted key that it has in the config."""
     for split in splits or SPLITS:
-        yield from _innermost((cfg.get(f"{split}_dataloader") or {}).get("dataset"))
+        yield from _innermost(f"{split}_dataloader.dataset", (cfg.get(f"{split}_dataloader") or {}).get("dataset"))
 
 
-def _innermost(dataset: Any) -> Iterator[ConfigDict]:
-    if not isinstance(dataset, dict):
-        return
-    inner = dataset.get("dataset") or dataset.get("datasets")
-    if inner is None:
-        yield dataset
-    for part in inner if isinstance(inner, (list, tuple)) else [inner]:
-        yield from _innermost(part)
+def _innermost(key: str, dataset: Any) -> Iterator[tuple[str, ConfigDict]]:
+    if isinstance(dataset, (list, tuple)):
+        for index, part in enumerate(dataset):
+            yield from _innermost(f"{key}.{index}", part)
+    elif isinstance(dataset, dict):
+        inner = next((name for name in ("dataset", "datasets") if dataset.get(name)), None)
+        if inner is None:
+            yield key, dataset
+        else:
+            yield from _innermost(f"{key}.{inner}", dataset[inner])
+
+
+def registered_class(registry: Registry, settings: Mapping, cfg: Config) -> type | None:
+    """The class that settings name in `type`, in their scope or the config's; None if no registry has it.
+
+    Args:
+        registry: a root of mmengine's registries, such as `DATASETS`; it leads to mmdet's and mmseg's.
+        settings: of what the registry builds.
+        cfg: the config that they are of.
+    """
+    kind = settings.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(settings.get("_scope_") or cfg.get("default_scope", "mmengine")) as scoped:
+        return scoped.get(kind)
 
 
 def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[tuple[str, str, int]]:
@@ -302,7 +319,7 @@ def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[
     for key in HEADS:
         heads = model.get(key)
         for index, head in enumerate(heads if isinstance(heads, (list, tuple)) else [heads]):
-            if not isinstance(head, dict):
+            if not isinstance(head, dict) or head.get("type") in OTHER_CLASSES:
                 continue
             place = f"{where}.{key}[{index}]" if isinstance(heads, (list, tuple)) else f"{where}.{key}"
             if head.get("num_classes") is not None:

@@ -13,6 +13,7 @@ NEEDED = {
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST"),
     "mpi": ("OMPI_COMM_WORLD_RANK",),
 }
+LOCAL_RANKS = {"pytorch": "LOCAL_RANK", "slurm": "SLURM_LOCALID", "mpi": "OMPI_COMM_WORLD_LOCAL_RANK"}
 
 
 def check_launcher(launcher: str) -> None:
@@ -31,6 +32,11 @@ def check_launcher(launcher: str) -> None:
             "mpi": "mpirun terrazzo train ... --launcher mpi",
         }[launcher]
         raise InputError(f"launcher {launcher} has not started this process ({missing[0]} is not set); use: {start}")
+
+
+def is_first_here(launcher: str) -> bool:
+    """Whether this process is the first that the launcher started on this machine; only it need check what all read."""
+    return launcher == "none" or os.environ.get(LOCAL_RANKS[launcher], "0") == "0"
 
 
 def launch(cfg: Config, launcher: str) -> None:

@@ -101,6 +101,7 @@ def run_demo(
     """
     from terrazzo.openmmlab.config import build_runner, load_config
     from terrazzo.tools import mm
+    from terrazzo.tools.data_checks import check_data
     from terrazzo.tools.export_targets import floor, metadata, noise, segmentor_for_export
     from terrazzo.tools.onnx_export import export_onnx
     from terrazzo.tools.test import evaluate
@@ -111,6 +112,7 @@ def run_demo(
     seconds: dict[str, float] = {}
     with _timed("make floors", seconds):
         write_floors(data, train, val, SIZE, seed)
+        check_data(cfg, ("train", "test"))
     with _timed("train", seconds), mm.quiet(), progress("training") as bar:
         cfg.pop("val_dataloader"), cfg.pop("val_cfg"), cfg.pop("val_evaluator")
         runner = build_runner(cfg, work_dir, seed=seed)

@@ -18,7 +18,7 @@ import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of
 from terrazzo.backbones._weights import weights_of
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.checkpoint import load_file
-from terrazzo.openmmlab.config import datasets
+from terrazzo.openmmlab.config import datasets, registered_class
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.tools.files import check_folder
 
@@ -93,11 +93,10 @@ def class_facts(cfg: Config, saved: dict | None = None) -> dict:
     sources = [saved or {}]
     for split in ("test", "val", "train"):
         for dataset in datasets(cfg, split):
-            kind = dataset.get("type")
-            if isinstance(kind, str):
-                with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:  # mmdet's or mmseg's
-                    kind = registry.get(kind)
-            sources += [dataset.get("metainfo") or {}, getattr(kind, "METAINFO", {})]
+            sources += [
+                dataset.get("metainfo") or {},
+                getattr(registered_class(DATASETS, dataset, cfg), "METAINFO", {}),
+            ]
     found = next((source for source in sources if source.get("classes")), {})
     palette = found.get("palette")
     return {

@@ -47,7 +47,7 @@ def command(
     from mmengine.dist import is_main_process
 
     from terrazzo.openmmlab.config import build_runner, load_config
-    from terrazzo.openmmlab.distributed import check_launcher
+    from terrazzo.openmmlab.distributed import check_launcher, is_first_here
     from terrazzo.openmmlab.saving import find_latest_checkpoint
     from terrazzo.tools import mm
     from terrazzo.tools.data_checks import check_data
@@ -56,7 +56,8 @@ def command(
     cfg = load_config(config, data_root, overrides)
     work_dir = work_dir or Path(cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem)
     mm.shorten(cfg, max_iters, max_epochs)
-    check_data(cfg, ("train", "val") if cfg.get("val_cfg") else ("train",))
+    if is_first_here(launcher):
+        check_data(cfg, ("train", "val") if cfg.get("val_cfg") else ("train",))
     mm.check_work_dir(work_dir, resume)
     mm.check_model(cfg)
     runner = build_runner(

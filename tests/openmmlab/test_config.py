@@ -97,12 +97,6 @@ def test_parse_options():
         parse_options(["nonsense"])
 
 
-def test_missing_data_folder_is_one_clear_line(tmp_path):
-    cfg = load_config(RETINANET, data_root=tmp_path / "none")
-    with pytest.raises(InputError, match=r"none.* does not exist"):
-        build_runner(cfg, tmp_path)
-
-
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"gone\.pth"):
         build_runner(load_config(RETINANET, data_root=tmp_path), tmp_path, load_from=tmp_path / "gone.pth")

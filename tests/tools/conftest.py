@@ -1,5 +1,7 @@
 """What the tests of the command share: running it, tiny data, and a segmentor that was trained for two iterations."""
 
+import copy
+import logging
 import os
 import subprocess
 import sys
@@ -30,6 +32,14 @@ test_pipeline = [
 ]
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_loggers():
+    """mmengine's logger keeps the standard error of the command that made it, which is closed by the next one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "raiseExceptions", False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +74,44 @@ def shell():
         code = "from terrazzo.tools.cli import main; main()"
         command = [sys.executable, "-c", code, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def config_on():
+    """A packaged config on a folder of data; it is read once for each set of options."""
+    from terrazzo.openmmlab.config import load_config, set_data_root
+
+    read = {}
+
+    def invoke(config: str, root: Path, options: dict):
+        key = (config, repr(options))
+        if key not in read:
+            read[key] = load_config(config, options=options)
+        cfg = copy.deepcopy(read[key])
+        set_data_root(cfg, str(root))
+        return cfg
+
+    return invoke
+
+
+@pytest.fixture
+def check(config_on, capsys):
+    """Check splits of a packaged config on a folder; the words of the refusal, or what was said besides."""
+    from terrazzo.errors import InputError
+    from terrazzo.tools.data_checks import check_data
+
+    def invoke(config: str, root: Path, *splits: str, **options) -> str:
+        try:
+            cfg = config_on(config, root, options)
+            capsys.readouterr()  # mmengine says that another config's scope was there before
+            check_data(cfg, splits)
+            said = capsys.readouterr().err
+        except InputError as error:
+            said = f"refused: {error}\n"
+        assert said.count("\n") == bool(said)  # one line, or none
+        return said
 
     return invoke
 

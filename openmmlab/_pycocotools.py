@@ -1,0 +1,15 @@
+"""A repair of pycocotools: it reads annotations in whatever encoding the system has, and stops at a byte-order mark."""
+
+import builtins
+import functools
+import importlib.util
+
+
+def repair() -> None:
+    """Lets pycocotools, and what mmdet derives from it, read JSON as UTF-8, with a byte-order mark or without."""
+    if importlib.util.find_spec("pycocotools") is None:
+        return
+    import pycocotools.coco
+
+    # The module opens nothing but JSON files, by the built-in function; a name of its own goes before that.
+    pycocotools.coco.open = functools.partial(builtins.open, encoding="utf-8-sig")
