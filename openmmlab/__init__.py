@@ -17,6 +17,7 @@ import terrazzo  # noqa: F401  registers the backbones with timm
 from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, checkpoint, saving
 
 _mmengine.repair()
+_mmengine.find_packaged_bases()
 _finder.install({**_ext.MODULES, **_panoptic.MODULES})
 checkpoint.install()
 saving.install()
@@ -29,6 +30,7 @@ from terrazzo.openmmlab.datasets import ImageFolderDataset, RotatedImages  # noq
 from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
+from terrazzo.openmmlab.monitoring import MonitoredMetricsHook  # noqa: E402
 from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
 from terrazzo.openmmlab.roma_pretraining import RoMAPretraining  # noqa: E402
 from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
@@ -45,6 +47,7 @@ __all__ = [
     "FiniteLossHook",
     "ImageFolderDataset",
     "LayerDecayOptimWrapperConstructor",
+    "MonitoredMetricsHook",
     "PlainPyramid",
     "RoMAPretraining",
     "RotatedImages",
