@@ -137,7 +137,9 @@ def build_parts(runner: Runner, training: bool) -> None:
     for wrapper in runner.optim_wrapper.values() if isinstance(runner.optim_wrapper, dict) else [runner.optim_wrapper]:
         with building(runner.cfg, "optim_wrapper.clip_grad"):
             if getattr(wrapper, "clip_grad_kwargs", None):
-                inspect.signature(wrapper.clip_func).bind([], **wrapper.clip_grad_kwargs)
+                arguments = inspect.signature(wrapper.clip_func)
+                arguments.bind_partial([], **wrapper.clip_grad_kwargs)  # which says first what is unknown
+                arguments.bind([], **wrapper.clip_grad_kwargs)
     runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
     runner.auto_scale_lr = None  # it would be scaled again
     if runner.param_schedulers is not None:
@@ -152,7 +154,7 @@ def _check_optimizer(settings: Any) -> None:
     """Looks the optimizer up: mmengine would only say that None cannot be called."""
     optimizer = settings.get("optimizer") if isinstance(settings, dict) else None
     kind = optimizer.get("type") if isinstance(optimizer, dict) else None
-    if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:
+    if isinstance(kind, str) and registered(OPTIMIZERS, optimizer) is None:
         raise InputError(f"optim_wrapper.optimizer.type '{kind}' is unknown{_close(kind, _registered('optimizer'))}")
 
 
@@ -161,6 +163,12 @@ def _prepare_one(runner: Runner, split: str, loader: DataLoader) -> None:
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and len(loader.dataset):
         with building(runner.cfg, f"first sample of {split}_dataloader"), seeded(0):
             loader.dataset[0]
+
+
+def registered(registry: Registry, settings: Mapping[str, Any]) -> Any:
+    """The class that settings name in `type`, in their scope or the config's; None if no registry has it."""
+    with registry.switch_scope_and_registry(settings.get("_scope_")) as scoped:
+        return scoped.get(settings["type"])
 
 
 @contextlib.contextmanager
@@ -277,7 +285,7 @@ def _arguments(frames: list[Any]) -> set[str]:
             kind = DataLoader
         elif frame.f_code.co_name == "build_from_cfg":
             kind = frame.f_locals.get("obj_cls", kind)
-        elif frame.f_code.co_name == "bind":
+        elif frame.f_code.co_name == "bind_partial":
             kind = frame.f_locals["self"]
     if isinstance(kind, inspect.Signature):
         return set(kind.parameters)

@@ -24,6 +24,7 @@ from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.distributed import launch
 from terrazzo.openmmlab.monitoring import check_formats, check_monitored, expected_metrics
 from terrazzo.openmmlab.options import carry_options, merge_options
+from terrazzo.openmmlab.options import parse_options as parse_options
 from terrazzo.openmmlab.resuming import check_resumable
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.openmmlab.seeding import seed_config
@@ -146,9 +147,7 @@ def _check_kinds(cfg: Config) -> None:
     for key in BUILT:
         value = cfg.get(key)
         if value is not None and not isinstance(value, (dict, list, tuple) if key in LISTS else dict):
-            raise InputError(
-                f"{key} of config '{cfg.filename}' is {value!r}; it takes settings, such as {key}.KEY=VALUE"
-            )
+            raise InputError(f"{key} of config '{cfg.filename}' is {value!r}; set {key}.KEY=VALUE")
 
 
 def _read(path: Path) -> Config:

@@ -47,8 +47,7 @@ def command(
 
     A run that was interrupted goes on from its last checkpoint when the command is given again.
     """
-    from terrazzo.openmmlab.config import load_config
-    from terrazzo.openmmlab.options import parse_options
+    from terrazzo.openmmlab.config import load_config, parse_options
     from terrazzo.openmmlab.swap import swap_backbone
     from terrazzo.tools import mm, results
     from terrazzo.tools.console import print_table

@@ -29,7 +29,7 @@ def config_options(function: Callable) -> Callable:
     def joined(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
         if not values:
             return
-        from terrazzo.openmmlab.options import parse_options
+        from terrazzo.openmmlab.config import parse_options
 
         context.meta.setdefault("overrides", {}).update(parse_options(values))
 
