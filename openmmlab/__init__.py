@@ -14,10 +14,21 @@ from mmengine.registry import OPTIMIZERS
 from timm.optim import Lamb
 
 import terrazzo  # noqa: F401  registers the backbones with timm
-from terrazzo.openmmlab import _ext, _finder, _mmengine, _panoptic, _pycocotools, addresses, checkpoint, pictures, saving
+from terrazzo.openmmlab import (
+    _ext,
+    _finder,
+    _mmengine,
+    _panoptic,
+    _pycocotools,
+    addresses,
+    checkpoint,
+    pictures,
+    saving,
+)
 
 _mmengine.repair()
 _pycocotools.repair()
+_mmengine.find_packaged_bases()
 _finder.install({**_ext.MODULES, **_panoptic.MODULES})
 checkpoint.install()
 addresses.install()
@@ -32,6 +43,7 @@ from terrazzo.openmmlab.datasets import ImageFolderDataset, RotatedImages  # noq
 from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
+from terrazzo.openmmlab.monitoring import MonitoredMetricsHook  # noqa: E402
 from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
 from terrazzo.openmmlab.roma_pretraining import RoMAPretraining  # noqa: E402
 from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
@@ -48,6 +60,7 @@ __all__ = [
     "FiniteLossHook",
     "ImageFolderDataset",
     "LayerDecayOptimWrapperConstructor",
+    "MonitoredMetricsHook",
     "PlainPyramid",
     "RoMAPretraining",
     "RotatedImages",

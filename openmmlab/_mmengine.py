@@ -8,6 +8,7 @@ import mmengine.config.config
 import mmengine.hub.hub
 import mmengine.utils
 import mmengine.utils.package_utils
+from mmengine.config import Config
 
 
 def is_installed(package: str) -> bool:
@@ -49,3 +50,25 @@ def repair() -> None:
         for function in (is_installed, get_installed_path):
             if hasattr(module, function.__name__):
                 setattr(module, function.__name__, function)
+
+
+def find_packaged_bases() -> None:
+    """Lets a config inherit from a packaged one: `_base_ = ["terrazzo::detection/NAME.py"]`, or by its bare name.
+
+    mmengine looks for a config of another package where OpenMMLab's installer puts them, and knows its own packages.
+    """
+    original = Config._get_cfg_path
+    if hasattr(original, "original"):
+        return
+
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        from terrazzo.openmmlab.config import find_config, packaged_configs
+
+        beside = os.path.join(os.path.dirname(filename), cfg_path)
+        bare = cfg_path.removesuffix(".py") in packaged_configs() and not os.path.isfile(beside)
+        if cfg_path.startswith("terrazzo::") or bare:
+            return str(find_config(cfg_path)), None
+        return original(cfg_path, filename)
+
+    get_cfg_path.original = original
+    Config._get_cfg_path = staticmethod(get_cfg_path)

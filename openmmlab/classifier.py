@@ -82,12 +82,19 @@ class Classifier(BaseModel):
                 self.backbone, name=name, checkpoint=checkpoint, pretrained=options.get("pretrained", False)
             )
 
-    def forward(self, inputs: Tensor | list[Tensor], targets: Tensor | list | None = None, mode: str = "tensor") -> Any:
+    def forward(
+        self,
+        inputs: Tensor | list[Tensor],
+        targets: Tensor | list | None = None,
+        img_path: list[str] | None = None,
+        mode: str = "tensor",
+    ) -> Any:
         """Classifies images.
 
         Args:
             inputs: B 3 H W, or a list of B images.
             targets: B class indices.
+            img_path: the files of the images, which the data loader brings for error messages.
             mode: "loss" gives `{"loss": ...}`, or the recipe's terms; "predict" a list of B dicts with `scores`
                 (probabilities of each class), `pred_label` and, where there are targets, `gt_label`; "tensor" the
                 logits, B x classes.

@@ -1,20 +1,31 @@
 """Finding, reading and adjusting a config, and building the runner for it: what every training command needs."""
 
-import ast
+import contextlib
+import copy
 import difflib
+import importlib
+import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mmengine.utils
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DATASETS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.building import GIVEN, build_parts, building, check_visualizer, named, undone_on_failure
 from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.distributed import launch
+from terrazzo.openmmlab.monitoring import check_formats, check_monitored, expected_metrics
+from terrazzo.openmmlab.options import carry_options, merge_options
+from terrazzo.openmmlab.options import parse_options as parse_options
+from terrazzo.openmmlab.resuming import check_resumable
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.openmmlab.seeding import seed_config
 
@@ -22,7 +33,14 @@ CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 """Where the packaged configs lie."""
 
 SPLITS = ("train", "val", "test")
-OWN_HOOKS = ("SeedingHook", "FiniteLossHook", "ThroughputHook", "WorkersHook")
+LISTS = ("param_scheduler", "val_evaluator", "test_evaluator", "custom_hooks")
+BUILT = (
+    *("model", "train_cfg", "val_cfg", "test_cfg", "train_dataloader", "val_dataloader", "test_dataloader"),
+    *("optim_wrapper", "default_hooks", "visualizer", "env_cfg", "randomness", *LISTS),
+)
+"""What the runner builds from settings, and what may be a list of them."""
+
+OWN_HOOKS = ("SeedingHook", "FiniteLossHook", "ThroughputHook", "MonitoredMetricsHook", "WorkersHook")
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "panoptic_head", "panoptic_fusion_head")
 
 OTHER_CLASSES = ("STDCHead",)
@@ -35,11 +53,16 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def find_config(path_or_name: str | Path) -> Path:
-    """Resolves a config by its file path or by its bare name among the packaged configs.
+    """Resolves a config by its file path, by its bare name among the packaged configs, or as `mmdet::FOLDER/NAME.py`.
+
+    Args:
+        path_or_name: any of these; `mmseg::` and `terrazzo::` work, too, and `.py` may be left out.
 
     Raises:
         InputError: if there is neither such a file nor such a name; the message lists close names.
     """
+    if "::" in str(path_or_name):
+        return _config_of_package(str(path_or_name))
     path = Path(path_or_name).expanduser()
     if path.is_file():
         return path
@@ -54,29 +77,29 @@ def find_config(path_or_name: str | Path) -> Path:
     raise InputError(f"there is no config file or packaged config '{path_or_name}'; {hint}")
 
 
+def _config_of_package(address: str) -> Path:
+    """Resolves `PACKAGE::PATH`, as mmengine writes the configs that another package brings."""
+    package, _, rest = address.partition("::")
+    if package == "terrazzo":
+        return find_config(rest)
+    if package not in MODULE2PACKAGE:
+        raise InputError(f"config '{address}': no package is called '{package}'; name mmdet, mmseg or terrazzo")
+    try:
+        folder = Path(mmengine.utils.get_installed_path(MODULE2PACKAGE[package])) / ".mim" / "configs"
+    except Exception as error:  # it depends on who looks packages up
+        raise InputError(f"config '{address}': {MODULE2PACKAGE[package]} is not installed; install it") from error
+    path = folder / (rest if rest.endswith(".py") else f"{rest}.py")
+    if path.is_file():
+        return path
+    known = {file.stem: file.relative_to(folder) for file in folder.rglob("*.py")}
+    close = difflib.get_close_matches(path.stem, known, n=3)
+    hint = f"did you mean {', '.join(f'{package}::{known[name]}' for name in close)}?" if close else f"see {folder}"
+    raise InputError(f"{package} has no config '{rest}'; {hint}")
+
+
 def _is_tail(path: Path, full: Path) -> bool:
     """Whether `full` ends with the parts of `path`, so that `configs/detection/x.py` is found from any folder."""
     return not path.is_absolute() and full.parts[-len(path.parts) :] == path.parts
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Turns `["a.b=1", "c=text"]` into `{"a.b": 1, "c": "text"}`: values are Python literals, or else plain text.
-
-    Raises:
-        InputError: if a pair has no `=` or no key.
-    """
-    words = {"true": True, "false": False, "none": None, "null": None}
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"option '{pair}' is not of the form KEY=VALUE, such as train_dataloader.batch_size=2")
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            value = words.get(text.strip().lower(), text)
-        options[key.strip()] = value
-    return options
 
 
 def load_config(
@@ -96,24 +119,119 @@ def load_config(
     import terrazzo.openmmlab  # noqa: F401  mmengine must be made ready before it reads `_base_` of another package
 
     path = find_config(path_or_name)
-    try:
-        cfg = Config.fromfile(path)
-    except Exception as error:  # a config is code: anything can come out of it
-        reason = " ".join(str(error).split())
-        raise InputError(f"config '{path}' cannot be read: {type(error).__name__}: {reason}") from error
+    cfg = _read(path)
     options = dict(options or {})
     data_root = options.pop("data_root", None) if data_root is None else data_root
+    cfg = carry_options(cfg, options, lambda: _read(path))
     if data_root is not None:
         set_data_root(cfg, str(data_root))
-    try:
-        cfg.merge_from_dict(options)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"options {options} do not fit config '{path.name}': {error}") from error
+    merge_options(cfg, options)
+    if "custom_imports" in {key.split(".")[0] for key in options}:
+        with importable(path.parent):
+            _import_custom(cfg)
+    for key in list(cfg.keys()):
+        cfg[key] = _map_leaves(cfg[key], _at_home)
+    vars(cfg)[GIVEN] = options
     _settle_workers(cfg)
+    _check_kinds(cfg)
+    check_inference(cfg)
     check_class_counts(cfg)
     if cfg.get("default_scope"):
         init_default_scope(cfg.default_scope)
     return cfg
+
+
+def _check_kinds(cfg: Config) -> None:
+    """Checks that what the runner builds from settings are settings.
+
+    Raises:
+        InputError: if one is a number or text.
+    """
+    for key in BUILT:
+        value = cfg.get(key)
+        if value is not None and not isinstance(value, (dict, list, tuple) if key in LISTS else dict):
+            raise InputError(f"{key} of config '{cfg.filename}' is {value!r}; set {key}.KEY=VALUE")
+
+
+def _read(path: Path) -> Config:
+    """Reads a config file and imports what it names in `custom_imports`, from beside it, too.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    with importable(path.parent):
+        try:
+            cfg = Config.fromfile(path, import_custom_modules=False)
+        except InputError:
+            raise
+        except Exception as error:  # a config is code: anything can come out of it
+            raise InputError(f"config '{path}' cannot be read: {named(error)}") from error
+        _import_custom(cfg)
+    return cfg
+
+
+def _import_custom(cfg: Config) -> None:
+    """Imports what a config names in `custom_imports`."""
+    custom = cfg.get("custom_imports") or {}
+    try:
+        import_modules_from_strings(**custom)
+    except Exception as error:  # it is the user's code that is run
+        cause = error.__context__ if type(error) is ImportError and error.__context__ else error
+        raise InputError(
+            f"custom_imports of config '{cfg.filename}' cannot be imported: {named(cause)}; a module of yours lies "
+            "beside the config, or in a folder of PYTHONPATH"
+        ) from error
+
+
+@contextlib.contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Lets modules of a folder be imported, behind all others.
+
+    The folder stays in `sys.path` if one of them was: worker processes that are started anew import it again.
+    """
+    place = str(folder.resolve())
+    if place in sys.path:
+        yield
+        return
+    before = set(sys.modules)
+    sys.path.append(place)
+    importlib.invalidate_caches()  # the module may be younger than the last look into its folder
+    try:
+        yield
+    finally:
+        new = [sys.modules[name] for name in set(sys.modules) - before]
+        if not any(Path(getattr(module, "__file__", None) or "/").is_relative_to(place) for module in new):
+            sys.path.remove(place)
+
+
+def check_inference(cfg: Config) -> None:
+    """Checks how a segmentor of mmseg goes over a picture.
+
+    Raises:
+        InputError: if `model.test_cfg` has another mode than "whole" and "slide", or no window for the latter.
+    """
+    model = cfg.get("model") or {}
+    test = model.get("test_cfg") or {}
+    if "decode_head" not in model or not isinstance(test, dict):
+        return
+    mode = test.get("mode", "whole")
+    if mode not in ("whole", "slide"):
+        raise InputError(f"model.test_cfg.mode is '{mode}'; choose whole or slide")
+    if mode == "whole":
+        return
+    for key in ("crop_size", "stride"):
+        value = test.get(key)
+        pair = isinstance(value, (list, tuple)) and len(value) == 2
+        if not pair or not all(isinstance(side, int) and side > 0 for side in value):
+            raise InputError(
+                f"model.test_cfg.mode=slide needs the height and width of its window and of its steps in pixels, and "
+                f"model.test_cfg.{key} is {value}; set it, such as model.test_cfg.{key}=(512,512)"
+            )
+    if any(step > side for step, side in zip(test["stride"], test["crop_size"])):
+        raise InputError(
+            f"model.test_cfg.stride {tuple(test['stride'])} is larger than crop_size {tuple(test['crop_size'])}, so "
+            "that the windows leave pixels out; make it smaller"
+        )
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
@@ -178,10 +296,12 @@ def build_runner(
     launcher: str = "none",
     sharded: bool = False,
     scale_lr: bool = False,
+    purpose: str | None = None,
 ) -> Runner:
     """Builds mmengine's runner for a config, with terrazzo's hooks.
 
     These are exact resuming, finite losses, images per second, and worker processes that end with the run.
+    If it fails, `work_dir` is as it was.
 
     Args:
         cfg: what `load_config` returned; it is copied, not changed.
@@ -194,18 +314,23 @@ def build_runner(
         launcher: what started the processes; see `terrazzo.openmmlab.distributed.LAUNCHERS`.
         sharded: whether to divide the model among the processes, rather than copy it.
         scale_lr: whether to scale the learning rate by the batch size, from the config's `auto_scale_lr`.
+        purpose: "train" or "test" builds all that this needs at once, so that what is wrong is said before it starts;
+            None leaves it to mmengine, which builds each part when it is used.
 
     Raises:
-        InputError: if a named checkpoint file does not exist, or an option does not fit.
+        InputError: if a named checkpoint file does not exist or is of another run, or a part cannot be built.
     """
-    cfg = cfg.copy()
+    cfg = copy.deepcopy(cfg)
     cfg.work_dir = str(work_dir)
     cfg.resume = bool(resume)
     source = load_from if isinstance(resume, bool) else resume
     if source is not None:
-        if "://" not in str(source) and not Path(source).is_file():
-            raise InputError(f"checkpoint '{source}' does not exist; name a .pth file")
         cfg.load_from = str(source)
+    elif resume and find_latest_checkpoint(str(work_dir)):
+        cfg.load_from = None  # what the run began with; mmengine would go on from there
+    if cfg.get("load_from") and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
+        raise InputError(f"checkpoint '{cfg.load_from}' does not exist; name a .pth file")
+    saved = None
     latest = (source or find_latest_checkpoint(str(work_dir))) if resume else None
     if latest and "://" not in str(latest):
         # The data order is drawn before mmengine reads the seed from the checkpoint; and a damaged one is refused here.
@@ -222,6 +347,9 @@ def build_runner(
         if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
             raise InputError("the config has no auto_scale_lr.base_batch_size to scale the learning rate from; add it")
         cfg.auto_scale_lr.enable = True
+    check_visualizer(cfg)
+    if purpose is not None:
+        check_formats(cfg, "val_evaluator" if purpose == "train" else "test_evaluator")
     seed_config(cfg)
     hooks = list(cfg.get("custom_hooks") or [])
     present = [hook.get("type") for hook in hooks]
@@ -232,11 +360,29 @@ def build_runner(
         shard_config(cfg)
     launch(cfg, launcher)
     # Runners share their histories and their visualizer by name, and mmengine's names repeat within a second.
-    stem = Path(cfg.filename).stem if cfg.filename else "terrazzo"
+    stem = cfg.get("experiment_name") or (Path(cfg.filename).stem if cfg.filename else "terrazzo")
     cfg.experiment_name = f"{stem}_{uuid.uuid4().hex[:8]}"
     if cfg.get("visualizer"):
         cfg.visualizer.name = cfg.experiment_name
-    return RUNNERS.get(cfg.get("runner_type", "Runner")).from_cfg(cfg)
+    with undone_on_failure(Path(work_dir)), building(cfg):
+        kind = cfg.get("runner_type", "Runner")
+        if RUNNERS.get(kind) is None:
+            raise InputError(f"runner_type '{kind}' is unknown; choose of {', '.join(RUNNERS.module_dict)}")
+        runner = RUNNERS.get(kind).from_cfg(cfg)
+        if purpose is not None:
+            build_parts(runner, training=purpose == "train")
+            _check_parts(runner, training=purpose == "train")
+        if saved is not None and purpose == "train" and not sharded:
+            check_resumable(runner, saved, str(latest))
+    return runner
+
+
+def _check_parts(runner: Runner, training: bool) -> None:
+    """Checks the metrics of a runner whose parts are built."""
+    if not training:
+        expected_metrics(runner.test_evaluator)
+    elif runner._val_loop is not None:
+        check_monitored(runner)
 
 
 def _set_precision(cfg: Config, amp: str | None) -> None:
@@ -331,6 +477,11 @@ def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[
     if isinstance(model.get("roi_head"), dict):
         boxes = "thing_classes" if "panoptic_fusion_head" in model else kind
         yield from _head_counts(model["roi_head"], f"{where}.roi_head", boxes)
+
+
+def _at_home(value: Any) -> Any:
+    """A path that begins with `~`, in full; anything else as it is."""
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _settle_workers(cfg: Config) -> None:

@@ -52,9 +52,9 @@ class ImageFolderDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        """The image as `inputs`, 3 H W and normalised, and its class index as `targets`."""
+        """The image as `inputs`, 3 H W and normalised, its class index as `targets`, and its file as `img_path`."""
         image, target = self.images[index]
-        return {"inputs": image, "targets": target}
+        return {"inputs": image, "targets": target, "img_path": self.images.samples[index][0]}
 
 
 @DATASETS.register_module()
@@ -85,10 +85,10 @@ class RotatedImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        """The rotated image as `inputs` and the image as `targets`, 3 H W, and the `window`: see `AdaptiveRotation`."""
+        """The rotated image as `inputs`, the image as `targets`, 3 H W, `window` (see `AdaptiveRotation`), `img_path`."""
         image = self.transform(read_picture(self.files[index]))
         rotated, window = self.rotate(image)
-        return {"inputs": rotated, "targets": image, "window": window}
+        return {"inputs": rotated, "targets": image, "window": window, "img_path": str(self.files[index])}
 
 
 def _transform(arguments: dict) -> Callable:

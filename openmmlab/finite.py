@@ -9,10 +9,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import set_random_seed
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from terrazzo.errors import NonFiniteError
 from terrazzo.openmmlab.seeding import fold
+
+SHOWN = 4
+"""How many pictures of a batch are named."""
 
 
 @HOOKS.register_module()
@@ -35,8 +39,8 @@ class FiniteLossHook(Hook):
             if not torch.isfinite(loss).all():
                 raise NonFiniteError(
                     f"the loss is {float(loss.detach().mean())} at iteration {runner.iter + 1}: "
-                    f"{self._origin(runner)}; the weights were not updated. Lower the learning rate, clip gradients, "
-                    "or look at that batch; --resume goes on from the last checkpoint"
+                    f"{self._origin(runner)}{pictures_of(self.batch)}; the weights were not updated. Lower the "
+                    "learning rate, clip gradients, or look at that batch; --resume goes on from the last checkpoint"
                 )
             update(loss, *args, **kwargs)
 
@@ -96,6 +100,30 @@ def first_non_finite(model: nn.Module, batch: Any) -> str:
     if terms:
         return f"every layer's output is finite, and {', '.join(terms)} is not"
     return "the same batch gave finite values when it was run again"
+
+
+def pictures_of(batch: Any) -> str:
+    """A clause that names the files of the pictures in a batch; empty where the batch does not say them."""
+    names = list(dict.fromkeys(_paths(batch)))
+    if not names:
+        return ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"; the batch holds {', '.join(names[:SHOWN])}{more}"
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """The `img_path` of the samples in a batch, in its order."""
+    if isinstance(value, BaseDataElement):
+        value = {"img_path": value.metainfo.get("img_path")}
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == "img_path":
+                yield from [str(path) for path in (item if isinstance(item, (list, tuple)) else [item]) if path]
+            else:
+                yield from _paths(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _paths(item)
 
 
 def _finite(value: Any) -> bool:

@@ -166,7 +166,12 @@ class RoMAPretraining(BaseModel):
                 nn.init.zeros_(part.bias)
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None = None, window: Tensor | None = None, mode: str = "tensor"
+        self,
+        inputs: Tensor,
+        targets: Tensor | None = None,
+        window: Tensor | None = None,
+        img_path: list[str] | None = None,
+        mode: str = "tensor",
     ) -> Tensor | dict[str, Tensor]:
         """Predicts patches, or compares them.
 
@@ -174,6 +179,7 @@ class RoMAPretraining(BaseModel):
             inputs: B 3 H W, what the encoder sees.
             targets: the same images before a window of them was rotated; by default `inputs`.
             window: B x 3, top, left and side of the window, in patches; None for none.
+            img_path: the files of the images, which the data loader brings for error messages.
             mode: "tensor" gives the predicted patches of all clusters but the first, B x tokens x pixels, rows first,
                 channels last, in the order of `in_clusters`; "loss" the mean squared errors.
         """

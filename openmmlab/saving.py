@@ -1,6 +1,8 @@
 """Checkpoints during training: an old one goes only when the new one is on disk, and the newest whole one is found."""
 
 import contextlib
+import difflib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,10 @@ import mmengine.runner.runner
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
 from terrazzo._files import remove_partial
+from terrazzo.errors import InputError
 
 
 class _RemovingLater:
@@ -39,6 +43,16 @@ class SafeCheckpointHook(CheckpointHook):
 
     With `max_keep_ckpts=1`, a full disk or a process that dies in between would else leave no checkpoint at all.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        known = inspect.signature(Runner.save_checkpoint).parameters
+        for name in self.args:  # whatever mmengine's hook does not know goes there, at the first checkpoint
+            if name not in known:
+                names = sorted({*inspect.signature(CheckpointHook).parameters, *known} - {"self", "kwargs", "runner"})
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"its arguments are: {', '.join(names)}"
+                raise InputError(f"CheckpointHook has no argument '{name}'; {hint}")
 
     def before_train(self, runner) -> None:
         """mmengine's, and removes what a process that was killed while saving left."""

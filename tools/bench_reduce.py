@@ -19,6 +19,7 @@ from terrazzo.tools.console import print_table
 from terrazzo.tools.floors import FloorMaker
 from terrazzo.tools.measure import measure
 from terrazzo.tools.models import build_on_meta
+from terrazzo.tools.options import UserPath
 from terrazzo.tools.pictures import find_pictures
 from terrazzo.tools.targets import load_timm_model, pick_device
 from terrazzo.tools.timing import FORWARD, interleaved, throughput_timer
@@ -53,11 +54,11 @@ _positive = click.FloatRange(min=0, min_open=True)
 )
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     multiple=True,
     help="Pictures, or folders of them, whose features are compared [default: drawn ones].",
 )
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Weights.")
+@click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
 @click.option("--seconds", type=_positive, default=2.0, show_default=True, help="Time for each figure.")

@@ -16,6 +16,7 @@ import click
 from terrazzo import TerrazzoError, __version__
 from terrazzo._pictures import PictureWarning
 from terrazzo.errors import own_text
+from terrazzo.tools.interrupts import Interrupted, end_children, terminable
 
 VERBS = {
     "list": "Name the models, with parameters, published accuracy and input.",
@@ -89,16 +90,26 @@ class VerbGroup(click.Group):
             ctx.fail(f"no verb {args[0]!r}; the verbs are: {', '.join(VERBS)}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context):
+        """Run a verb; click would print an empty line of its own for an interrupt."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(interrupt) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs from the table above, importing none."""
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra):
-        """Run a verb and leave with its exit code: 0, 1 for a failed check, 2 for an error, 130 when interrupted."""
+        """Run a verb and leave with its exit code.
+
+        It is 0, 1 for a failed check, 2 for an error, 130 for Ctrl-C, and 143 for SIGTERM.
+        """
         traceback = os.environ.get("TERRAZZO_TRACEBACK") == "1"
         extra["standalone_mode"] = False
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), terminable():
             if not sys.warnoptions:
                 # A user can do nothing about the deprecations inside mmengine, mmdet, mmseg or torch's exporter.
                 warnings.simplefilter("ignore")
@@ -106,6 +117,10 @@ class VerbGroup(click.Group):
                 warnings.showwarning = functools.partial(_show, warnings.showwarning)
             try:
                 code = super().main(args, prog_name or "terrazzo", **extra)
+            except Interrupted as interrupted:
+                end_children()
+                click.echo(str(interrupted), err=True)
+                sys.exit(interrupted.exit_code)
             except click.Abort:
                 click.echo("interrupted", err=True)
                 sys.exit(EXIT_INTERRUPTED)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from terrazzo._files import written_whole
-from terrazzo.tools.options import config_options
+from terrazzo.tools.options import UserPath, config_options
 
 DONE = "final.json"
 """Written into the folder of a run when it has ended: a second call of the command goes on with the others."""
@@ -32,7 +32,7 @@ _NO_NAME = re.compile(r"[^\w.]+")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, seeds 0, 1, ...")
 @click.option("--max-iters", type=click.IntRange(min=1), help="Train so many iterations.")
 @click.option("--max-epochs", type=click.IntRange(min=1), help="Train so many epochs.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs, curves and rows.")
+@click.option("--out", type=UserPath(), required=True, help="Folder of the runs, curves and rows.")
 def command(
     config: str,
     overrides: dict,
@@ -100,7 +100,7 @@ def _train(cfg, work_dir: Path, seed: int) -> dict:
     cfg = cfg.copy()
     cfg.train_cfg.val_interval = 10**9  # mmengine validates after the last iteration whatever the interval
     cfg.default_hooks.checkpoint.pop("save_best", None)
-    runner = build_runner(cfg, work_dir, resume=True, seed=seed)
+    runner = build_runner(cfg, work_dir, resume=True, seed=seed, purpose="train")
     keeper = Keeper()
     runner.register_hook(keeper)
     runner.train()

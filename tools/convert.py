@@ -7,10 +7,11 @@ import torch
 
 from terrazzo.backbones._weights import licence_notices, weights_of
 from terrazzo.errors import InputError
+from terrazzo.tools.options import UserPath
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=UserPath())
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--ema", is_flag=True, help="Take ema_state_dict, which EMAHook set aside, or state_dict_ema, model_ema or ema."

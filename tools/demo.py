@@ -19,6 +19,7 @@ from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.draw import colour_map, grid
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.floors import CLASSES, PALETTE, write_floors
+from terrazzo.tools.options import UserPath
 
 CONFIG = "fpn_dinat-mini_floors"
 MARKER = ".terrazzo-demo"
@@ -56,7 +57,7 @@ class Outcome:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="DIR")
+@click.option("--out", type=UserPath(), default=Path("demo"), show_default=True, metavar="DIR")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of data and training.")
 def command(out: Path, seed: int) -> int:
     """Train a DiNAT segmentor on made-up terrazzo floors, evaluate it, draw what it sees, and export it.
@@ -120,7 +121,7 @@ def run_demo(
         runner.train()
     checkpoint = Path((work_dir / "last_checkpoint").read_text().strip())
     with _timed("evaluate", seconds):
-        miou = evaluate(cfg, checkpoint)["mIoU"]
+        miou = evaluate(cfg, checkpoint).metrics["mIoU"]
         constant = constant_miou(data)
     with _timed("draw", seconds):
         _draw(cfg, checkpoint, data, out / "predictions.png")

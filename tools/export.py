@@ -12,7 +12,7 @@ from terrazzo.tools.checked_export import Form, Report, checked_export
 from terrazzo.tools.console import print_table
 from terrazzo.tools.export_targets import Exportable, coarsest_stride, exportable_of, floor, metadata, noise, photo
 from terrazzo.tools.files import check_output_file
-from terrazzo.tools.options import config_options
+from terrazzo.tools.options import UserPath, config_options
 from terrazzo.tools.parity import Parity
 from terrazzo.tools.pictures import Picture
 from terrazzo.tools.tensorrt_plan import ranges, trtexec, why_no_engine
@@ -23,7 +23,7 @@ EXIT_PARITY = 1
 
 @click.command()
 @click.argument("model_or_config")
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=UserPath(), required=False)
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="onnx", show_default=True, help="File format.")
@@ -35,7 +35,7 @@ EXIT_PARITY = 1
 @click.option("--features", is_flag=True, help="A timm model's feature maps, an output for each, not its logits.")
 @click.option("--no-loops", is_flag=True, help="Unroll scans, for runtimes without Scan and Loop; one size.")
 @click.option("--opset", type=int, help="ONNX operator set [default: PyTorch's choice].")
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Compare on it, not on a drawn one.")
+@click.option("--image", type=UserPath(), metavar="FILE", help="Compare on it, not on a drawn one.")
 @click.option("--fp16", "precision", flag_value="fp16", help="Half precision, where the model bears it.")
 @click.option("--int8", "precision", flag_value="int8", help="INT8, where the model bears it.")
 @click.option(
@@ -47,14 +47,12 @@ EXIT_PARITY = 1
 )
 @click.option(
     "--pictures",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     metavar="DIR",
     help="Pictures for --fp16 and --int8 [default: the config's training data].",
 )
 @config_options
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: exports/NAME_HxW and the format's suffix]"
-)
+@click.option("--out", type=UserPath(), metavar="FILE", help="[default: exports/NAME_HxW and the format's suffix]")
 def command(
     model_or_config: str,
     checkpoint: Path | None,

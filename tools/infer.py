@@ -10,19 +10,20 @@ from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_folder
+from terrazzo.tools.options import UserPath
 from terrazzo.tools.pictures import Picture, find_pictures
 from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 
 
 @click.command()
 @click.argument("model_or_config")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Weights; a config needs them.")
+@click.argument("images", nargs=-1, required=True, type=UserPath(), metavar="IMAGE...")
+@click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights; a config needs them.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     default=Path("predictions"),
     show_default=True,
     metavar="DIR",

@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
@@ -17,6 +19,7 @@ from torch import nn
 import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
 from terrazzo.backbones._weights import weights_of
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.building import building
 from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.config import datasets, registered_class
 from terrazzo.openmmlab.saving import find_latest_checkpoint
@@ -56,7 +59,8 @@ def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, dict]:
         InputError: the checkpoint cannot be read, or is of another model or of other classes.
     """
     saved = load_file(checkpoint, "cpu")
-    model = revert_sync_batchnorm(MODELS.build(without_weights(copy.deepcopy(cfg.model))))
+    with building(cfg, "model"):
+        model = revert_sync_batchnorm(MODELS.build(without_weights(copy.deepcopy(cfg.model))))
     load_exactly(model, saved, checkpoint)
     meta = saved.get("meta") if isinstance(saved, dict) else None
     return model.eval(), class_facts(cfg, (meta or {}).get("dataset_meta") or {})
@@ -115,26 +119,29 @@ def test_dataset(cfg: Config) -> ConfigDict:
 
 def check_model(cfg: Config) -> None:
     """Build the model of a config once and throw it away; InputError if it cannot be built."""
-    try:
+    with building(cfg, "model"):
         MODELS.build(ConfigDict(cfg.model.copy()))
-    except InputError:
-        raise
-    except Exception as error:  # a registry's look-ups and the models' constructors fail in every way
-        reason = " ".join(str(error).split())
-        raise InputError(f"the model of {cfg.filename} cannot be built: {type(error).__name__}: {reason}") from error
 
 
-def check_work_dir(work_dir: Path, resume: bool) -> None:
+def check_work_dir(work_dir: Path, resume: bool | str) -> None:
     """Make sure that a training can write to `work_dir`, and has something to resume from if it is to.
+
+    A folder that holds checkpoints and is not resumed from is noted on standard error.
 
     Raises:
         InputError: a file is in the way, or there is no checkpoint that can be read.
     """
     check_folder(work_dir)
-    if not resume:
-        return
-    if find_latest_checkpoint(str(work_dir)) is None:
+    latest = find_latest_checkpoint(str(work_dir))
+    if resume is True and latest is None:
         raise InputError(f"{work_dir} has no checkpoint to resume from; leave --resume out or name another --work-dir")
+    if latest is not None and not resume and os.environ.get("RANK", "0") == "0":
+        count = len(list(work_dir.glob("*.pth")))
+        click.echo(
+            f"note: {work_dir} holds {count} checkpoint{'s' if count != 1 else ''} of an earlier run; this run starts "
+            "anew, leaves them there and overwrites those of the same name; --resume goes on from the last",
+            err=True,
+        )
 
 
 def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
@@ -150,6 +157,13 @@ def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
         return
     if max_iters is not None and max_epochs is not None:
         raise InputError("--max-iters and --max-epochs both say how long to train; give one of them")
+    if not cfg.get("train_cfg"):
+        raise InputError(f"config {cfg.filename} has no train_cfg; there is nothing to train")
+    with building(cfg, "train_cfg"):
+        _shorten(cfg, max_iters, max_epochs)
+
+
+def _shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
     loop, limit = cfg.train_cfg, max_iters if max_iters is not None else max_epochs
     key, other = ("max_iters", "max_epochs") if max_iters is not None else ("max_epochs", "max_iters")
     if key not in loop:

@@ -1,9 +1,23 @@
 """Command line options that several verbs share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+
+
+class UserPath(click.Path):
+    """A path as a user writes it: `~` at its beginning is their home, which a shell leaves as it is behind `=`."""
+
+    def __init__(self):
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: str | os.PathLike, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Path:
+        """The path, with the home folder in full."""
+        return super().convert(os.path.expanduser(value), parameter, context)
 
 
 def config_options(function: Callable) -> Callable:
@@ -34,9 +48,7 @@ def config_options(function: Callable) -> Callable:
             expose_value=False,
             help="Replace settings of the config, such as train_dataloader.batch_size=2.",
         ),
-        click.option(
-            "--data-root", type=click.Path(path_type=Path), metavar="DIR", help="Replace the config's data folder."
-        ),
+        click.option("--data-root", type=UserPath(), metavar="DIR", help="Replace the config's data folder."),
     ):
         with_overrides = decorate(with_overrides)
     return with_overrides

@@ -2,22 +2,36 @@
 
 import copy
 import json
+import math
+import numbers
+import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
 from terrazzo._files import written_whole
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_output_file
-from terrazzo.tools.options import config_options
+from terrazzo.tools.options import UserPath, config_options
+
+
+class Evaluation(NamedTuple):
+    """What a test gave."""
+
+    metrics: dict[str, Any]
+    """The metrics, numbers rounded to four decimals."""
+    notes: list[str]
+    """Sentences: why there are no metrics, and where files were written."""
 
 
 @click.command()
 @click.argument("config")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=UserPath())
 @config_options
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the metrics as JSON too.")
+@click.option("--out", type=UserPath(), metavar="FILE", help="Write the metrics as JSON too.")
 def command(config: str, checkpoint: Path, overrides: dict, data_root: Path | None, out: Path | None) -> None:
     """Evaluate CHECKPOINT on the test data of CONFIG and print its metrics."""
     from terrazzo.openmmlab.config import load_config
@@ -27,16 +41,18 @@ def command(config: str, checkpoint: Path, overrides: dict, data_root: Path | No
     check_data(cfg, ("test",))
     if out is not None:
         check_output_file(out)
-    metrics = evaluate(cfg, checkpoint)
-    print_table(((name, f"{value:.4g}") for name, value in metrics.items()), ("metric", "value"), right=(1,))
+    metrics, notes = evaluate(cfg, checkpoint)
+    if metrics:
+        print_table(((name, _cell(value)) for name, value in metrics.items()), ("metric", "value"), right=(1,))
+    for note in notes:
+        click.echo(note)
     if out is not None:
+        record = {"config": config, "checkpoint": str(checkpoint), **without_nan(metrics)}
         with written_whole(out) as temporary:
-            temporary.write_text(
-                json.dumps({"config": config, "checkpoint": str(checkpoint), **metrics}, indent=2) + "\n"
-            )
+            temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def evaluate(cfg, checkpoint: Path) -> dict[str, float]:
+def evaluate(cfg, checkpoint: Path) -> Evaluation:
     """The metrics of a checkpoint on a config's test data; nothing is printed and no work dir is left behind.
 
     Args:
@@ -58,7 +74,81 @@ def evaluate(cfg, checkpoint: Path) -> dict[str, float]:
         cfg = copy.deepcopy(cfg)
         mm.without_weights(cfg.model)
         with tempfile.TemporaryDirectory() as scratch, progress("testing") as bar:
-            runner = build_runner(cfg, scratch, load_from=checkpoint)
+            runner = build_runner(cfg, scratch, load_from=checkpoint, purpose="test")
             runner.register_hook(mm.Ticker(bar))
             metrics = runner.test()
-    return {name: round(float(value), 4) for name, value in metrics.items()}
+            drawn = _keep_drawings(Path(scratch), _drawings_folder(cfg))
+    notes = list(_notes(runner.test_evaluator.metrics, metrics, len(runner.test_dataloader.dataset)))
+    if drawn:
+        notes.append(f"{drawn} drawings were written to {_drawings_folder(cfg)}")
+    return Evaluation({name: plain_metric(value) for name, value in metrics.items()}, notes)
+
+
+def plain_metric(value: Any) -> Any:
+    """A metric as plain data: numbers rounded to four decimals, also in lists and dicts; anything else as text."""
+    if hasattr(value, "tolist"):  # arrays and tensors
+        value = value.tolist()
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, numbers.Real):
+        return round(float(value), 4)
+    if isinstance(value, Mapping):
+        return {str(key): plain_metric(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_metric(item) for item in value]
+    return str(value)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data with None for the numbers that JSON does not have: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _notes(evaluated: list, metrics: Mapping, pictures: int) -> Iterator[str]:
+    """What to say of metrics that wrote files, and of a test without any metric."""
+    written = False
+    for metric in evaluated:
+        if getattr(metric, "format_only", False):
+            place = getattr(metric, "outfile_prefix", None) or getattr(metric, "output_dir", None)
+            name = type(metric).__name__
+            yield f"{name} has format_only: its predictions are in {_written(place)}, and it computes no metric"
+            written = True
+    if not metrics and not written:
+        yield (
+            f"no metrics: the model found nothing in the {pictures} pictures of the test data; see whether the "
+            "checkpoint is a trained one and how high the model's test_cfg sets its score_thr"
+        )
+
+
+def _written(place: str | None) -> str:
+    """The files whose names begin with a prefix, or the folder of that name."""
+    if place is None:
+        return "a place of its own"
+    path = Path(place)
+    if path.is_dir():
+        return str(path)
+    files = sorted(str(file) for file in path.parent.glob(f"{path.name}*"))
+    return ", ".join(files) or f"{place}*"
+
+
+def _drawings_folder(cfg) -> Path:
+    """Where the drawings of a test go that the config's visualization hook makes."""
+    return Path(cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem) / "test"
+
+
+def _keep_drawings(scratch: Path, folder: Path) -> int:
+    """Moves pictures out of a folder that is about to be removed; their number."""
+    drawings = [path for path in scratch.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    for path in drawings:
+        target = folder / path.relative_to(scratch).relative_to(path.relative_to(scratch).parts[0])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
+    return len(drawings)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
-from terrazzo.tools.options import config_options
+from terrazzo.errors import InputError
+from terrazzo.tools.options import UserPath, config_options
 
 
 @click.command()
 @click.argument("config")
 @config_options
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Logs and checkpoints [default: work_dirs/CONFIG].")
+@click.option("--work-dir", type=UserPath(), help="Logs and checkpoints [default: work_dirs/CONFIG].")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work dir.")
 @click.option("--amp", type=click.Choice(["fp16", "bf16"]), help="Automatic mixed precision.")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Batches for one step of the optimizer.")
@@ -52,24 +53,29 @@ def command(
     from terrazzo.tools import mm
     from terrazzo.tools.data_checks import check_data
 
-    check_launcher(launcher)
     cfg = load_config(config, data_root, overrides)
-    work_dir = work_dir or Path(cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem)
+    launcher = cfg.get("launcher", "none") if launcher == "none" else launcher
+    check_launcher(launcher)
+    work_dir = Path(work_dir or cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem)
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper"):
+        if not cfg.get(key):
+            raise InputError(f"config {cfg.filename} has no {key}; there is nothing to train")
+    resume_from = resume or (cfg.get("resume") and (cfg.get("load_from") or True)) or False
     mm.shorten(cfg, max_iters, max_epochs)
     if is_first_here(launcher):
         check_data(cfg, ("train", "val") if cfg.get("val_cfg") else ("train",))
-    mm.check_work_dir(work_dir, resume)
-    mm.check_model(cfg)
+    mm.check_work_dir(work_dir, resume_from)
     runner = build_runner(
         cfg,
         work_dir,
-        resume=resume,
+        resume=resume_from,
         seed=seed,
         amp=amp,
         accumulate=accumulate,
         launcher=launcher,
         sharded=fsdp,
         scale_lr=auto_scale_lr,
+        purpose="train",
     )
     runner.train()
     if is_main_process():
