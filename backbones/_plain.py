@@ -10,7 +10,7 @@ from timm.models._manipulate import checkpoint
 from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
-from terrazzo.backbones._head import Head
+from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
@@ -85,35 +85,6 @@ class TokenStem(nn.Module):
         return torch.cat([self.pos_embed[:, :1], learned.flatten(1, 2)], 1)
 
 
-class TokenHead(Head):
-    """timm's head on tokens (B, T, C): the pooling "token" takes the first, all others those behind it."""
-
-    def __init__(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, **factory):
-        self.token = global_pool == "token"
-        super().__init__(
-            in_features, num_classes, "" if self.token else global_pool, drop_rate, input_fmt="NHWC", **factory
-        )
-
-    @property
-    def of_positions(self) -> bool:
-        """Whether what comes out depends on how many positions a token stands for."""
-        return not self.token and not self.global_pool.is_identity()
-
-    def reset(self, num_classes: int, pool_type: str | None = None, **kwargs) -> None:
-        if pool_type is not None:
-            self.token = pool_type == "token"
-        super().reset(num_classes, "" if self.token else pool_type, **kwargs)
-
-    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""
-        return self(x), None
-
-    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        if self.of_positions:
-            x = x[:, 1:].unsqueeze(2)
-        return super().forward(x[:, 0] if self.token else x, pre_logits=pre_logits)
-
-
 class PlainViT(Plain):
     """A plain ViT whose tokens a reducer may merge or park, and whose maps have every position all the same.
 
@@ -182,7 +153,6 @@ class PlainViT(Plain):
             **kwargs,
         )
         self.head = TokenHead(channels, num_classes, global_pool, drop_rate, **factory)
-        self.head_hidden_size = self.head.num_features
         self.reducer = reducer
         self.restore = restore
         self.full_last = full_last
