@@ -8,8 +8,8 @@ from timm.layers import LayerNorm, calculate_drop_path_rates
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from terrazzo.backbones._layers import PatchConv, init_linear
 from terrazzo.backbones._head import TokenHead
+from terrazzo.backbones._layers import PatchConv, init_linear
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
 

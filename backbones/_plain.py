@@ -15,6 +15,7 @@ from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
 from terrazzo.kernels.autocast import without_autocast
+from terrazzo.kernels.exporting import is_exporting
 
 
 class Plain(Backbone):
@@ -76,7 +77,7 @@ class TokenStem(nn.Module):
         Exported or compiled, they are products with matrices: TensorRT resizes no such way, and torch 2.15 fails to
         differentiate resizing to sizes that are open.
         """
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_exporting()):
             return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
         rows, columns = (bicubic(old, new, self.pos_embed) for old, new in zip(self.grid, grid))
         learned = self.pos_embed[:, 1:].unflatten(1, self.grid)

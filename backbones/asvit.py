@@ -24,6 +24,7 @@ from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, finish, from_offici
 from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.errors import InputError
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.token_reduction import compose, prune, prune_packed, unmerge
 from terrazzo.kernels.varlen_attention import first_weights, varlen_attention
 
@@ -162,7 +163,7 @@ class Pruning(Reducer):
         """What "auto" means for these tokens."""
         if self.form != "auto":
             return self.form
-        static = torch.compiler.is_compiling() or x.device.type == "meta"
+        static = torch.compiler.is_compiling() or is_exporting() or x.device.type == "meta"
         return "masked" if self.training or torch.is_grad_enabled() or static else "packed"
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: PrunedState) -> tuple[torch.Tensor, PrunedState]:
