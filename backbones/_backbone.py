@@ -60,7 +60,7 @@ class Backbone(nn.Module):
         self.drop_rate = drop_rate
         self.norm_outputs = norm_outputs
         self.grad_checkpointing = False
-        self.num_features = self.head_hidden_size = channels[-1]
+        self.num_features = channels[-1]
         self.feature_info = [
             dict(num_chs=c, reduction=r, module=f"{self.units_name}.{i}")
             for i, (c, r) in enumerate(zip(channels, reductions))
@@ -79,6 +79,11 @@ class Backbone(nn.Module):
     @property
     def units(self) -> nn.ModuleList:
         return getattr(self, self.units_name)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels of what `forward_head(..., pre_logits=True)` gives."""
+        return self.head.num_features
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The first map and the state beside it, from the image."""
@@ -162,7 +167,7 @@ class Backbone(nn.Module):
         cut = last < len(self.units) - 1
         setattr(self, self.units_name, self.units[: last + 1])
         if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
         if self.norm_outputs:
             for i in range(len(self.feature_info)):
                 if i not in taken and hasattr(self, f"norm{i}"):
@@ -194,7 +199,6 @@ class Backbone(nn.Module):
         self.head.in_features = self.num_features
         self.head.reset(num_classes, global_pool, device=parameter.device, dtype=parameter.dtype)
         self.head.train(self.training)  # a new layer would be in training mode
-        self.head_hidden_size = self.head.num_features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable

@@ -8,8 +8,9 @@ from timm.layers import LayerNorm, calculate_drop_path_rates
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import PatchConv, init_linear
-from terrazzo.backbones._plain import PlainViT, TokenHead
+from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
 
 SMALL = dict(embed_dim=384, num_heads=6, depth=16)
@@ -45,21 +46,15 @@ class ConvPatches(nn.Module):
 class TwoHeads(TokenHead):
     """The class token's logits, plus half of the largest that a second classifier finds among the patches."""
 
-    def __init__(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, **factory):
-        super().__init__(in_features, num_classes, global_pool, drop_rate, **factory)
-        self.aux = self._second(**factory)
-
-    def _second(self, **factory) -> nn.Module:
-        return nn.Linear(self.in_features, self.fc.out_features, **factory) if self.has_second() else nn.Identity()
+    def _fit(self, num_classes: int, pool_type: str, **factory) -> None:
+        super()._fit(num_classes, pool_type, **factory)
+        self.aux = nn.Linear(self.in_features, num_classes, **factory) if self.has_second() else nn.Identity()
 
     def has_second(self) -> bool:
         return self.token and isinstance(self.fc, nn.Linear)
 
-    def reset(self, num_classes: int, pool_type: str | None = None, **kwargs) -> None:
-        super().reset(num_classes, pool_type, **kwargs)
-        self.aux = self._second(**kwargs)
-
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""
         return super().forward(x), self.aux(x[:, 1:]) if self.has_second() else None
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -10,11 +10,12 @@ from timm.models._manipulate import checkpoint
 from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
-from terrazzo.backbones._head import Head
+from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
 from terrazzo.kernels.autocast import without_autocast
+from terrazzo.kernels.exporting import is_exporting
 
 
 class Plain(Backbone):
@@ -76,42 +77,13 @@ class TokenStem(nn.Module):
         Exported or compiled, they are products with matrices: TensorRT resizes no such way, and torch 2.15 fails to
         differentiate resizing to sizes that are open.
         """
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_exporting()):
             return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
         rows, columns = (bicubic(old, new, self.pos_embed) for old, new in zip(self.grid, grid))
         learned = self.pos_embed[:, 1:].unflatten(1, self.grid)
         with without_autocast(learned):
             learned = columns @ (rows @ learned.flatten(2)).unflatten(2, (self.grid[1], -1))
         return torch.cat([self.pos_embed[:, :1], learned.flatten(1, 2)], 1)
-
-
-class TokenHead(Head):
-    """timm's head on tokens (B, T, C): the pooling "token" takes the first, all others those behind it."""
-
-    def __init__(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, **factory):
-        self.token = global_pool == "token"
-        super().__init__(
-            in_features, num_classes, "" if self.token else global_pool, drop_rate, input_fmt="NHWC", **factory
-        )
-
-    @property
-    def of_positions(self) -> bool:
-        """Whether what comes out depends on how many positions a token stands for."""
-        return not self.token and not self.global_pool.is_identity()
-
-    def reset(self, num_classes: int, pool_type: str | None = None, **kwargs) -> None:
-        if pool_type is not None:
-            self.token = pool_type == "token"
-        super().reset(num_classes, "" if self.token else pool_type, **kwargs)
-
-    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""
-        return self(x), None
-
-    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        if self.of_positions:
-            x = x[:, 1:].unsqueeze(2)
-        return super().forward(x[:, 0] if self.token else x, pre_logits=pre_logits)
 
 
 class PlainViT(Plain):
@@ -182,7 +154,6 @@ class PlainViT(Plain):
             **kwargs,
         )
         self.head = TokenHead(channels, num_classes, global_pool, drop_rate, **factory)
-        self.head_hidden_size = self.head.num_features
         self.reducer = reducer
         self.restore = restore
         self.full_last = full_last

@@ -25,6 +25,7 @@ from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
+from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.token_reduction import compose, prune, prune_packed, unmerge
 from terrazzo.kernels.varlen_attention import first_weights, varlen_attention
 
@@ -163,7 +164,7 @@ class Pruning(Reducer):
         """What "auto" means for these tokens."""
         if self.form != "auto":
             return self.form
-        static = torch.compiler.is_compiling() or x.device.type == "meta"
+        static = torch.compiler.is_compiling() or is_exporting() or x.device.type == "meta"
         return "masked" if self.training or torch.is_grad_enabled() or static else "packed"
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: PrunedState) -> tuple[torch.Tensor, PrunedState]:
@@ -324,10 +325,11 @@ NAMES = [(r"^score_predictor\.(\d+)\.keep_threshold$", r"reducer.thresholds.\1")
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """As `from_official`; a plain ViT leaves the thresholds as they are."""
+    """As `from_official`; a plain ViT leaves the thresholds as they are, a pooling no second classifier."""
     own = {name: value for name, value in model.state_dict().items() if name.startswith("reducer.")}
     host = _lvvit if isinstance(model, LVViT) else _deit
-    return own | from_official(state_dict, model, [*NAMES, *host.NAMES])
+    state_dict = own | from_official(state_dict, model, [*NAMES, *host.NAMES])
+    return state_dict if model.head.token else {k: v for k, v in state_dict.items() if not k.startswith("head.aux.")}
 
 
 def _cfg(size: str, top1: str) -> dict[str, Any]:
@@ -343,7 +345,8 @@ def _cfg(size: str, top1: str) -> dict[str, Any]:
 
 def _lv_cfg(file: str, top1: str) -> dict[str, Any]:
     by_hand = f"LV-ViT's weights are to be fetched by hand from github.com/zihangJiang/TokenLabeling: {file}"
-    own = dict(url="", first_conv="stem.patches.conv1", description=by_hand)
+    heads = ("head.fc", "head.aux")
+    own = dict(url="", first_conv="stem.patches.conv1", classifier=heads, description=by_hand)
     return {**_cfg("small", top1), **own}
 
 

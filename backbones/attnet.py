@@ -120,25 +120,16 @@ def downsampler(in_chans: int, out_chans: int, **factory) -> nn.Sequential:
 class NormedHead(Head):
     """Pooling, a norm of the pooled vector, a classifier. A map that is not pooled goes through as it is."""
 
-    def __init__(self, in_features: int, num_classes: int, *, device=None, dtype=None, **kwargs):
-        super().__init__(in_features, num_classes, device=device, dtype=dtype, **kwargs)
-        self.norm = nn.Identity()
-        self._fit_norm(device=device, dtype=dtype)
-
-    def reset(self, num_classes: int, pool_type: str | None = None, *, device=None, dtype=None, **kwargs) -> None:
-        super().reset(num_classes, pool_type, device=device, dtype=dtype, **kwargs)
-        self._fit_norm(device=device, dtype=dtype)
-
-    def _fit_norm(self, **factory) -> None:
+    def _fit(self, num_classes: int, pool_type: str, **factory) -> None:
+        super()._fit(num_classes, pool_type, **factory)
         if self.global_pool.is_identity():
             self.norm = nn.Identity()  # or it would be a parameter that nothing reaches
-        elif isinstance(self.norm, nn.Identity):
-            self.norm = nn.LayerNorm(self.in_features, eps=1e-5, **factory)
-        self.norm.train(self.training)
+        elif getattr(getattr(self, "norm", None), "normalized_shape", ()) != (self.num_features,):
+            self.norm = nn.LayerNorm(self.num_features, eps=1e-5, **factory)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.drop(self.norm(self.global_pool(x)))
-        return x if pre_logits else self.fc(x)
+        return x if pre_logits else self.classify(x)
 
 
 def _init_weights(module: nn.Module) -> None:

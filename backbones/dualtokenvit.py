@@ -223,7 +223,7 @@ class Stem(nn.Module):
         return x, self.tokens.repeat(x.shape[0], 1, 1)
 
 
-class TokenHead(Head):
+class AllTokensHead(Head):
     """timm's head on tokens (B, N, C) in place of a map."""
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -284,9 +284,8 @@ class DualTokenViT(Pyramid):
         self.neck = nn.Identity()
         if not norm_outputs:
             self.neck = nn.Sequential(nn.Linear(widths[-1], neck, **factory), nn.LayerNorm(neck, **factory), nn.GELU())
-            self.num_features = self.head_hidden_size = neck
-        self.head = TokenHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **factory)
-        self.head_hidden_size = self.head.num_features
+            self.num_features = neck
+        self.head = AllTokensHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **factory)
         self.apply(init_linear)
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

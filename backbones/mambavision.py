@@ -86,20 +86,20 @@ class MambaVisionMixer(nn.Module):
         x = self.in_proj(x.flatten(1, 2))  # B L C
         # As one convolution of an image of one row in channels_last: its channels are together, as they came.
         taps = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]).unsqueeze(2)
-        x = F.conv2d(x.mT.unsqueeze(2), taps, padding=(0, 1), groups=x.shape[2]).squeeze(2).mT
+        x = F.conv2d(x.transpose(1, 2).unsqueeze(2), taps, padding=(0, 1), groups=x.shape[2]).squeeze(2).transpose(1, 2)
         x, z = F.silu(x).chunk(2, -1)
         dt, B, C = self.x_proj(x).split([self.rank, self.states, self.states], -1)
         y = selective_scan(
-            x.mT,
-            F.linear(dt, self.dt_proj.weight).mT,
+            x.transpose(1, 2),
+            F.linear(dt, self.dt_proj.weight).transpose(1, 2),
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            B.mT,
-            C.mT,
+            B.transpose(1, 2),
+            C.transpose(1, 2),
             self.D,
             delta_bias=2 * self.dt_proj.bias,
             delta_softplus=True,
         )
-        return self.out_proj(torch.cat([y.mT, z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
+        return self.out_proj(torch.cat([y.transpose(1, 2), z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
 
 
 class Attention(nn.Module):

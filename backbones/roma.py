@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SwiGLU, global_pool_nlc, lecun_normal_, trunc_normal_
+from timm.layers import DropPath, SwiGLU, lecun_normal_, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import PatchConv, initial_step_bias
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._weights import any_prefix, rename
-from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
 from terrazzo.kernels.autocast import without_autocast
 
@@ -37,7 +37,6 @@ __all__ = ["RoMA"]
 
 STATE = 16  # numbers of state per channel
 KERNEL = 4  # of the causal convolution
-POOLINGS = ("token", "avg", "max", "avgmax", "")
 DIRECTIONS = ("", "_b", "_c", "_c_b")  # the authors' suffixes: by rows, reversed, by columns, reversed
 
 
@@ -244,41 +243,17 @@ class Stem(nn.Module):
         trunc_normal_(self.pos_embed, std=0.02)
 
 
-class TokenHead(nn.Module):
-    """A classifier of sequences (B, M + 1, C): of the class token in the middle, or of pooled patches.
+class MiddleTokenHead(TokenHead):
+    """A classifier of sequences (B, M + 1, C) with the class token in their middle."""
 
-    Attributes:
-        global_pool: "token", "avg", "max", "avgmax", or "" for the sequence as it is.
-    """
+    class_token = staticmethod(middle_token)
+    positions = staticmethod(without_token)
 
-    def __init__(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, **factory):
-        super().__init__()
-        self.in_features = in_features
-        self.global_pool = global_pool
-        self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, **factory)
-
-    @property
-    def num_features(self) -> int:
-        return self.in_features
-
-    def reset(self, num_classes: int, global_pool: str | None = None, **factory) -> None:
-        """A new classifier, none for 0 classes; the pooling stays unless one is named."""
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        if self.global_pool not in POOLINGS:
-            raise InputError(f"global_pool must be one of {', '.join(map(repr, POOLINGS))}, got {self.global_pool!r}")
-        self.fc = nn.Linear(self.in_features, num_classes, **factory) if num_classes else nn.Identity()
-        if num_classes:
+    def _fit(self, num_classes: int, pool_type: str, **factory) -> None:
+        super()._fit(num_classes, pool_type, **factory)
+        if num_classes > 0:
             trunc_normal_(self.fc.weight, std=0.02)
             nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        if self.global_pool == "token":
-            x = middle_token(x)
-        elif self.global_pool:
-            x = global_pool_nlc(without_token(x), self.global_pool, num_prefix_tokens=0)
-        x = self.drop(x)
-        return x if pre_logits else self.fc(x)
 
 
 def init_blocks(blocks: Sequence[Block]) -> None:
@@ -319,7 +294,7 @@ class RoMA(Plain):
     ):
         """Args:
         img_size: side of the images that the position embedding is made for; others have it resized.
-        global_pool: "token" for the class token, "avg" for the mean of the patches, or "max" or "avgmax".
+        global_pool: "token" for the class token, others for patches, as timm pools them.
         norm_outputs: see `Backbone`. The authors' segmentors take the last block's map with their one norm.
         """
         factory = dict(device=device, dtype=dtype)
@@ -336,7 +311,7 @@ class RoMA(Plain):
             **options,
             **factory,
         )
-        self.head = TokenHead(embed_dim, num_classes, global_pool, drop_rate, **factory)
+        self.head = MiddleTokenHead(embed_dim, num_classes, global_pool, drop_rate, **factory)
         init_blocks(self.blocks)
         self.stem.reset_parameters()
 

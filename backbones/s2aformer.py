@@ -132,6 +132,9 @@ class ConvHead(Head):
         self.proj = nn.Linear(in_features, hidden, **factory)
         self.norm = nn.BatchNorm2d(hidden, **factory)
         self.act = nn.SiLU()
+        if num_classes == 0 and pool_type == "":
+            self.in_features = in_features
+            self.reset(0, "", **factory)  # as a head that was reset so
 
     def reset(self, num_classes: int, pool_type: str | None = None, **factory) -> None:
         """As timm's. Without classes and pooling nothing of a head is wanted: the convolution goes, too, for good."""
@@ -195,7 +198,6 @@ class S2AFormer(Pyramid):
         super().__init__(stem, stages, list(widths), norm_layer=_norm_layer, **options, **factory, **kwargs)
         self.norm = nn.Identity()  # the head brings its own
         self.head = ConvHead(widths[-1], head_width, num_classes, global_pool, drop_rate, **factory)
-        self.head_hidden_size = self.head.num_features
         self.apply(_init_weights)
 
 

@@ -4,8 +4,11 @@ import torch
 
 
 def is_exporting() -> bool:
-    """As `torch.compiler.is_exporting`, which torch 2.8 and 2.11 take for true in `torch.compile`, too."""
-    return torch.compiler.is_exporting()
+    """As `torch.compiler.is_exporting`, which torch 2.8 and 2.11 take for true in `torch.compile`, too.
+
+    Also where `torch.jit.trace` runs, and so the older ONNX exporter: both write down what they see at one size.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_open(length: int) -> bool:

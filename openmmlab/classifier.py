@@ -63,7 +63,8 @@ class Classifier(BaseModel):
         self.probe = probe
         if probe:
             self.backbone.requires_grad_(False)
-            self.backbone.get_classifier().requires_grad_(True)
+            for part in _head_names(self.backbone):
+                self.backbone.get_submodule(part).requires_grad_(True)
         self.mixup = Mixup(num_classes=classes, **mixup) if mixup else None
         default = "SoftTargetCrossEntropy" if mixup else "LabelSmoothingCrossEntropy"
         arguments = dict(loss or {"type": default})

@@ -111,8 +111,8 @@ class CapabilityContract:
     refused: dict[str, str] = {}
     shallow: dict[str, dict] = {}
 
-    def shallow_model(self, name: str) -> torch.nn.Module:
-        return build(name, **self.shallow.get(name, {}))
+    def shallow_model(self, name: str, **kwargs) -> torch.nn.Module:
+        return build(name, **self.shallow.get(name, {}), **kwargs)
 
     @pytest.fixture
     def capability(self, request):

@@ -15,6 +15,7 @@ export.
 
 import copy
 import fnmatch
+import json
 import math
 import pickle
 import sys
@@ -30,6 +31,7 @@ from timm.models._manipulate import group_parameters, group_with_matcher
 
 import terrazzo
 from terrazzo.backbones._weights import RECONSTRUCTED
+from terrazzo.errors import InputError
 from terrazzo.tools import cards, results
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, plain
@@ -121,6 +123,19 @@ class BackboneContract(CapabilityContract):
         names = [name for name, _ in model.named_parameters()]
         assert all(any(fnmatch.fnmatch(name, pattern) for name in names) for pattern in model.no_weight_decay())
 
+    def test_configuration_names_what_fits_classes_and_channels(self, variant):
+        """Where a checkpoint has other numbers of them, timm leaves out the ones and adapts the other."""
+
+        def shapes(**kwargs):
+            state_dict = timm.create_model(variant, device="meta", **kwargs).state_dict()
+            return {(name, value.shape) for name, value in state_dict.items()}
+
+        cfg, plain = timm.models.get_pretrained_cfg(variant), shapes()
+        classifiers = [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier
+        wanted = {f"{name}.{kind}" for name in classifiers for kind in ("weight", "bias")}
+        assert {name for name, _ in shapes(num_classes=7) - plain} == wanted
+        assert {name for name, _ in shapes(in_chans=5) - plain} == {f"{cfg.first_conv}.weight"}
+
     def test_norm_outputs(self, variant):
         model = timm.create_model(variant, features_only=True, norm_outputs=True, device="meta")
         kept = {name.split(".")[1] for name in model.state_dict() if name.split(".")[1].startswith("norm")}
@@ -201,6 +216,59 @@ class BackboneContract(CapabilityContract):
         assert model(x).shape == (1, model.head_hidden_size)
         model.reset_classifier(0, "")
         assert model(x).shape == features.shape
+
+    def test_poolings(self, name):
+        """What `head_hidden_size` says goes into the classifier, of a new model and of one whose head was reset."""
+        options = self.shallow.get(name, {})
+        model = timm.create_model(name, **options)
+        features = model.forward_features(image((64, 64)))
+        for pooling in model.head.poolings:
+            new = timm.create_model(name, global_pool=pooling, num_classes=7, **options).eval()
+            model.reset_classifier(7, pooling)
+            for found in (new, model):
+                last = found.forward_head(features, pre_logits=True)
+                out = found.forward_head(features)
+                if pooling:
+                    assert last.shape == (1, found.head_hidden_size)
+                    assert out.shape == (1, 7)
+                else:
+                    assert found.head_hidden_size in (last.shape[1], last.shape[-1])
+                    assert out.numel() * found.head_hidden_size == last.numel() * 7
+        for unknown in ("mean", "AVG", 3):
+            with pytest.raises(InputError, match="global_pool must be one of"):
+                self.shallow_model(name, global_pool=unknown)
+        with pytest.raises(InputError, match="global_pool must be one of"):
+            model.reset_classifier(7, "mean")
+
+    def test_hub(self, name, tmp_path):
+        """What timm's `save_for_hf` wrote makes the model again, whatever its head is."""
+        heads = [
+            {},
+            dict(num_classes=0),
+            dict(num_classes=0, global_pool=""),
+            dict(in_chans=1, global_pool="catavgmax"),
+        ]
+        for i, kwargs in enumerate([*heads, dict(norm_outputs=True)]):
+            model = self.shallow_model(name, **kwargs)
+            arguments = {**self.shallow.get(name, {}), **kwargs}
+            arguments.pop("num_classes", None)
+            self.same_again(model, tmp_path / str(i), model_args=arguments)
+        for i, arguments in enumerate([(7,), (7, "max"), (0,)]):
+            model = self.shallow_model(name)
+            model.reset_classifier(*arguments)
+            self.same_again(model, tmp_path / f"reset{i}")
+        other = timm.create_model(f"local-dir:{tmp_path / 'reset0'}", pretrained=True, num_classes=5).eval()
+        assert other(image((64, 64))).shape == (1, 5)
+        wanted = model.forward_features(image((64, 64)))
+        torch.testing.assert_close(other.forward_features(image((64, 64))), wanted, rtol=0, atol=0)
+
+    @staticmethod
+    def same_again(model, folder, **kwargs):
+        timm.models.save_for_hf(model, folder, **kwargs)
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        x = image((64, 64), chans=model.in_chans)
+        assert torch.equal(again(x), model(x))
+        assert json.loads((folder / "config.json").read_text())["num_classes"] == model.num_classes
 
     def test_copies(self, name):
         model = build(name)

@@ -269,7 +269,8 @@ def forward(
 ) -> torch.Tensor:
     """Neighborhood attention on a map, to be traced; arguments and result as in `reference.neighborhood_attention`."""
     mode = Traced
-    folding = mode.folding(tuple(query.shape[1:3]), dilation, query.device)
+    size = tuple(int(side) for side in query.shape[1:3])  # `torch.jit.trace` has tensors there
+    folding = mode.folding(size, dilation, query.device)
     groups = []
     for q, k, v, members in zip(*(_fold(x, dilation, folding, mode) for x in (query, key, value)), folding.members):
         plan = mode.plan(members, kernel_size, query.device)

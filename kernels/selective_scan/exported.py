@@ -33,7 +33,7 @@ def without_loops() -> Iterator[None]:
 
 
 def _is_unrolled() -> bool:
-    return _unrolled.get()
+    return _unrolled.get() or torch.jit.is_tracing()  # TorchScript knows no such loop
 
 
 # Dynamo cannot trace a context variable: it takes its value when tracing.
@@ -103,7 +103,7 @@ def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
 
     Source: Blelloch, "Prefix sums and their applications", 1990 (processors that rake over parts of a sequence).
     """
-    length = delta.shape[0]
+    length = int(delta.shape[0])
     steps = math.isqrt(length - 1) + 1
     runs = -(-length // steps)
     # Steps past the last have delta 0: they hold the state.

@@ -35,7 +35,7 @@ def order(
     """Indices of the sources, then of the destinations, both rising; and where each token stands in that order."""
     target = is_destination(count, protect, grid, device)
     sources, _ = sizes(count, protect, grid)
-    place = torch.where(target, sources + target.cumsum(0) - 1, (~target).cumsum(0) - 1)
+    place = torch.where(target, sources + target.long().cumsum(0) - 1, (~target).long().cumsum(0) - 1)
     if grid is None:
         first = protect % 2
         listed = torch.cat(

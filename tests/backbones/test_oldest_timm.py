@@ -9,7 +9,7 @@ import pytest
 from families import smallest
 
 CODE = """
-import sys, timm, torch, terrazzo
+import sys, tempfile, timm, torch, terrazzo
 assert timm.__version__ == sys.argv[1], timm.__version__
 torch.set_grad_enabled(False)
 x = torch.zeros(1, 3, 64, 64)
@@ -22,6 +22,10 @@ for name in sys.argv[2:]:
     assert model(x.double()).shape == (1, 4), name
     width = model.forward_head(model.forward_features(x.double()), pre_logits=True).shape[1]
     assert width == model.head_hidden_size, name
+    with tempfile.TemporaryDirectory() as folder:
+        timm.models.save_for_hf(model.float(), folder, model_args=dict(global_pool="max"))
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x)), name
     model = timm.create_model(name, features_only=True, out_indices=(0, -1)).eval()
     assert [out.shape[1] for out in model(x)] == model.feature_info.channels(), name
 """
