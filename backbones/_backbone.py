@@ -17,10 +17,11 @@ class Backbone(nn.Module):
     """A stem, a list of units, a norm and a classifier head.
 
     A unit is what features are taken after: a stage of a pyramid, a block of a plain backbone. Units and blocks have
-    one interface, `block(x, state) -> (x, state)`: `x` is the map in `output_fmt`, `state` whatever the family carries
-    beside it (global tokens, a record of merged tokens), None where there is nothing. `begin` makes both from the
+    one interface, `block(x, state) -> x`: `x` is the map in `output_fmt`, `state` an object with whatever the family
+    carries beside it (global tokens, a record of merged tokens), None where there is nothing. It is made anew for each
+    forward pass, and blocks change it in place, so that what modules give are tensors. `begin` makes both from the
     image, `to_map` turns both into the map that goes out, `to_features` into what the head takes: a family with a
-    state overrides what it needs of these three, and its blocks.
+    state, a dataclass, overrides what it needs of these three, and its blocks.
 
     Attributes:
         output_fmt: Layout of maps between units, "NHWC" or "NCHW".
@@ -89,7 +90,8 @@ class Backbone(nn.Module):
         """The first map and the state beside it, from the image."""
         return self.stem(x), None
 
-    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: Any) -> torch.Tensor:
+        """What a unit makes of the map; it may change the state."""
         return unit(x, state)
 
     def to_map(self, x: torch.Tensor, state: Any) -> torch.Tensor:
@@ -104,7 +106,7 @@ class Backbone(nn.Module):
         """(B, in_chans, H, W) to what the head takes, by default the last map, normalised, in `output_fmt`."""
         x, state = self.begin(x)
         for unit in self.units:
-            x, state = self.run_unit(unit, x, state)
+            x = self.run_unit(unit, x, state)
         return self.to_features(x, state)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -144,7 +146,7 @@ class Backbone(nn.Module):
         for i, unit in enumerate(self.units):
             if stop_early and i > last:
                 break
-            x, state = self.run_unit(unit, x, state)
+            x = self.run_unit(unit, x, state)
             if i in taken:
                 y = self.to_map(x, state)
                 if self.norm_outputs:

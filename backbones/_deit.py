@@ -1,4 +1,4 @@
-"""DeiT, which more than one family reduces: its blocks, its sizes, where its weights are and what they are called."""
+"""DeiT, which more than one family reduces: its sizes, where its weights are and what they are called."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from timm.layers import LayerNorm, calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
-from torch import nn
 
-from terrazzo.backbones._layers import PatchConv, init_linear
+from terrazzo.backbones._layers import init_linear, patch_conv
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._weights import rename
@@ -47,7 +46,7 @@ class DeiT(PlainViT):
             Block(embed_dim, num_heads, qkv_bias=True, drop_path=rate, norm_layer=_norm_layer, **factory)
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ]
-        patches = PatchConv(in_chans, embed_dim, patch_size, **factory)
+        patches = patch_conv(in_chans, embed_dim, patch_size, **factory)
         super().__init__(
             patches,
             units,
@@ -108,21 +107,3 @@ def cfg(size: str, **kwargs) -> dict[str, Any]:
         license="apache-2.0",
         **kwargs,
     )
-
-
-def project(attn: nn.Module, x: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Some of queries, keys and values, which one layer makes: (..., C) to (..., rows)."""
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
-    return nn.functional.linear(x, attn.qkv.weight[rows], bias)
-
-
-def heads(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(B, N, parts C) to parts of (B, heads, N, D)."""
-    return x.unflatten(2, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()
-
-
-def finish(block: nn.Module, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """The rest of a block of timm's, behind what attention gave each token, (..., C)."""
-    attn = block.attn
-    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(context)))))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

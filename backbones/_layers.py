@@ -16,20 +16,35 @@ def on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its kernel, on maps of any size, zero-padded at the right and bottom.
+def patch_conv(in_channels: int, out_channels: int, side: int, **kwargs) -> nn.Conv2d:
+    """A convolution whose stride is its kernel; it takes what `whole_patches` gives."""
+    return nn.Conv2d(in_channels, out_channels, side, stride=side, **kwargs)
+
+
+def whole_patches(x: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, C, H, W) with zeros at the right and bottom, so that no patch that begins in the map is lost.
 
     It always pads by all but one and lets the convolution drop what is too much. That equals padding to a multiple of
     the stride, as timm's patch embedding does, without a branch on the size, which makes compiling for symbolic sizes
     several times faster.
     """
+    return F.pad(x, (0, side - 1, 0, side - 1)) if side > 1 else x
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, **kwargs):
-        super().__init__(in_channels, out_channels, stride, stride=stride, **kwargs)
+
+def cells(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """(count, size) weights whose product with a side of that length is its adaptive average pooling."""
+    cell = torch.arange(count, device=like.device)[:, None]
+    place = torch.arange(size, device=like.device)[None]
+    # floor(cell * size / count) <= place < ceil((cell + 1) * size / count), without a division.
+    inside = ((place + 1) * count > cell * size).to(like.dtype) * (place * count < (cell + 1) * size).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """A layer norm in the dtype of what comes in, if that is wider than the norm's own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pad = self.stride[0] - 1
-        return super().forward(F.pad(x, (0, pad, 0, pad)))
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def window_counts(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
@@ -67,11 +82,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, **factory):
         super().__init__()
-        self.proj = PatchConv(in_chans, dim, patch_size, **factory)
+        self.patch_size = patch_size
+        self.proj = patch_conv(in_chans, dim, patch_size, **factory)
         self.norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(whole_patches(x, self.patch_size)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):

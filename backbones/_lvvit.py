@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._layers import PatchConv, init_linear
+from terrazzo.backbones._layers import init_linear, patch_conv, whole_patches
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
 
@@ -35,12 +35,12 @@ class ConvPatches(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, **factory)
         self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False, **factory)
         self.bn3 = nn.BatchNorm2d(width, **factory)
-        self.proj = PatchConv(width, dim, 8, **factory)
+        self.proj = patch_conv(width, dim, 8, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
-        return self.proj(x)
+        return self.proj(whole_patches(x, 8))
 
 
 class TwoHeads(TokenHead):
@@ -51,7 +51,7 @@ class TwoHeads(TokenHead):
         self.aux = nn.Linear(self.in_features, num_classes, **factory) if self.has_second() else nn.Identity()
 
     def has_second(self) -> bool:
-        return self.token and isinstance(self.fc, nn.Linear)
+        return self.token and not isinstance(self.fc, nn.Identity)
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""

@@ -1,17 +1,18 @@
 """Isotropic backbones: one stride, one width; features after every block."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
-from timm.models._manipulate import checkpoint
 from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._tokens import RESTORE, Reducer, TokenState
+from terrazzo.backbones._layers import whole_patches
+from terrazzo.backbones._reducible import reducible
+from terrazzo.backbones._states import become, run
+from terrazzo.backbones._tokens import RESTORE, Reducer, State
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
 from terrazzo.kernels.autocast import without_autocast
@@ -27,8 +28,8 @@ class Plain(Backbone):
         """Args: see `Backbone`; `reduction` is the stride of the stem."""
         super().__init__(stem, blocks, [channels] * len(blocks), [reduction] * len(blocks), **kwargs)
 
-    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-        return checkpoint(unit, x, state) if self.grad_checkpointing else unit(x, state)
+    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: Any) -> torch.Tensor:
+        return run(unit, x, state, self.grad_checkpointing)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from stem to head, for layer-wise learning rate decay."""
@@ -47,29 +48,35 @@ def bicubic(old: int, new: int, like: torch.Tensor) -> torch.Tensor:
 
 
 class TokenStem(nn.Module):
-    """Patches, a class token and learned positions: (B, in_chans, H, W) to (B, 1 + H/p W/p, C) and the grid.
+    """Patches, a class token and learned positions: (B, in_chans, H, W) to (B, 1 + H/p W/p, C).
 
     Positions are resized bicubically to any other grid.
     """
 
     def __init__(self, patches: nn.Module, dim: int, grid: tuple[int, int], **factory):
         """Args:
-        patches: The image to a map (B, C, H, W).
+        patches: The image to a map (B, C, H, W); if it is one convolution, images are padded to whole patches.
         grid: For which positions are learned.
         """
         super().__init__()
         self.grid = grid
+        self.patch_size = patches.stride[0] if isinstance(patches, nn.Conv2d) else 1
         self.patches = patches
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], dim, **factory))
         for parameter in (self.cls_token, self.pos_embed):
             trunc_normal_(parameter, std=0.02)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        x = self.patches(x)
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
+        """Args:
+        state: A `State`, which is told the image's grid; None for none.
+        """
+        x = self.patches(whole_patches(x, self.patch_size))
         grid = tuple(x.shape[2:])
+        if state is not None:
+            state.grid = grid
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
-        return x + self.positions(grid), grid
+        return x + self.positions(grid)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """(1, 1 + H W, C) of a grid.
@@ -117,7 +124,7 @@ class PlainViT(Plain):
     ):
         """Args:
         patches: The image to a map (B, C, H, W).
-        blocks: Of timm's interface: `norm1`, `attn`, `ls1`, `drop_path1`, and so on.
+        blocks: timm's; they become reducible (`terrazzo.backbones._reducible`).
         reducer: Runs the blocks; None for one that reduces nothing.
         restore: "copy", "delta" or "soft": how maps get every position.
         full_last: So many blocks at the end run on restored tokens wherever maps are asked for, so that parked and
@@ -144,7 +151,7 @@ class PlainViT(Plain):
         stem = TokenStem(patches, channels, grid, **factory)
         super().__init__(
             stem,
-            blocks,
+            [reducible(block) for block in blocks],
             channels,
             reduction,
             num_classes=num_classes,
@@ -159,29 +166,24 @@ class PlainViT(Plain):
         self.full_last = full_last
         self.depth = len(blocks)
 
-    def begin(self, x: torch.Tensor, maps: bool = True, **choices) -> tuple[torch.Tensor, TokenState]:
+    def begin(self, x: torch.Tensor, maps: bool = True, **choices) -> tuple[torch.Tensor, State]:
         """Args:
         choices: What the reducer's `begin` lets one choose for one forward.
         """
-        x, grid = self.stem(x)
-        return x, self.reducer.begin(grid, 1, 0, maps, **choices)
+        state = self.reducer.begin((0, 0), 1, 0, maps, **choices)
+        return self.stem(x, state), state
 
-    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        if self.grad_checkpointing:
-            return checkpoint(self._step, unit, x, state)
-        return self._step(unit, x, state)
+    def run_unit(self, unit: nn.Module, x: torch.Tensor, state: State) -> torch.Tensor:
+        if not state.maps or state.depth < self.depth - self.full_last:
+            return super().run_unit(unit, x, state)
+        x = super().run_unit(unit, self.reducer.restored(x, state, self.restore), None)
+        become(state, self.reducer.begin(state.grid, state.prefix, state.depth + 1, maps=True))
+        return x
 
-    def _step(self, unit: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        if state.maps and state.depth >= self.depth - self.full_last:
-            x = unit(self.reducer.restored(x, state, self.restore))
-            return x, self.reducer.begin(state.grid, state.prefix, state.depth + 1, maps=True)
-        x, state = self.reducer(unit, x, state)
-        return x, replace(state, depth=state.depth + 1)
-
-    def to_map(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+    def to_map(self, x: torch.Tensor, state: State) -> torch.Tensor:
         return self.reducer.restored(x, state, self.restore)[:, state.prefix :].unflatten(1, state.grid)
 
-    def to_features(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+    def to_features(self, x: torch.Tensor, state: State) -> torch.Tensor:
         """The tokens (B, T, C), normalised: those that are left, unless the head pools positions."""
         if self.head.of_positions:
             return self.norm(self.reducer.restored(x, state, "copy"))
@@ -191,5 +193,5 @@ class PlainViT(Plain):
         """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves. `choices`: see `begin`."""
         x, state = self.begin(x, maps=self.head.of_positions, **choices)
         for unit in self.blocks:
-            x, state = self.run_unit(unit, x, state)
+            x = self.run_unit(unit, x, state)
         return self.to_features(x, state)

@@ -4,39 +4,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models._manipulate import checkpoint
 from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
+from terrazzo.backbones._states import run
 
 
 class Stage(nn.Module):
-    """What fits the map and its state to the stage, then blocks.
+    """What fits the map to the stage, then blocks.
 
     The downsampler opens a stage (official code often closes one with it), so the stage's output is the feature.
     """
 
-    def __init__(
-        self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, carry: nn.Module | None = None
-    ):
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
         """Args:
         downsample: Of the map, None for none.
-        carry: Of the state beside the map (see `Backbone`), None to leave it as it is.
         """
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
-        self.carry = nn.Identity() if carry is None else carry
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-        return self.run(self.downsample(x), self.carry(state))
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
+        return self.run(self.downsample(x), state)
 
-    def run(self, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    def run(self, x: torch.Tensor, state: Any) -> torch.Tensor:
         """The blocks alone."""
         for block in self.blocks:
-            x, state = checkpoint(block, x, state) if self.grad_checkpointing else block(x, state)
-        return x, state
+            x = run(block, x, state, self.grad_checkpointing)
+        return x
 
 
 class Pyramid(Backbone):
@@ -55,7 +51,7 @@ class Pyramid(Backbone):
         blocks = r"^stages\.(\d+)"
         if not coarse:
             blocks = [
-                (r"^stages\.(\d+)\.(?:downsample|carry)", (0,)),
+                (r"^stages\.(\d+)\.(?!blocks\.)", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^norm\d*", (99999,)),
             ]

@@ -2,18 +2,17 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import Attention
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from terrazzo.backbones._tokens import RESTORE, Reducer
+from terrazzo.backbones._reducible import is_plain, reducible
+from terrazzo.backbones._states import run
+from terrazzo.backbones._tokens import RESTORE, Reducer, State
 from terrazzo.backbones._windows import within
 from terrazzo.backbones.asvit import Pruning
 from terrazzo.backbones.mctf import Fusion
@@ -29,19 +28,12 @@ class _Reducing:
     reducer: Reducer
     restore: str
 
-    def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, Any]:
+    def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, State]:
         grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[2:]))
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         return x, self.reducer.begin(grid, self.num_prefix_tokens, 0, maps)
 
-    def _step(self, block: nn.Module, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-        if self.grad_checkpointing:
-            x, state = checkpoint(self.reducer, block, x, state)
-        else:
-            x, state = self.reducer(block, x, state)
-        return x, replace(state, depth=state.depth + 1)
-
-    def _features(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+    def _features(self, x: torch.Tensor, state: State) -> torch.Tensor:
         """What is left; every position for a pooling in which each counts."""
         if self.global_pool in ("token", ""):
             return self.norm(self.reducer.left(x, state))
@@ -52,7 +44,7 @@ class _Reducing:
         _refuse_masks(attn_mask, is_causal)
         x, state = self._begin(x, maps=self.global_pool not in ("token", ""))
         for block in self.blocks:
-            x, state = self._step(block, x, state)
+            x = run(block, x, state, self.grad_checkpointing)
         return self._features(x, state)
 
     def forward_intermediates(
@@ -76,7 +68,7 @@ class _Reducing:
         x, state = self._begin(x, maps=True)
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x, state = self._step(block, x, state)
+            x = run(block, x, state, self.grad_checkpointing)
             if i in taken:
                 y = self.reducer.restored(x, state, self.restore)
                 prefix, y = (self.norm(y) if norm else y).tensor_split([state.prefix], 1)
@@ -112,10 +104,6 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
         raise InputError("a ViT that reduces tokens takes no mask: tokens do not stay what a mask says of them")
 
 
-def _is_plain(block: nn.Module) -> bool:
-    return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
-
-
 def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None, options: dict[str, Any]) -> Reducer:
     """A method's reducer for a model, on its device and in its dtype."""
     if method not in METHODS:
@@ -144,10 +132,11 @@ def reduce(
 ) -> VisionTransformer:
     """Turn a plain ViT of timm, pretrained or not, into one that reduces its tokens, and return it.
 
-    The model itself is changed: its class and its attribute `reducer`. Its parameters, their names and all of timm's
-    methods stay; maps (`forward_intermediates`, `features_only`) have every position. "mctf" with r = 0 computes what
-    the model did, to the bit. "asvit" adds its thresholds, `reducer.thresholds.0` and so on, which train with the
-    model: load timm's weights before, or with `strict=False`. A second call replaces the first one's reducer.
+    The model itself is changed: its class, the classes of its blocks and of their attention, and its attribute
+    `reducer`. Its parameters, their names and all of timm's methods stay; maps (`forward_intermediates`,
+    `features_only`) have every position. "mctf" with r = 0 computes what the model did, to the bit. "asvit" adds its
+    thresholds, `reducer.thresholds.0` and so on, which train with the model: load timm's weights before, or with
+    `strict=False`. A second call replaces the first one's reducer.
 
         model = terrazzo.reduce(timm.create_model("vit_small_patch16_224", pretrained=True), r=16)
         model = terrazzo.reduce(model, method="asvit", thresholds=(0.002, 0.004, 0.006))
@@ -174,7 +163,7 @@ def reduce(
     if kind is None:
         raise InputError(f"only timm's plain VisionTransformer can be reduced, got {type(model).__name__}")
     for i, block in enumerate(model.blocks):
-        if not _is_plain(block):
+        if not is_plain(block):
             raise InputError(f"block {i} is no plain block of timm with plain attention: {type(block).__name__}")
         if block.attn.attn_drop.p > 0:
             raise InputError(f"block {i} drops attention weights at {block.attn.attn_drop.p}: set attn_drop_rate=0")
@@ -185,5 +174,7 @@ def reduce(
     reducer = _reducer(model, method, blocks, options)
     model.reducer = within(reducer, window, len(model.blocks), global_blocks)
     model.restore = restore
+    for block in model.blocks:
+        reducible(block)
     model.__class__ = _REDUCED[kind]
     return model

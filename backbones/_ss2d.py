@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from terrazzo.backbones._layers import initial_step_bias, on_maps
+from terrazzo.backbones._layers import WideLayerNorm, initial_step_bias, on_maps
 from terrazzo.kernels import selective_scan_2d
 
 __all__ = ["SS2D"]
@@ -47,7 +47,7 @@ class SS2D(nn.Module):
         decays = torch.arange(1, states + 1, **factory).log()
         self.A_logs = nn.Parameter(decays.repeat(_SCANS * inner, 1))
         self.Ds = nn.Parameter(torch.ones(_SCANS * inner, **factory))
-        self.out_norm = nn.LayerNorm(inner, **factory)
+        self.out_norm = WideLayerNorm(inner, **factory)
         self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,9 +57,7 @@ class SS2D(nn.Module):
         x = F.silu(on_maps(x, self.conv2d))
         y = self.scan(x)
         # The sum of the scans may leave the range of half precision: the norm sees it in float32.
-        y = F.layer_norm(
-            y, y.shape[-1:], self.out_norm.weight.to(y.dtype), self.out_norm.bias.to(y.dtype), self.out_norm.eps
-        ).to(x.dtype)
+        y = self.out_norm(y).to(x.dtype)
         return self.out_proj(y * F.silu(gate) if self.gated else y)
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,11 @@ is recorded, with the map into the next: from these a token is made for every po
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from terrazzo.kernels.token_reduction import compose, prop_bias, unmerge
@@ -33,7 +34,7 @@ class Level(NamedTuple):
     size: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class State:
     """What flows beside the tokens of a plain ViT, whatever reduces them.
 
@@ -42,15 +43,17 @@ class State:
         prefix: Tokens in front that are no patches; nothing merges or parks them.
         depth: Blocks that were run.
         maps: Whether anybody will ask for maps; without that nothing is recorded.
+        reducer: What runs the blocks.
     """
 
     grid: tuple[int, int]
     prefix: int
     depth: int
     maps: bool
+    reducer: Any
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenState(State):
     """What flows beside the tokens (B, T, C) where they are merged.
 
@@ -68,12 +71,13 @@ class TokenState(State):
     window: tuple[int, int] | None = None
     r: float | None = None
 
-    def reduced(self, left, merged, assignment, size) -> "TokenState":
-        """The state after a reduction from the tokens `left` to `merged`."""
-        if not self.maps:
-            return replace(self, size=size)
-        level = Level(left if self.entered is None else self.entered, left, assignment, merged, size)
-        return replace(self, entered=merged, size=size, levels=(*self.levels, level))
+    def reduced(self, left: torch.Tensor, merged: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor) -> None:
+        """Note a reduction from the tokens `left` to `merged`."""
+        self.size = size
+        if self.maps:
+            entered = left if self.entered is None else self.entered
+            self.levels = (*self.levels, Level(entered, left, assignment, merged, size))
+            self.entered = merged
 
 
 def _copied(x: torch.Tensor, state: TokenState) -> torch.Tensor:
@@ -137,14 +141,12 @@ class Reducer(nn.Module):
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> TokenState:
         """The state in front of a block that gets every token."""
-        return TokenState(grid, prefix, depth, maps)
+        return TokenState(grid, prefix, depth, maps, self)
 
-    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        """A block of timm's interface on tokens (B, T, C)."""
+    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """What a block of timm's makes of tokens (B, T, C). A block calls this; it calls the block's parts."""
         bias = prop_bias(state.size)
-        if bias is None:
-            return block(x), state
-        return block(x, attn_mask=bias[:, None, None].to(x.dtype)), state
+        return Block.forward(block, x, attn_mask=None if bias is None else bias[:, None, None].to(x.dtype))
 
     def left(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         """What is left, (B, T, C)."""

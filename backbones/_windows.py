@@ -6,7 +6,6 @@ one window is attended to as a whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,34 +74,35 @@ class Windows(Reducer):
         self.global_blocks = global_blocks
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool, **choices: Any) -> TokenState:
-        return self.reducer.begin(grid, prefix, depth, maps, **choices)
+        state = self.reducer.begin(grid, prefix, depth, maps, **choices)
+        state.reducer = self
+        return state
 
-    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         if state.depth in self.global_blocks or max(state.grid) <= self.window:
             return self.reducer(block, x, state)
         if state.window is None:
-            x, state = self._enter(x, state)
+            x = self._enter(x, state)
         folded, inside = self._fold(x, state)
-        out, inside = self.reducer(block, folded, inside)
+        out = self.reducer(block, folded, inside)
         for level in inside.levels:
             merged, size = self._unfold(level.merged, state), self._unfold(inside.size.unsqueeze(2), state).squeeze(2)
-            state = state.reduced(x, merged, self._unfold_map(level.map, state, level.merged.shape[1]), size)
-        return self._unfold(out, state), state
+            state.reduced(x, merged, self._unfold_map(level.map, state, level.merged.shape[1]), size)
+        return self._unfold(out, state)
 
-    def _enter(self, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+    def _enter(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         """Tokens in the order of windows; padding has size 0."""
-        state = replace(state, window=tuple(even(side, self.window) for side in state.grid))
+        state.window = tuple(even(side, self.window) for side in state.grid)
         front, body = x.tensor_split([state.prefix], 1)
         count = state.grid[0] * state.grid[1]
         body = to_windows(body, state.grid, state.window)
         if body.shape[1] != count:
             real = to_windows(x.new_ones(1, count, 1, dtype=torch.float32), state.grid, state.window)
             size = F.pad(real.squeeze(2), (state.prefix, 0), value=1.0)
-            state = replace(state, size=size.expand(x.shape[0], -1))
-        return torch.cat([front, body], 1), state
+            state.size = size.expand(x.shape[0], -1)
+        return torch.cat([front, body], 1)
 
-    @staticmethod
-    def _fold(x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+    def _fold(self, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         """(B, prefix + windows T, C) to (B windows, prefix + T, C), and the state of tokens that are images."""
         rows, columns = window_counts(state.grid, state.window)
 
@@ -112,7 +112,7 @@ class Windows(Reducer):
             return torch.cat([front, body.unflatten(1, (rows * columns, -1))], 2).flatten(0, 1)
 
         size = None if state.size is None else fold(state.size.unsqueeze(2)).squeeze(2)
-        inside = TokenState(state.window, state.prefix, state.depth, maps=True, size=size, r=state.r)
+        inside = TokenState(state.window, state.prefix, state.depth, True, self.reducer, size=size, r=state.r)
         return fold(x), inside
 
     @staticmethod

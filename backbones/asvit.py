@@ -11,17 +11,19 @@ it was dropped with.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from terrazzo.backbones import _deit, _lvvit
-from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
+from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, from_official
 from terrazzo.backbones._lvvit import LVViT
+from terrazzo.backbones._reducible import attended, heads, widened
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
@@ -36,7 +38,7 @@ TEMPERATURE = 1e-4  # of the sigmoid that thresholds learn by
 EPSILON = 1e-6  # of the masked softmax
 
 
-@dataclass(frozen=True)
+@dataclass
 class PrunedState(State):
     """What flows beside the tokens: (B, T, C), or packed (sum of T, C).
 
@@ -158,7 +160,7 @@ class Pruning(Reducer):
         return tuple(depth * k // 4 + 1 for k in (1, 2, 3))
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> PrunedState:
-        return PrunedState(grid, prefix, depth, maps)
+        return PrunedState(grid, prefix, depth, maps, self)
 
     def form_of(self, x: torch.Tensor) -> str:
         """What "auto" means for these tokens."""
@@ -167,19 +169,24 @@ class Pruning(Reducer):
         static = torch.compiler.is_compiling() or is_exporting() or x.device.type == "meta"
         return "masked" if self.training or torch.is_grad_enabled() or static else "packed"
 
-    def forward(self, block: nn.Module, x: torch.Tensor, state: PrunedState) -> tuple[torch.Tensor, PrunedState]:
+    def forward(self, block: nn.Module, x: torch.Tensor, state: PrunedState) -> torch.Tensor:
         if state.depth in self.blocks:
             prune_ = getattr(self, f"_{self.form_of(x)}")
-            x, state = prune_(x, state, self.blocks.index(state.depth))
+            x = prune_(x, state, self.blocks.index(state.depth))
         scored = state.depth + 1 in self.blocks
         if state.lengths is None and state.keep is None and not scored:
-            return block(x), state
-        projected = project(block.attn, block.norm1(x), slice(None))
-        if state.lengths is not None:
-            context, score = self._packed_context(block.attn, projected, state, scored)
-        else:
-            context, score = self._context(block.attn, projected, state.keep)
-        return finish(block, x, context), replace(state, score=score if scored else None)
+            return Block.forward(block, x)
+
+        def among_kept(attn: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+            """Attention to the tokens that are kept, which scores them, too."""
+            if state.lengths is not None:
+                context, score = self._packed_context(attn, attn.qkv(normed), state, scored)
+            else:
+                context, score = self._context(attn, attn.qkv(normed), state.keep)
+            state.score = score if scored else None
+            return context
+
+        return widened(block, x + attended(block, x, among_kept))
 
     @staticmethod
     def _context(attn: nn.Module, projected: torch.Tensor, keep: torch.Tensor | None):
@@ -201,17 +208,17 @@ class Pruning(Reducer):
         score = token_scores(context, first_weights(query, key, state.offsets)) if scored else None
         return context.flatten(1), score
 
-    def _masked(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
+    def _masked(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
         """Straight through: the mask is hard, its gradient that of a steep sigmoid."""
         above = state.score - self.thresholds[stage].to(state.score.dtype)
         soft = (above / TEMPERATURE).sigmoid()
         keep = (above > 0).to(soft.dtype) - soft.detach() + soft
         before = torch.ones_like(keep) if state.keep is None else state.keep
-        keep = torch.cat([torch.ones_like(keep[:, : state.prefix]), (keep * before)[:, state.prefix :]], 1)
-        full = x if state.full is None else self.restored(x, state, "copy")
-        return x, replace(state, keep=keep, full=full)
+        state.full = x if state.full is None else self.restored(x, state, "copy")
+        state.keep = torch.cat([torch.ones_like(keep[:, : state.prefix]), (keep * before)[:, state.prefix :]], 1)
+        return x
 
-    def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
+    def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
         """Dropped tokens are removed, and the host is asked how many are left."""
         offsets, place, full = state.offsets, state.place, state.full
         if offsets is None:
@@ -222,18 +229,18 @@ class Pruning(Reducer):
         else:
             full = full.index_copy(0, place, x)
         x, offsets, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], offsets, state.prefix)
-        lengths = tuple(offsets.diff().tolist())
-        return x, replace(state, full=full, place=place[index], lengths=lengths, offsets=offsets)
+        state.full, state.place, state.offsets = full, place[index], offsets
+        state.lengths = tuple(offsets.diff().tolist())
+        return x
 
-    def _fixed(self, x: torch.Tensor, state: PrunedState, stage: int) -> tuple[torch.Tensor, PrunedState]:
+    def _fixed(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
         """The best of each image are kept, the same number of all, whatever the threshold."""
         patches = state.grid[0] * state.grid[1]
         kept = min(int(patches * self.keep[stage]), x.shape[1] - state.prefix)
-        full = x if state.full is None else self.restored(x, state, "copy")
+        state.full = x if state.full is None else self.restored(x, state, "copy")
         x, assignment, _ = prune(x, state.score, k=kept, protect=state.prefix)
-        if state.map is not None:
-            assignment = compose(assignment, state.map)
-        return x, replace(state, full=full, map=assignment)
+        state.map = assignment if state.map is None else compose(assignment, state.map)
+        return x
 
     def left(self, x: torch.Tensor, state: PrunedState) -> torch.Tensor:
         """As many tokens as there are positions, since images keep unlike numbers.

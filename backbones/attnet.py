@@ -12,19 +12,25 @@ linear), which saves a third of the mixer's pointwise multiply-adds: the authors
 asked for; the rates of their training runs are in the configs.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, RmsNorm2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._bare import is_bare
 from terrazzo.backbones._head import Head
+from terrazzo.backbones._layers import cells
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import attentive_conv
+from terrazzo.kernels.autocast import without_autocast
 
 __all__ = ["AttNet"]
 
@@ -37,7 +43,7 @@ class AttentiveConv(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int, **factory):
         super().__init__()
-        taps = kernel_size**2
+        self.taps = taps = kernel_size**2
         self.difference_control = nn.Parameter(torch.zeros(dim, **factory))
         self.kernel_proj = nn.Conv2d(dim, dim, 1, **factory)
         self.kernel_gen = nn.Linear(taps, taps, **factory)
@@ -45,9 +51,12 @@ class AttentiveConv(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = self.x_proj(x)
+        if not is_bare(self.kernel_proj, self.kernel_gen):
+            return self.proj(convolve(value, self.kernels(x)))
         x = attentive_conv(
             x,
-            self.x_proj(x),
+            value,
             self.kernel_proj.weight.flatten(1),
             self.kernel_proj.bias,
             self.kernel_gen.weight,
@@ -55,6 +64,29 @@ class AttentiveConv(nn.Module):
             self.difference_control,
         )
         return self.proj(x)
+
+    def kernels(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to the kernels of each sample and channel, (B, C, taps), as `attentive_conv` makes them."""
+        wide = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        with without_autocast(wide):
+            pooled = wide @ cells(self.taps, wide.shape[2], wide).t()
+        projected = self.kernel_proj(pooled.to(x.dtype).unsqueeze(3)).squeeze(3)
+        kernels = self.kernel_gen(F.gelu(projected))
+        share = self.difference_control.sigmoid().to(kernels.dtype)
+        return kernels - share[:, None] * kernels.mean(2, keepdim=True)
+
+
+def convolve(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """Depthwise convolution of (B, C, H, W) with a kernel (B, C, taps) of each sample's and channel's own.
+
+    It sums shifted maps: no operation of ONNX has weights of each sample's own.
+    """
+    side = math.isqrt(kernels.shape[2])
+    height, width = x.shape[2:]
+    kernels, padded = kernels.to(x.dtype)[..., None, None], F.pad(x, (side // 2,) * 4)
+    taps = itertools.product(range(side), repeat=2)
+    parts = (padded[:, :, i : i + height, j : j + width] * kernels[:, :, i * side + j] for i, j in taps)
+    return sum(parts)
 
 
 class WideRmsNorm2d(RmsNorm2d):
@@ -104,9 +136,9 @@ class Block(nn.Module):
         self.norm_1, self.norm_2 = (LayerNorm2d(dim, eps=1e-6, **factory) for _ in range(2))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         x = x + self.drop_path(self.layer_scale_1(self.token_mixer(self.norm_1(x))))
-        return x + self.drop_path(self.layer_scale_2(self.channel_mixer(self.norm_2(x)))), state
+        return x + self.drop_path(self.layer_scale_2(self.channel_mixer(self.norm_2(x))))
 
 
 def downsampler(in_chans: int, out_chans: int, **factory) -> nn.Sequential:

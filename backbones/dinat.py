@@ -86,11 +86,11 @@ class NATBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         for gamma, norm, mix in ((self.gamma1, self.norm1, self.attn), (self.gamma2, self.norm2, self.mlp)):
             update = mix(norm(x))
             x = x + self.drop_path(update if gamma is None else gamma * update)
-        return x, state
+        return x
 
 
 class ConvTokenizer(nn.Module):

@@ -13,6 +13,7 @@ ablations state come out, too.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from terrazzo.backbones._head import Head
-from terrazzo.backbones._layers import init_linear, on_maps, pixels_of_patches
+from terrazzo.backbones._layers import cells, init_linear, on_maps, pixels_of_patches
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._states import needed
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.kernels.exporting import is_exporting
 
@@ -36,13 +38,11 @@ HEAD_DIM = 32
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 
-def _cells(size: int, like: torch.Tensor) -> torch.Tensor:
-    """(GRID, size) weights whose product with a side of that length is its adaptive average pooling."""
-    cell = torch.arange(GRID, device=like.device)[:, None]
-    place = torch.arange(size, device=like.device)[None]
-    # floor(cell * size / GRID) <= place < ceil((cell + 1) * size / GRID), without a division.
-    inside = ((place + 1) * GRID > cell * size).to(like.dtype) * (place * GRID < (cell + 1) * size).to(like.dtype)
-    return inside / inside.sum(1, keepdim=True)
+@dataclass
+class Tokens:
+    """The state beside a map: global tokens (B, 49, C)."""
+
+    tokens: torch.Tensor | None = None
 
 
 def pool_to_grid(x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def pool_to_grid(x: torch.Tensor) -> torch.Tensor:
     """
     if not is_exporting():
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), GRID).flatten(2).transpose(1, 2)
-    rows, columns = (_cells(size, x) for size in x.shape[1:3])
+    rows, columns = (cells(GRID, size, x) for size in x.shape[1:3])
     x = columns @ x  # B H GRID C
     return (rows @ x.flatten(2)).unflatten(2, (GRID, -1)).flatten(1, 2)
 
@@ -103,8 +103,7 @@ class MixMlp(nn.Module):
 
 
 class PositionAwareTokens(nn.Module):
-    """The global half of a block: (B, H, W, C) and global tokens (B, 49, C) to what each position is told, and new
-    tokens.
+    """The global half of a block: (B, H, W, C) to what each position is told, and new global tokens in the state.
 
     Source: arXiv 2309.12424, section 3.1, the position-aware token module, and section 3.2.
     """
@@ -120,12 +119,12 @@ class PositionAwareTokens(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
 
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, state: Tokens) -> torch.Tensor:
         grid = pool_to_grid(on_maps(x, *self.halvings))
         aggregated = attend(*self.qkv(grid).chunk(3, -1))
-        tokens = self.alpha * tokens + (1 - self.alpha) * self.mlp(self.norm(aggregated))
-        told = attend(self.q(x).flatten(1, 2), *self.kv(tokens).chunk(2, -1))
-        return self.proj(told).view(x.shape), tokens
+        state.tokens = self.alpha * state.tokens + (1 - self.alpha) * self.mlp(self.norm(aggregated))
+        told = attend(self.q(x).flatten(1, 2), *self.kv(state.tokens).chunk(2, -1))
+        return self.proj(told).view(x.shape)
 
 
 class BiDimAttention(nn.Module):
@@ -154,7 +153,7 @@ class BiDimAttention(nn.Module):
 
 
 class DualTokenBlock(nn.Module):
-    """Local and global information, summed, then an FFN with bi-dimensional attention. The state is the tokens.
+    """Local and global information, summed, then an FFN with bi-dimensional attention. The state is `Tokens`.
 
     Source: arXiv 2309.12424, section 3.1 and figure 2.
     """
@@ -169,11 +168,11 @@ class DualTokenBlock(nn.Module):
         self.attn = BiDimAttention(dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
+        state = needed(state, self)
         x = x + self.drop_path(self.local(x))
-        told, tokens = self.glob(self.norm1(x), tokens)
-        x = x + self.drop_path(told)
-        return x + self.drop_path(self.attn(self.mlp(self.norm2(x)))), tokens
+        x = x + self.drop_path(self.glob(self.norm1(x), state))
+        return x + self.drop_path(self.attn(self.mlp(self.norm2(x))))
 
 
 class PatchMerging(nn.Module):
@@ -202,6 +201,21 @@ class TokenMerging(nn.Module):
         return self.proj(self.norm(x))
 
 
+class DualTokenStage(Stage):
+    """A stage that carries the global tokens into its width before its blocks."""
+
+    def __init__(self, blocks: Sequence[nn.Module], in_dim: int, dim: int, **factory):
+        super().__init__([], PatchMerging(in_dim, dim, **factory))
+        del self.blocks  # they come last: checkpoints of optimizers know parameters by their order
+        self.carry = TokenMerging(in_dim, dim, **factory)
+        self.blocks = nn.ModuleList(blocks)
+
+    def run(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+        state = needed(state, self)
+        state.tokens = self.carry(state.tokens)
+        return super().run(x, state)
+
+
 class Stem(nn.Module):
     """LightViT's stem of stride 8, (B, in_chans, H, W) to (B, H/8, W/8, C); it holds the global tokens, too."""
 
@@ -218,9 +232,14 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim, **factory)
         trunc_normal_(self.tokens, std=0.02)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
+        """Args:
+        state: `Tokens`, which is given a copy for each image; None for none.
+        """
         x = self.norm(self.proj(self.stem(x)).permute(0, 2, 3, 1))
-        return x, self.tokens.repeat(x.shape[0], 1, 1)
+        if state is not None:
+            state.tokens = self.tokens.repeat(x.shape[0], 1, 1)
+        return x
 
 
 class AllTokensHead(Head):
@@ -268,8 +287,7 @@ class DualTokenViT(Pyramid):
         for i, dim in enumerate(widths):
             halvings = len(widths) - 1 - i  # at 224 they end at 7x7
             blocks = [DualTokenBlock(dim, halvings, mix, mlp_ratios[i], rate, **factory) for rate in rates[i]]
-            merging = (PatchMerging, TokenMerging) if i > 0 else ()
-            stages.append(Stage(blocks, *(merge(widths[i - 1], dim, **factory) for merge in merging)))
+            stages.append(DualTokenStage(blocks, widths[i - 1], dim, **factory) if i > 0 else Stage(blocks))
         super().__init__(
             Stem(in_chans, widths[0], **factory),
             stages,
@@ -288,11 +306,12 @@ class DualTokenViT(Pyramid):
         self.head = AllTokensHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **factory)
         self.apply(init_linear)
 
-    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.stem(x)
+    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Tokens]:
+        state = Tokens()
+        return self.stem(x, state), state
 
-    def to_features(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        return self.neck(self.norm(torch.cat([state, x.flatten(1, 2)], 1)))
+    def to_features(self, x: torch.Tensor, state: Tokens) -> torch.Tensor:
+        return self.neck(self.norm(torch.cat([state.tokens, x.flatten(1, 2)], 1)))
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """As `Backbone`; the neck goes with the norm."""

@@ -19,8 +19,9 @@ no weight decay (the authors mark them, but with an attribute that timm does not
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import any_prefix, rename
@@ -49,12 +51,16 @@ class ConvBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-        return x + self.drop_path(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))), state
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
+        return x + self.drop_path(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
 
 
-class Kept(NamedTuple):
-    """What of the windows of a map is to come out: the first rows and columns, as many as the map has."""
+@dataclass
+class Kept:
+    """What of the windows of a map is to come out: the first rows and columns, as many as the map has.
+
+    It is the state of a stage's blocks, beside windows.
+    """
 
     height: int
     width: int
@@ -84,19 +90,17 @@ class MambaVisionMixer(nn.Module):
         """What it makes of the kept positions of a window, of all of which it reads."""
         sides = x.shape[1:3]
         x = self.in_proj(x.flatten(1, 2))  # B L C
-        # As one convolution of an image of one row in channels_last: its channels are together, as they came.
-        taps = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]).unsqueeze(2)
-        x = F.conv2d(x.transpose(1, 2).unsqueeze(2), taps, padding=(0, 1), groups=x.shape[2]).squeeze(2).transpose(1, 2)
-        x, z = F.silu(x).chunk(2, -1)
+        x, z = F.silu(on_sequences(x, self.conv1d_x, self.conv1d_z)).chunk(2, -1)
         dt, B, C = self.x_proj(x).split([self.rank, self.states, self.states], -1)
+        delta, bias = step_sizes(self.dt_proj, dt, times=2)
         y = selective_scan(
             x.transpose(1, 2),
-            F.linear(dt, self.dt_proj.weight).transpose(1, 2),
+            delta.transpose(1, 2),
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             B.transpose(1, 2),
             C.transpose(1, 2),
             self.D,
-            delta_bias=2 * self.dt_proj.bias,
+            delta_bias=bias,
             delta_softplus=True,
         )
         return self.out_proj(torch.cat([y.transpose(1, 2), z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
@@ -138,15 +142,15 @@ class WindowBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, Kept]:
-        """Windows (B, h, w, C); what is to be kept of them is left to the last block."""
-        here = kept if self.last else Kept(*x.shape[1:3])
+    def forward(self, x: torch.Tensor, kept: Any = None) -> torch.Tensor:
+        """Windows (B, h, w, C); what is to be kept of them (`Kept`, None for all) is left to the last block."""
+        here = kept if kept is not None and self.last else Kept(*x.shape[1:3])
         update = self.mixer(self.norm1(x), here)
         x = x[:, : here.height, : here.width] + self.drop_path(
             update if self.gamma_1 is None else self.gamma_1 * update
         )
         update = self.mlp(self.norm2(x))
-        return x + self.drop_path(update if self.gamma_2 is None else self.gamma_2 * update), kept
+        return x + self.drop_path(update if self.gamma_2 is None else self.gamma_2 * update)
 
 
 class WindowStage(Stage):
@@ -162,14 +166,14 @@ class WindowStage(Stage):
         self.window_size = window_size
         self.fit_windows = fit_windows
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
         size = tuple(x.shape[1:3])
         sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in size]
         x = split_windows(x, sides)
         counts = x.shape[1:3]
-        x, _ = self.run(x.flatten(0, 2), Kept(*size))  # all windows of an image together
-        return join_windows(x.unflatten(0, (-1, *counts)), size).permute(0, 3, 1, 2), state
+        x = self.run(x.flatten(0, 2), Kept(*size))  # all windows of an image together
+        return join_windows(x.unflatten(0, (-1, *counts)), size).permute(0, 3, 1, 2)
 
 
 def _downsampler(dim: int, **factory) -> nn.Conv2d:

@@ -11,14 +11,15 @@ merged.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, finish, from_official, heads, project
+from terrazzo.backbones._bare import rows_of
+from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, from_official
+from terrazzo.backbones._reducible import attended, heads, widened
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
@@ -86,7 +87,9 @@ class Fusion(Reducer):
         """As `Reducer`; `r` is merged in place of the model's own number."""
         if r is None:
             r = self.r if self.training or self.r_eval is None else self.r_eval
-        return replace(super().begin(grid, prefix, depth, maps), r=r)
+        state = super().begin(grid, prefix, depth, maps)
+        state.r = r
+        return state
 
     def count(self, tokens: int, r: float, prefix: int = 1) -> int:
         """How many of `tokens`, those in front that are no patches included, are merged."""
@@ -103,26 +106,33 @@ class Fusion(Reducer):
             r = max(0, tokens - -(-(tokens - r) // self.multiple) * self.multiple)
         return r
 
-    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+    def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         r = self.count(x.shape[1], state.r, state.prefix) if state.depth in self.blocks else 0
         if r == 0:
             return super().forward(block, x, state)
         if self.criteria[1] == 0:
             merged, size, assignment = merge(x, self._plan(x, state, r), size=state.size)
-            return super().forward(block, merged, state.reduced(x, merged, assignment, size))
-        attn = block.attn
-        width = attn.num_heads * attn.head_dim
-        query, key = heads(attn, project(attn, block.norm1(x), slice(None, -width)))
-        importance, attended = attention(attn.q_norm(query), attn.k_norm(key), prop_bias(state.size))
-        weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
-        found = self._plan(x, state, r, importance)
-        merged, size, assignment = merge(x, found, weight, state.size)
-        state = state.reduced(x, merged, assignment, size)
+            state.reduced(x, merged, assignment, size)
+            return super().forward(block, merged, state)
+        merged = x
 
-        value = project(attn, block.norm1(merged), slice(-width, None))
-        (value,) = heads(attn, unmerge(value, assignment))
-        out, _, _ = merge(attended(value).transpose(1, 2).flatten(2), found, weight)
-        return finish(block, merged, out), state
+        def ahead(attn: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+            """Attention of the tokens as they were, which says what is merged, to the merged ones."""
+            nonlocal merged
+            width = attn.num_heads * attn.head_dim
+            query, key = heads(attn, rows_of(attn.qkv, normed, slice(None, -width)))
+            importance, attend = attention(attn.q_norm(query), attn.k_norm(key), prop_bias(state.size))
+            weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
+            found = self._plan(x, state, r, importance)
+            merged, size, assignment = merge(x, found, weight, state.size)
+            state.reduced(x, merged, assignment, size)
+
+            value = rows_of(attn.qkv, block.norm1(merged), slice(-width, None))
+            (value,) = heads(attn, unmerge(value, assignment))
+            return merge(attend(value).transpose(1, 2).flatten(2), found, weight)[0]
+
+        update = attended(block, x, ahead)
+        return widened(block, merged + update)
 
     def _plan(self, x: torch.Tensor, state: TokenState, r: int, importance: torch.Tensor | None = None) -> Plan:
         cells = self.cells_first and x.shape[1] == state.prefix + state.grid[0] * state.grid[1]

@@ -59,11 +59,11 @@ class SSConvSSMBlock(nn.Module):
         self.op = SS2D(dim // 2, 2.0, states, gated=True, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         left, right = x.chunk(2, -1)
         left = on_maps(left.contiguous(), *self.conv)
         right = self.drop_path(self.op(self.norm(right)))
-        return x + torch.stack((left, right), -1).flatten(-2), state
+        return x + torch.stack((left, right), -1).flatten(-2)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -18,7 +18,8 @@ bottom to whole patches, with the position embedding resized bicubically; the me
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,11 @@ from timm.layers import DropPath, SwiGLU, lecun_normal_, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._layers import PatchConv, initial_step_bias
+from terrazzo.backbones._layers import initial_step_bias, patch_conv, whole_patches
 from terrazzo.backbones._plain import Plain
+from terrazzo.backbones._states import become, needed
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import selective_scan
 from terrazzo.kernels.autocast import without_autocast
@@ -40,7 +43,8 @@ KERNEL = 4  # of the causal convolution
 DIRECTIONS = ("", "_b", "_c", "_c_b")  # the authors' suffixes: by rows, reversed, by columns, reversed
 
 
-class Grid(NamedTuple):
+@dataclass
+class Grid:
     """Where the pixels of a map (height, width) are in its sequence, by rows, with a token in the middle.
 
     The order is in the numbers of tensors, not in slices of sizes: tracing for symbolic sizes is many times faster.
@@ -50,10 +54,10 @@ class Grid(NamedTuple):
         rows: (L,), the way back.
     """
 
-    height: int
-    width: int
-    columns: torch.Tensor
-    rows: torch.Tensor
+    height: int = 0
+    width: int = 0
+    columns: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     @classmethod
     def of(cls, height: int, width: int, device: torch.device) -> "Grid":
@@ -91,35 +95,29 @@ def middle_token(x: torch.Tensor) -> torch.Tensor:
     return x[:, (x.shape[1] - 1) // 2]
 
 
-class CausalConv(nn.Conv1d):
-    """A depthwise convolution of (B, L, C) that sees a position and those before it."""
-
-    def __init__(self, dim: int, **factory):
-        super().__init__(dim, dim, KERNEL, groups=dim, **factory)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, (0, 0, KERNEL - 1, 0)).transpose(1, 2).unsqueeze(2)  # B C 1 L, in channels_last
-        x = F.conv2d(x, self.weight.unsqueeze(2), self.bias, groups=self.groups)
-        return x.squeeze(2).transpose(1, 2)
-
-
 class Scan(nn.Module):
     """What one direction has of its own: the convolution, and what the selective scan takes."""
 
     def __init__(self, dim: int, **factory):
         super().__init__()
         self.rank = math.ceil(dim / 16)
-        self.conv1d = CausalConv(dim, **factory)
+        self.conv1d = nn.Conv1d(dim, dim, KERNEL, groups=dim, **factory)
         self.x_proj = nn.Linear(dim, self.rank + 2 * STATE, bias=False, **factory)
         self.dt_proj = nn.Linear(self.rank, dim, **factory)
         self.A_log = nn.Parameter(torch.empty(dim, STATE, **factory))
         self.D = nn.Parameter(torch.empty(dim, **factory))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of a sequence (B, L, C) in scan order: u and delta (B, L, C), without its bias; B and C (B, L, STATE)."""
-        u = F.silu(self.conv1d(x))
+        """What the selective scan takes of a sequence (B, L, C) in scan order.
+
+        Returns:
+            u and delta (B, L, C), A (C, STATE), B and C (B, L, STATE), D (C,) and the bias of delta (C,).
+        """
+        u = F.silu(on_sequences(F.pad(x, (0, 0, KERNEL - 1, 0)), self.conv1d))
         delta, B, C = self.x_proj(u).split([self.rank, STATE, STATE], -1)
-        return u, F.linear(delta, self.dt_proj.weight), B, C
+        delta, bias = step_sizes(self.dt_proj, delta)
+        # All parameters are read in here, and none goes out itself: a sharded module has them only while it runs.
+        return u, delta, -torch.exp(self.A_log), B, C, self.D.clone(), bias
 
     def reset_parameters(self) -> None:
         """Mamba's: decays 1 to STATE, steps between 0.001 and 0.1 (arXiv 2312.00752, section 3.6)."""
@@ -143,11 +141,15 @@ class Mixer(nn.Module):
         self.scans = nn.ModuleList(Scan(dim, **factory) for _ in range(directions))
         self.out_proj = nn.Linear(dim, dim, bias=False, **factory)
 
-    def forward(self, x: torch.Tensor, grid: Grid | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
+        """Args:
+        grid: The `Grid` of the sequence; one direction needs none.
+        """
         x, gate = self.in_proj(x).chunk(2, -1)
         if len(self.scans) == 1:
             (y,) = self._scan([x])
         else:
+            grid = needed(grid, self)
             columns = x.index_select(1, grid.columns)
             row, row_back, column, column_back = self._scan([x, x.flip(1), columns, columns.flip(1)])
             y = row + row_back.flip(1) + (column + column_back.flip(1)).index_select(1, grid.rows)
@@ -155,15 +157,15 @@ class Mixer(nn.Module):
 
     def _scan(self, sequences: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The scans of sequences (B, L, C), each by a direction of its own, as groups of channels of one call."""
-        u, delta, B, C = zip(*(scan(x) for scan, x in zip(self.scans, sequences)))
+        u, delta, A, B, C, D, bias = zip(*(scan(x) for scan, x in zip(self.scans, sequences)))
         y = selective_scan(
             torch.cat(u, -1).transpose(1, 2),  # B directions*C L
             torch.cat(delta, -1).transpose(1, 2),
-            -torch.exp(torch.cat([scan.A_log for scan in self.scans])),
+            torch.cat(A),
             torch.stack(B, 1).transpose(2, 3),  # B directions STATE L
             torch.stack(C, 1).transpose(2, 3),
-            torch.cat([scan.D for scan in self.scans]),
-            delta_bias=torch.cat([scan.dt_proj.bias for scan in self.scans]),
+            torch.cat(D),
+            delta_bias=torch.cat(bias),
             delta_softplus=True,
         )
         return y.transpose(1, 2).chunk(len(self.scans), -1)
@@ -180,9 +182,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, dim * 8 // 3, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, grid: Grid | None = None) -> tuple[torch.Tensor, Grid | None]:
+    def forward(self, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
         x = x + self.drop_path(self.mixer(self.norm1(x), grid))
-        return x + self.drop_path(self.mlp(self.norm2(x))), grid
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def _cubic(side: int, size: int, like: torch.Tensor) -> torch.Tensor:
@@ -226,16 +228,21 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, img_size: int, **factory):
         super().__init__()
-        self.proj = PatchConv(in_chans, dim, patch_size, **factory)
+        self.patch_size = patch_size
+        self.proj = patch_conv(in_chans, dim, patch_size, **factory)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, math.ceil(img_size / patch_size) ** 2 + 1, dim, **factory))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Grid]:
-        x = self.proj(x)
-        grid = Grid.of(*x.shape[2:], x.device)
-        positions = resize_positions(without_token(self.pos_embed), (grid.height, grid.width))
+    def forward(self, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
+        """Args:
+        grid: A `Grid`, which becomes that of the patches; None for none.
+        """
+        x = self.proj(whole_patches(x, self.patch_size))
+        if grid is not None:
+            become(grid, Grid.of(*x.shape[2:], x.device))
+        positions = resize_positions(without_token(self.pos_embed), tuple(x.shape[2:]))
         token = self.cls_token + middle_token(self.pos_embed)
-        return with_token(x.flatten(2).transpose(1, 2) + positions, token.expand(x.shape[0], -1, -1)), grid
+        return with_token(x.flatten(2).transpose(1, 2) + positions, token.expand(x.shape[0], -1, -1))
 
     def reset_parameters(self) -> None:
         init_patches(self.proj)
@@ -316,7 +323,8 @@ class RoMA(Plain):
         self.stem.reset_parameters()
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Grid]:
-        return self.stem(x)
+        grid = Grid()
+        return self.stem(x, grid), grid
 
     def to_map(self, x: torch.Tensor, state: Grid) -> torch.Tensor:
         return without_token(x).unflatten(1, (state.height, state.width))

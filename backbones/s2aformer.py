@@ -22,7 +22,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from terrazzo.backbones._head import Head
-from terrazzo.backbones._layers import PatchConv, init_linear, on_maps
+from terrazzo.backbones._layers import init_linear, on_maps, patch_conv, whole_patches
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.kernels import strip_attention
@@ -39,6 +39,7 @@ class StripSelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, reduction: int, **factory):
         super().__init__()
         self.num_heads = num_heads
+        self.reduction = reduction
         self.q = nn.Linear(dim, num_heads, **factory)
         self.k = nn.Linear(dim, num_heads, **factory)  # its bias shifts all scores of a query alike: no effect
         self.v = nn.Linear(dim, dim, **factory)
@@ -46,11 +47,13 @@ class StripSelfAttention(nn.Module):
         self.reduce = None
         if reduction > 1:
             self.reduce = nn.Sequential()
-            self.reduce.conv = PatchConv(dim, dim, reduction, groups=dim, **factory)
+            self.reduce.conv = patch_conv(dim, dim, reduction, groups=dim, **factory)
             self.reduce.norm = nn.BatchNorm2d(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        reduced = x if self.reduce is None else on_maps(x, *self.reduce)
+        reduced = x
+        if self.reduce is not None:
+            reduced = self.reduce(whole_patches(x.permute(0, 3, 1, 2), self.reduction)).permute(0, 2, 3, 1)
         query, key, value = (layer(y).flatten(1, 2) for layer, y in ((self.q, x), (self.k, reduced), (self.v, reduced)))
         out = strip_attention(query, key, value.unflatten(-1, (self.num_heads, -1)))  # B N heads D
         return self.proj(out.reshape(x.shape))
@@ -87,11 +90,11 @@ class HybridPerceptionBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         x = x + on_maps(x, self.dwconv)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.lim(self.norm2(x)))
-        return x + self.drop_path(self.mlp(self.norm3(x))), state
+        return x + self.drop_path(self.mlp(self.norm3(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -99,11 +102,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **factory):
         super().__init__()
-        self.proj = PatchConv(in_dim, dim, 2, **factory)
+        self.proj = patch_conv(in_dim, dim, 2, **factory)
         self.norm = _norm_layer(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(on_maps(x, self.proj))
+        return self.norm(self.proj(whole_patches(x.permute(0, 3, 1, 2), 2)).permute(0, 2, 3, 1))
 
 
 class Stem(nn.Module):
@@ -140,7 +143,7 @@ class ConvHead(Head):
         """As timm's. Without classes and pooling nothing of a head is wanted: the convolution goes, too, for good."""
         if num_classes == 0 and pool_type == "":
             self.proj = self.norm = self.act = nn.Identity()
-        if isinstance(self.proj, nn.Linear):
+        if not isinstance(self.proj, nn.Identity):
             self.in_features = self.hidden
         super().reset(num_classes, pool_type, **factory)
 

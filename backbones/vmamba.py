@@ -58,11 +58,11 @@ class VSSBlock(nn.Module):
             self.mlp = Mlp(dim, 4 * dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+    def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         x = x + self.drop_path(self.op(self.norm(x)))
         if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x, state
+        return x
 
 
 class VMamba(Pyramid):

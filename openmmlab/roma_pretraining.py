@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from terrazzo.backbones._layers import PatchConv
+from terrazzo.backbones._layers import patch_conv, whole_patches
 from terrazzo.backbones.roma import Block, RoMA, init_blocks, init_patches
 from terrazzo.errors import InputError
 from terrazzo.openmmlab._timm import create_model
@@ -36,12 +36,13 @@ class PatchStem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, img_size: int):
         super().__init__()
-        self.proj = PatchConv(in_chans, dim, patch_size)
+        self.patch_size = patch_size
+        self.proj = patch_conv(in_chans, dim, patch_size)
         self.register_buffer("pos_embed", sines(img_size // patch_size, dim).flatten(1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, img_size, img_size) to (B, H, W, C)."""
-        x = self.proj(x).permute(0, 2, 3, 1)
+        x = self.proj(whole_patches(x, self.patch_size)).permute(0, 2, 3, 1)
         return x + self.pos_embed.view(1, *x.shape[1:])
 
 
@@ -207,7 +208,7 @@ class RoMAPretraining(BaseModel):
         x = in_clusters(x, self.cluster)[:, : -(self.cluster**2)]
         taps = []
         for i, block in enumerate(self.backbone.blocks):
-            x, _ = block(x)
+            x = block(x)
             taps += [norm(x) for tap, norm in zip(self.taps, self.tap_norms) if tap == i]
         return self.to_decoder(torch.cat(taps, -1)).unflatten(-1, (-1, LEVELS))
 

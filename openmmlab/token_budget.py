@@ -130,7 +130,7 @@ class TokenBudget:
         x, state = backbone.begin(inputs, maps=backbone.head.of_positions)
         tokens = []
         for block in backbone.blocks:
-            x, state = backbone.run_unit(block, x, state)
+            x = backbone.run_unit(block, x, state)
             tokens.append(x.shape[1] if state.keep is None else state.keep.sum(1))
         patches = state.grid[0] * state.grid[1]
         full = cost(backbone, state.grid, [patches] * len(tokens))

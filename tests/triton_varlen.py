@@ -144,7 +144,7 @@ def model(device="cpu"):
             results.append([*maps, out, *torch.autograd.grad(out.square().sum(), parameters)])
     x, state = net.begin(image)
     for block in net.blocks:
-        x, state = net.run_unit(block, x, state)
+        x = net.run_unit(block, x, state)
     assert len(set(state.lengths)) > 1, "all images keep the same number: nothing is shown"
     return max(((a - b).norm() / a.norm().clamp(min=1e-4)).item() for a, b in zip(*results))
 

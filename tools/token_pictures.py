@@ -62,8 +62,8 @@ class TokenWatch:
         """Of the first of the last images that were seen; the first stage has all tokens."""
         images, found = self.images[:1], []
 
-        def note(reducer: Reducer, arguments: tuple, output: tuple) -> None:
-            _, state = output
+        def note(reducer: Reducer, arguments: tuple, output: torch.Tensor) -> None:
+            state = arguments[2]
             tokens = reducer.assignment(state)
             if tokens is None:
                 of = np.arange(state.grid[0] * state.grid[1])

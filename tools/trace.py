@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import nn
@@ -112,17 +113,21 @@ def trace(model: nn.Module, size: int | tuple[int, int], in_chans: int = 3, batc
 def _layers(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
     """Name and class of the modules that are running inside of the `with` block, innermost last."""
     running = []
-    hooks = []
-    for name, module in model.named_modules():
-        entry = (name, type(module).__name__)
-        hooks.append(module.register_forward_pre_hook(lambda *_, entry=entry: running.append(entry)))
-        # What such a hook returns, unless it is None, would take the place of the module's output.
-        hooks.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
-    try:
+    names = {module: (name, type(module).__name__) for name, module in model.named_modules()}
+    call = nn.Module.__call__
+
+    def named(module: nn.Module, *args: object, **kwargs: object) -> object:
+        if module not in names:
+            return call(module, *args, **kwargs)
+        running.append(names[module])
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            running.pop()
+
+    # No hooks: a layer that has one may cost more (`terrazzo.backbones._bare`), and what it costs is asked for.
+    with mock.patch.object(nn.Module, "__call__", named):
         yield running
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Recorder(TorchDispatchMode):

@@ -44,7 +44,7 @@ def kept(model, x):
     x, state = model.begin(x)
     found = []
     for block in model.blocks:
-        x, state = model.run_unit(block, x, state)
+        x = model.run_unit(block, x, state)
         if state.depth - 1 in model.reducer.blocks:
             if state.lengths is not None:
                 whole = state.full.shape[0] // len(state.lengths)
@@ -184,7 +184,7 @@ class TestPruning:
                     score = state.score.flatten()[1:].sort(descending=True).values
                     count = (40, 20, 10)[stage]
                     packed.reducer.thresholds[stage].fill_(((score[count - 1] + score[count]) / 2).item())
-                x, state = packed.run_unit(block, x, state)
+                x = packed.run_unit(block, x, state)
             torch.testing.assert_close(packed(images[:1]), model(images[:1]), rtol=0, atol=1e-10)
 
     def test_thresholds_learn(self, images):
@@ -193,12 +193,12 @@ class TestPruning:
         with torch.no_grad():
             flat, other = model.begin(images)
             for block in model.blocks[:4]:
-                flat, other = model.run_unit(block, flat, other)
+                flat = model.run_unit(block, flat, other)
             near = other.score[:, 1:].flatten().sort().values[200]
             model.reducer.thresholds[0].fill_(near + 1e-5)
         x, state = model.begin(images)
         for block in model.blocks[:5]:
-            x, state = model.run_unit(block, x, state)
+            x = model.run_unit(block, x, state)
         assert set(state.keep.detach().round(decimals=6).unique().tolist()) == {0.0, 1.0}
         state.keep.sum().backward()
         assert model.reducer.thresholds[0].grad < 0
@@ -281,7 +281,7 @@ class TestLVViT:
         assert any(0 < len(row) < 80 for row in sets)
         whole, state = model.begin(images)
         for block in model.blocks:
-            whole, state = model.run_unit(block, whole, state)
+            whole = model.run_unit(block, whole, state)
         tokens = model.norm(model.reducer.restored(whole, state, "copy"))
         for i, row in enumerate(sets):
             patches = tokens[i, 1:][row] if row else tokens[i, :1]

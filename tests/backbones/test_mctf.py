@@ -1,7 +1,5 @@
 """MCTF: the contract, official weights, the plain ViT underneath, and maps of every position."""
 
-from dataclasses import replace
-
 import pytest
 import timm
 import torch
@@ -107,10 +105,11 @@ class TestOfficial:
         fusion = mctf.Fusion((1,), r=4, criteria=(1, 0, 40))
         x = image((64, 64)).double().flatten(1)[:, : 17 * 192].unflatten(1, (17, 192))
         size = torch.arange(1.0, 18).expand(len(x), -1).double() if sizes else None
-        state = replace(fusion.begin((4, 4), 1, 1, maps=False), size=size)
-        found, after = fusion(block, x, state)
+        state = fusion.begin((4, 4), 1, 1, maps=False)
+        state.size = size
+        found = fusion(block, x, state)
         merged, wanted, _ = merge(x, plan(x, r=4, size=size, criteria=(1, 0, 40), bidirectional=True), size, size)
-        torch.testing.assert_close(after.size, wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(state.size, wanted, rtol=0, atol=1e-12)
         mask = wanted.log()[:, None, None]
         torch.testing.assert_close(found, block(merged, attn_mask=mask), rtol=0, atol=1e-12)
         deit.float()
@@ -187,7 +186,8 @@ def reduced(x, steps, blocks=lambda x: x, grid=(6, 4)):
         x = blocks(x)
         found = plan(x, r=r, size=state.size)
         merged, size, assignment = merge(x, found, size=state.size)
-        state, x = state.reduced(x, merged, assignment, size), merged
+        state.reduced(x, merged, assignment, size)
+        x = merged
     return blocks(x), state
 
 
@@ -247,11 +247,11 @@ class TestRestore:
             full = model.reducer.begin((6, 4), 1, 0, maps=True)
             wanted = x
             for block in model.blocks:
-                wanted, full = model.reducer(block, wanted, full)
+                wanted = model.reducer(block, wanted, full)
             found, state = reduced(x, (12,))
             assert state.size.tolist() == [[1, *[2] * 12]]
             for block in model.blocks:
-                found, state = model.reducer(block, found, state)
+                found = model.reducer(block, found, state)
             found = restored(found, state, mode)
         assert torch.allclose(found, wanted, rtol=0, atol=1e-10) == proportional
 
@@ -268,7 +268,7 @@ class TestRestore:
             assert not torch.allclose(late, other)
             tokens, state = without.begin(x)
             for block in without.blocks[:-1]:
-                tokens, state = without.run_unit(block, tokens, state)
+                tokens = without.run_unit(block, tokens, state)
             tokens = model.blocks[-1](restored(tokens, state, "delta"))
             wanted = model.norm11(tokens[:, 1:].unflatten(1, (8, 6))).permute(0, 3, 1, 2)
             torch.testing.assert_close(late, wanted)
@@ -279,7 +279,7 @@ class TestRestore:
         tokens, state = model.begin(image((256, 192)))
         with torch.no_grad():
             for block in model.blocks:
-                tokens, state = model.run_unit(block, tokens, state)
+                tokens = model.run_unit(block, tokens, state)
         first = state.levels[0].map[0, 1:].view(16, 12)
         cells = {(row // 2, column // 2) for row in range(16) for column in range(12)}
         corners = {int(first[2 * row, 2 * column]) for row, column in cells}

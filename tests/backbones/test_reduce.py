@@ -172,7 +172,7 @@ class TestPruning:
         model = self.pruned(vit)
         tokens, state = model._begin(x, maps=False)
         for block in model.blocks:
-            tokens, state = model._step(block, tokens, state)
+            tokens = block(tokens, state)
         kept = model.reducer.kept(state)
         assert kept[:, : model.num_prefix_tokens].all()
         assert len(set(kept.sum(1).tolist())) > 1, "all images keep the same number: nothing is shown"
@@ -197,7 +197,7 @@ class TestPruning:
         tokens, state = vit._begin(x, maps=False)
         parts = []
         for block in vit.blocks:
-            tokens, state = vit._step(block, tokens, state)
+            tokens = block(tokens, state)
             if state.depth - 1 in vit.reducer.blocks:
                 parts.append((state.lengths[0] - vit.num_prefix_tokens + 0.5) / 196)
         for options, limit in ((dict(form="masked"), 1e-3), (dict(form="fixed", keep=parts), 1e-10)):

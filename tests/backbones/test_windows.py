@@ -31,7 +31,7 @@ def run(model, x, before=None):
     for i, block in enumerate(model.blocks):
         if before is not None:
             x = before(i, x, state)
-        x, state = model.run_unit(block, x, state)
+        x = model.run_unit(block, x, state)
     return x, state
 
 
@@ -89,9 +89,9 @@ def test_blocks_by_hand():
             wanted[:, rows, columns] = out[:, 1:].unflatten(1, part.shape[1:3])
             front = front + out[:, :1] * part.shape[1] * part.shape[2] / 91
     wanted = torch.cat([front, wanted.flatten(1, 2)], 1)
-    x, state = model.run_unit(model.blocks[0], x, state)
+    x = model.run_unit(model.blocks[0], x, state)
     torch.testing.assert_close(model.reducer.restored(x, state, "copy"), wanted, rtol=0, atol=1e-12)
-    x, state = model.run_unit(model.blocks[1], x, state)
+    x = model.run_unit(model.blocks[1], x, state)
     wanted = model.blocks[1](wanted)
     torch.testing.assert_close(model.reducer.restored(x, state, "copy"), wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(model.to_features(x, state), model.norm(wanted), rtol=0, atol=1e-12)
@@ -197,7 +197,7 @@ def test_half_precision():
     for layer in (model.blocks[0].attn.proj, model.blocks[0].mlp.fc2):
         layer.weight.zero_()
     front = x[:, :1] + model.blocks[0].attn.proj.bias + model.blocks[0].mlp.fc2.bias
-    x, state = model.run_unit(model.blocks[0], x, state)
+    x = model.run_unit(model.blocks[0], x, state)
     assert x.dtype == torch.bfloat16
     torch.testing.assert_close(x[:, :1], front, rtol=0.008, atol=0)
     assert model(image((320, 200)).bfloat16()).isfinite().all()

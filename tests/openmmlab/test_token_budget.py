@@ -1,7 +1,6 @@
 """AS-ViT's fine-tuning: costs, the terms of the loss by hand, the thresholds' gradient, and the teacher."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import timm
@@ -63,7 +62,7 @@ def between(model, x):
                 stage = model.reducer.blocks.index(state.depth)
                 at = len(scores) // 3 if stage == 0 else len(scores) // 2
                 model.reducer.thresholds[stage].fill_((scores[at] + scores[at + 1]) / 2)
-            tokens, state = model.run_unit(block, tokens, state)
+            tokens = model.run_unit(block, tokens, state)
 
 
 LABELS = torch.tensor([1, 0, 4])
@@ -110,7 +109,7 @@ def test_losses_by_hand(backbone, file):
         tokens, state = student.begin(x)
         keeps = []
         for block in student.blocks:
-            tokens, state = student.run_unit(block, tokens, state)
+            tokens = student.run_unit(block, tokens, state)
             keeps.append(torch.ones(3, tokens.shape[1]) if state.keep is None else state.keep)
         assert 0 < keeps[-1][:, 1:].sum() < keeps[2][:, 1:].sum() < keeps[0][:, 1:].sum()
         tokens = student.norm(tokens)
@@ -153,7 +152,7 @@ def test_the_thresholds_gradient(file, monkeypatch):
     pruning = model.backbone.reducer
     tokens, state = model.backbone.begin(x)
     for block in model.backbone.blocks[:2]:
-        tokens, state = model.backbone.run_unit(block, tokens, state)
+        tokens = model.backbone.run_unit(block, tokens, state)
     score = state.score.detach()
     with torch.no_grad():
         pruning.thresholds[0].fill_(score[:, 1:].flatten().sort().values[2] + 0.3 * TEMPERATURE)
@@ -168,7 +167,12 @@ def test_the_thresholds_gradient(file, monkeypatch):
     hard[:, 0] = 1
     assert 0 < hard[:, 1:].sum() < 8
     masks = [hard]
-    monkeypatch.setattr(Pruning, "_masked", lambda self, x, state, stage: (x, replace(state, keep=masks[0], full=x)))
+
+    def masked(self, x, state, stage):
+        state.keep, state.full = masks[0], x
+        return x
+
+    monkeypatch.setattr(Pruning, "_masked", masked)
     step, wanted, slope = 1e-6, 0.0, above.sigmoid() * (1 - above.sigmoid()) / TEMPERATURE
     with torch.no_grad():
         for i in range(2):

@@ -1,0 +1,73 @@
+"""Where a model may read a layer's weights past the layer: only where nobody would notice.
+
+Adapters, quantized layers, sharded parameters and hooks all act when a layer is called. So layers are called. A layer
+that is exactly PyTorch's own, with nothing attached, may be computed together with others, or in part.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as _everywhere
+from torch.utils.module_tracker import ModuleTracker
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
+
+
+def is_bare(*layers: nn.Module) -> bool:
+    """Whether calling these layers would be no more than computing with their weights."""
+    return not _all_are_watched() and all(_is_bare(layer) for layer in layers)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    if type(layer) not in _KINDS:  # an adapter around a layer, and a quantized, parametrized or sharded layer
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    weights = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
+    return "forward" not in layer.__dict__ and all(type(weight) in _TENSORS for weight in weights)
+
+
+def _all_are_watched() -> bool:
+    """Whether a hook of all modules is set, but for PyTorch's own that only notes which module runs, for counting."""
+    hooks = (
+        *_everywhere._global_forward_hooks.values(),
+        *_everywhere._global_forward_pre_hooks.values(),
+        *_everywhere._global_backward_hooks.values(),
+        *_everywhere._global_backward_pre_hooks.values(),
+    )
+    return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+
+
+def rows_of(linear: nn.Module, x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some of what a linear layer gives, (..., C) to (..., rows), at the cost of these rows if it is bare."""
+    if not is_bare(linear):
+        return linear(x)[..., rows]
+    return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
+def on_sequences(x: torch.Tensor, *convs: nn.Conv1d) -> torch.Tensor:
+    """Depthwise convolutions of one kind, each of its equal part of the channels: (B, L, C) to (B, L', C).
+
+    Bare layers are one convolution of an image of one row in channels_last, whose channels are together, as they came.
+    """
+    if not is_bare(*convs):
+        return torch.cat(
+            [conv(part).transpose(1, 2) for conv, part in zip(convs, x.transpose(1, 2).chunk(len(convs), 1))], -1
+        )
+    weight = torch.cat([conv.weight for conv in convs]).unsqueeze(2)
+    bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
+    x = F.conv2d(x.transpose(1, 2).unsqueeze(2), weight, bias, padding=(0, *convs[0].padding), groups=x.shape[2])
+    return x.squeeze(2).transpose(1, 2)
+
+
+def step_sizes(linear: nn.Module, x: torch.Tensor, times: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a linear layer gives, and a bias (D,) to be added to it: together with its own bias so many `times`.
+
+    A bare layer's bias is left to be added, so that a scan adds it in float32.
+    """
+    if is_bare(linear):
+        return F.linear(x, linear.weight), times * linear.bias
+    delta = times * linear(x / times)
+    return delta, delta.new_zeros(delta.shape[-1])
