@@ -94,7 +94,7 @@ def check_label_maps(
     if bad:
         raise InputError(f"the {source.split} label map {bad[0][0]}{and_more(len(bad))} {bad[0][1]}")
     for path, fact, picture in zip(maps, facts, pictures):
-        if picture is not None and picture.stored != (0, 0):
+        if picture is not None:
             _check_pair(source, path, fact, picture)
     return facts
 

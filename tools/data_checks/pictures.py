@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
+from terrazzo._pictures import orientation, read_picture, upright_size
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools.data_checks.remembered import look
 from terrazzo.tools.data_checks.source import Source, and_more, near
@@ -17,15 +18,13 @@ from terrazzo.tools.data_checks.source import Source, and_more, near
 _DECODED_FILES, _DECODED_BYTES = 4000, 512 << 20
 # An encoder's end mark lies this near to the end of the file, unless a camera has appended something.
 _TAIL_BYTES = 64 << 10
-_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+# The end mark of a format, by the two bytes that its files start with.
+_END_MARKS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 
 class PictureFacts(NamedTuple):
-    """What is known of a picture: its size as it is stored, EXIF's orientation (1 is upright), and what is wrong.
-
-    The size is 0 x 0 where only OpenCV reads the format.
-    """
+    """What is known of a picture: its size as it is stored, EXIF's orientation (1 is upright), and what is wrong."""
 
     width: int
     height: int
@@ -94,7 +93,7 @@ def check_pictures(source: Source, samples: Sequence[Sample]) -> list[PictureFac
         )
     upright = _reads_upright(source)
     for sample, fact in zip(samples, facts):
-        if sample.size is not None and fact.stored != (0, 0):
+        if sample.size is not None:
             _check_size(source, sample, fact if upright else fact._replace(orientation=1))
     return facts
 
@@ -110,49 +109,29 @@ def read_whole(path: Path) -> PictureFacts:
 
 
 def _examine(path: Path, whole: bool) -> PictureFacts:
-    width = height = 0
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            orientation = _orientation(image)
-            if whole or not _ends_well(path, image.format):
+        turn, size = orientation(path), upright_size(path)
+        if whole:
+            read_picture(path)
+        elif not _ends_well(path):
+            with Image.open(path) as image:
                 image.load()
-    except UnidentifiedImageError:
-        if path.stat().st_size == 0:
-            return PictureFacts(0, 0, 1, "is empty")
-        return PictureFacts(0, 0, 1, "" if _opencv_reads(path) else "is not in a picture format that can be read")
     except MemoryError:
         raise
+    except InputError as error:
+        return PictureFacts(0, 0, 1, str(error).removeprefix(f"picture {path} "))
     except Exception as error:  # decoders fail in every way on damaged files
-        return PictureFacts(width, height, 1, f"is damaged or cut short: {first_line(error)}")
-    return PictureFacts(width, height, orientation, "")
+        return PictureFacts(0, 0, 1, f"is damaged or cut short: {first_line(error)}")
+    return PictureFacts(*(size[::-1] if turn in _QUARTER_TURNS else size), turn, "")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation; what is none of its eight values means upright, as for every reader."""
-    exif = Image.Exif()
-    exif.load(image.info.get("exif", b""))  # `getexif` would decode a PNG
-    orientation = exif.get(ExifTags.Base.Orientation, 1)
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _ends_well(path: Path, kind: str | None) -> bool:
-    mark = _END_MARKS.get(kind)
-    if mark is None:
-        return True
+def _ends_well(path: Path) -> bool:
+    """Whether a JPEG or PNG has its end mark near its end, as it has unless it was cut short."""
     with path.open("rb") as file:
+        mark = _END_MARKS.get(file.read(2), b"")
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL_BYTES))
         return mark in file.read()
-
-
-def _opencv_reads(path: Path) -> bool:
-    """Whether OpenCV knows the format, as it does a few that Pillow does not; without OpenCV, no."""
-    try:
-        import cv2
-    except ImportError:
-        return False
-    return cv2.haveImageReader(str(path))
 
 
 def _is_small(paths: Sequence[Path]) -> bool:
