@@ -17,6 +17,10 @@ pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTor
 SLOW = pytest.mark.slow
 
 
+def slow(*values):
+    return pytest.param(*values, marks=SLOW)
+
+
 SHAPES = [*QUICK, *(pytest.param(*shape, marks=SLOW) for shape in LARGE)]
 
 
@@ -44,13 +48,20 @@ class TestInterpreted:
         """Cut as for bfloat16, computed in float32, so that nothing hides in its rounding."""
         check(interpreted("errors", size, kernel, dilation, half_blocks=True))
 
-    @pytest.mark.parametrize("dim", [12, 16, 24, 32, 40, 64, 96, 128])
-    @pytest.mark.parametrize("size", [(7, 7), (8, 9)])
+    @pytest.mark.parametrize(
+        ("dim", "size"),
+        # Powers of two and between, the least and the most; a map of one tile, and of several.
+        [(12, (8, 9)), (24, (7, 7)), (128, (8, 9))]
+        + [slow(dim, size) for dim in (12, 16, 24, 32, 40, 64, 96, 128) for size in ((7, 7), (8, 9))],
+    )
     def test_head_dims(self, interpreted, dim, size):
         check(interpreted("errors", size, 7, dim=dim))
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    @pytest.mark.parametrize(("size", "dilation"), [((7, 7), 1), ((10, 9), 1), ((14, 15), 2)])
+    @pytest.mark.parametrize(
+        ("dtype", "size", "dilation"),
+        [("bfloat16", (14, 15), 2), ("float16", (10, 9), 1)]
+        + [slow(x, *case) for x in ("bfloat16", "float16") for case in (((7, 7), 1), ((10, 9), 1), ((14, 15), 2))],
+    )
     def test_half_precision(self, interpreted, dtype, size, dilation):
         check(interpreted("errors", size, 7, dilation, dim=32, dtype=dtype))
 

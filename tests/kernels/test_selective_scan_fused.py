@@ -48,8 +48,13 @@ class TestInterpreted:
         """Few numbers, whose errors differ by luck: four times what is allowed elsewhere."""
         check(interpreted("triton_scan.errors", length=33, channels=1, states=states, leave=("z",)), times=4)
 
-    @pytest.mark.parametrize("split", [False, True])
-    @pytest.mark.parametrize(("height", "width"), [(5, 7), slow(7, 5), slow(1, 35), slow(35, 1), slow(11, 13)])
+    @pytest.mark.parametrize(
+        ("height", "width", "split"),
+        [
+            (5, 7, True),
+            *(slow(*map_, split) for map_ in ((5, 7), (7, 5), (1, 35), (35, 1), (11, 13)) for split in (0, 1)),
+        ],
+    )
     def test_orders(self, interpreted, height, width, split):
         """All four on maps that are not square, summed, one map for all scans."""
         options = dict(length=height * width, width=width, orders=(0, 1, 2, 3), channels=3, states=1, split=split)
@@ -59,7 +64,7 @@ class TestInterpreted:
     def test_any_scans(self, interpreted, orders):
         check(interpreted("triton_scan.errors", length=35, width=7, orders=orders, channels=4, states=2, batch=2))
 
-    @pytest.mark.parametrize("layout", ["packed", "sequences", "turned"])
+    @pytest.mark.parametrize("layout", [slow("packed"), "sequences", slow("turned")])
     @pytest.mark.parametrize("leave", [(), slow(("D",)), slow(("delta_bias",)), slow(("z", "D", "delta_bias"))])
     def test_layouts_and_what_is_left_out(self, interpreted, layout, leave):
         options = dict(length=10, channels=9, batch=2, layout=layout, leave=leave)
@@ -69,7 +74,7 @@ class TestInterpreted:
     def test_without_softplus(self, interpreted, split):
         check(interpreted("triton_scan.errors", length=40, channels=9, softplus=False, leave=("z",), split=split))
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
     @pytest.mark.parametrize(("merge", "split"), [(True, False), slow(False, True), slow(True, True)])
     def test_half_precision(self, interpreted, dtype, merge, split):
         options = dict(orders=(0, 3), width=4, length=36, channels=5, shared=merge, merge=merge, split=split, leave=())
