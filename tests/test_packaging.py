@@ -16,9 +16,9 @@ ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
     "necks": {"errors", "kernels", "backbones"},
-    "openmmlab": {"_files", "errors", "kernels", "backbones", "necks"},
+    "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "necks"},
     "configs": {"openmmlab"},
-    "tools": {"_files", "errors", "_version", "kernels", "backbones", "necks", "openmmlab"},
+    "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "necks", "openmmlab"},
 }
 # Packages that a layer must not import at the top of a module.
 FOREIGN = {

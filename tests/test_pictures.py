@@ -104,6 +104,13 @@ def test_every_depth_shows_one_scene(tmp_path, name):
     assert np.abs(found - GREY[..., None]).max() <= (2 if name == "jpg" else 1)
 
 
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
+    """Its type tells the range, whatever its values are; some readers of Pillow give 32-bit integers all the same."""
+    for suffix, values in (("png", WIDE), ("tif", WIDE), ("pgm", WIDE.astype(np.int32))):
+        path = saved(values >> 8, tmp_path / f"dark.{suffix}")
+        assert np.asarray(read_picture(path)).max() == 0, suffix
+
+
 @pytest.mark.filterwarnings("ignore::terrazzo._pictures.PictureWarning")
 def test_files_that_pillow_does_not_write():
     """Samples of 12 bits, and wide ones of which 0 is white."""
