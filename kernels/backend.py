@@ -1,16 +1,18 @@
 """Which form of an operator runs: asked for by name, by context, by environment, or chosen.
 
 The order of precedence is the operator's own `backend=` argument (unless "auto"), the innermost `use_backend`, the
-environment variable TERRAZZO_BACKEND, and then "auto": the first of fused, portable, reference that can run.
+environment variable TERRAZZO_BACKEND (unless empty), and then "auto": the first of fused, portable, reference that can
+run. In forward mode and within transforms of `torch.func` that is a form of standard operations, see `opaque`.
 """
 
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from terrazzo.errors import BackendError, InputError
+from terrazzo.kernels.opaque import MORE, needs_more
 
 BACKENDS = ("auto", "fused", "portable", "reference")
 ENVIRONMENT = "TERRAZZO_BACKEND"
@@ -32,14 +34,18 @@ class Choice:
         return self.name not in self.reasons
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, asked_by: str = "") -> str:
     """Return `name` if it is a backend.
+
+    Args:
+        asked_by: Who gave the name, where the caller did not.
 
     Raises:
         InputError: It is not one of `BACKENDS`.
     """
     if name not in BACKENDS:
-        raise InputError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+        by = f", asked for by {asked_by}," if asked_by else ""
+        raise InputError(f"backend {name!r}{by} is not one of {', '.join(BACKENDS)}")
     return name
 
 
@@ -72,8 +78,8 @@ def consider(requested: str, refusals: Mapping[str, str], discouraged: Mapping[s
     if requested == "auto":
         requested, asked_by = _context.get(), "use_backend"
     if requested == "auto":
-        requested, asked_by = os.environ.get(ENVIRONMENT, "auto"), f"the environment variable {ENVIRONMENT}"
-    check_name(requested)
+        requested, asked_by = os.environ.get(ENVIRONMENT) or "auto", f"the environment variable {ENVIRONMENT}"
+    check_name(requested, asked_by)
     if requested == "auto":
         refusals = {**(discouraged or {}), **refusals}
         name = next(name for name in BACKENDS[1:] if name not in refusals)
@@ -82,14 +88,23 @@ def consider(requested: str, refusals: Mapping[str, str], discouraged: Mapping[s
 
 
 def choose(
-    operator: str, requested: str, refusals: Mapping[str, str], discouraged: Mapping[str, str] | None = None
+    operator: str,
+    requested: str,
+    refusals: Mapping[str, str],
+    discouraged: Mapping[str, str] | None = None,
+    opaque: Sequence[str] = (),
 ) -> Choice:
     """Pick the backend of one call; see `consider`.
+
+    Args:
+        opaque: The backends that are an opaque op, and so cannot run a call that needs more derivatives than that has.
 
     Raises:
         BackendError: A backend was asked for by name and is among the refusals.
         InputError: The name asked for is not one of `BACKENDS`.
     """
+    if needs_more():
+        refusals = {**dict.fromkeys(opaque, MORE), **refusals}
     choice = consider(requested, refusals, discouraged)
     if not choice.runs:
         raise BackendError(

@@ -9,6 +9,7 @@ on the meta device; numbers for the representatives, and under `-m slow` for eve
 what tests/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
 A family whose authors published no weights, `reconstructed = True`, names none and says so, in its docstring, its
 configurations and its card. `untrained` are variants that alone have no weights.
+`cut_gradient`: some of what the family computes has no gradient by its definition, so that none is the slope.
 `shallow` holds, by representative, arguments that leave a block of each kind, for what takes minutes to compile or
 export.
 """
@@ -28,6 +29,7 @@ from capabilities import CapabilityContract
 from seeded import build, image
 from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters, group_with_matcher
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import terrazzo
 from terrazzo.backbones._weights import RECONSTRUCTED
@@ -50,6 +52,7 @@ class BackboneContract(CapabilityContract):
     costs: dict[str, tuple[int, float]] = {}
     reconstructed = False
     untrained: tuple[str, ...] = ()
+    cut_gradient = False
 
     def pytest_generate_tests(self, metafunc):
         if "variant" in metafunc.fixturenames:
@@ -165,6 +168,34 @@ class BackboneContract(CapabilityContract):
         model = build(name)
         x = image((64, 96), batch=3)
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
+
+    def test_empty_batch(self, example):
+        """No image gives no output, and no gradient."""
+        model, x = self.shallow_model(example), torch.empty(0, 3, 64, 64)
+        out, grads = output_and_gradients(lambda x: model(x).sum(0), model, x)
+        assert model(x).shape == (0, model.num_classes)
+        assert not any(grad.any() for grad in (out, *grads.values()))
+        arguments = dict(features_only=True, out_indices=(0,), **self.shallow.get(example, {}))
+        features = timm.create_model(example, **arguments).eval()
+        full = features(torch.zeros(1, 3, 64, 64))
+        assert [found.shape for found in features(x)] == [(0, *wanted.shape[1:]) for wanted in full]
+
+    def test_forward_mode(self, example):
+        """Tangents are the slopes of the output, and agree with the gradient of reverse mode."""
+        model = self.shallow_model(example).double()
+        generator = torch.Generator().manual_seed(2)
+        x = image((32, 32)).double()
+        tangent = torch.randn(x.shape, dtype=x.dtype, generator=generator)
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's own attention kernels have no forward mode
+            out, found = torch.func.jvp(model, (x,), (tangent,))
+        weight = torch.randn(out.shape, dtype=x.dtype, generator=generator)
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x), x, weight)
+        torch.testing.assert_close((found * weight).sum(), (gradient * tangent).sum(), rtol=1e-8, atol=0)
+        if not self.cut_gradient:
+            with torch.no_grad():
+                slope = (model(x + 1e-6 * tangent) - model(x - 1e-6 * tangent)) / 2e-6
+            torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-5 * float(slope.abs().max()))
 
     def test_intermediates_agree(self, name):
         model = build(name)

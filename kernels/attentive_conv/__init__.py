@@ -3,6 +3,7 @@
 import torch
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import arguments
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.attentive_conv import op
 from terrazzo.kernels.attentive_conv.op import describe
@@ -14,10 +15,13 @@ _SIDES = (3, 5, 7, 9)
 
 def _check(x, value, weight, bias, mixing, mixing_bias, inhibition) -> None:
     """Raise `InputError` for what the definition does not allow."""
+    given = {"x": x, "value": value, "weight": weight, "bias": bias, "mixing": mixing, "mixing_bias": mixing_bias}
+    arguments.check_tensors({**given, "inhibition": inhibition})
     if x.dim() != 4 or x.shape != value.shape:
         raise InputError(f"x and value must have one shape (B, C, H, W), got {tuple(x.shape)} and {tuple(value.shape)}")
-    if not (x.is_floating_point() and value.is_floating_point()):
-        raise InputError(f"x and value must have floating dtypes, got {x.dtype} and {value.dtype}")
+    # Not where calls are traced: an open size would be told from 0.
+    if not torch.compiler.is_compiling() and arguments.any_empty(*value.shape[1:]):
+        raise InputError(f"x and value must have at least one channel and one position, got {tuple(value.shape)}")
     channels, taps = value.shape[1], mixing.shape[0] if mixing.dim() else 0
     if not any(taps == side * side for side in _SIDES):  # no square root: the number may be symbolic
         raise InputError(f"mixing must have a row for each tap of a kernel (9, 25, 49 or 81), got {taps}")
@@ -50,7 +54,7 @@ def attentive_conv(
     Beyond the map is zero.
 
     Args:
-        x, value: (B, C, H, W), any strides; fastest with channels last, as the result is.
+        x, value: (B, C, H, W), any strides, B may be 0; fastest with channels last, as the result is.
         weight, bias: (C, C) and (C,), the projection of `x`.
         mixing, mixing_bias: (K * K, K * K) and (K * K,), the linear map; kernel K is 3, 5, 7 or 9, its taps in rows.
         inhibition: (C,), a logit.

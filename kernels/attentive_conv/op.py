@@ -5,9 +5,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels import triton_host
+from terrazzo.kernels import opaque, triton_host
 from terrazzo.kernels.attentive_conv import fused, portable, reference
 from terrazzo.kernels.autocast import without_autocast
 from terrazzo.kernels.call import Call
@@ -25,7 +24,7 @@ def _refusals(device: torch.device, dtype: torch.dtype, taps: int) -> tuple[dict
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, taps: int) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("attentive_conv", backend, *_refusals(device, dtype, taps))
+    return _backend.choose("attentive_conv", backend, *_refusals(device, dtype, taps), opaque=("fused", "portable"))
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, taps: int) -> str:
@@ -36,7 +35,13 @@ def _chosen(backend: str, device: torch.device, dtype: torch.dtype, taps: int) -
 _chosen._dynamo_marked_constant = True
 
 
-@torch.library.custom_op("terrazzo::attentive_conv", mutates_args=())
+def _fake(x, value, weight, bias, mixing, mixing_bias, inhibition, backend):
+    shape = (value.shape[0], mixing.shape[0], value.shape[1])
+    path = (x.new_empty(shape, dtype=portable.path_dtype(x)) for _ in range(3))
+    return _empty_map(value, value.dtype), *path
+
+
+@opaque.op("terrazzo::attentive_conv", _fake)
 def _forward(
     x: torch.Tensor,
     value: torch.Tensor,
@@ -48,8 +53,6 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, channels last, and (B, taps, C) each: the bins' means, these projected, the kernels."""
-    if value.numel() == 0:  # not where calls are traced: an open size would be told from 0
-        raise InputError(f"x and value must have at least one position of one sample, got {tuple(value.shape)}")
     form = fused if backend == "fused" else portable
     with without_autocast(value):  # it would round the means and the kernels
         return form.forward(x, value, weight, bias, mixing, mixing_bias, inhibition)
@@ -61,14 +64,12 @@ def _empty_map(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return like.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
-@_forward.register_fake
-def _(x, value, weight, bias, mixing, mixing_bias, inhibition, backend):
-    shape = (value.shape[0], mixing.shape[0], value.shape[1])
-    path = (x.new_empty(shape, dtype=portable.path_dtype(x)) for _ in range(3))
-    return _empty_map(value, value.dtype), *path
+def _fake_gradients(grad, value, pooled, projected, kernels, weight, mixing, mixing_bias, inhibition, x_dtype, backend):
+    like = (weight, weight[0], mixing, mixing_bias, inhibition)
+    return _empty_map(value, x_dtype), _empty_map(value, value.dtype), *(x.new_empty(x.shape) for x in like)
 
 
-@torch.library.custom_op("terrazzo::attentive_conv_backward", mutates_args=())
+@opaque.op("terrazzo::attentive_conv_backward", _fake_gradients)
 def _backward(
     grad: torch.Tensor,
     value: torch.Tensor,
@@ -91,12 +92,6 @@ def _backward(
     return grad_x, grad_value, *(x.to(own.dtype).contiguous() for x, own in zip(others, like))
 
 
-@_backward.register_fake
-def _(grad, value, pooled, projected, kernels, weight, mixing, mixing_bias, inhibition, x_dtype, backend):
-    like = (weight, weight[0], mixing, mixing_bias, inhibition)
-    return _empty_map(value, x_dtype), _empty_map(value, value.dtype), *(x.new_empty(x.shape) for x in like)
-
-
 def _setup_context(ctx, inputs, output):
     x, value, weight, _, mixing, mixing_bias, inhibition, ctx.backend = inputs
     _, pooled, projected, kernels = output
@@ -109,7 +104,7 @@ def _autograd(ctx, grad, *_):
     return *_backward(grad, *ctx.saved_tensors, ctx.x_dtype, ctx.backend), None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 @register_flop_formula(torch.ops.terrazzo.attentive_conv)

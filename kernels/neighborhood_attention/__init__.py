@@ -3,6 +3,7 @@
 import torch
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import arguments
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.neighborhood_attention import fused, op
 from terrazzo.kernels.neighborhood_attention.op import describe
@@ -10,11 +11,20 @@ from terrazzo.kernels.neighborhood_attention.op import describe
 __all__ = ["describe", "neighborhood_attention", "why"]
 
 
-def _per_axis(value: int | tuple[int, ...] | list[int], name: str, axes: int) -> tuple[int, ...]:
+def _per_axis(value: int | tuple[int, ...] | list[int], name: str, axes: int, least: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
-    if len(values) != axes or not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+    if len(values) != axes:
         raise InputError(f"{name} must be an int or {axes} ints for a {axes}-D input, got {value!r}")
-    return values
+    return tuple(arguments.whole(item, name, least) for item in values)
+
+
+def _hint(query: torch.Tensor, kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> str:
+    """What to do where the sizes would fit if the heads came in front, as older versions of NATTEN had them."""
+    axes = len(kernel_size)
+    if any(length < kernel * step for length, kernel, step in zip(query.shape[2:-1], kernel_size, dilation)):
+        return ""
+    order = (0, *range(2, 2 + axes), 1, 2 + axes)
+    return f"; if axis 1 holds the heads, as in older versions of NATTEN, pass x.permute{order} of each"
 
 
 def _check(query, key, value, kernel_size, dilation, rpb) -> None:
@@ -22,28 +32,23 @@ def _check(query, key, value, kernel_size, dilation, rpb) -> None:
     if not query.shape == key.shape == value.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise InputError(f"query, key and value must have one shape, got {shapes}")
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise InputError(
-            f"query, key and value must have one floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
-        )
+    arguments.check_one_dtype(query=query, key=key, value=value)
+    if arguments.any_empty(*query.shape[-2:]):
+        raise InputError(f"there must be at least 1 head and a head_dim of at least 1, got {tuple(query.shape)}")
     for axis, (length, kernel, step) in enumerate(zip(query.shape[1:-2], kernel_size, dilation)):
-        if kernel < 2:
-            raise InputError(f"kernel_size must be at least 2, got {kernel} on axis {axis}")
-        if step < 1:
-            raise InputError(f"dilation must be at least 1, got {step} on axis {axis}")
         if length < kernel * step:
             raise InputError(
                 f"axis {axis} has {length} positions, fewer than kernel_size x dilation = {kernel} x {step} = "
                 f"{kernel * step}; pad the map to {kernel * step} before projecting it"
+                + _hint(query, kernel_size, dilation)
             )
     if rpb is not None:
         expected = (query.shape[-2], *(2 * kernel - 1 for kernel in kernel_size))
         if tuple(rpb.shape) != expected:
             raise InputError(
                 f"rpb must have shape (heads, 2 * kernel_size - 1, ...) = {expected}, got {tuple(rpb.shape)}"
+                + (_hint(query, kernel_size, dilation) if rpb.dim() and rpb.shape[0] == query.shape[1] else "")
             )
-        if not rpb.is_floating_point():
-            raise InputError(f"rpb must have a floating dtype, got {rpb.dtype}")
 
 
 def neighborhood_attention(
@@ -80,16 +85,17 @@ def neighborhood_attention(
     Source: Neighborhood Attention Transformer, arXiv 2204.07143, section 3.1; Dilated Neighborhood Attention
     Transformer, arXiv 2209.15001, section 3. The bias is outside of the scaling, as in the authors' code.
     """
+    arguments.check_tensors({"query": query, "key": key, "value": value}, rpb=rpb)
     axes = query.dim() - 3
     if axes not in (1, 2):
         raise InputError(
             f"query must be (B, H, W, heads, head_dim) or (B, L, heads, head_dim), got {tuple(query.shape)}"
         )
-    kernel_size = _per_axis(kernel_size, "kernel_size", axes)
-    dilation = _per_axis(dilation, "dilation", axes)
+    kernel_size = _per_axis(kernel_size, "kernel_size", axes, 2)
+    dilation = _per_axis(dilation, "dilation", axes, 1)
     _check(query, key, value, kernel_size, dilation, rpb)
     _backend.check_name(backend)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else arguments.finite(scale, "scale")
     if axes == 1:  # a sequence is a map of one row
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         rpb = None if rpb is None else rpb.unsqueeze(1)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels import triton_host
+from terrazzo.kernels import opaque, triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.exporting import is_exporting, is_open
 from terrazzo.kernels.neighborhood_attention import fused, portable, reference, strided
@@ -19,7 +19,9 @@ def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("neighborhood_attention", backend, *_refusals(device, dtype, head_dim_fits))
+    return _backend.choose(
+        "neighborhood_attention", backend, *_refusals(device, dtype, head_dim_fits), opaque=("fused", "portable")
+    )
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -38,7 +40,14 @@ def _name(backend: str, query: torch.Tensor) -> str:
     return choose(backend, query.device, query.dtype, fused.HEAD_DIM.fits(query.shape[-1])).name
 
 
-@torch.library.custom_op("terrazzo::neighborhood_attention", mutates_args=())
+def _fake(query, key, value, rpb, kernel_size, dilation, scale, backend):
+    batch, height, width, heads, _ = query.shape
+    rows = (batch, heads, height, width) if _name(backend, query) == "fused" else (0,)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty(rows, dtype=torch.float32)
+
+
+@opaque.op("terrazzo::neighborhood_attention", _fake)
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -61,15 +70,12 @@ def _forward(
     return out.contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
-@_forward.register_fake
-def _(query, key, value, rpb, kernel_size, dilation, scale, backend):
-    batch, height, width, heads, _ = query.shape
-    rows = (batch, heads, height, width) if _name(backend, query) == "fused" else (0,)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    return out, query.new_empty(rows, dtype=torch.float32)
+def _fake_gradients(grad, query, key, value, rpb, out, lse, kernel_size, dilation, scale, backend):
+    like = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3)]
+    return *like, query.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
 
 
-@torch.library.custom_op("terrazzo::neighborhood_attention_backward", mutates_args=())
+@opaque.op("terrazzo::neighborhood_attention_backward", _fake_gradients)
 def _backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -92,12 +98,6 @@ def _backward(
     return *(x.contiguous() for x in grads[:3]), query.new_empty(0) if rpb is None else grads[3].contiguous()
 
 
-@_backward.register_fake
-def _(grad, query, key, value, rpb, out, lse, kernel_size, dilation, scale, backend):
-    like = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3)]
-    return *like, query.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
-
-
 def _setup_context(ctx, inputs, output):
     query, key, value, rpb, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend = inputs
     out, lse = output
@@ -114,7 +114,7 @@ def _autograd(ctx, grad, _):
     return *grads[:3], None if rpb is None else grads[3], None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 @register_flop_formula(torch.ops.terrazzo.neighborhood_attention)

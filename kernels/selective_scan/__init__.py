@@ -3,22 +3,18 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import arguments
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.selective_scan import op
 from terrazzo.kernels.selective_scan.exported import without_loops
 from terrazzo.kernels.selective_scan.op import describe
 from terrazzo.kernels.selective_scan.orders import BOTH, CROSS, codes
-from terrazzo.kernels.selective_scan.scans import Scans
+from terrazzo.kernels.selective_scan.scans import Scans, accumulator
 
 __all__ = ["BOTH", "CROSS", "describe", "selective_scan", "selective_scan_2d", "why", "without_loops"]
-
-
-def _check_floating(**tensors: torch.Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise InputError(f"{name} must be real numbers, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def _check_shape(name: str, tensor: torch.Tensor | None, *wanted: tuple[int, ...]) -> None:
@@ -38,7 +34,8 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+    return_last_state: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The scan along a sequence, with the interface of mamba_ssm's `selective_scan_fn`.
 
         dt_t = softplus(delta_t + delta_bias)
@@ -57,9 +54,11 @@ def selective_scan(
         delta_softplus: whether delta, with its bias, passes a softplus.
         reverse: scan from the last position to the first.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+        return_last_state: whether to return the last state, too. It costs N more steps.
 
     Returns:
-        (B, D, L) in the dtype of u.
+        (B, D, L) in the dtype of u. With `return_last_state` a pair of that and of h after the last step scanned,
+        (B, D, N) in the dtype of the computation. Here it has a gradient like any output, in mamba_ssm it has none.
 
     Raises:
         InputError: A shape or dtype that the definition does not allow.
@@ -67,11 +66,13 @@ def selective_scan(
 
     Source: Mamba, arXiv 2312.00752, algorithm 2.
     """
-    if u.dim() != 3 or A.dim() != 2 or u.shape[2] < 1 or A.shape[1] < 1:
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
+    arguments.check_tensors(given, D=D, z=z, delta_bias=delta_bias)
+    if u.dim() != 3 or A.dim() != 2 or arguments.any_empty(*u.shape[1:], A.shape[1]):
         raise InputError(
-            f"u must be (B, D, L), L at least 1, and A (D, N), N at least 1, got {tuple(u.shape)} and {tuple(A.shape)}"
+            "u must be (B, D, L), D and L at least 1, and A (D, N), N at least 1, "
+            f"got {tuple(u.shape)} and {tuple(A.shape)}"
         )
-    _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     batch, channels, length = u.shape
     groups = B.shape[1] if B.dim() == 4 else 1
     if groups < 1 or channels % groups:
@@ -85,6 +86,9 @@ def selective_scan(
     _check_shape("D", D, (channels,))
     _check_shape("delta_bias", delta_bias, (channels,))
     _backend.check_name(backend)
+
+    if return_last_state:
+        return _with_last_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
 
     # Without annotations: Dynamo of torch 2.8 fails at those with "|".
     def of_maps(x):  # B D L to B L G D/G
@@ -111,6 +115,30 @@ def selective_scan(
         False,
     )
     return op.scan(call, backend).flatten(2).transpose(1, 2)
+
+
+def _with_last_state(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`selective_scan` and its last state (B, D, N), which N more steps of size 0, which hold it, read out."""
+    dtype, length, states = accumulator(u, delta, A, B, C), u.shape[2], A.shape[1]
+    delta = delta.to(dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    behind = (states, 0) if reverse else (0, states)
+    readers = torch.eye(states, dtype=C.dtype, device=C.device).expand(*C.shape[:-1], -1)
+    C = torch.cat([readers, C] if reverse else [C, readers], -1)
+    held = selective_scan(
+        F.pad(u.to(dtype), behind), F.pad(delta, behind), A, F.pad(B, behind), C, reverse=reverse, backend=backend
+    )
+    last, out = held.split([states, length], 2) if reverse else reversed(held.split([length, states], 2))
+    if D is not None:
+        out = out + D.to(dtype)[:, None] * u
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(u.dtype), last
 
 
 def selective_scan_2d(
@@ -151,12 +179,12 @@ def selective_scan_2d(
     Source: VMamba, arXiv 2401.10166, section 4.2 (SS2D).
     """
     order_codes, scans = codes(tuple(orders)), len(orders)
-    if u.dim() not in (4, 5) or A.dim() != 3 or u.shape[1] < 1 or u.shape[2] < 1 or A.shape[2] < 1:
+    arguments.check_tensors({"u": u, "delta": delta, "A": A, "B": B, "C": C}, D=D, delta_bias=delta_bias)
+    if u.dim() not in (4, 5) or A.dim() != 3 or arguments.any_empty(*u.shape[1:3], u.shape[-1], A.shape[2]):
         raise InputError(
-            "u must be (B, H, W, D) or (B, H, W, K, D), H and W at least 1, and A (K, D, N), N at least 1, "
+            "u must be (B, H, W, D) or (B, H, W, K, D), H, W and D at least 1, and A (K, D, N), N at least 1, "
             f"got {tuple(u.shape)} and {tuple(A.shape)}"
         )
-    _check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     shared = u.dim() == 4
     batch, height, width, channels = *u.shape[:3], u.shape[-1]
     if not shared:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels import triton_host
+from terrazzo.kernels import opaque, triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.selective_scan import exported, fused, portable, reference
@@ -25,7 +25,9 @@ def _decisive(u: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, states_fit: bool = True) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("selective_scan", backend, *_refusals(device, dtype, states_fit))
+    return _backend.choose(
+        "selective_scan", backend, *_refusals(device, dtype, states_fit), opaque=("fused", "portable")
+    )
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, states_fit: bool) -> str:
@@ -37,7 +39,17 @@ def _chosen(backend: str, device: torch.device, dtype: torch.dtype, states_fit: 
 _chosen._dynamo_marked_constant = True
 
 
-@torch.library.custom_op("terrazzo::selective_scan", mutates_args=())
+def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend):
+    batch, length, scans, channels = delta.shape
+    chunk = (fused if backend == "fused" else portable).CHUNK
+    dtype = accumulator(u, delta, A, B, C)
+    states = A.new_empty(batch, (length + chunk - 1) // chunk, scans, A.shape[2], channels, dtype=dtype)
+    if merge:
+        return u.new_empty(batch, length, channels, dtype=dtype), states
+    return u.new_empty(delta.shape), states
+
+
+@opaque.op("terrazzo::selective_scan", _fake)
 def _forward(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -58,18 +70,11 @@ def _forward(
     return form.forward(Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge))
 
 
-@_forward.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend):
-    batch, length, scans, channels = delta.shape
-    chunk = (fused if backend == "fused" else portable).CHUNK
-    dtype = accumulator(u, delta, A, B, C)
-    states = A.new_empty(batch, (length + chunk - 1) // chunk, scans, A.shape[2], channels, dtype=dtype)
-    if merge:
-        return u.new_empty(batch, length, channels, dtype=dtype), states
-    return u.new_empty(delta.shape), states
+def _fake_gradients(grad, states, u, delta, A, B, C, D, z, delta_bias, *_):
+    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias))
 
 
-@torch.library.custom_op("terrazzo::selective_scan_backward", mutates_args=())
+@opaque.op("terrazzo::selective_scan_backward", _fake_gradients)
 def _backward(
     grad: torch.Tensor,
     states: torch.Tensor,
@@ -98,11 +103,6 @@ def _backward(
     return tuple(u.new_empty(0) if x is None else x for x in form.backward(call, grad, states))
 
 
-@_backward.register_fake
-def _(grad, states, u, delta, A, B, C, D, z, delta_bias, *_):
-    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias))
-
-
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.delta_softplus, ctx.orders, ctx.width, ctx.merge, ctx.backend = inputs
     _, states = output
@@ -118,7 +118,7 @@ def _autograd(ctx, grad, _):
     return *(None if x is None else g for x, g in zip(tensors, grads)), *(None for _ in constants)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 @register_flop_formula(torch.ops.terrazzo.selective_scan)

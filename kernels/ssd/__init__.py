@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import arguments
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.selective_scan.scans import accumulator
 from terrazzo.kernels.ssd import fused, op
@@ -12,11 +13,13 @@ from terrazzo.kernels.ssd.op import describe
 __all__ = ["describe", "ssd", "why"]
 
 
-def _check(x, dt, A, B, C, D, z, dt_bias, chunk) -> None:
+def _check(x, dt, A, B, C, D, z, dt_bias) -> None:
     """Raise `InputError` for what the definition does not allow."""
-    if x.dim() != 4 or B.dim() != 4 or x.shape[1] < 1:
+    arguments.check_tensors({"x": x, "dt": dt, "A": A, "B": B, "C": C}, D=D, z=z, dt_bias=dt_bias)
+    if x.dim() != 4 or B.dim() != 4 or arguments.any_empty(*x.shape[1:], B.shape[3]):
         raise InputError(
-            f"x must be (B, L, H, P), L at least 1, and B (B, L, G, N), got {tuple(x.shape)} and {tuple(B.shape)}"
+            "x must be (B, L, H, P) and B (B, L, G, N), H, P, N and L at least 1, "
+            f"got {tuple(x.shape)} and {tuple(B.shape)}"
         )
     batch, length, heads, width = x.shape
     groups = B.shape[2]
@@ -34,8 +37,6 @@ def _check(x, dt, A, B, C, D, z, dt_bias, chunk) -> None:
     for name, (tensor, shapes) in wanted.items():
         if tensor is not None and tuple(tensor.shape) not in shapes:
             raise InputError(f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
-    if chunk < 1:
-        raise InputError(f"chunk must be at least 1, got {chunk}")
 
 
 def ssd(
@@ -51,7 +52,8 @@ def ssd(
     reverse: bool = False,
     chunk: int = 64,
     backend: str = "auto",
-) -> torch.Tensor:
+    return_final_states: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Mamba-2's scan along a sequence, with the layout of mamba_ssm's `mamba_chunk_scan_combined`.
 
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T
@@ -72,9 +74,11 @@ def ssd(
         chunk: steps whose outputs are one matrix product in the portable form. The result does not depend on it;
             memory grows with it, and with the square of L / chunk.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
+        return_final_states: whether to return the last state, too, as mamba_ssm does.
 
     Returns:
-        (B, L, H, P) in the dtype of x.
+        (B, L, H, P) in the dtype of x. With `return_final_states` a pair of that and of h after the last step scanned,
+        (B, H, P, N) in the dtype of the computation, which has a gradient like any output.
 
     Raises:
         InputError: A shape that the definition does not allow.
@@ -82,7 +86,8 @@ def ssd(
 
     Source: Mamba-2, arXiv 2405.21060.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, chunk)
+    _check(x, dt, A, B, C, D, z, dt_bias)
+    chunk = arguments.whole(chunk, "chunk", 1)
     _backend.check_name(backend)
     dtype = accumulator(x, dt, A, B, C)
     dt = dt.to(dtype)
@@ -90,12 +95,30 @@ def ssd(
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    y = op.scan(x, dt, A, B, C, reverse, chunk, backend)
+    final = None
+    if return_final_states:
+        y, final = _scan_with_states(x.to(dtype), dt, A, B, C, reverse, chunk, backend)
+    else:
+        y = op.scan(x, dt, A, B, C, reverse, chunk, backend)
     if D is not None:
         y = y.to(dtype) + (D if D.dim() == 2 else D[:, None]).to(dtype) * x
     if z is not None:
         y = y.to(dtype) * F.silu(z.to(dtype))
-    return y.to(x.dtype)
+    y = y.to(x.dtype)
+    return y if final is None else (y, final)
+
+
+def _scan_with_states(x, dt, A, B, C, reverse, chunk, backend) -> tuple[torch.Tensor, torch.Tensor]:
+    """`op.scan`, and the last state (B, H, P, N), which N more steps of size 0, which hold it, read out."""
+    length, (groups, states) = x.shape[1], B.shape[2:]
+    behind = (0, states) if not reverse else (states, 0)
+    x, B = (F.pad(tensor, (0, 0, 0, 0, *behind)) for tensor in (x, B))
+    dt = F.pad(dt, (0, 0, *behind))
+    readers = torch.eye(states, dtype=C.dtype, device=C.device)[:, None].expand(C.shape[0], -1, groups, -1)
+    C = torch.cat([readers, C] if reverse else [C, readers], 1)
+    y = op.scan(x, dt, A, B, C, reverse, chunk, backend)
+    final, y = y.split([states, length], 1) if reverse else reversed(y.split([length, states], 1))
+    return y, final.permute(0, 2, 3, 1)
 
 
 def why(backend: str = "auto", x: torch.Tensor | None = None, B: torch.Tensor | None = None) -> _backend.Choice:

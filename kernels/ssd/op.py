@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.kernels import backend as _backend
-from terrazzo.kernels import triton_host
+from terrazzo.kernels import opaque, triton_host
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.ssd import fused, portable, reference
@@ -21,7 +21,7 @@ def _refusals(device: torch.device, dtype: torch.dtype, sizes_fit: bool) -> tupl
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, sizes_fit: bool = True) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("ssd", backend, *_refusals(device, dtype, sizes_fit))
+    return _backend.choose("ssd", backend, *_refusals(device, dtype, sizes_fit), opaque=("fused",))
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, sizes_fit: bool) -> str:
@@ -32,22 +32,25 @@ def _chosen(backend: str, device: torch.device, dtype: torch.dtype, sizes_fit: b
 _chosen._dynamo_marked_constant = True
 
 
-@torch.library.custom_op("terrazzo::ssd", mutates_args=())
-def _forward(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return fused.forward(x, dt, A, B, C, reverse)
-
-
-@_forward.register_fake
-def _(x, dt, A, B, C, reverse):
+def _fake(x, dt, A, B, C, reverse):
     chunk = fused.chunk(x.dtype.itemsize)
     shape = (x.shape[0], (x.shape[1] + chunk - 1) // chunk, x.shape[2])
     states = x.new_empty(*shape, B.shape[3], x.shape[3], dtype=torch.float32)
     return x.new_empty(x.shape), states, x.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("terrazzo::ssd_backward", mutates_args=())
+@opaque.op("terrazzo::ssd", _fake)
+def _forward(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return fused.forward(x, dt, A, B, C, reverse)
+
+
+def _fake_gradients(grad, x, dt, A, B, C, states, whole, reverse):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C))
+
+
+@opaque.op("terrazzo::ssd_backward", _fake_gradients)
 def _backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -62,11 +65,6 @@ def _backward(
     return fused.backward(grad, x, dt, A, B, C, states, whole, reverse)
 
 
-@_backward.register_fake
-def _(grad, x, dt, A, B, C, states, whole, reverse):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C))
-
-
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.reverse = inputs
     _, states, whole = output
@@ -79,7 +77,7 @@ def _autograd(ctx, grad, *_):
     return *_backward(grad, *ctx.saved_tensors, ctx.reverse), None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 @register_flop_formula(torch.ops.terrazzo.ssd)

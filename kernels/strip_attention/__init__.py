@@ -3,7 +3,7 @@
 import torch
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import attention_host
+from terrazzo.kernels import arguments, attention_host
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.strip_attention import op
 from terrazzo.kernels.strip_attention.op import describe
@@ -13,6 +13,7 @@ __all__ = ["describe", "strip_attention", "why"]
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Raise `InputError` for what the definition does not allow."""
+    arguments.check_tensors({"query": query, "key": key, "value": value})
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 4:
         raise InputError(
             "query must be (B, N, heads), key (B, L, heads) and value (B, L, heads, head_dim), "
@@ -25,10 +26,9 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         )
     if key.shape[1] < 1:
         raise InputError("there must be at least 1 key, got 0: a softmax over none is not defined")
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise InputError(
-            f"query, key and value must have one floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
-        )
+    if arguments.any_empty(*value.shape[2:]):
+        raise InputError(f"there must be at least 1 head and a head_dim of at least 1, got {tuple(value.shape)}")
+    arguments.check_one_dtype(query=query, key=key, value=value)
 
 
 def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str = "auto") -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from terrazzo.kernels import attention_host, triton_host
+from terrazzo.kernels import attention_host, opaque, triton_host
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.exporting import is_exporting
@@ -16,7 +16,9 @@ def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("strip_attention", backend, *_refusals(device, dtype, head_dim_fits))
+    return _backend.choose(
+        "strip_attention", backend, *_refusals(device, dtype, head_dim_fits), opaque=("fused", "portable")
+    )
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -35,7 +37,13 @@ def _name(backend: str, value: torch.Tensor) -> str:
     return _chosen(backend, value.device, value.dtype, attention_host.HEAD_DIM.fits(value.shape[-1]))
 
 
-@torch.library.custom_op("terrazzo::strip_attention", mutates_args=())
+def _fake(query, key, value, backend):
+    batch, queries, heads = query.shape
+    rows = (batch, heads, queries) if _name(backend, value) == "fused" else (0,)
+    return value.new_empty(*query.shape, value.shape[-1]), query.new_empty(rows, dtype=torch.float32)
+
+
+@opaque.op("terrazzo::strip_attention", _fake)
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,14 +55,11 @@ def _forward(
     return out.contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
-@_forward.register_fake
-def _(query, key, value, backend):
-    batch, queries, heads = query.shape
-    rows = (batch, heads, queries) if _name(backend, value) == "fused" else (0,)
-    return value.new_empty(*query.shape, value.shape[-1]), query.new_empty(rows, dtype=torch.float32)
+def _fake_gradients(grad, query, key, value, sums):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
-@torch.library.custom_op("terrazzo::strip_attention_backward", mutates_args=())
+@opaque.op("terrazzo::strip_attention_backward", _fake_gradients)
 def _backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -66,11 +71,6 @@ def _backward(
     if sums.numel():
         return fused.backward(grad, query, key, value, sums)
     return portable.backward(grad, query, key, value)
-
-
-@_backward.register_fake
-def _(grad, query, key, value, sums):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output):
@@ -85,7 +85,7 @@ def _autograd(ctx, grad, _):
     return *_backward(grad, *ctx.saved_tensors), None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 @register_flop_formula(torch.ops.terrazzo.strip_attention)

@@ -1,6 +1,6 @@
 """Token reduction that can be undone: which tokens become one, their mean, and the way back to every position."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import attention_host
+from terrazzo.kernels import arguments, attention_host
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.autocast import without_autocast
 from terrazzo.kernels.exporting import is_exporting, is_open
@@ -58,8 +58,8 @@ def limit(
 
 def _check(metric, r, size, importance, partition, protect, criteria, bidirectional, window, grid) -> None:
     """Raise `InputError` for what the definition does not allow."""
-    if metric.dim() != 3 or not metric.is_floating_point():
-        raise InputError(f"metric must be floating (B, N, D), got {tuple(metric.shape)} of {metric.dtype}")
+    if metric.dim() != 3 or metric.shape[2] < 1:
+        raise InputError(f"metric must be floating (B, N, D), D at least 1, got {tuple(metric.shape)}")
     batch, count = metric.shape[:2]
     for name, values in (("size", size), ("importance", importance)):
         if values is not None and tuple(values.shape) != (batch, count):
@@ -68,7 +68,7 @@ def _check(metric, r, size, importance, partition, protect, criteria, bidirectio
         raise InputError(f"partition must be 'even_odd' or 'cell2x2', got {partition!r}")
     if not 0 <= protect <= count:
         raise InputError(f"protect must be 0 to the {count} tokens, got {protect}")
-    if len(criteria) != 3 or min(criteria) < 0:
+    if len(criteria) != 3 or not all(tau >= 0 for tau in criteria):
         raise InputError(f"criteria must be three numbers of at least 0 (tau_sim, tau_info, tau_size), got {criteria}")
     if (partition == "cell2x2" or window is not None) and (grid is None or grid[0] * grid[1] != count - protect):
         raise InputError(
@@ -77,12 +77,24 @@ def _check(metric, r, size, importance, partition, protect, criteria, bidirectio
     if partition == "cell2x2" and bidirectional:
         raise InputError("partition 'cell2x2' merges one way only, so that every cell keeps a token")
     if window is not None:
-        if window < 1 or grid[0] % window or grid[1] % window:
+        if grid[0] % window or grid[1] % window:
             raise InputError(f"a grid of {grid[0]} x {grid[1]} does not divide into windows of {window} x {window}")
         count, protect, grid = window * window, 0, (window, window)
     most = limit(count, protect, partition, grid, bidirectional)
     if not 0 <= r <= most:
         raise InputError(f"r must be 0 to {most} for {count} tokens, {protect} of them protected, got {r}")
+
+
+def _pair(grid: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise InputError(f"grid must be rows and columns, got {grid!r}")
+    return arguments.whole(grid[0], "rows of the grid", 1), arguments.whole(grid[1], "columns of the grid", 1)
+
+
+def _numbers(criteria: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(criteria, Sequence) or isinstance(criteria, str):
+        raise InputError(f"criteria must be three numbers (tau_sim, tau_info, tau_size), got {criteria!r}")
+    return tuple(arguments.finite(tau, "criteria") for tau in criteria)
 
 
 def plan(
@@ -133,8 +145,14 @@ def plan(
 
     Source: MCTF, arXiv 2403.10030, section 3.2; the partition "cell2x2": arXiv 2303.17604.
     """
+    arguments.check_tensors({"metric": metric})
+    arguments.check_together({"metric": metric}, size=size, importance=importance)
     if is_exporting() and is_open(metric.shape[1]):
         raise InputError("token reduction is exported for images of one size: how many are merged becomes a constant")
+    r, protect = arguments.whole(r, "r"), arguments.whole(protect, "protect")
+    window = None if window is None else arguments.whole(window, "window", 1)
+    grid = None if grid is None else _pair(grid)
+    criteria = _numbers(criteria)
     _check(metric, r, size, importance, partition, protect, criteria, bidirectional, window, grid)
     name = op.chosen(backend, metric)
     grid = grid if partition == "cell2x2" or window is not None else None
@@ -148,7 +166,7 @@ def plan(
         cells = (window, window) if partition == "cell2x2" else None
         folded = [None if x is None else _fold(x[:, protect:], grid, window) for x in (metric, size, importance)]
         found = _found(name, folded[0], r, folded[1], folded[2], 0, criteria, bidirectional, cells)
-        return _unfold(found, grid, window, r, protect)
+        return _unfold(found, metric.shape[0], grid, window, r, protect)
 
 
 def _found(name, metric, r, size, importance, protect, criteria, bidirectional, grid) -> torch.Tensor:
@@ -166,11 +184,11 @@ def _fold(x: torch.Tensor, grid: tuple[int, int], window: int) -> torch.Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-def _unfold(found: torch.Tensor, grid: tuple[int, int], window: int, r: int, protect: int) -> Plan:
+def _unfold(found: torch.Tensor, batch: int, grid: tuple[int, int], window: int, r: int, protect: int) -> Plan:
     """The map of the whole grid, from those of its windows (B windows, window^2)."""
     rows, columns = grid[0] // window, grid[1] // window
     kept = window * window - r
-    found = found.unflatten(0, (-1, rows * columns))
+    found = found.unflatten(0, (batch, rows * columns))
     found = found + torch.arange(rows * columns, device=found.device)[:, None] * kept + protect
     found = found.unflatten(2, (window, window)).unflatten(1, (rows, columns)).transpose(2, 3).flatten(1)
     front = torch.arange(protect, device=found.device).expand(found.shape[0], -1)
@@ -199,6 +217,10 @@ def merge(
         InputError: Shapes that do not agree.
         BackendError: `backend` names a form that cannot run here.
     """
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan must be a Plan, as `plan` returns it, got {type(plan).__name__}")
+    arguments.check_tensors({"x": x})
+    arguments.check_together({"x": x, "the map": plan.map}, weight=weight, size=size)
     shape = tuple(plan.map.shape)
     for name, values in (("x", x), ("weight", weight), ("size", size)):
         if values is not None and tuple(values.shape[:2]) != shape:
@@ -220,6 +242,7 @@ def unmerge(tokens: torch.Tensor, map: torch.Tensor, parked: torch.Tensor | None
     Args:
         parked: (B, N, C), or what broadcasts to it: what positions get whose map is -1; None where there are none.
     """
+    arguments.check_together({"tokens": tokens, "map": map}, parked=parked)
     if parked is None:
         # Rows of one matrix: several times faster than gathering every channel by an index of its own.
         batch, count, channels = tokens.shape
@@ -230,6 +253,7 @@ def unmerge(tokens: torch.Tensor, map: torch.Tensor, parked: torch.Tensor | None
 
 def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     """The map of one reduction after another: `inner` (B, N) first, then `outer` (B, M); -1 stays -1."""
+    arguments.check_together({"outer": outer, "inner": inner})
     return torch.where(inner < 0, -1, outer.gather(1, _existing(inner)))
 
 
@@ -263,14 +287,19 @@ def prune(
     Raises:
         InputError: Not one of `k` and `threshold`, a batch with a threshold, or a number out of range.
     """
+    _check_scores(x, score, 3)
     batch, count = score.shape
+    protect = arguments.whole(protect, "protect")
     if (k is None) == (threshold is None):
         raise InputError("prune takes either k or a threshold")
-    if threshold is not None and batch != 1:
-        raise InputError(f"images keep unlike numbers of tokens by a threshold, got a batch of {batch}: pack them")
+    if threshold is not None:
+        arguments.check_threshold(threshold)
+        if batch != 1:
+            raise InputError(f"images keep unlike numbers of tokens by a threshold, got a batch of {batch}: pack them")
     position = torch.arange(count, device=x.device)
     front = position < protect
     if k is not None:
+        k = arguments.whole(k, "k")
         if not 0 <= k <= count - protect:
             raise InputError(f"k must be 0 to {count - protect}, got {k}")
         ranks = portable.rank(score.detach().masked_fill(front, float("inf")))
@@ -287,6 +316,16 @@ def prune(
     return unmerge(x, index), place, rest
 
 
+def _check_scores(x: torch.Tensor, score: torch.Tensor, axes: int) -> None:
+    """Raise `InputError` unless there is a score for each token."""
+    arguments.check_tensors({"x": x, "score": score})
+    if x.dim() != axes or score.shape != x.shape[:-1]:
+        raise InputError(
+            f"x must be {'(B, N, C)' if axes == 3 else '(T, C)'} and score that without channels, "
+            f"got {tuple(x.shape)} and {tuple(score.shape)}"
+        )
+
+
 def prune_packed(
     x: torch.Tensor, score: torch.Tensor, threshold: torch.Tensor | float, offsets: torch.Tensor, protect: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -299,13 +338,33 @@ def prune_packed(
 
     Returns:
         The kept tokens, the new offsets, and the kept tokens' indices in x.
+
+    Raises:
+        InputError: Shapes that do not agree, or a threshold that is no number.
     """
+    _check_scores(x, score, 2)
+    arguments.check_together({"x": x, "offsets": offsets})
+    arguments.check_threshold(threshold)
+    protect = arguments.whole(protect, "protect")
     begin = offsets[:-1].repeat_interleave(offsets.diff(), output_size=x.shape[0])
     front = torch.arange(x.shape[0], device=x.device) - begin < protect
     keep = front | (score.detach() > threshold)
     index = keep.nonzero().squeeze(1)
     in_front = F.pad(keep.cumsum(0), (1, 0))
     return x.index_select(0, index), in_front[offsets.long()].to(offsets.dtype), index
+
+
+def _check_queries(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise `InputError` for what the mean of attention does not take."""
+    arguments.check_tensors({"query": query, "key": key}, bias=bias)
+    if query.dim() != 4 or query.shape != key.shape or arguments.any_empty(*query.shape[1:]):
+        raise InputError(
+            "query and key must be (B, H, N, D), H, N and D at least 1, both of one shape, "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    arguments.check_one_dtype(query=query, key=key)
+    if bias is not None and bias.shape != (query.shape[0], query.shape[2]):
+        raise InputError(f"bias must be {(query.shape[0], query.shape[2])}, got {tuple(bias.shape)}")
 
 
 def column_mean(
@@ -322,7 +381,12 @@ def column_mean(
 
     Returns:
         (B, N), in float32 at least.
+
+    Raises:
+        InputError: Shapes, dtypes or devices that do not agree.
+        BackendError: `backend` names a form that cannot run here.
     """
+    _check_queries(query, key, bias)
     name = op.chosen(backend, query, attention_host.HEAD_DIM.fits(query.shape[-1]))
     if name == "fused":
         return op.column_mean(query.detach(), key.detach(), None if bias is None else bias.detach())
@@ -338,6 +402,7 @@ def attention(
     For those who choose values by that mean. On a GPU the mean is the kernels', and attention PyTorch's. Elsewhere
     weights that are few are computed once for both; of more neither keeps more than a tile.
     """
+    _check_queries(query, key, bias)
     if op.chosen("auto", query, attention_host.HEAD_DIM.fits(query.shape[-1])) == "fused":
         return column_mean(query, key, bias, backend="fused"), partial(portable.attend, query, key, bias)
     return portable.attention(query, key, bias)

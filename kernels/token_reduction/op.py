@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from terrazzo.kernels import attention_host, triton_host
+from terrazzo.kernels import attention_host, opaque, triton_host
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.exporting import is_exporting
@@ -22,7 +22,9 @@ def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool = True) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("token_reduction", _backend.check_name(backend), *_refusals(device, dtype, head_dim_fits))
+    return _backend.choose(
+        "token_reduction", _backend.check_name(backend), *_refusals(device, dtype, head_dim_fits), opaque=("fused",)
+    )
 
 
 def _name(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -40,7 +42,11 @@ def chosen(backend: str, x: torch.Tensor, head_dim_fits: bool = True) -> str:
     return _name(backend, x.device, x.dtype, head_dim_fits)
 
 
-@torch.library.custom_op("terrazzo::token_reduction", mutates_args=())
+def _fake_plan(metric, r, size, importance, protect, criteria, bidirectional, grid):
+    return metric.new_empty(metric.shape[:2], dtype=torch.int64)
+
+
+@opaque.op("terrazzo::token_reduction", _fake_plan)
 def plan(
     metric: torch.Tensor,
     r: int,
@@ -53,11 +59,6 @@ def plan(
 ) -> torch.Tensor:
     """`fused.plan`; `grid` is empty for the partition "even_odd"."""
     return fused.plan(metric, r, size, importance, protect, criteria, bidirectional, tuple(grid) or None)
-
-
-@plan.register_fake
-def _(metric, r, size, importance, protect, criteria, bidirectional, grid):
-    return metric.new_empty(metric.shape[:2], dtype=torch.int64)
 
 
 @register_flop_formula(torch.ops.terrazzo.token_reduction)
@@ -80,29 +81,27 @@ def describe(device: torch.device, metric, r, size, importance, protect, criteri
     )
 
 
-@torch.library.custom_op("terrazzo::token_reduction_pool", mutates_args=())
+def _fake_pool(x, assignment, count, weight, size):
+    rows = (x.shape[0], count)
+    return x.new_empty(*rows, x.shape[2]), weight.new_empty(rows), weight.new_empty(rows)
+
+
+@opaque.op("terrazzo::token_reduction_pool", _fake_pool)
 def _pool(
     x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return fused.pool(x, assignment, count, weight, size)
 
 
-@_pool.register_fake
-def _(x, assignment, count, weight, size):
-    rows = (x.shape[0], count)
-    return x.new_empty(*rows, x.shape[2]), weight.new_empty(rows), weight.new_empty(rows)
+def _fake_pool_gradient(grad, assignment, weight, total):
+    return grad.new_empty(*assignment.shape, grad.shape[2])
 
 
-@torch.library.custom_op("terrazzo::token_reduction_pool_backward", mutates_args=())
+@opaque.op("terrazzo::token_reduction_pool_backward", _fake_pool_gradient)
 def _pool_backward(
     grad: torch.Tensor, assignment: torch.Tensor, weight: torch.Tensor, total: torch.Tensor
 ) -> torch.Tensor:
     return fused.pool_backward(grad, assignment, weight, total)
-
-
-@_pool_backward.register_fake
-def _(grad, assignment, weight, total):
-    return grad.new_empty(*assignment.shape, grad.shape[2])
 
 
 def _setup_context(ctx, inputs, output):
@@ -116,7 +115,7 @@ def _autograd(ctx, grad, *_):
     return _pool_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
-_pool.register_autograd(_autograd, setup_context=_setup_context)
+opaque.register_gradient(_pool, _autograd, _setup_context)
 
 
 def pool(
@@ -127,14 +126,13 @@ def pool(
     return out, found.to(size.dtype)
 
 
-@torch.library.custom_op("terrazzo::token_reduction_column_mean", mutates_args=())
+def _fake_column_mean(query, key, bias):
+    return query.new_empty(query.shape[0], query.shape[2], dtype=torch.float32)
+
+
+@opaque.op("terrazzo::token_reduction_column_mean", _fake_column_mean)
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return fused.column_mean(query, key, bias)
-
-
-@column_mean.register_fake
-def _(query, key, bias):
-    return query.new_empty(query.shape[0], query.shape[2], dtype=torch.float32)
 
 
 @register_flop_formula(torch.ops.terrazzo.token_reduction_column_mean)

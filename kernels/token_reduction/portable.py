@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from terrazzo.kernels import opaque
 from terrazzo.kernels.exporting import is_exporting
 from terrazzo.kernels.token_reduction.partition import order, sizes
 
@@ -169,7 +170,7 @@ def _attend_whole(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def attend(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     """PyTorch's attention, (B, H, N, D), with a bias (B, N) on the logits of keys, or None."""
     mask = None if bias is None else bias[:, None, None].to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return opaque.attention("token_reduction", query, key, value, mask)
 
 
 def attention(

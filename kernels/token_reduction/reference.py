@@ -75,6 +75,8 @@ def match(
 
 def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) -> torch.Tensor:
     """Maps of all images, (B, N)."""
+    if not len(metric):
+        return metric.new_empty(metric.shape[:2], dtype=torch.int64)
     per_image = [
         match(
             metric[b],

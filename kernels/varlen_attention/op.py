@@ -6,7 +6,7 @@ The portable form is standard operations, which PyTorch differentiates by itself
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from terrazzo.kernels import attention_host, triton_host
+from terrazzo.kernels import attention_host, opaque, triton_host
 from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.call import Call
 from terrazzo.kernels.varlen_attention import fused, portable, reference
@@ -18,7 +18,7 @@ def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> _backend.Choice:
     """The backend of a call on such tensors, and why."""
-    return _backend.choose("varlen_attention", backend, *_refusals(device, dtype, head_dim_fits))
+    return _backend.choose("varlen_attention", backend, *_refusals(device, dtype, head_dim_fits), opaque=("fused",))
 
 
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
@@ -29,19 +29,22 @@ def _chosen(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fit
 _chosen._dynamo_marked_constant = True
 
 
-@torch.library.custom_op("terrazzo::varlen_attention", mutates_args=())
+def _fake(query, key, value, offsets, longest):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@opaque.op("terrazzo::varlen_attention", _fake)
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return fused.forward(query, key, value, offsets, longest)
 
 
-@_forward.register_fake
-def _(query, key, value, offsets, longest):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+def _fake_gradients(grad, query, key, value, offsets, longest, out, lse):
+    return tuple(out.new_empty(out.shape) for _ in range(3))
 
 
-@torch.library.custom_op("terrazzo::varlen_attention_backward", mutates_args=())
+@opaque.op("terrazzo::varlen_attention_backward", _fake_gradients)
 def _backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -53,11 +56,6 @@ def _backward(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return fused.backward(grad, query, key, value, offsets, longest, out, lse)
-
-
-@_backward.register_fake
-def _(grad, query, key, value, offsets, longest, out, lse):
-    return tuple(out.new_empty(out.shape) for _ in range(3))
 
 
 def _setup_context(ctx, inputs, output):
@@ -73,7 +71,7 @@ def _autograd(ctx, grad, _):
     return *_backward(grad, query, key, value, offsets, ctx.longest, out, lse), None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 @register_flop_formula(torch.ops.terrazzo.varlen_attention)

@@ -9,7 +9,7 @@ def varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v of each sequence; arguments as of `terrazzo.kernels.varlen_attention`."""
-    found = [torch.zeros_like(query[:0])]
+    found = [query[:0]]
     for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
         q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))  # H T D
         weight = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)

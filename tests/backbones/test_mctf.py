@@ -19,6 +19,7 @@ class TestMCTF(BackboneContract):
 
     representatives = (TINY,)
     shallow = {TINY: dict(depth=3, blocks=(1,))}
+    cut_gradient = True  # of merged tokens' weights
     refused = {"onnx dynamic hw": "token reduction is exported for images of one size"}
     costs = {
         "mctf_deit_tiny": (5_717_416, 0.7092),

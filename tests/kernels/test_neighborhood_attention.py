@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -359,8 +360,10 @@ class TestBackends:
         with pytest.raises(InputError, match="not one of"), use_backend("gpu"):
             pass
         monkeypatch.setenv("TERRAZZO_BACKEND", "nope")
-        with pytest.raises(InputError, match="'nope'"):
+        with pytest.raises(InputError, match="'nope', asked for by the environment variable TERRAZZO_BACKEND, is not"):
             neighborhood_attention(q, q, q, 3)
+        monkeypatch.setenv("TERRAZZO_BACKEND", "")
+        assert neighborhood_attention(q, q, q, 3).shape == q.shape
 
     def test_a_named_backend_that_cannot_run_says_why(self, monkeypatch):
         q = torch.zeros(1, 8, 8, 1, 4)
@@ -397,12 +400,27 @@ class TestErrors:
             ((9, 9, 4), {"kernel_size": 3}, "query must be"),
             ((1, 9, 9, 2, 4), {"kernel_size": 3, "rpb": torch.zeros(2, 5, 4)}, r"\(2, 5, 5\), got \(2, 5, 4\)"),
             ((1, 9, 9, 2, 4), {"kernel_size": 3, "rpb": torch.zeros(2, 5, 5, dtype=torch.long)}, "floating"),
+            ((1, 2, 9, 9, 4), {"kernel_size": 3}, r"versions of NATTEN, pass x.permute\(0, 2, 3, 1, 4\) of each"),
+            ((1, 2, 9, 4), {"kernel_size": 3}, r"axis 0 has 2 .* pass x.permute\(0, 2, 1, 3\)"),
+            ((1, 3, 9, 9, 4), {"kernel_size": 3, "rpb": torch.zeros(3, 5, 5)}, r"got \(3, 5, 5\); if axis 1 holds"),
+            ((1, 9, 9, 2, 4), {"kernel_size": 3, "scale": float("nan")}, "scale must be a finite number, got nan"),
+            ((1, 9, 9, 2, 4), {"kernel_size": 3, "scale": torch.ones((), requires_grad=True)}, "wants a gradient"),
+            ((1, 9, 9, 0, 4), {"kernel_size": 3}, "at least 1 head"),
         ],
     )
     def test_messages(self, shape, arguments, message):
         q = torch.zeros(shape)
         with pytest.raises(InputError, match=message):
             neighborhood_attention(q, q, q, **arguments)
+
+    def test_ints_of_any_kind(self):
+        q = torch.randn(1, 9, 9, 1, 4)
+        wanted = neighborhood_attention(q, q, q, (3, 4), 2)
+        for kernel in ((np.int64(3), np.int32(4)), [torch.tensor(3), 4]):
+            assert torch.equal(neighborhood_attention(q, q, q, kernel, np.int16(2)), wanted)
+        for wrong in (True, np.bool_(True), 3.0, "3", None, torch.tensor(3.0), float("nan")):
+            with pytest.raises(InputError, match="kernel_size must be an int, got"):
+                neighborhood_attention(q, q, q, wrong)
 
     def test_mismatched_inputs(self):
         q = torch.zeros(1, 9, 9, 1, 4)

@@ -419,3 +419,62 @@ class TestOperator:
         arguments = dict(zip(("u", "delta", "A", "B", "C"), (x.detach() for x in maps()[:5])))
         with pytest.raises(InputError, match=message):
             selective_scan_2d(**{**arguments, **change})
+
+
+class TestLastState:
+    """What mamba_ssm returns for a decoder that goes on from there."""
+
+    @pytest.mark.parametrize("backend", ["portable", "reference"])
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_is_that_of_the_recurrence(self, reverse, groups, backend):
+        u, delta, A, B, C, D, z, bias = (x.detach() for x in sequences(groups=groups, length=70))
+        out, last = selective_scan(u, delta, A, B, C, D, z, bias, True, reverse, backend, return_last_state=True)
+        torch.testing.assert_close(out, selective_scan(u, delta, A, B, C, D, z, bias, True, reverse))
+        dt = torch.nn.functional.softplus(delta + bias[:, None])
+        state, into = torch.zeros_like(last), B.repeat_interleave(u.shape[1] // groups, 1)
+        for t in range(u.shape[2])[:: -1 if reverse else 1]:
+            step = dt[:, :, t, None]
+            state = torch.exp(step * A) * state + step * u[:, :, t, None] * into[..., t]
+        torch.testing.assert_close(last, state)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_keeps_the_precision_of_the_computation(self, dtype):
+        arguments = [x.detach().to(dtype) for x in sequences()[:5]]
+        out, last = selective_scan(*arguments, delta_softplus=True, return_last_state=True)
+        assert out.dtype == dtype
+        assert last.dtype == torch.float32
+        wanted = selective_scan(*(x.double() for x in arguments), delta_softplus=True, return_last_state=True)[1]
+        torch.testing.assert_close(last.double(), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_goes_on(self):
+        """The first steps, then the others from their last state: as all at once."""
+        u, delta, A, B, C = (x.detach() for x in sequences()[:5])
+        whole, wanted = selective_scan(u, delta, A, B, C, delta_softplus=True, return_last_state=True)
+        cut = [(..., slice(0, 3)), (..., slice(3, None))]
+        (_, first), (rest, last) = (
+            selective_scan(u[at], delta[at], A, B[at], C[at], delta_softplus=True, return_last_state=True) for at in cut
+        )
+        decay = torch.exp(torch.nn.functional.softplus(delta[cut[1]]).cumsum(-1).unsqueeze(2) * A[:, :, None])
+        torch.testing.assert_close(last + decay[..., -1] * first, wanted)
+        torch.testing.assert_close(
+            rest + torch.einsum("bnl,bdnl,bdn->bdl", C[:, 0][cut[1]], decay, first), whole[cut[1]]
+        )
+
+    def test_gradients(self):
+        """mamba_ssm gives the last state none; here it has its own."""
+        tensors = sequences(batch=1, length=4)[:5]
+        assert torch.autograd.gradcheck(
+            lambda *x: selective_scan(*x, delta_softplus=True, return_last_state=True), tensors
+        )
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_export(self, strict):
+        class Layer(torch.nn.Module):
+            def forward(self, *x):
+                return selective_scan(*x, delta_softplus=True, return_last_state=True)
+
+        arguments = tuple(x.detach() for x in sequences()[:5])
+        program = torch.export.export(Layer(), arguments, strict=strict)
+        torch.testing.assert_close(program.module()(*arguments), Layer()(*arguments))
+        assert not any("terrazzo" in str(node.target) for node in program.graph.nodes)

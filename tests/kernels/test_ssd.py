@@ -187,3 +187,21 @@ class TestOperator:
         arguments = dict(zip(("x", "dt", "A", "B", "C"), (x.detach() for x in inputs()[:5])))
         with pytest.raises(InputError, match=message):
             ssd(**{**arguments, **change})
+
+    @pytest.mark.parametrize("backend", ["portable", "reference"])
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_final_states(self, reverse, backend):
+        """With the layout of mamba_ssm, (B, H, P, N), and a gradient."""
+        x, dt, A, B, C = (tensor.detach() for tensor in inputs()[:5])
+        options = dict(dt_softplus=True, reverse=reverse, backend=backend)
+        out, found = ssd(x, dt, A, B, C, return_final_states=True, **options)
+        torch.testing.assert_close(out, ssd(x, dt, A, B, C, **options))
+        step = torch.nn.functional.softplus(dt)
+        state, into = torch.zeros_like(found), B.repeat_interleave(x.shape[2] // B.shape[2], 2)
+        for t in range(x.shape[1])[:: -1 if reverse else 1]:
+            added = step[:, t, :, None, None] * x[:, t, :, :, None] * into[:, t, :, None, :]
+            state = torch.exp(step[:, t] * A)[..., None, None] * state + added
+        torch.testing.assert_close(found, state)
+        half = [tensor.half() for tensor in (x, dt, A, B, C)]
+        out, found = ssd(*half, return_final_states=True, **options)
+        assert (out.dtype, found.dtype) == (torch.float16, torch.float32)

@@ -1,0 +1,120 @@
+"""What all opaque ops share, whatever they compute: which derivatives they have, and what they give for an empty batch.
+
+PyTorch does not see into an opaque op. Such an op has one gradient in reverse mode. It would take every tangent of
+forward mode for 0, `torch.func` cannot transform it, and its gradient has no gradient. So an operator asks
+`needs_more`, and then takes a form of standard operations, which have all derivatives. What still reaches an op in
+forward mode, or asks for a second gradient, is refused.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from terrazzo.errors import BackendError
+
+MORE = (
+    "it has one gradient, in reverse mode, and this call is in forward mode or within a transform of torch.func: "
+    'use_backend("reference") has all derivatives'
+)
+
+
+def needs_more() -> bool:
+    """Whether a call may need other derivatives than one gradient in reverse mode.
+
+    That is in forward mode, and where `torch.func.grad`, `jvp` or what is made of them runs; `vmap` alone calls an op
+    once for each slice.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack()
+    return stack is not None and any(level.key().name in ("Grad", "Jvp") for level in stack)
+
+
+# Dynamo takes the value when tracing, and guards the stack of transforms. A graph that it traced outside of forward
+# mode, and runs within it, holds ops, which refuse.
+needs_more._dynamo_marked_constant = True
+
+
+def _refuse(name: str) -> None:
+    operator = name.removeprefix("terrazzo::").removesuffix("_backward")
+    raise BackendError(
+        f"{operator}: this backend has one gradient, in reverse mode, and no other derivative; "
+        'run the forward pass within use_backend("reference"), which has all'
+    )
+
+
+def op(name: str, fake: Callable) -> Callable:
+    """As `torch.library.custom_op`, with a fake form; without a gradient, see `register_gradient`.
+
+    A call whose first tensor has no rows (an empty batch) gives zeros of the shapes that `fake` gives: outputs are
+    empty, and gradients of weights are 0.
+
+    Args:
+        name: "terrazzo::..."; its gradient's op ends in "_backward".
+        fake: what the op returns, with any content.
+    """
+
+    def define(function: Callable) -> torch.library.CustomOpDef:
+        @functools.wraps(function)
+        def checked(*args):
+            if forward_ad._current_level >= 0:
+                _refuse(name)
+            if args[0].shape[0] == 0:
+                found = fake(*args)
+                return tuple(map(torch.zeros_like, found)) if isinstance(found, tuple) else torch.zeros_like(found)
+            return function(*args)
+
+        defined = torch.library.custom_op(name, mutates_args=())(checked)
+        defined.register_fake(fake)
+        defined.register_autograd(lambda ctx, *grads: _refuse(name))
+        return defined
+
+    return define
+
+
+def register_gradient(defined: torch.library.CustomOpDef, gradient: Callable, setup_context: Callable) -> None:
+    """As `defined.register_autograd`, for a gradient that is an opaque op, too."""
+
+    @functools.wraps(gradient)
+    def checked(ctx, *grads):
+        if needs_more():
+            _refuse(defined._qualname)
+        return gradient(ctx, *grads)
+
+    defined.register_autograd(checked, setup_context=setup_context)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that is not differentiated."""
+
+    @staticmethod
+    def forward(ctx, grad: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _refuse(ctx.name)
+
+
+def attention(
+    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """PyTorch's attention, (B, H, N, D), whose kernels are opaque, too; its plain products where more is needed.
+
+    Args:
+        name: the operator that a refusal names.
+    """
+    if needs_more():
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for x in (query, key, value):
+            if x.grad_fn is not None:
+                x.register_hook(lambda grad: _Once.apply(grad, name) if grad.requires_grad else None)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

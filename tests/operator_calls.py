@@ -1,0 +1,192 @@
+"""A small call of every operator, for tests that are the same for all."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from terrazzo.kernels import (
+    attentive_conv,
+    neighborhood_attention,
+    selective_scan,
+    selective_scan_2d,
+    ssd,
+    strip_attention,
+    use_backend,
+    varlen_attention,
+)
+
+token_reduction = importlib.import_module("terrazzo.kernels.token_reduction")
+first_weights = importlib.import_module("terrazzo.kernels.varlen_attention").first_weights
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """What is called, with which tensors by name, and what else.
+
+    Attributes:
+        operator: the op of that name under `torch.ops.terrazzo`.
+        weights: names of tensors that have no batch axis.
+        constants: whole numbers, or functions of nothing that tensors have.
+        opaque: whether the portable form is an opaque op.
+        twice: whether it has second derivatives.
+    """
+
+    operator: str
+    function: Callable
+    shapes: dict[str, tuple[int, ...]]
+    weights: tuple[str, ...] = ()
+    constants: Callable[[int], dict] = lambda batch: {}
+    opaque: bool = True
+    twice: bool = False
+
+    def tensors(self, batch: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        found = {}
+        for name, shape in self.shapes.items():
+            shape = shape if name in self.weights else (batch * shape[0], *shape[1:])
+            found[name] = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) / 2
+            if name == "A":
+                found[name] = -found[name].abs()
+        return found
+
+    def bound(self, batch: int = 2) -> Callable:
+        """A function of the tensors, in their order, that returns one tensor or a tuple of them."""
+        constants = self.constants(batch)
+
+        def call(*tensors):
+            return self.function(**dict(zip(self.shapes, tensors)), **constants)
+
+        return call
+
+
+def _merge(x, weight, map, M):
+    return token_reduction.merge(x, token_reduction.Plan(map, M), weight)[0]
+
+
+def _attended(query, key, value):
+    return token_reduction.attention(query, key)[1](value)
+
+
+def _map(batch: int) -> dict:
+    return {"map": torch.tensor([[0, 1, 2, 1, 0, 2]]).expand(batch, -1), "M": 3}
+
+
+def _offsets(batch: int) -> dict:
+    """Of five tokens for each image, in two sequences of unlike lengths and one of none."""
+    offsets = [0] + [5 * i + at for i in range(batch) for at in (2, 2, 5)]
+    return {"offsets": torch.tensor(offsets, dtype=torch.int32)}
+
+
+_QKV = ("query", "key", "value")
+_SEQUENCES = dict(u=(1, 4, 9), delta=(1, 4, 9), A=(4, 3), B=(1, 3, 9), C=(1, 3, 9))
+_SSD = dict(x=(1, 7, 4, 3), dt=(1, 7, 4), A=(4,), B=(1, 7, 2, 5), C=(1, 7, 2, 5))
+_ATTENTIVE = dict(
+    x=(1, 3, 4, 5), value=(1, 3, 4, 5), weight=(3, 3), bias=(3,), mixing=(9, 9), mixing_bias=(9,), inhibition=(3,)
+)
+
+CALLS = {
+    "attentive_conv": OperatorCall("attentive_conv", attentive_conv, _ATTENTIVE, tuple(_ATTENTIVE)[2:]),
+    "neighborhood_attention": OperatorCall(
+        "neighborhood_attention",
+        neighborhood_attention,
+        dict.fromkeys(_QKV, (1, 7, 6, 2, 8)) | {"rpb": (2, 5, 5)},
+        ("rpb",),
+        lambda batch: {"kernel_size": 3, "dilation": (2, 1)},
+    ),
+    "neighborhood_attention of sequences": OperatorCall(
+        "neighborhood_attention",
+        neighborhood_attention,
+        dict.fromkeys(_QKV, (1, 7, 2, 8)),
+        constants=lambda batch: {"kernel_size": 4},
+    ),
+    "selective_scan": OperatorCall(
+        "selective_scan",
+        selective_scan,
+        _SEQUENCES | dict(D=(4,), z=(1, 4, 9), delta_bias=(4,)),
+        ("A", "D", "delta_bias"),
+        lambda batch: {"delta_softplus": True},
+    ),
+    "selective_scan with its last state": OperatorCall(
+        "selective_scan",
+        selective_scan,
+        _SEQUENCES | dict(B=(1, 2, 3, 9), C=(1, 2, 3, 9), D=(4,), delta_bias=(4,)),
+        ("A", "D", "delta_bias"),
+        lambda batch: {"delta_softplus": True, "reverse": True, "return_last_state": True},
+    ),
+    "selective_scan_2d": OperatorCall(
+        "selective_scan",
+        selective_scan_2d,
+        dict(u=(1, 3, 4, 2), delta=(1, 3, 4, 4, 2), A=(4, 2, 3), B=(1, 3, 4, 4, 3), C=(1, 3, 4, 4, 3), D=(4, 2)),
+        ("A", "D"),
+        lambda batch: {"delta_softplus": True},
+    ),
+    "ssd": OperatorCall(
+        "ssd",
+        ssd,
+        _SSD | dict(D=(4,), z=(1, 7, 4, 3), dt_bias=(4,)),
+        ("A", "D", "dt_bias"),
+        lambda batch: {"dt_softplus": True, "chunk": 4},
+        opaque=False,
+        twice=True,
+    ),
+    "ssd with its last states": OperatorCall(
+        "ssd",
+        ssd,
+        _SSD,
+        ("A",),
+        lambda batch: {"dt_softplus": True, "reverse": True, "return_final_states": True},
+        opaque=False,
+        twice=True,
+    ),
+    "strip_attention": OperatorCall(
+        "strip_attention", strip_attention, dict(query=(1, 5, 2), key=(1, 4, 2), value=(1, 4, 2, 3))
+    ),
+    "varlen_attention": OperatorCall(
+        "varlen_attention", varlen_attention, dict.fromkeys(_QKV, (5, 2, 3)), (), _offsets, opaque=False
+    ),
+    "first_weights": OperatorCall(
+        "varlen_attention", first_weights, dict.fromkeys(_QKV[:2], (5, 2, 3)), (), _offsets, opaque=False, twice=True
+    ),
+    "merge": OperatorCall(
+        "token_reduction_pool",
+        _merge,
+        dict(x=(1, 6, 4)),
+        (),
+        lambda batch: _map(batch) | {"weight": None},
+        opaque=False,
+        twice=True,
+    ),
+    "unmerge": OperatorCall(
+        "token_reduction_pool",
+        token_reduction.unmerge,
+        dict(tokens=(1, 3, 4)),
+        (),
+        lambda batch: {"map": _map(batch)["map"]},
+        opaque=False,
+        twice=True,
+    ),
+    "attention": OperatorCall(
+        "token_reduction_column_mean", _attended, dict.fromkeys(_QKV, (1, 2, 6, 4)), opaque=False, twice=True
+    ),
+}
+
+
+def several(out: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def total(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A number that depends on all of an output, and twice on each."""
+    return sum((x * x.detach().cos() + x.square() / 3).sum() for x in several(out))
+
+
+def run_without_batch(name: str, backend: str, dtype: torch.dtype) -> tuple[list, list]:
+    """Outputs, and gradients by all tensors, of a call whose batch is empty."""
+    call = CALLS[name]
+    tensors = [x.requires_grad_() for x in call.tensors(0, dtype).values()]
+    with use_backend(backend):
+        out = several(call.bound(0)(*tensors))
+    grads = torch.autograd.grad([x.sum() for x in out], tensors, allow_unused=True)
+    return [x.detach() for x in out], list(grads)
