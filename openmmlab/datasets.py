@@ -85,7 +85,7 @@ class RotatedImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        """`inputs`, the rotated image, `targets`, the image (3 H W), `window` (see `AdaptiveRotation`), `img_path`."""
+        """The rotated image as `inputs`, the image as `targets`, the `window` of `AdaptiveRotation`, `img_path`."""
         image = self.transform(read_picture(self.files[index]))
         rotated, window = self.rotate(image)
         return {"inputs": rotated, "targets": image, "window": window, "img_path": str(self.files[index])}

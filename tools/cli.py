@@ -16,7 +16,8 @@ import click
 from terrazzo import TerrazzoError, __version__
 from terrazzo._pictures import PictureWarning
 from terrazzo.errors import own_text
-from terrazzo.tools.interrupts import Interrupted, end_children, terminable
+from terrazzo.tools import interrupts
+from terrazzo.tools.interrupts import Interrupted, LeaveAtOnce, end_children, terminable
 
 VERBS = {
     "list": "Name the models, with parameters, published accuracy and input.",
@@ -120,7 +121,7 @@ class VerbGroup(click.Group):
             except Interrupted as interrupted:
                 end_children()
                 click.echo(str(interrupted), err=True)
-                sys.exit(interrupted.exit_code)
+                raise LeaveAtOnce(interrupted.exit_code) from None
             except click.Abort:
                 click.echo("interrupted", err=True)
                 sys.exit(EXIT_INTERRUPTED)
@@ -150,4 +151,4 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    cli.main()
+    interrupts.run(cli.main)

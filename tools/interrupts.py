@@ -2,9 +2,16 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+GRACE_S = 1.2
+"""How long a command may take to clean up; Python waits for long operations, such as a backward pass, to end."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -22,9 +29,13 @@ class Interrupted(BaseException):
     """
 
     def __init__(self, cause: KeyboardInterrupt):
-        terminated = isinstance(cause, Terminated)
-        super().__init__("terminated" if terminated else "interrupted")
-        self.exit_code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+        number = signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT
+        super().__init__(SIGNALS[number])
+        self.exit_code = 128 + number
+
+
+class LeaveAtOnce(SystemExit):
+    """An exit after an interrupt: the interpreter need not take everything down, which lasts for seconds."""
 
 
 @contextlib.contextmanager
@@ -38,10 +49,43 @@ def terminable() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)
+    os.register_at_fork(after_in_child=_forget)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _forget() -> None:
+    """Lets a forked process die of SIGTERM, by which its pool ends it, and not tell this process of it."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs the command of a process, which ends soon after a signal whatever it does at that time."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+    try:
+        command()
+    except LeaveAtOnce as leave:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(leave.code)
+
+
+def _watch(reading: int) -> None:
+    """Ends the process when it has not ended itself in time after a signal."""
+    while (number := os.read(reading, 1)[0]) not in SIGNALS:
+        pass
+    time.sleep(GRACE_S)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os.write(2, f"{SIGNALS[number]}\n".encode())
+    os._exit(128 + number)
 
 
 def end_children() -> None:
