@@ -19,7 +19,7 @@ help:
 	@echo "make check     ruff: lint and format"
 	@echo "make bench     speed here, as ratios to named peers; on a GPU first the kernels' tests, then model_cards/results/*_gpu.csv"
 	@echo "               (make bench OPTIONS=--quick for fewer shapes)"
-	@echo "make cards     regenerate the tables of README.md and model_cards/"
+	@echo "make cards     regenerate the tables of README.md, docs/ and model_cards/"
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "terrazzo needs Python >= 3.10; this is " + sys.version.split()[0] + " (set PYTHON=python3.x)")'

@@ -1,4 +1,4 @@
-"""`terrazzo cards`: the tables of README.md and of the model cards, made from the registry and the result files.
+"""`terrazzo cards`: the tables of README.md, docs/ and the model cards, made from the registry and the result files.
 
 A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; what is between them is replaced.
 """
@@ -172,6 +172,15 @@ def _capabilities(family: str | None) -> str:
     return _markdown(*table) + "\n" + "\n".join(capability_results.notes(cells)) + "\n"
 
 
+def _configs(_: None) -> str:
+    """Every packaged config, by the data that its name ends with, and by task."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted((results.ROOT / "configs").glob("[!_]*/*.py")):
+        data = re.sub(r"-\d+x\d+$|\d+$|-(instance|panoptic)$", "", path.stem.rsplit("_", 1)[-1])
+        found.setdefault((data, path.parent.name), []).append(f"`{path.stem}`")
+    return _markdown(("data", "task", "configs"), [(*key, ", ".join(names)) for key, names in sorted(found.items())])
+
+
 TABLES: dict[str, Callable[[str | None], str]] = {
     "families": _families,
     "variants": _variants,
@@ -179,12 +188,17 @@ TABLES: dict[str, Callable[[str | None], str]] = {
     "training": _training,
     "zoo": _zoo,
     "capabilities": _capabilities,
+    "configs": _configs,
     "precision": _precision,
 }
 
 
-def render(text: str) -> str:
+def render(text: str, above: str = "") -> str:
     """`text` with every table made anew.
+
+    Args:
+        text: A page.
+        above: The way from the page's folder to the root, such as "../": tables link to files from the root.
 
     Raises:
         InputError: A table of an unknown kind.
@@ -194,20 +208,21 @@ def render(text: str) -> str:
         opening, kind, argument, closing = match.groups()
         if kind not in TABLES:
             raise InputError(f"no table is called {kind!r}; the tables are: {', '.join(TABLES)}")
-        return f"{opening}\n{TABLES[kind](argument)}\n{closing}"
+        return f"{opening}\n{TABLES[kind](argument).replace('](', f']({above}')}\n{closing}"
 
     return _TABLE.sub(fresh, text)
 
 
 def pages(root: Path = results.ROOT) -> list[Path]:
-    return [root / "README.md", *sorted((root / "model_cards").glob("*.md"))]
+    """Every page that may have tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "model_cards").glob("*.md"))]
 
 
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 where a page is stale.")
 @click.option("--count", is_flag=True, help="First count every model's parameters and multiply-adds anew.")
 def command(check: bool, count: bool) -> int:
-    """Regenerate the tables of README.md and of the model cards from the result files."""
+    """Regenerate the tables of README.md, docs/ and the model cards from the result files."""
     if not (results.ROOT / "README.md").exists():
         raise InputError("the pages stand in a source checkout of terrazzo; this is an installed copy")
     if count and not check:
@@ -215,7 +230,7 @@ def command(check: bool, count: bool) -> int:
     stale = []
     for page in pages():
         text = page.read_text()
-        new = render(text)
+        new = render(text, "../" * len(page.relative_to(results.ROOT).parts[1:]))
         if new != text:
             stale.append(page)
             if not check:
