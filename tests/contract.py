@@ -30,7 +30,8 @@ from timm.models._manipulate import group_parameters, group_with_matcher
 
 import terrazzo
 from terrazzo.backbones._weights import RECONSTRUCTED
-from terrazzo.tools import cards, results
+from terrazzo.tools import results
+from terrazzo.tools.reports import cards
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, plain
 MAX_SIDE = 96  # of the costlier checks

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from terrazzo.tools.cli import cli
-from terrazzo.tools.floors import FloorMaker, write_floors
+from terrazzo.tools.data.floors import FloorMaker, write_floors
 
 BACKBONE = {"model.backbone.name": "resnet10t", "model.backbone.out_indices": (1, 2, 3, 4)}
 
