@@ -1,8 +1,8 @@
 """What a family can do, proven both ways: what it refuses must fail for the reason it gives, and all else must work.
 
-`BackboneContract` inherits these tests; `test_NAME` is of the capability NAME, as tools/capability_results.py lists and
-explains them. What a test finds must be what model_cards/results/capabilities.csv says, from which the tables of README
-and cards are made; `pytest tests/backbones --write-capabilities` writes it there.
+`BackboneContract` inherits these tests; `test_NAME` tests the capability NAME of the list in
+tools/reports/capabilities.py. What a test finds must be what model_cards/results/capabilities.csv says, from which the
+tables of the pages are made; `pytest tests/backbones --write-capabilities` writes it there.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ import timm
 import torch
 from seeded import build, image
 
-from terrazzo.tools import capability_results, results
-from terrazzo.tools.capability_results import NO, YES, Cell
+from terrazzo.tools import results
 from terrazzo.tools.models import family_of
+from terrazzo.tools.reports import capabilities as capability_results
+from terrazzo.tools.reports.capabilities import NO, YES, Cell
+from terrazzo.tools.runtimes import open_file
 
 COMPILERS = ("aot_eager", "inductor")
 
@@ -82,20 +84,20 @@ class Files:
         return self.classifier if what in self.allowed else self._onnx("RawClassifier", SIZE, (what,))
 
     def module(self, kind: str) -> torch.nn.Module:
-        from terrazzo.tools import exportable
+        from terrazzo.tools.export import exportable
 
         data = timm.data.resolve_model_data_config(self.model)
         return getattr(exportable, kind)(self.model, data["mean"], data["std"]).eval()
 
     def export(self, form, kind: str, size: tuple[int, int], dynamic: tuple[str, ...], suffix: str):
-        from terrazzo.tools.checked_export import checked_export
+        from terrazzo.tools.export.checked import checked_export
 
         module, path = self.module(kind), self.folder / f"{kind}_{'_'.join(dynamic)}{suffix}"
         names = module.output_names
         return checked_export(form, module, pixels(size), path, output_names=names, dynamic=dynamic)
 
     def _onnx(self, kind: str, size: tuple[int, int], dynamic: tuple[str, ...]):
-        from terrazzo.tools.onnx_export import OnnxForm
+        from terrazzo.tools.export.formats.onnx import OnnxForm
 
         return self.export(OnnxForm(), kind, size, dynamic, ".onnx")
 
@@ -183,7 +185,7 @@ class CapabilityContract:
 
     @pytest.mark.slow  # ONNX files are made from the same program
     def test_pt2(self, files, capability):
-        from terrazzo.tools.pt2_export import ProgramForm
+        from terrazzo.tools.export.formats.pt2 import ProgramForm
 
         with capability:
             report = files.export(ProgramForm(), "RawClassifier", ODD, files.allowed, ".pt2")
@@ -214,7 +216,7 @@ class CapabilityContract:
     def test_tensorrt_operators(self, files, capability):
         import onnx
 
-        from terrazzo.tools.tensorrt_operators import problems
+        from terrazzo.tools.export.tensorrt.operators import problems
 
         with capability:
             for report in (files.classifier, files.features):
@@ -222,7 +224,7 @@ class CapabilityContract:
                 assert not found, "; ".join(map(str, found))
 
     def test_openvino(self, files, capability):
-        from terrazzo.tools.openvino_export import OpenVinoForm
+        from terrazzo.tools.export.formats.openvino import OpenVinoForm
 
         with capability:
             form = OpenVinoForm()
@@ -247,10 +249,9 @@ def check_lowered(files: Files, precision: str, limit: float, pictures: int) -> 
     """
     import onnx
 
-    from terrazzo.tools.export_targets import floor
-    from terrazzo.tools.lowered_export import lower_file
-    from terrazzo.tools.onnx_export import OnnxForm
-    from terrazzo.tools.tensorrt_operators import problems
+    from terrazzo.tools.export.precision.lowering import lower_file
+    from terrazzo.tools.export.targets import floor
+    from terrazzo.tools.export.tensorrt.operators import problems
 
     samples = [(picture,) for picture in floor(ODD, pictures).split(1)]
     file = files.folder / f"{precision}.onnx"
@@ -260,7 +261,7 @@ def check_lowered(files: Files, precision: str, limit: float, pictures: int) -> 
     assert len(found.lowered.kept) <= found.layers / 2, found.lowered.kept
     unknown = problems(onnx.load(found.path))
     assert not unknown, "; ".join(map(str, unknown))
-    run, *_ = OnnxForm().open(found.path)
+    run, *_ = open_file("onnx", found.path)
     with torch.no_grad():
         wanted = files.module("RawClassifier")(*samples[0])
     assert (run(*samples[0])[0] - wanted).norm() <= limit * wanted.norm()

@@ -34,7 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import terrazzo
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.errors import InputError
-from terrazzo.tools import cards, results
+from terrazzo.tools import results
+from terrazzo.tools.reports import cards
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, plain
 MAX_SIDE = 96  # of the costlier checks

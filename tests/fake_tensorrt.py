@@ -1,4 +1,4 @@
-"""As much of TensorRT's Python API as `terrazzo.tools.tensorrt_engine` calls, on the CPU, where no TensorRT is.
+"""As much of TensorRT's Python API as `terrazzo.tools.export.tensorrt.engine` calls, on the CPU, where no TensorRT is.
 
 Every name and the arguments of every method are those of the bindings of TensorRT 10.15 and 11.4 (looked up in the
 modules themselves); whatever else is asked for does not exist. An engine is the ONNX file and the profile; it runs by

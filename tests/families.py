@@ -1,6 +1,7 @@
 """One model of each family, for tests that are the same for all."""
 
-from terrazzo.tools import cards, results
+from terrazzo.tools import results
+from terrazzo.tools.reports import cards
 
 
 def smallest() -> list[str]:

@@ -2,8 +2,8 @@
 
 import torch
 
-from terrazzo.tools import export_targets
-from terrazzo.tools.detectors import RawDetector
+from terrazzo.tools.export import targets as export_targets
+from terrazzo.tools.export.detectors import RawDetector
 
 _REGIONS = {"rpn_head.rpn_cls": (0.0, 1.0), "rpn_head.rpn_reg": (0.0, 0.3)}
 _QUERIES = {

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from terrazzo.tools import cards, results
+from terrazzo.tools import results
+from terrazzo.tools.reports import cards
 
 PAGES = [*cards.pages(), *(results.ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
 

@@ -20,6 +20,8 @@ ARROWS = {
     "configs": {"openmmlab"},
     "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "necks", "openmmlab"},
 }
+# Rooms of tools/ from the ground up: a room imports rooms before it. "" are the files of tools/ itself.
+ROOMS = ("", "data", "inspect", "runtimes", "predict", "export", "training", "bench", "reports", "doctor", "verbs")
 # Packages that a layer must not import at the top of a module.
 FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
@@ -53,6 +55,19 @@ def test_arrows(path):
         if layer == "kernels" and path.stem.startswith("fused_") and parts[0] == "triton":
             continue  # Triton's kernels themselves, which the fused forms import at the first launch
         assert parts[0] not in FOREIGN.get(layer, ()), f"{layer} must not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_of_tools(path):
+    def room(parts):
+        return parts[0] if parts and (ROOT / "tools" / parts[0]).is_dir() else ""
+
+    own = room(path.relative_to(ROOT / "tools").parts)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[:2] == ["terrazzo", "tools"]:
+            assert ROOMS.index(room(parts[2:])) <= ROOMS.index(own), f"{own or 'tools'} must not import {name}"
+            assert own != "verbs" or room(parts[2:]) != "verbs", f"a verb must not import {name}"
 
 
 def test_importing_terrazzo_is_light():

@@ -11,7 +11,7 @@ import torch
 from triton_common import guarded, limits, poisoned, replaced
 
 from terrazzo.kernels import attentive_conv, use_backend
-from terrazzo.tools.operator_attentive_conv import plain
+from terrazzo.tools.bench.operators.attentive_conv import plain
 
 FOLDER = "terrazzo.kernels.attentive_conv"
 NAMES = ("out", "x", "value", "weight", "bias", "mixing", "mixing_bias", "inhibition")

@@ -1,7 +1,7 @@
 """The `terrazzo` command: its verbs, and how an error becomes one line.
 
-A verb is a module of `terrazzo.tools` with a click command named `command`; it is imported when it is run (or when its
-own help is asked for), so that `terrazzo list` does not pay for mmengine.
+A verb is a module of `terrazzo.tools.verbs` with a click command named `command`. It is imported when it is run or its
+own help is asked for, so that `terrazzo list` does not pay for mmengine.
 """
 
 import functools
@@ -34,6 +34,9 @@ VERBS = {
     "doctor": "Build every model config of mmdet and mmseg; say which cannot be built, and why.",
     "cards": "Regenerate the tables of the model cards.",
 }
+
+MODULES = {"list": "listing", "test": "evaluate"}
+"""Verbs whose modules have another name: `list` is a type, and pytest takes `test` for its own."""
 
 EXTRAS = {
     "mmengine": "openmmlab",
@@ -84,7 +87,7 @@ class VerbGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        return importlib.import_module(f"terrazzo.tools.{name}").command
+        return importlib.import_module(f"terrazzo.tools.verbs.{MODULES.get(name, name)}").command
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         if args and args[0] not in VERBS and not args[0].startswith("-"):

@@ -319,7 +319,7 @@ class TestLVViT:
 class TestExport:
     @pytest.mark.parametrize("form", ["fixed", pytest.param("masked", marks=pytest.mark.slow)])
     def test_onnx(self, form, tmp_path):
-        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+        onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         model = pruning(form, torch.float32, depth=3, blocks=(1, 2), keep=(0.5, 0.25))
         report = onnx_export.export_onnx(model, image((160, 128)), tmp_path / "model.onnx", dynamic=("batch",))
         assert report.passed, report

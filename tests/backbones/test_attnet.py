@@ -154,7 +154,7 @@ class TestArchitecture:
 class TestExport:
     def test_open_sizes(self, tmp_path):
         """Batch, height and width stay open: bins are computed from the size that the graph meets."""
-        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+        onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         model = TestAttNet().shallow_model("attnet_xxs")
         report = onnx_export.export_onnx(model, image((64, 96)), tmp_path / "model.onnx", dynamic=("batch", "hw"))
         assert report.passed, report
@@ -164,7 +164,7 @@ class TestExport:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["attnet_xxs", "attnet_t1"])
     def test_whole_models(self, name, tmp_path):
-        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+        onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         report = onnx_export.export_onnx(build(name), image((97, 70)), tmp_path / "model.onnx", dynamic=("batch", "hw"))
         assert report.passed, report
         assert report.worst <= 1e-4

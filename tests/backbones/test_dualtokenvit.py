@@ -9,7 +9,7 @@ from seeded import build, image
 from torch import nn
 
 from terrazzo.backbones import dualtokenvit
-from terrazzo.tools.measure import measure
+from terrazzo.tools.inspect.measure import measure
 
 
 class TestDualTokenViT(BackboneContract):

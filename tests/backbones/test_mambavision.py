@@ -14,7 +14,7 @@ from torch import nn
 from terrazzo.backbones import mambavision
 from terrazzo.backbones.mambavision import Kept
 from terrazzo.errors import InputError
-from terrazzo.tools.measure import measure
+from terrazzo.tools.inspect.measure import measure
 
 
 class TestMambaVision(BackboneContract):
@@ -283,7 +283,7 @@ class TestExport:
     @pytest.mark.parametrize("name", ["mambavision_t", "mambavision_s"])
     def test_open_sizes_beyond_the_window(self, name, tmp_path):
         """The graph is made from maps of one window and meets maps of many."""
-        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+        onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         ort = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
         model = build(name)
         report = onnx_export.export_onnx(model, image((64, 96)), tmp_path / "model.onnx", dynamic=("batch", "hw"))

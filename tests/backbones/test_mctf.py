@@ -292,7 +292,7 @@ class TestRestore:
 
 class TestExport:
     def test_onnx_of_every_merging_block(self, tmp_path):
-        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+        onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         model = build(TINY, depth=4)
         report = onnx_export.export_onnx(model, image((128, 128)), tmp_path / "model.onnx", dynamic=("batch",))
         assert report.passed, report

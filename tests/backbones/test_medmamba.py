@@ -11,7 +11,7 @@ from terrazzo.backbones import medmamba
 from terrazzo.backbones._layers import on_maps
 from terrazzo.errors import InputError
 from terrazzo.kernels.call import operator_name
-from terrazzo.tools.trace import trace
+from terrazzo.tools.inspect.trace import trace
 
 
 class TestMedMamba(BackboneContract):
@@ -168,7 +168,7 @@ class TestArchitecture:
 
 @pytest.mark.slow
 def test_onnx_of_the_whole_model(tmp_path):
-    onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+    onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
     report = onnx_export.export_onnx(
         build("medmamba_t"), image((97, 70)), tmp_path / "model.onnx", dynamic=("batch", "hw")
     )

@@ -9,7 +9,8 @@ from contract import BackboneContract, build, image
 from terrazzo.backbones import s2aformer
 from terrazzo.backbones._layers import on_maps
 from terrazzo.kernels.call import operator_name
-from terrazzo.tools.trace import trace
+from terrazzo.tools.inspect.trace import trace
+from terrazzo.tools.runtimes import open_file
 
 
 class TestS2AFormer(BackboneContract):
@@ -142,11 +143,11 @@ class TestArchitecture:
     @pytest.mark.slow
     def test_one_exported_file_for_all_sizes(self, tmp_path):
         """Batch, height and width open: attention is over all positions, so no size is a constant."""
-        onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+        onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         model, path = build("s2aformer_mini"), tmp_path / "model.onnx"
         report = onnx_export.export_onnx(model, image((64, 96), batch=2), path, dynamic=("batch", "hw"))
         assert report.passed, report
-        run, _, _ = onnx_export.OnnxForm().open(path)
+        run, _, _ = open_file("onnx", path)
         for size, batch in (((97, 131), 1), ((224, 224), 3), ((33, 260), 2)):
             x = image(size, batch)
             with torch.no_grad():

@@ -9,7 +9,7 @@ from golden_packs import Pack, packs
 
 from terrazzo.backbones import _ss2d, vmamba
 from terrazzo.kernels.call import operator_name
-from terrazzo.tools.trace import trace
+from terrazzo.tools.inspect.trace import trace
 
 
 class TestVMamba(BackboneContract):
@@ -286,7 +286,7 @@ class TestArchitecture:
 
 @pytest.mark.slow
 def test_onnx_of_the_whole_model(tmp_path):
-    onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+    onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
     model = build("vmamba_tiny_s1l8")
     report = onnx_export.export_onnx(model, image((97, 70)), tmp_path / "model.onnx", dynamic=("batch", "hw"))
     assert report.passed, report

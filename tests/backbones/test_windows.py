@@ -10,8 +10,8 @@ from terrazzo.backbones import _windows
 from terrazzo.backbones._layers import window_counts
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.errors import InputError
-from terrazzo.tools.bench_families import FAMILIES
-from terrazzo.tools.measure import measure
+from terrazzo.tools.bench.families import FAMILIES
+from terrazzo.tools.inspect.measure import measure
 
 SMALL = dict(embed_dim=48, depth=4, blocks=(1, 3), r=0.35, global_blocks=(2,))
 ODD = (112, 208)  # 7 x 13 patches: of at most 5, 2 x 3 windows of 4 x 5, the last of each side padded
@@ -248,10 +248,10 @@ def test_one_graph_for_any_size():
 @pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_onnx(dense, tmp_path):
     """Logits, or a map of every position; of operators that TensorRT documents."""
-    onnx_export = pytest.importorskip("terrazzo.tools.onnx_export", reason="needs the extra 'export'")
+    onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
     import onnx
 
-    from terrazzo.tools.tensorrt_operators import problems
+    from terrazzo.tools.export.tensorrt.operators import problems
 
     model = small(window=5, depth=2, blocks=(0,), global_blocks=(1,), norm_outputs=dense).float()
     if dense:

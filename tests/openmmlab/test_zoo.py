@@ -18,8 +18,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from tiny_data import segmentation_batch
 
-from terrazzo.tools import zoo
-from terrazzo.tools.unfilled import Unfilled
+from terrazzo.tools.doctor import zoo
+from terrazzo.tools.doctor.unfilled import Unfilled
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from terrazzo.tools.cli import cli
-from terrazzo.tools.floors import FloorMaker, write_floors
+from terrazzo.tools.data.floors import FloorMaker, write_floors
 
 BACKBONE = {"model.backbone.name": "resnet10t", "model.backbone.out_indices": (1, 2, 3, 4)}
 
@@ -100,7 +100,7 @@ def config_on():
 def check(config_on, capsys):
     """Check splits of a packaged config on a folder; the words of the refusal, or what was said besides."""
     from terrazzo.errors import InputError
-    from terrazzo.tools.data_checks import check_data
+    from terrazzo.tools.data.checks import check_data
 
     def invoke(config: str, root: Path, *splits: str, **options) -> str:
         try:

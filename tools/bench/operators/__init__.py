@@ -1,0 +1,1 @@
+"""Benchmarks of operators: an entry each, with its shapes and its plain PyTorch peer; `benchmark` measures them all."""

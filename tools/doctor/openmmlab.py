@@ -1,0 +1,193 @@
+"""`terrazzo doctor openmmlab`: builds the model of every config of mmdet and mmseg, and says which can be built."""
+
+import csv
+import fnmatch
+import importlib.metadata
+import importlib.util
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import click
+
+from terrazzo._files import written_whole
+from terrazzo.errors import InputError
+from terrazzo.tools import results
+from terrazzo.tools.console import print_table, progress
+from terrazzo.tools.reports import zoo as zoo_results
+from terrazzo.tools.reports.zoo import BUILT, FAILED, FAULTY, LACKS, NO_MODEL, Examined, Finding
+
+DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}
+
+FAULTS = {
+    ("mmdet", "3.3.0"): {
+        "bytetrack/bytetrack_yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17test.py": "its base is absent",
+        "cascade_rpn/cascade-rpn_r50-caffe_fpn_1x_coco.py": "gives its head no num_classes, which the head asks for",
+        "sort/faster-rcnn_r50_fpn_8xb2-4e_mot17train_test-mot17train.py": "its base is named without .py",
+        "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20halftrain_test-mot20halfval.py": "its base is named without .py",
+        "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20train_test-mot20train.py": "its base is named without .py",
+        "v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x.py": "gives FPN force_grad_on_level, which FPN has not",
+    }
+}
+"""Configs that no installation of that release can build, each with the reason: looked at one by one."""
+
+
+@click.command()
+@click.option("--package", type=click.Choice(list(DISTRIBUTIONS)), help="Only the configs of this package.")
+@click.option(
+    "--configs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder of your own instead."
+)
+@click.option("--only", metavar="PATTERN", help="Only the configs whose path matches this glob, such as 'yolox/*'.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a CSV row for every config.")
+@click.option(
+    "--results",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Write the counts to this folder, for the table in docs/openmmlab.md.",
+)
+def command(package: str | None, configs: Path | None, only: str | None, out: Path | None, folder: Path | None) -> int:
+    """Build every model config that mmdet and mmseg ship; say which cannot be built, and why.
+
+    Weights are neither filled nor downloaded. A config that needs another package, or that is faulty as shipped, is
+    named; it does not make the exit code 1, as any other does that cannot be built or lacks an operator.
+    """
+    if package and configs:
+        raise InputError("--package and --configs both say where to look; give one of them")
+    if folder is not None and (package or configs or only):
+        raise InputError("--results counts everything; leave out --package, --configs and --only")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
+    paths = _selected(_folders(package, configs), only)
+    rows = list(_examined(paths))
+    if out is not None:
+        _write(out, rows)
+    _report(rows)
+    if folder is not None:
+        results.write(folder / zoo_results.PATH.name, zoo_results.count(rows))
+        click.echo(f"wrote {folder / zoo_results.PATH.name}")
+    return int(any(row.finding.status in (LACKS, FAILED) for row in rows))
+
+
+def _folders(package: str | None, configs: Path | None) -> dict[str, Path]:
+    """The folders to look in, by the name of the package (or of the folder).
+
+    Raises:
+        ModuleNotFoundError: a package is not installed.
+        InputError: a package is installed without its configs.
+    """
+    if configs is not None:
+        return {configs.resolve().name: configs.resolve()}
+    folders = {}
+    for name in [package] if package else DISTRIBUTIONS:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        folders[name] = Path(spec.origin).parent / ".mim" / "configs"
+        if not folders[name].is_dir():
+            raise InputError(f"{name} is installed without its configs ({folders[name]}); install it from its wheel")
+    return folders
+
+
+def _selected(folders: dict[str, Path], only: str | None) -> list[tuple[str, str, Path]]:
+    """Package, path inside the folder, and path of every config; `_base_` holds parts of configs."""
+    found = [
+        (package, path.relative_to(folder).as_posix(), path)
+        for package, folder in folders.items()
+        for path in sorted(folder.rglob("*.py"))
+        if "_base_" not in path.relative_to(folder).parts
+    ]
+    chosen = [item for item in found if only is None or fnmatch.fnmatchcase(item[1], only)]
+    if not chosen:
+        where = ", ".join(map(str, folders.values()))
+        raise InputError(f"none of the {len(found)} configs in {where} matches {only or '*.py'!r}")
+    return chosen
+
+
+def _examined(paths: list[tuple[str, str, Path]]) -> Iterator[Examined]:
+    """Examines configs one by one, each distinct model once."""
+    from terrazzo.tools import zoo  # mmengine takes seconds to import
+
+    known: dict[str, Finding] = {}
+    worker = Worker(zoo.prepare)
+    try:
+        with progress("building", total=len(paths)) as bar:
+            for package, config, path in paths:
+                model = worker.call(zoo.identify, path) or ""
+                if model in known:
+                    finding = known[model]
+                else:
+                    finding = worker.call(zoo.examine, path) or Finding(FAILED, "the interpreter crashed")
+                    finding = _judged(package, config, finding)
+                if model:
+                    known[model] = finding
+                yield Examined(package, config, finding, model)
+                bar.advance(bar.task_ids[0])
+    finally:
+        worker.close()
+
+
+def _judged(package: str, config: str, finding: Finding) -> Finding:
+    """A failure, unless it is one that this release of the package is known for."""
+    if finding.status != FAILED or package not in DISTRIBUTIONS:
+        return finding
+    release = importlib.metadata.version(DISTRIBUTIONS[package])
+    fault = FAULTS.get((package, release), {}).get(config)
+    return Finding(FAULTY, fault) if fault else finding
+
+
+class Worker:
+    """Calls functions in a process of its own, which is replaced when it dies."""
+
+    def __init__(self, prepare: Callable[[], None]):
+        self.prepare = prepare
+        self.pool = self._start()
+
+    def call(self, function: Callable, *args: Any) -> Any:
+        """The function's value; None when the process died of it."""
+        try:
+            return self.pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            self.close()
+            self.pool = self._start()
+            return None
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def _start(self) -> ProcessPoolExecutor:
+        # A forked process would inherit PyTorch's threads half-way.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=self.prepare)
+
+
+def _write(path: Path, rows: list[Examined]) -> None:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("package", "config", "status", "reason"))
+        writer.writerows((row.package, row.config, row.finding.status, row.finding.reason) for row in rows)
+
+
+def _report(rows: list[Examined]) -> None:
+    """Print what was not built, the counts, and which operators there are."""
+    from terrazzo.tools.doctor.operators import all_operators
+
+    troubles = [
+        (row.finding.status, f"{row.package}/{row.config}", row.finding.reason)
+        for row in rows
+        if row.finding.status not in (BUILT, NO_MODEL)
+    ]
+    if troubles:
+        print_table(sorted(troubles), ("status", "config", "reason"))
+        click.echo()
+    counts = zoo_results.count(rows)
+    head, lines = zoo_results.table(counts)
+    print_table(lines, head, right=tuple(range(1, len(head))))
+    click.echo("\n".join(zoo_results.notes(counts)))
+    operators = all_operators()
+    for provided, verb in ((True, "provided"), (False, "not provided")):
+        names = [name for name, there in operators.items() if there == provided]
+        if names:
+            click.echo(f"mmcv operators {verb} ({len(names)}): {', '.join(names)}.")

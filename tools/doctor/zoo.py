@@ -1,0 +1,126 @@
+"""One OpenMMLab config after another, built to see whether it can be: what runs in the process that may crash."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import logging
+import os
+import re
+import socket
+import unittest.mock
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner.checkpoint import CheckpointLoader
+
+import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
+from terrazzo.openmmlab._mmengine import is_installed
+from terrazzo.tools.doctor.unfilled import Unfilled
+from terrazzo.tools.reports.zoo import BUILT, FAILED, LACKS, NEEDS, NO_MODEL, Finding
+
+ABSENT = (
+    r"mim install (\w+)",
+    r"pip install (?:-r )?([a-z][\w./-]*)",
+    r"install (\w+) (?:first|manually)",
+    r"'(\w+)\.\w+ is not in the",
+)
+"""How OpenMMLab's packages say that another package is absent, the most exact first; few raise ModuleNotFoundError."""
+
+
+class NetworkClosed(OSError):
+    """An attempt to reach the network while a config was built."""
+
+
+def prepare() -> None:
+    """Makes a fresh process ready: silent, without network, and ready for the layers that want a process group."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    with contextlib.suppress(RuntimeError, ValueError):  # a machine without gloo: such layers will say so
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    socket.getaddrinfo = _closed
+
+
+def identify(path: Path) -> str:
+    """A digest of the model of a config: equal for configs that differ in data or schedule only.
+
+    Returns:
+        Nothing for a config that has no model or cannot be read.
+    """
+    try:
+        cfg = _read(path)
+    except (Exception, SystemExit):
+        return ""
+    if not cfg.get("model"):
+        return ""
+    identity = (cfg.get("default_scope"), cfg.get("custom_imports"), cfg.model)
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def examine(path: Path) -> Finding:
+    """Builds the model of a config, without filling its weights and without loading any."""
+    # Operators are those of mmcv's Python side, which is imported here and not with every use of this module.
+    from terrazzo.tools.doctor.operators import is_missing, operators_of
+
+    try:
+        cfg = _read(path)
+        if not cfg.get("model"):
+            return Finding(NO_MODEL)
+        with _quiet(), _no_checkpoints(), DefaultScope.overwrite_default_scope(cfg.get("default_scope")), Unfilled():
+            # Building changes the settings.
+            model = MODELS.build(ConfigDict(cfg.model.copy()))
+            lacking = sorted(filter(is_missing, operators_of(model, cfg.model)))
+    except (Exception, SystemExit) as error:  # a config is code, and so is what it builds
+        return explain(error)
+    return Finding(LACKS, ", ".join(lacking)) if lacking else Finding(BUILT)
+
+
+def explain(error: BaseException) -> Finding:
+    """What an error says: that a package is absent, or something else in one line."""
+    for link in _chain(error):
+        if isinstance(link, ModuleNotFoundError) and link.name:
+            return Finding(NEEDS, link.name.split(".")[0])
+        text = " ".join(str(link).split())
+        for pattern in ABSENT:
+            match = re.search(pattern, text, re.IGNORECASE)
+            name = match and match[1].rstrip(".").lower()
+            if name and ("/" in name or not is_installed(name)):  # a list of packages, or one
+                return Finding(NEEDS, name)
+    lines = str(error).strip().splitlines()
+    return Finding(FAILED, f"{type(error).__name__}: {' '.join(lines[0].split()) if lines else 'no message'}")
+
+
+@functools.lru_cache(maxsize=1)  # a config is identified and then examined
+def _read(path: Path) -> Config:
+    # Configs name their teachers' configs as from the root of their package.
+    os.chdir(next((folder.parent for folder in path.parents if folder.name == "configs"), path.parent))
+    with _quiet():
+        return Config.fromfile(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _no_checkpoints() -> contextlib.AbstractContextManager:
+    """Models that load a teacher's or a tracker's weights when they are built get none."""
+    return unittest.mock.patch.object(CheckpointLoader, "load_checkpoint", return_value={"state_dict": {}})
+
+
+def _closed(*args, **kwargs) -> NoReturn:
+    raise NetworkClosed("building a model must not need the network, and here it has none")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

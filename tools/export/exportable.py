@@ -1,0 +1,113 @@
+"""Models as one graph from raw pixels to results: normalisation in front, resizing and arg max behind."""
+
+import torch
+from torch import Tensor, nn
+
+from terrazzo.errors import InputError
+
+
+class RawClassifier(nn.Module):
+    """A classifier that takes RGB pixels as they are.
+
+    Args:
+        model: from a normalised (B, 3, H, W) to logits (B, classes).
+        mean: of each channel, for pixels in 0..1.
+        std: of each channel, for pixels in 0..1.
+    """
+
+    output_names: tuple[str, ...] = ("logits",)
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """From (B, 3, H, W), float RGB in 0..255, to logits (B, classes)."""
+        return self.model(self.normalised(image))
+
+    def normalised(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class RawFeatures(RawClassifier):
+    """A timm model's pyramid from RGB pixels as they are: an output `strideN` for each map that it has.
+
+    Args:
+        model: a timm model with `forward_intermediates`.
+
+    Raises:
+        InputError: the model gives no feature maps.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__(model, mean, std)
+        if not hasattr(model, "forward_intermediates"):
+            raise InputError(f"{type(model).__name__} has no forward_intermediates, so it gives no feature maps")
+        info = model.feature_info.info if hasattr(model.feature_info, "info") else model.feature_info
+        strides = [entry["reduction"] for entry in info]
+        # Blocks of one stride are told apart by their number.
+        self.output_names = tuple(
+            f"stride{stride}" if strides.count(stride) == 1 else f"block{index}_stride{stride}"
+            for index, stride in enumerate(strides)
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """From (B, 3, H, W), float RGB in 0..255, to maps (B, C, H / stride, W / stride)."""
+        return tuple(self.model.forward_intermediates(self.normalised(image), intermediates_only=True))
+
+
+class RawSegmentor(nn.Module):
+    """An mmseg segmentor that takes RGB pixels as they are and gives results at their size.
+
+    Whatever test mode the config has, the image is seen as a whole (mode `whole`), without flips.
+
+    Args:
+        segmentor: an mmseg EncoderDecoder.
+    """
+
+    output_names = ("logits", "labels")
+
+    def __init__(self, segmentor: nn.Module):
+        super().__init__()
+        preprocessor = segmentor.data_preprocessor
+        # in a tuple it is no part of this module, whose copy of it may have other forms of some layers
+        self._original = (segmentor,)
+        self.segmentor = _fixed(segmentor)
+        self.swap = not preprocessor.channel_conversion
+        self.normalise = bool(getattr(preprocessor, "_enable_normalize", False))
+        if self.normalise:
+            self.register_buffer("mean", preprocessor.mean.detach().clone(), persistent=False)
+            self.register_buffer("std", preprocessor.std.detach().clone(), persistent=False)
+        if segmentor.num_classes < 1 or segmentor.out_channels < 1:
+            raise InputError(f"the segmentor says it has {segmentor.num_classes} classes; there is nothing to export")
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """From (B, 3, H, W), float RGB in 0..255, to logits (B, classes, H, W) and labels (B, H, W)."""
+        return self._results(self.segmentor, image)
+
+    @torch.no_grad()
+    def reference(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What mmseg's own, unchanged model makes of the same pixels; as `forward`."""
+        return self._results(self._original[0], image)
+
+    def _results(self, segmentor: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+        # The preprocessor is told to turn BGR files into RGB, or else the network wants BGR.
+        image = image.flip(1) if self.swap else image
+        image = (image - self.mean) / self.std if self.normalise else image
+        size = tuple(image.shape[2:])
+        logits = segmentor.encode_decode(image, [{"img_shape": size, "ori_shape": size, "pad_shape": size}])
+        if logits.shape[1] == 1:
+            return logits, (logits[:, 0].sigmoid() > segmentor.decode_head.threshold).long()
+        return logits, logits.argmax(dim=1)
+
+
+def _fixed(segmentor: nn.Module) -> nn.Module:
+    """The segmentor, or a form of it that can be exported where deformable attention keeps it from that."""
+    # its layers come from mmdet, which other segmentors do without
+    if not any(type(part).__name__ == "MSDeformAttnPixelDecoder" for part in segmentor.modules()):
+        return segmentor
+    from terrazzo.tools.export.detectors.fixed_maps import with_fixed_maps
+
+    return with_fixed_maps(segmentor)

@@ -1,0 +1,216 @@
+"""ONNX graphs in half precision or INT8, layer by layer: what is in lower precision is written into the graph itself.
+
+Only what the calls of a model's submodules do is lowered. What a whole model does around them (normalisation of pixels,
+decoding of boxes, non-maximum suppression, labels) stays in float32.
+"""
+
+import ast
+import contextlib
+import logging
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QDQQuantizer,
+    QuantType,
+    create_calibrator,
+)
+from onnxruntime.quantization.calibrate import TensorsData
+from torch import Tensor
+
+from terrazzo.errors import InputError
+from terrazzo.tools.export.precision.half import in_half_precision, lowerable, rounded
+
+# How PyTorch's exporter writes down which calls of modules, from the outermost in, a node comes from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+# What INT8 has in ONNX Runtime and TensorRT and gains by: products with weights.
+_QUANTISED = ("Conv", "MatMul", "Gemm")
+# Half precision cannot tell neighbouring pixels apart in an image of a thousand and more.
+_COORDINATES = ("RoiAlign", "NonMaxSuppression")
+
+
+class Precision(Protocol):
+    """A lower precision of one graph.
+
+    Attributes:
+        name: what users call it.
+        model: the graph in float32.
+        layers: the names of the nodes that it can lower, by the layer that they belong to, in the graph's order.
+        limit: the error of outputs up to which a file is taken to be sound where no data set decides.
+    """
+
+    name: str
+    model: onnx.ModelProto
+    layers: Mapping[str, tuple[str, ...]]
+    limit: float
+
+    def lower(self, kept: Collection[str] = ()) -> onnx.ModelProto:
+        """The graph with all layers in lower precision but for those `kept`; its inputs and outputs stay in float32."""
+
+    def measurable(self, kept: Collection[str] = ()) -> onnx.ModelProto:
+        """A graph that ONNX Runtime computes on a CPU as an accelerator computes `lower`."""
+
+
+class Half:
+    """IEEE half precision: weights and values of 16 bits.
+
+    Args:
+        model: the graph in float32.
+    """
+
+    name = "fp16"
+    limit = 1e-2
+
+    def __init__(self, model: onnx.ModelProto):
+        able = {node.name for node in lowerable(model)}
+        found = {layer: tuple(name for name in names if name in able) for layer, names in layers(model).items()}
+        self.model = model
+        self.layers = {layer: names for layer, names in found.items() if names}
+
+    def lower(self, kept: Collection[str] = ()) -> onnx.ModelProto:
+        return in_half_precision(self.model, self._names(kept))
+
+    def measurable(self, kept: Collection[str] = ()) -> onnx.ModelProto:
+        return rounded(self.model, self._names(kept))
+
+    def _names(self, kept: Collection[str]) -> list[str]:
+        return [name for layer, names in self.layers.items() if layer not in kept for name in names]
+
+
+class Int8:
+    """Symmetric INT8 of weights (per channel) and of what they are multiplied with, as QuantizeLinear and its inverse.
+
+    Args:
+        model: the graph in float32.
+        samples: the graph's inputs for a number of real images, one tuple an image: the least and the largest values
+            that they lead to inside of the graph are the ranges.
+
+    Raises:
+        InputError: there is no sample, or no product with weights.
+    """
+
+    name = "int8"
+    limit = 1e-1
+
+    def __init__(self, model: onnx.ModelProto, samples: Sequence[tuple[Tensor, ...]]):
+        if not samples:
+            raise InputError("INT8 needs images to set its ranges by, and there is none")
+        weights = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+        products = {node.name for node in model.graph.node if _is_product_with_weights(node, weights)}
+        found = {layer: tuple(name for name in names if name in products) for layer, names in layers(model).items()}
+        self.model = model
+        self.layers = {layer: names for layer, names in found.items() if names}
+        if not self.layers:
+            raise InputError("the model has no product with weights, so there is nothing to put into INT8")
+        self.ranges = _ranges(model, samples)
+
+    def lower(self, kept: Collection[str] = ()) -> onnx.ModelProto:
+        nodes = [name for layer, names in self.layers.items() if layer not in kept for name in names]
+        copy = _copy(self.model)
+        if not nodes:
+            return copy
+        with _quiet():
+            quantizer = QDQQuantizer(
+                copy,
+                per_channel=True,
+                reduce_range=False,
+                weight_qType=QuantType.QInt8,
+                activation_qType=QuantType.QInt8,
+                tensors_range=self.ranges,
+                nodes_to_quantize=nodes,
+                nodes_to_exclude=[],
+                op_types_to_quantize=list(_QUANTISED),
+                extra_options={
+                    # TensorRT takes no zero points, and no quantised bias.
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "QuantizeBias": False,
+                    # Rounding what comes out of a product as well would gain nothing.
+                    "OpTypesToExcludeOutputQuantization": list(_QUANTISED),
+                },
+            )
+            quantizer.quantize_model()
+        return quantizer.model.model
+
+    def measurable(self, kept: Collection[str] = ()) -> onnx.ModelProto:
+        return self.lower(kept)
+
+
+def _is_product_with_weights(node: onnx.NodeProto, dims: Mapping[str, int]) -> bool:
+    """Whether INT8 can have it: ONNX Runtime refuses a scale per channel where weights are a stack of matrices.
+
+    Args:
+        dims: how many dimensions each constant has, by name.
+    """
+    found = [dims[name] for name in node.input[:2] if name in dims]
+    return node.op_type in _QUANTISED and bool(found) and (node.op_type == "Conv" or max(found) <= 2)
+
+
+def layers(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """The nodes of each layer of an exported graph, in the graph's order.
+
+    A layer is a submodule, with what it does itself and not what those below it do. What belongs to no submodule but
+    to the whole is left out, and so is what the modules around a RoIAlign do themselves: it is about coordinates.
+    """
+    found, outside = defaultdict(list), set()
+    for node in model.graph.node:
+        layer = layer_of(node)
+        found[layer].append(node.name)
+        if node.op_type in _COORDINATES and layer:
+            parts = layer.split(".")
+            outside |= {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    return {layer: tuple(names) for layer, names in found.items() if layer and layer not in outside}
+
+
+def layer_of(node: onnx.NodeProto) -> str | None:
+    """The path of the submodule that a node comes from; empty for the whole, None where the exporter did not say."""
+    for entry in node.metadata_props:
+        if entry.key == _SCOPES:
+            scopes = ast.literal_eval(entry.value)
+            return scopes[-2] if len(scopes) > 1 else ""
+    return None
+
+
+def _ranges(model: onnx.ModelProto, samples: Sequence[tuple[Tensor, ...]]) -> TensorsData:
+    names = [value.name for value in model.graph.input]
+    with tempfile.TemporaryDirectory(prefix="terrazzo-int8-") as folder, _quiet():
+        file = Path(folder) / "float32.onnx"
+        onnx.save(model, file)
+        augmented = str(Path(folder) / "augmented.onnx")
+        calibrator = create_calibrator(file, list(_QUANTISED), augmented, CalibrationMethod.MinMax)
+        reader = _Reader({name: x.numpy() for name, x in zip(names, sample, strict=True)} for sample in samples)
+        calibrator.collect_data(reader)
+        return calibrator.compute_data()
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, feeds: Iterable[dict[str, np.ndarray]]):
+        self.feeds = iter(feeds)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.feeds, None)
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Converters change what they are given."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice, which is about its own preprocessing."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,187 @@
+"""What a user asks to export, made ready: from raw pixels to results, with what it is compared on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from torch import Tensor, nn
+
+from terrazzo._version import __version__
+from terrazzo.errors import InputError
+from terrazzo.tools.data.floors import FloorMaker
+from terrazzo.tools.export.exportable import RawClassifier, RawFeatures, RawSegmentor
+from terrazzo.tools.inspect.trace import image_size
+from terrazzo.tools.targets import is_config, load_timm_model
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model that is ready for export.
+
+    Attributes:
+        module: takes (B, 3, H, W), float RGB in 0..255; has `output_names`, and `reference` where its results are
+            compared with those of other code than its own.
+        size: H, W.
+        classes: class names, or None.
+        source: what the user named.
+        task: classification, features, segmentation, detection or panoptic.
+        preparation: what else `terrazzo infer --runtime` must know, JSON-ready: how pictures are cropped, colours.
+        single: whether it takes one image a run only.
+        config: the config that it is of, or None.
+    """
+
+    module: nn.Module
+    size: tuple[int, int]
+    classes: list[str] | None
+    source: str
+    task: str
+    preparation: dict[str, Any] = field(default_factory=dict)
+    single: bool = False
+    config: Any = None
+
+
+def noise(size: tuple[int, int], batch: int) -> Tensor:
+    """Random pixels (batch, 3, H, W) in 0..255, always the same."""
+    return 255 * torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def floor(size: tuple[int, int], batch: int) -> Tensor:
+    """Pictures (batch, 3, H, W) in 0..255 that look like something, always the same."""
+    maker = FloorMaker(seed=0)
+    return torch.cat([photo(Image.fromarray(maker.make().image), size, 1) for _ in range(batch)])
+
+
+def photo(picture: Image.Image, size: tuple[int, int], batch: int) -> Tensor:
+    """A picture in RGB, stretched to a size and as often as the batch is large: (batch, 3, H, W) in 0..255."""
+    pixels = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC), np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1).repeat(batch, 1, 1, 1)
+
+
+def coarsest_stride(module: nn.Module) -> int:
+    """The largest stride of the feature maps in a model, below which an image has none; 1 if no part says its own."""
+    strides = [1]
+    for part in module.modules():
+        info = getattr(part, "feature_info", ())
+        strides += [entry["reduction"] for entry in getattr(info, "info", info)]
+    return max(strides)
+
+
+def metadata(ready: Exportable) -> dict[str, str]:
+    """What the file says about itself."""
+    facts = {
+        "producer": f"terrazzo {__version__}",
+        "model": ready.source,
+        "input": "float32 RGB pixels in 0..255, batch x 3 x height x width; normalisation is in the graph",
+        "outputs": ", ".join(ready.module.output_names),
+        "task": ready.task,
+        "preparation": json.dumps(ready.preparation),
+    }
+    if "boxes" in ready.module.output_names:
+        facts["boxes"] = "x1, y1, x2, y2 in pixels of the input"
+    if ready.classes:
+        facts["classes"] = json.dumps(ready.classes)
+    return facts
+
+
+def segmentor_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> Exportable:
+    """The model of a segmentation config, ready for export.
+
+    Args:
+        cfg: what `terrazzo.openmmlab.config.load_config` gave.
+        checkpoint: a file that a training of this config wrote.
+        size: H, W.
+    """
+    from terrazzo.tools import mm
+
+    with mm.quiet():
+        model, facts = mm.build_model(cfg, checkpoint)
+    colours = {"palette": facts["palette"]}
+    return Exportable(
+        RawSegmentor(model).eval(), size, facts["classes"], Path(cfg.filename).stem, "segmentation", colours, config=cfg
+    )
+
+
+def detector_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> Exportable:
+    """The model of a detection or panoptic config, ready for export.
+
+    Args:
+        cfg: what `terrazzo.openmmlab.config.load_config` gave.
+        checkpoint: a file that a training of this config wrote.
+        size: H, W.
+    """
+    from terrazzo.tools import mm
+    from terrazzo.tools.export.detectors import RawDetector
+
+    with mm.quiet():
+        model, facts = mm.build_model(cfg, checkpoint)
+    module = RawDetector(model, size).eval()
+    preparation = {"palette": facts["palette"]}
+    if "segments" in module.output_names:
+        preparation["things"] = model.panoptic_fusion_head.num_things_classes
+    name, task = Path(cfg.filename).stem, mm.task_of(cfg)
+    return Exportable(module, size, facts["classes"], name, task, preparation, single=True, config=cfg)
+
+
+def _cropping(data: Mapping[str, Any]) -> dict[str, Any]:
+    """How timm resizes and crops a picture for a classifier."""
+    return {key: data[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in data}
+
+
+def exportable_of(
+    name: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    num_classes: int | None,
+    size: tuple[int, int] | None,
+    features: bool,
+    data_root: Path | None,
+    overrides: dict,
+) -> Exportable:
+    if size is not None:
+        image_size(size)
+    if not is_config(name):
+        if data_root is not None or overrides:
+            raise InputError(f"{name} is a timm model; --data-root and --cfg-options are for configs")
+        from terrazzo.tools.predict.classifiers import timm_class_names
+
+        model = load_timm_model(name, checkpoint, pretrained, num_classes)
+        data = resolve_model_data_config(model)
+        size = size or tuple(data["input_size"][1:])
+        module = (RawFeatures if features else RawClassifier)(model, data["mean"], data["std"]).eval()
+        task = "features" if features else "classification"
+        return Exportable(module, size, timm_class_names(model), name, task, _cropping(data))
+    from terrazzo.openmmlab.config import load_config
+    from terrazzo.tools import mm
+
+    cfg = load_config(name, data_root, overrides)
+    if features:
+        raise InputError("--features is for timm models; what a config says has a head")
+    if pretrained or num_classes is not None:
+        raise InputError("--pretrained and --num-classes are for timm models; a config takes a CHECKPOINT alone")
+    if checkpoint is None:
+        raise InputError(f"the config {name} needs weights; name a file that its training wrote as CHECKPOINT")
+    task = mm.task_of(cfg)
+    if task in ("detection", "panoptic"):
+        if size is None:
+            raise InputError(f"{name} takes pictures of any size, and a file is for one; give it with --size H W")
+        return detector_for_export(cfg, checkpoint, image_size(size))
+    if task == "segmentation":
+        size = size or (cfg.model.get("data_preprocessor") or {}).get("size")
+        if size is None:
+            raise InputError(f"{name} does not say a size; give one with --size H W")
+        return segmentor_for_export(cfg, checkpoint, image_size(size))
+    with mm.quiet():
+        model, facts = mm.build_model(cfg, checkpoint)
+    transform = mm.test_dataset(cfg).transform
+    given = transform.get("input_size", 224)
+    size = size or (image_size(given) if isinstance(given, int) else tuple(given)[-2:])
+    mean, std = transform.get("mean", IMAGENET_DEFAULT_MEAN), transform.get("std", IMAGENET_DEFAULT_STD)
+    module = RawClassifier(model.backbone, mean, std)
+    name = Path(cfg.filename).stem
+    return Exportable(module.eval(), size, facts["classes"], name, "classification", _cropping(transform), config=cfg)

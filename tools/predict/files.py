@@ -1,0 +1,190 @@
+"""What an exported file says about one picture: the same records and drawings as from PyTorch, without the model.
+
+A file is for images of one size (or of any, where it was exported so): a classifier's picture is resized and cropped as
+timm does for the model; any other is stretched to that size, and what was found is brought back to its own.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from terrazzo.errors import InputError
+from terrazzo.tools.predict.draw import palette
+from terrazzo.tools.predict.prediction import (
+    Prediction,
+    box_prediction,
+    class_names,
+    class_prediction,
+    label_prediction,
+    panoptic_prediction,
+)
+from terrazzo.tools.runtimes import open_file
+
+# mmdet's INSTANCE_OFFSET, which panoptic segments count things by.
+INSTANCE_OFFSET = 1000
+
+
+def file_predictor(runtime: str, path: Path, min_score: float = 0.3) -> "FilePredictor":
+    """The predictor of a file that `terrazzo export` wrote.
+
+    Args:
+        runtime: "onnx", "openvino", "pt2" or "aoti".
+        path: the file.
+        min_score: detections below this score are left out.
+
+    Raises:
+        InputError: the runtime cannot read the file, or it does not say what it is.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; name a file that `terrazzo export` wrote")
+    run, facts, size = open_file(runtime, path)
+    if "task" not in facts or "preparation" not in facts:
+        raise InputError(f"{path} does not say what it is: name a file that `terrazzo export` wrote")
+    return predictor(run, facts, size, min_score)
+
+
+def predictor(
+    run: Callable[..., Sequence[Tensor]],
+    facts: Mapping[str, str],
+    size: tuple[int, int] | None,
+    min_score: float = 0.3,
+) -> "FilePredictor":
+    """The predictor of a file, or of an engine, that is a function of tensors already; as `FilePredictor`.
+
+    Raises:
+        InputError: there is nothing to predict, as from feature maps.
+    """
+    kind = _PREDICTORS.get(facts["task"])
+    if kind is None:
+        raise InputError(f"the file gives {facts['outputs']}, of which there is nothing to draw; export it with a head")
+    return kind(run, facts, size, min_score)
+
+
+class FilePredictor:
+    """Runs a file on pictures.
+
+    Args:
+        run: the file as a function of (1, 3, H, W), float RGB in 0..255.
+        facts: what it says about itself.
+        size: H, W that it takes; None for any.
+        min_score: detections below this score are left out of predictions.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Sequence[Tensor]],
+        facts: Mapping[str, str],
+        size: tuple[int, int] | None,
+        min_score: float,
+    ):
+        self.run, self.size, self.min_score = run, size, min_score
+        self.task = facts["task"]
+        self.names = json.loads(facts.get("classes", "null"))
+        self.preparation = json.loads(facts["preparation"])
+        self.outputs = facts["outputs"].split(", ")
+
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        """What the file finds in a picture, in the picture's own pixels.
+
+        Returns:
+            Of a classifier `scores` (classes); of a segmentor `labels` (H, W); of a panoptic one `segments` (H, W); of
+            a detector `boxes` (N, 4: x1, y1, x2, y2), `labels` and `scores` (N), highest first, and perhaps `masks`
+            (N, H, W).
+        """
+        raise NotImplementedError
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        """What the file finds, as a record and drawn on the picture."""
+        raise NotImplementedError
+
+    def prepared(self, image: Image.Image) -> Tensor:
+        """A picture as the file takes it: (1, 3, H, W), float RGB in 0..255; by default it is stretched to the size."""
+        height, width = self.size or (image.height, image.width)
+        pixels = torch.from_numpy(np.asarray(image.convert("RGB"), np.float32).copy()).permute(2, 0, 1)[None]
+        if (height, width) != (image.height, image.width):
+            pixels = interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+        return pixels
+
+    def found(self, image: Image.Image) -> dict[str, Tensor]:
+        """The file's outputs by name."""
+        return dict(zip(self.outputs, self.run(self.prepared(image)), strict=True))
+
+    def colours(self, count: int) -> list[tuple[int, int, int]]:
+        return palette(count, self.preparation.get("palette"))
+
+
+class _Classes(FilePredictor):
+    def prepared(self, image: Image.Image) -> Tensor:
+        size = self.size or (224, 224)
+        # The graph normalises: here pixels only get the size.
+        crop = create_transform((3, *size), mean=(0, 0, 0), std=(1, 1, 1), **self.preparation)
+        return 255 * crop(image.convert("RGB"))[None]
+
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        return {"scores": self.found(image)["logits"][0].softmax(0)}
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        return class_prediction(image, self.results(image)["scores"].numpy(), self.names)
+
+
+class _Labels(FilePredictor):
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        return {"labels": self._labels(image, self.found(image))}
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        found = self.found(image)
+        names = class_names(self.names, max(found["logits"].shape[1], 2))
+        return label_prediction(image, self._labels(image, found).numpy(), names, self.colours(len(names)))
+
+    @staticmethod
+    def _labels(image: Image.Image, found: Mapping[str, Tensor]) -> Tensor:
+        logits, size = found["logits"], (image.height, image.width)
+        if logits.shape[1] == 1 or logits.shape[2:] == size:
+            return interpolate(found["labels"][:, None].float(), size, mode="nearest")[0, 0].long()
+        return interpolate(logits, size, mode="bilinear")[0].argmax(0)
+
+
+class _Segments(FilePredictor):
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        segments = self.found(image)["segments"][None, None].double()
+        return {"segments": interpolate(segments, (image.height, image.width), mode="nearest")[0, 0].long()}
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        segments = self.results(image)["segments"].numpy()
+        arguments = (segments, INSTANCE_OFFSET, self.preparation["things"], self.names or [])
+        return panoptic_prediction(image, *arguments, self.colours(len(self.names or [1])))
+
+
+class _Boxes(FilePredictor):
+    def results(self, image: Image.Image, min_score: float = 0.0) -> dict[str, Tensor]:
+        found = self.found(image)
+        order = found["scores"].argsort(descending=True, stable=True)
+        order = order[found["scores"][order] >= min_score]
+        height, width = self.size or (image.height, image.width)
+        ratios = torch.tensor([image.width / width, image.height / height])
+        results = {name: found[name][order] for name in ("boxes", "labels", "scores")}
+        results["boxes"] = results["boxes"] * ratios.repeat(2)
+        if "masks" in found:
+            size = (image.height, image.width)
+            # a few at a time: four hundred of a large picture would not fit in memory as real numbers
+            parts = found["masks"][order].split(32) if len(order) else ()
+            grown = [interpolate(part[None].float(), size, mode="bilinear")[0] > 0.5 for part in parts]
+            results["masks"] = torch.cat([torch.zeros(0, *size, dtype=torch.bool), *grown])
+        return results
+
+    def __call__(self, image: Image.Image) -> Prediction:
+        found = self.results(image, self.min_score)
+        masks = found["masks"].numpy() if "masks" in found else None
+        arrays = (found["boxes"].numpy(), found["labels"].tolist(), found["scores"].tolist(), masks)
+        names = self.names or []
+        return box_prediction(image, *arrays, names, self.colours(max(len(names), 1)), self.min_score)
+
+
+_PREDICTORS = {"classification": _Classes, "segmentation": _Labels, "panoptic": _Segments, "detection": _Boxes}

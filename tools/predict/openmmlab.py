@@ -1,0 +1,172 @@
+"""What a model of an OpenMMLab config says about one picture: through the config's own test pipeline."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+
+from terrazzo.errors import InputError
+from terrazzo.tools import mm
+from terrazzo.tools.data.pictures import to_bgr
+from terrazzo.tools.predict.classifiers import ClassPredictor, Predictor
+from terrazzo.tools.predict.draw import palette
+from terrazzo.tools.predict.prediction import (
+    Prediction,
+    box_prediction,
+    class_names,
+    label_prediction,
+    panoptic_prediction,
+)
+
+
+def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, min_score: float = 0.3) -> Predictor:
+    """The predictor of a config's classifier, segmentor or detector.
+
+    Args:
+        cfg: what `terrazzo.openmmlab.config.load_config` gave.
+        checkpoint: a file that a training of this config wrote.
+        device: where to compute.
+        min_score: detections below this score are left out.
+
+    Raises:
+        InputError: the checkpoint does not fit, or the config does not say how a picture is prepared.
+    """
+    model, facts = mm.build_model(cfg, checkpoint)
+    model = model.to(device)
+    task = mm.task_of(cfg)
+    dataset = mm.test_dataset(cfg)
+    if task == "classification":
+        transform = create_transform(**{key: value for key, value in dataset.transform.items() if key != "_scope_"})
+        return ClassPredictor(model.backbone, transform, facts["classes"], device)
+    prepare = _Prepare(dataset.pipeline)
+    if task == "segmentation":
+        return SegmentPredictor(model, prepare, facts["classes"], facts["palette"])
+    if task == "panoptic":
+        return PanopticPredictor(model, prepare, facts["classes"], facts["palette"])
+    return BoxPredictor(model, prepare, facts["classes"], facts["palette"], min_score)
+
+
+_READ = {"color_type": ("color",), "imdecode_backend": ("cv2", "pillow", "turbojpeg", None)}
+"""The ways of reading in mmcv's loader that give what `terrazzo._pictures` reads; the first is the default."""
+
+
+def _kind(step: dict) -> str:
+    """The name of a pipeline's step, which may stand for itself, with its package, or as the class."""
+    kind = step["type"]
+    return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+
+
+class _Prepare:
+    """A config's test pipeline, fed with a picture from memory and without annotations.
+
+    Raises:
+        InputError: the pipeline reads pictures in another way than in colour and upright.
+    """
+
+    def __init__(self, pipeline: Sequence[dict]):
+        loading = {_kind(step): step for step in pipeline if _kind(step).startswith("Load")}
+        reading = loading.get("LoadImageFromFile", {})
+        asked = [f"{key}={reading[key]!r}" for key, known in _READ.items() if reading.get(key, known[0]) not in known]
+        asked += [kind for kind in loading if "Image" in kind and not kind.startswith("LoadImageFrom")]
+        if asked:
+            raise InputError(
+                f"the config's test pipeline reads pictures with {', '.join(asked)}, but infer reads them upright "
+                "and in colour: its model would see something else; train one with the plain LoadImageFromFile"
+            )
+        self.to_float32 = any(step.get("to_float32") for step in loading.values())
+        self.steps = Compose([step for step in pipeline if _kind(step) not in loading])
+
+    def __call__(self, image: Image.Image) -> dict:
+        """A batch of one, for a model's `test_step`."""
+        pixels = to_bgr(image)
+        shape = pixels.shape[:2]
+        pixels = pixels.astype(np.float32) if self.to_float32 else pixels
+        data = self.steps({"img": pixels, "img_path": "", "img_id": 0, "img_shape": shape, "ori_shape": shape})
+        return pseudo_collate([data])
+
+
+class SegmentPredictor:
+    """Gives every pixel a class.
+
+    Args:
+        model: an mmseg segmentor.
+        prepare: from a picture to a batch.
+        names: class names; None for numbers.
+        colours: class colours; None for our own.
+    """
+
+    def __init__(
+        self, model: nn.Module, prepare: _Prepare, names: list[str] | None, colours: Sequence[Sequence[int]] | None
+    ):
+        self.model, self.prepare = model, prepare
+        self.names = class_names(names, max(model.num_classes, 2))
+        self.colours = palette(len(self.names), colours)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> Prediction:
+        sample = self.model.test_step(self.prepare(image))[0]
+        return label_prediction(image, sample.pred_sem_seg.data[0].cpu().numpy(), self.names, self.colours)
+
+
+class PanopticPredictor:
+    """Divides a picture into segments: each thing is one, and so is all stuff of a class.
+
+    Args:
+        model: an mmdet panoptic segmentor.
+        prepare: from a picture to a batch.
+        names: class names; None for numbers.
+        colours: class colours; None for our own.
+    """
+
+    def __init__(
+        self, model: nn.Module, prepare: _Prepare, names: list[str] | None, colours: Sequence[Sequence[int]] | None
+    ):
+        self.model, self.prepare, self.things = model, prepare, model.panoptic_fusion_head.num_things_classes
+        self.names = class_names(names, model.panoptic_fusion_head.num_classes)
+        self.colours = palette(len(self.names), colours)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> Prediction:
+        from mmdet.evaluation import INSTANCE_OFFSET
+
+        sample = self.model.test_step(self.prepare(image))[0]
+        values = sample.pred_panoptic_seg.sem_seg[0].cpu().numpy()  # class + INSTANCE_OFFSET * number of the thing
+        return panoptic_prediction(image, values, INSTANCE_OFFSET, self.things, self.names, self.colours)
+
+
+class BoxPredictor:
+    """Finds things: boxes, and masks where the model gives them.
+
+    Args:
+        model: an mmdet detector.
+        prepare: from a picture to a batch.
+        names: class names; None for numbers.
+        colours: class colours; None for our own.
+        min_score: detections below this score are left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prepare: _Prepare,
+        names: list[str] | None,
+        colours: Sequence[Sequence[int]] | None,
+        min_score: float,
+    ):
+        self.model, self.prepare, self.names, self.min_score = model, prepare, names or [], min_score
+        self.colours = palette(max(len(self.names), 1), colours)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> Prediction:
+        found = self.model.test_step(self.prepare(image))[0].pred_instances.cpu()
+        found = found[found.scores.argsort(descending=True, stable=True)]  # Mask2Former gives them in any order
+        found = found[found.scores >= self.min_score]
+        masks = found.masks.numpy().astype(bool) if "masks" in found else None
+        arrays = (found.bboxes.numpy(), found.labels.tolist(), found.scores.tolist(), masks)
+        return box_prediction(image, *arrays, self.names, self.colours, self.min_score)

@@ -1,0 +1,147 @@
+"""What a model found, as a record and drawn on the picture: for every runtime the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from terrazzo.tools.data import rle
+from terrazzo.tools.predict.draw import Colour, box_overlay, caption_bars, label_overlay
+
+TOP = 5
+_LEGEND_ENTRIES = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is known about one picture after a model has seen it.
+
+    Attributes:
+        record: JSON-ready facts.
+        drawing: the picture with the result on it.
+        labels: (H, W) class indices, for a segmentor.
+        segments: (H, W) numbers of segments as in the record, 0 for none, for a panoptic segmentor.
+    """
+
+    record: dict
+    drawing: Image.Image
+    labels: np.ndarray | None = None
+    segments: np.ndarray | None = None
+
+
+def class_prediction(image: Image.Image, scores: np.ndarray, names: Sequence[str] | None) -> Prediction:
+    """The five likeliest classes.
+
+    Args:
+        image: the picture.
+        scores: (classes,), adding up to 1.
+        names: class names; None for numbers.
+    """
+    order = np.argsort(-scores, kind="stable")[:TOP]
+    top = [
+        {"label": name_of(int(index), names), "index": int(index), "score": round(float(scores[index]), 6)}
+        for index in order
+    ]
+    drawing = caption_bars(image, [(entry["label"], entry["score"]) for entry in top])
+    return Prediction({"task": "classification", "top": top}, drawing)
+
+
+def label_prediction(
+    image: Image.Image, labels: np.ndarray, names: Sequence[str], colours: Sequence[Colour]
+) -> Prediction:
+    """A class for every pixel.
+
+    Args:
+        image: the picture.
+        labels: (H, W) class indices.
+        names, colours: of every class.
+    """
+    shares = _shares(labels, names)
+    drawing = label_overlay(image, labels, names, colours, _legend(shares))
+    record = {"task": "segmentation", "classes": list(names), "shares": shares}
+    return Prediction(record, drawing, labels.astype(np.uint8 if len(names) <= 256 else np.uint16))
+
+
+def panoptic_prediction(
+    image: Image.Image,
+    values: np.ndarray,
+    offset: int,
+    things: int,
+    names: Sequence[str],
+    colours: Sequence[Colour],
+) -> Prediction:
+    """A segment for every pixel.
+
+    Args:
+        image: the picture.
+        values: (H, W) class + offset * number of the thing; classes beyond the names are no segment.
+        offset: as `values` has it.
+        things: how many of the first classes are things.
+        names, colours: of every class.
+    """
+    labels = np.minimum(values % offset, len(names))
+    found, counts = np.unique(values[labels < len(names)], return_counts=True)
+    segments, records = np.zeros(values.shape, np.uint16), []
+    for number, place in enumerate(np.argsort(-counts, kind="stable"), 1):
+        segments[values == found[place]] = number
+        index = int(found[place] % offset)
+        share = round(float(counts[place] / values.size), 6)
+        records.append({"id": number, "label": names[index], "index": index, "thing": index < things, "share": share})
+    shares = _shares(labels, names)
+    drawing = label_overlay(image, labels, names, colours, _legend(shares), segments)
+    record = {"task": "panoptic", "classes": list(names), "shares": shares, "segments": records}
+    return Prediction(record, drawing, segments=segments)
+
+
+def box_prediction(
+    image: Image.Image,
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    scores: Sequence[float],
+    masks: np.ndarray | None,
+    names: Sequence[str],
+    colours: Sequence[Colour],
+    min_score: float,
+) -> Prediction:
+    """Things, the likeliest first.
+
+    Args:
+        image: the picture.
+        boxes: (N, 4), x1 y1 x2 y2 in pixels.
+        labels, scores: N of each; scores fall.
+        masks: (N, H, W) of bool, or None.
+        names: class names; those that are missing become numbers.
+        colours: taken in turn.
+        min_score: what was left out, for the record.
+    """
+    things = []
+    for index, (box, label, score) in enumerate(zip(boxes, labels, scores)):
+        thing = {"label": name_of(label, names), "index": label, "score": round(score, 6)}
+        thing["box"] = [round(float(value), 2) for value in box]
+        if masks is not None:
+            thing["mask"] = rle.encode(masks[index])
+        things.append(thing)
+    texts = [f"{thing['label']} {thing['score']:.2f}" for thing in things]
+    drawing = box_overlay(image, boxes, texts, [colours[label % len(colours)] for label in labels], masks)
+    return Prediction({"task": "detection", "min_score": min_score, "things": things}, drawing)
+
+
+def name_of(index: int, names: Sequence[str] | None) -> str:
+    return names[index] if names and index < len(names) else f"class {index}"
+
+
+def class_names(names: Sequence[str] | None, count: int) -> list[str]:
+    """The given names, if there are enough, else numbers."""
+    return list(names) if names and len(names) >= count else [f"class {index}" for index in range(count)]
+
+
+def _shares(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The part of the picture that each class in it fills, largest first; indices beyond the names count for none."""
+    counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
+    order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
+    return {names[index]: round(float(counts[index] / labels.size), 6) for index in order}
+
+
+def _legend(shares: dict[str, float]) -> dict[str, float]:
+    return dict(list(shares.items())[:_LEGEND_ENTRIES])

@@ -1,0 +1,122 @@
+"""Which tokens a reducing ViT merged and dropped on the way, drawn on what it saw of a picture."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import Normalize
+
+from terrazzo.backbones._tokens import Reducer
+from terrazzo.errors import InputError
+from terrazzo.tools.predict.classifiers import Predictor
+from terrazzo.tools.predict.draw import outlines, panels
+
+_SIDE = 448  # pixels of a panel's shorter side, at least
+_DROPPED = 0.25  # brightness of a dropped patch
+_LINE = (250, 250, 250)
+
+
+class Stage(NamedTuple):
+    """What was left in front of a block.
+
+    Attributes:
+        block: counted from 0.
+        tokens: patches' tokens that are left.
+        of: (H, W), for each patch the number of its token, -1 for a dropped one.
+    """
+
+    block: int
+    tokens: int
+    of: np.ndarray
+
+
+class TokenWatch:
+    """Remembers the images that reach the reducing ViT of a predictor, and finds out what it does with their tokens.
+
+    Raises:
+        InputError: the predictor's model has no such ViT.
+    """
+
+    def __init__(self, predictor: Predictor):
+        self.mean, self.std = _normalised_by(predictor)
+        found = [
+            module for module in predictor.model.modules() if isinstance(getattr(module, "reducer", None), Reducer)
+        ]
+        if not found:
+            raise InputError(
+                "the model merges and drops no tokens, so there are none to show; "
+                "those of MCTF and AS-ViT do: see terrazzo list 'mctf*' and 'asvit*'"
+            )
+        self.host = found[0]
+        self.images: torch.Tensor | None = None
+        patches = self.host.stem if hasattr(self.host, "stem") else self.host.patch_embed
+        patches.register_forward_pre_hook(self._seen)
+
+    def _seen(self, module: nn.Module, arguments: tuple) -> None:
+        self.images = arguments[0]
+
+    @torch.inference_mode()
+    def stages(self) -> list[Stage]:
+        """Of the first of the last images that were seen; the first stage has all tokens."""
+        images, found = self.images[:1], []
+
+        def note(reducer: Reducer, arguments: tuple, output: torch.Tensor) -> None:
+            state = arguments[2]
+            tokens = reducer.assignment(state)
+            if tokens is None:
+                of = np.arange(state.grid[0] * state.grid[1])
+            else:
+                of = tokens[0, state.prefix :].cpu().numpy()
+            stage = Stage(state.depth, len(np.unique(of[of >= 0])), of.reshape(state.grid))
+            if not found or stage.tokens != found[-1].tokens:
+                found.append(stage)
+
+        hook = self.host.reducer.register_forward_hook(note)
+        try:
+            self.host.forward_intermediates(images, intermediates_only=True)
+        finally:
+            hook.remove()
+        return found
+
+    def draw(self) -> Image.Image:
+        """A panel for every stage: patches of one token in their mean colour, within one outline; dropped ones dark."""
+        stages = self.stages()
+        pixels = self.images[0].float().cpu().permute(1, 2, 0).numpy() * self.std + self.mean
+        drawn = [_panel(pixels.clip(0, 1), stage.of) for stage in stages]
+        total = stages[0].of.size
+        titles = [f"block {stage.block}: {stage.tokens} tokens for {total} patches" for stage in stages]
+        return panels(drawn, titles)
+
+
+def _normalised_by(predictor: Predictor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation, of three colours each, by which a model's colours of 0 to 1 were normalised."""
+    prepare = getattr(predictor.model, "data_preprocessor", None)
+    if prepare is not None:  # of OpenMMLab, in colours of 0 to 255
+        found = (getattr(prepare, "mean", torch.zeros(3)) / 255, getattr(prepare, "std", torch.full((3,), 255.0)) / 255)
+    else:
+        steps = [step for step in predictor.transform.transforms if isinstance(step, Normalize)]
+        found = (steps[-1].mean, steps[-1].std) if steps else (torch.zeros(3), torch.ones(3))
+    mean, std = (torch.as_tensor(x).float().flatten().cpu().numpy() for x in found)
+    return mean, std
+
+
+def _panel(pixels: np.ndarray, of: np.ndarray) -> Image.Image:
+    """(h, w, 3) of 0 to 1, under the tokens of its patches."""
+    scale = -(-_SIDE // min(pixels.shape[:2]))
+    canvas = pixels.repeat(scale, 0).repeat(scale, 1)
+    rows, columns = (
+        np.minimum(np.arange(side) * count // side, count - 1) for side, count in zip(canvas.shape[:2], of.shape)
+    )
+    labels = of[np.ix_(rows, columns)]
+    kept = labels >= 0
+    counts = np.bincount(labels[kept])
+    members = np.bincount(of[of >= 0])
+    means = np.stack([np.bincount(labels[kept], canvas[kept][:, i]) / counts.clip(1) for i in range(3)], 1)
+    merged = kept & (members[labels] > 1)
+    canvas[merged] = means[labels[merged]]
+    canvas[~kept] *= _DROPPED
+    canvas = (255 * canvas).round().astype(np.uint8)
+    canvas[outlines(labels)] = _LINE
+    return Image.fromarray(canvas)

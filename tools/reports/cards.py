@@ -1,0 +1,225 @@
+"""The tables of README.md, docs/ and the model cards, made from the registry and the result files.
+
+A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; what is between them is replaced.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from terrazzo.errors import InputError
+from terrazzo.tools import results
+from terrazzo.tools.reports import capabilities as capability_results
+from terrazzo.tools.reports import precision as precision_results
+from terrazzo.tools.reports import zoo as zoo_results
+
+_TABLE = re.compile(r"(<!-- table: (\w+)(?: ([^ ]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+CARDS = results.FOLDER.parent
+
+
+MODELS = results.FOLDER / "models.csv"
+
+
+def measure_models() -> list[results.Row]:
+    """Parameters, multiply-adds and activations of every registered model at its default size."""
+    from terrazzo.tools.models import registered_models
+
+    with click.progressbar(sorted(registered_models()), label="counting") as models:
+        return [row for name in models for row in measure_model(name)]
+
+
+def measure_model(name: str) -> list[results.Row]:
+    """Parameters, multiply-adds and activations of a registered model at its default size."""
+    from terrazzo.tools.inspect.measure import measure
+    from terrazzo.tools.models import build_on_meta, family_of, pretrained_cfg
+
+    size = pretrained_cfg(name).input_size
+    found = measure(build_on_meta(name), size[1:], size[0])
+    rows = []
+    for metric, value in (
+        ("parameters", found.params),
+        ("multiply-adds", found.macs),
+        ("activations", found.activations),
+    ):
+        count = float(value)
+        # A count does not depend on where or when it was made.
+        facts = (family_of(name), name, f"1x{'x'.join(map(str, size))}", "float32", "meta", metric, "1")
+        rows.append(results.Row(*facts, count, count, count, "any", "any", ""))
+    return rows
+
+
+def _markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (head, rule, *lines))
+
+
+def _counts(family: str | None = None) -> dict[str, dict[str, float | str]]:
+    """By model, in order of multiply-adds: its family, the shape of its images and what was counted, by metric."""
+    counts: dict[str, dict[str, float | str]] = {}
+    for row in results.read(MODELS):
+        if family in (None, row.what):
+            counts.setdefault(row.variant, dict(family=row.what, shape=row.shape))[row.metric] = row.p50
+    if not counts:
+        raise InputError(f"{MODELS} has no rows of {family!r}; run `terrazzo cards --count`")
+    return dict(sorted(counts.items(), key=lambda item: item[1]["multiply-adds"]))
+
+
+def _variants(family: str) -> str:
+    """Every variant of a family: what was counted here, what its authors published."""
+    from terrazzo.tools.models import NO_WEIGHTS, pretrained_cfg, published_top1
+
+    lines = []
+    for name, found in _counts(family).items():
+        cfg = pretrained_cfg(name)
+        top1 = published_top1(cfg)
+        lines.append(
+            (
+                f"`{name}`",
+                f"{found['parameters'] / 1e6:.2f}",
+                f"{found['multiply-adds'] / 1e9:.2f}",
+                found["shape"].rsplit("x", 1)[1],
+                "-" if top1 is None else f"{top1:.1f}",
+                cfg.license or NO_WEIGHTS,
+            )
+        )
+    return _markdown(("model", "params, M", "MACs, G", "at", "published top-1, %", "weights' licence"), lines)
+
+
+def _families(_: None) -> str:
+    """A line for each family, linked to its card: how many models, and the ranges of their sizes and accuracies."""
+    from terrazzo.tools.models import NO_WEIGHTS, pretrained_cfg, published_top1
+
+    models: dict[str, dict[str, dict]] = {}
+    for name, found in _counts().items():
+        models.setdefault(found["family"], {})[name] = found
+    lines = []
+    for family, members in sorted(models.items()):
+        title = (CARDS / f"{family}.md").read_text().split("\n", 1)[0].removeprefix("# ")
+        cfgs = [pretrained_cfg(name) for name in members]
+        lines.append(
+            (
+                f"[{title}](model_cards/{family}.md)",
+                f"{len(members)}: `{next(iter(members))}` ...",
+                _range([found["parameters"] / 1e6 for found in members.values()]),
+                _range([found["multiply-adds"] / 1e9 for found in members.values()]),
+                _range([top1 for cfg in cfgs if (top1 := published_top1(cfg)) is not None]),
+                ", ".join(sorted({cfg.license or NO_WEIGHTS for cfg in cfgs})),
+            )
+        )
+    return _markdown(("family", "models", "params, M", "MACs, G", "published top-1, %", "weights' licence"), lines)
+
+
+def _range(values: list[float]) -> str:
+    """The least and the largest, to one decimal."""
+    if not values:
+        return "-"
+    return " to ".join(dict.fromkeys((f"{min(values):.1f}", f"{max(values):.1f}")))
+
+
+def _bench(name: str) -> str:
+    """The speed of an operator or a family, from its result file, with the machine it was measured on.
+
+    `name` means the rows of a CPU; with `_gpu` behind it those of a GPU.
+    """
+    from terrazzo.tools.bench.registry import BENCHMARKS, module_of
+
+    bare, device = (name, "cpu") if name in BENCHMARKS else (name.removesuffix("_gpu"), "cuda")
+    module = module_of(bare)
+    path = results.FOLDER / f"{bare}_{'gpu' if device == 'cuda' else 'cpu'}.csv"
+    rows = results.read(path) if path.exists() else []
+    if not rows:
+        raise InputError(f"{path} has no rows; run `terrazzo bench {bare} --device {device} --out {path}`")
+    head, lines = module.table(rows)
+    return _markdown(head, lines) + f"\nMeasured on {_machines(rows)}, {rows[0].versions}, medians.\n"
+
+
+def _training(name: str) -> str:
+    """What `terrazzo compare` found: backbones under one recipe, with the budget that they had."""
+    rows = results.read(results.FOLDER / f"training_{name}.csv")
+    metrics = [metric for metric in dict.fromkeys(row.metric for row in rows) if metric != "backbone parameters"]
+    found = {(row.variant, row.metric): row for row in rows}
+    lines = []
+    for variant in dict.fromkeys(row.variant for row in rows):
+        count = found[variant, "backbone parameters"].p50 / 1e6
+        lines.append((f"`{variant}`", f"{count:.1f}", *(_spread(found[variant, metric]) for metric in metrics)))
+    head = ("backbone", "its params, M", *metrics)
+    return _markdown(head, lines) + f"\n{rows[0].shape}: {rows[0].backend}, on {_machines(rows)}, {rows[0].versions}.\n"
+
+
+def _machines(rows: list[results.Row]) -> str:
+    return " and ".join(dict.fromkeys(row.device for row in rows))
+
+
+def _spread(row: results.Row) -> str:
+    """The median, and where runs differ the 20th and 80th percentile."""
+    return f"{row.p50:.3g}" + (f" ({row.p20:.3g} to {row.p80:.3g})" if row.p20 < row.p80 else "")
+
+
+def _precision(name: str) -> str:
+    """What half precision and INT8 cost a family, on the data of its configs."""
+    rows = results.read(results.FOLDER / f"{name}_precision.csv")
+    note = "Points of 100 on the test data; layer errors are rms of the difference to float32 / rms."
+    return _markdown(*precision_results.table(rows)) + f"\n{note} {_machines(rows)}, {rows[0].versions}.\n"
+
+
+def _zoo(argument: str | None) -> str:
+    """How many configs of mmdet and mmseg `terrazzo doctor openmmlab` could build."""
+    rows = results.read(zoo_results.PATH)
+    return _markdown(*zoo_results.table(rows)) + "\n" + "\n".join(zoo_results.notes(rows)) + "\n"
+
+
+def _capabilities(family: str | None) -> str:
+    """What every family can do, or one of them: as the tests found it."""
+    cells = [cell for cell in capability_results.read().values() if family in (None, cell.family)]
+    table = capability_results.table(cells) if family is None else capability_results.family_table(cells, family)
+    return _markdown(*table) + "\n" + "\n".join(capability_results.notes(cells)) + "\n"
+
+
+def _configs(_: None) -> str:
+    """Every packaged config, by the data that its name ends with, and by task."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted((results.ROOT / "configs").glob("[!_]*/*.py")):
+        data = re.sub(r"-\d+x\d+$|\d+$|-(instance|panoptic)$", "", path.stem.rsplit("_", 1)[-1])
+        found.setdefault((data, path.parent.name), []).append(f"`{path.stem}`")
+    return _markdown(("data", "task", "configs"), [(*key, ", ".join(names)) for key, names in sorted(found.items())])
+
+
+TABLES: dict[str, Callable[[str | None], str]] = {
+    "families": _families,
+    "variants": _variants,
+    "bench": _bench,
+    "training": _training,
+    "zoo": _zoo,
+    "capabilities": _capabilities,
+    "configs": _configs,
+    "precision": _precision,
+}
+
+
+def render(text: str, above: str = "") -> str:
+    """`text` with every table made anew.
+
+    Args:
+        text: A page.
+        above: The way from the page's folder to the root, such as "../": tables link to files from the root.
+
+    Raises:
+        InputError: A table of an unknown kind.
+    """
+
+    def fresh(match: re.Match) -> str:
+        opening, kind, argument, closing = match.groups()
+        if kind not in TABLES:
+            raise InputError(f"no table is called {kind!r}; the tables are: {', '.join(TABLES)}")
+        return f"{opening}\n{TABLES[kind](argument).replace('](', f']({above}')}\n{closing}"
+
+    return _TABLE.sub(fresh, text)
+
+
+def pages(root: Path = results.ROOT) -> list[Path]:
+    """Every page that may have tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "model_cards").glob("*.md"))]

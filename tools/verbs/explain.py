@@ -1,0 +1,56 @@
+"""`terrazzo explain`: which backend each operator of a model runs on, why not the others, and what it all costs."""
+
+import json
+
+import click
+import torch
+
+from terrazzo.kernels import backend as backends
+from terrazzo.tools.inspect.costs import explain
+from terrazzo.tools.inspect.explanation import print_facts
+from terrazzo.tools.inspect.trace import image_size, taking, trace
+from terrazzo.tools.models import build_on_meta, pretrained_cfg, require_model
+from terrazzo.tools.targets import pick_device
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+EXIT_REFUSED = 1
+
+
+@click.command()
+@click.argument("model")
+@click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: that of the published weights].")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Number of images.")
+@click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
+@click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True, help="Of weights and images.")
+@click.option(
+    "--backend",
+    type=click.Choice(backends.BACKENDS),
+    default="auto",
+    show_default=True,
+    help=f"What to ask for; auto heeds {backends.ENVIRONMENT}.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    model: str, size: tuple[int, int] | None, batch: int, device: str | None, dtype: str, backend: str, as_json: bool
+) -> int:
+    """Say which backend runs each operator of MODEL here, why the others do not, and what they and the rest cost.
+
+    Nothing is downloaded or computed: the shapes alone are run through the model. The exit code is 1 where a backend
+    was asked for that cannot run.
+    """
+    require_model(model)
+    target = pick_device(device)
+    channels, *default_size = pretrained_cfg(model).input_size
+    size = image_size(size or tuple(default_size))
+    built = build_on_meta(model).to(getattr(torch, dtype))
+    with taking(model, size):
+        operations = trace(built, size, channels, batch)
+    facts = {"model": model, "input": [batch, channels, *size], "dtype": dtype, "device": str(target)}
+    facts |= explain(built, operations, target, backend)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        print_facts(facts)
+    return 0 if all(call["backend"] for call in facts["calls"]) else EXIT_REFUSED

@@ -1,0 +1,141 @@
+"""`terrazzo export`: a classifier, segmentor or detector as one checked file."""
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from terrazzo.errors import InputError
+from terrazzo.kernels.selective_scan import without_loops
+from terrazzo.tools.data.pictures import Picture
+from terrazzo.tools.export.run import EXIT_PARITY, check_precision, checked, form_of, without_engine
+from terrazzo.tools.export.targets import coarsest_stride, exportable_of, floor, photo
+from terrazzo.tools.export.tensorrt.plan import ranges, why_no_engine
+from terrazzo.tools.files import check_output_file
+from terrazzo.tools.options import UserPath, config_options
+
+FORMATS = ("onnx", "tensorrt", "openvino", "pt2", "aoti")
+
+
+@click.command()
+@click.argument("model_or_config")
+@click.argument("checkpoint", type=UserPath(), required=False)
+@click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
+@click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="onnx", show_default=True, help="File format.")
+@click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: the model's own].")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images a run.")
+@click.option(
+    "--dynamic", type=click.Choice(("batch", "hw")), multiple=True, help="Leave batch, or height and width, open."
+)
+@click.option("--features", is_flag=True, help="A timm model's feature maps, an output for each, not its logits.")
+@click.option("--no-loops", is_flag=True, help="Unroll scans, for runtimes without Scan and Loop; one size.")
+@click.option("--opset", type=int, help="ONNX operator set [default: PyTorch's choice].")
+@click.option("--image", type=UserPath(), metavar="FILE", help="Compare on it, not on a drawn one.")
+@click.option("--fp16", "precision", flag_value="fp16", help="Half precision, where the model bears it.")
+@click.option("--int8", "precision", flag_value="int8", help="INT8, where the model bears it.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Points of the config's metric, of 100, that --fp16 and --int8 may cost.",
+)
+@click.option(
+    "--pictures",
+    type=UserPath(),
+    metavar="DIR",
+    help="Pictures for --fp16 and --int8 [default: the config's training data].",
+)
+@config_options
+@click.option("--out", type=UserPath(), metavar="FILE", help="[default: exports/NAME_HxW and the format's suffix]")
+def command(
+    model_or_config: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    num_classes: int | None,
+    form: str,
+    size: tuple[int, int] | None,
+    batch: int,
+    dynamic: tuple[str, ...],
+    features: bool,
+    no_loops: bool,
+    opset: int | None,
+    image: Path | None,
+    precision: str | None,
+    tolerance: float,
+    pictures: Path | None,
+    overrides: dict,
+    data_root: Path | None,
+    out: Path | None,
+) -> int:
+    """Export a timm classifier, or the segmentor or detector of an OpenMMLab config, from raw pixels to results.
+
+    CHECKPOINT is a file of weights; a config needs it, a timm model without it has random weights or --pretrained ones.
+
+    The input is float RGB in 0..255, (batch, 3, H, W); normalisation is in the graph. The outputs are `logits` and, for
+    a segmentor, `labels`, both at the input's size; for a detector, `boxes`, `scores`, `labels` and `masks` as its
+    config keeps them, non-maximum suppression included; for --features, `stride4` and so on.
+
+    The format pt2 is a torch.export program; aoti compiles that to machine code, where there is a C++ compiler.
+
+    The file's results (by ONNX Runtime, OpenVINO in float32, or PyTorch) are compared with PyTorch's, a detector's with
+    those of mmdet's own code: where they differ by too much, the exit code is 1 and the file keeps the suffix .failed.
+    The format tensorrt is an engine for this machine's GPU, compared and timed. Without a GPU or the package tensorrt
+    it is an ONNX file of which every node is looked up in TensorRT's documented operators, and the command to build the
+    engine elsewhere; the suffix of FILE follows what is written, .engine or .onnx.
+
+    --fp16 and --int8 write an ONNX file in lower precision: with a config's test data at hand (--data-root), as many
+    layers stay in float32 as its metric asks for; a table of both figures and of each layer's error lies beside it.
+    """
+    if opset is not None and form in ("pt2", "aoti"):
+        raise InputError(f"--opset is of ONNX; {form} files have none: leave it out")
+    if no_loops and "hw" in dynamic:
+        raise InputError("--no-loops unrolls a scan of known length: leave --dynamic hw out")
+    if no_loops:
+        click.get_current_context().with_resource(without_loops())
+    lacking = why_no_engine() if form == "tensorrt" else None
+    writer = form_of(form, opset, lacking)
+    suffix = writer.suffixes[0]
+    if out is not None:
+        out = check_output_file(out.with_suffix(suffix) if form == "tensorrt" else out)
+    if precision is not None:
+        check_precision(precision, form, batch, dynamic)
+    picture = None if image is None else Picture(image, image.name).read()
+    ready = exportable_of(model_or_config, checkpoint, pretrained, num_classes, size, features, data_root, overrides)
+    if ready.single and (batch > 1 or dynamic):
+        raise InputError(f"{ready.source} is a detector: one image a run, of one size; leave --batch and --dynamic out")
+    height, width = ready.size
+    stride = coarsest_stride(ready.module)
+    if min(ready.size) < stride:
+        raise InputError(f"the image size is {height}x{width}; {ready.source} takes {stride}x{stride} and larger")
+    kind = "aoti" if form == "aoti" else precision  # pt2 has the suffix of aoti, and float32 that of the others
+    ending = f"_{kind}{suffix}" if kind else suffix
+    out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}{ending}"
+    seen = ("floor", floor(ready.size, batch)) if picture is None else (image.name, photo(picture, ready.size, batch))
+    shapes = ranges(["image"], [(batch, 3, *ready.size)], dynamic)
+    if precision is None:
+        if not checked(writer, ready, batch, dynamic, seen, out).passed:
+            return EXIT_PARITY
+        if form == "tensorrt" and lacking is None:
+            click.echo(writer.speed())
+    else:
+        from terrazzo.tools.export.precision import lowering as lowered_export
+
+        samples, metric = lowered_export.evidence(ready, precision, pictures)
+        points = lowered_export.measure(metric)
+        graph = out.with_suffix(".onnx")
+        with tempfile.TemporaryDirectory(prefix="terrazzo-float32-") as folder:
+            plain = form_of("onnx", opset, None)
+            report = checked(plain, ready, batch, dynamic, seen, Path(folder) / graph.name, kept=False)
+            if not report.passed:
+                return EXIT_PARITY
+            result = lowered_export.lower_file(report.path, precision, graph, samples, points, tolerance, ready.source)
+            if not lowered_export.tell(result):
+                return EXIT_PARITY
+            if form == "tensorrt" and lacking is None:
+                from terrazzo.tools.export.precision.engine import lowered_engine
+
+                good = lowered_engine(result, report.path, out, shapes, samples, metric, tolerance)
+                return 0 if good else EXIT_PARITY
+    return without_engine(out, lacking, shapes) if lacking is not None else 0

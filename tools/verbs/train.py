@@ -1,0 +1,83 @@
+"""`terrazzo train`: what a config describes, trained by mmengine's runner."""
+
+from pathlib import Path
+
+import click
+
+from terrazzo.errors import InputError
+from terrazzo.tools.options import UserPath, config_options
+
+
+@click.command()
+@click.argument("config")
+@config_options
+@click.option("--work-dir", type=UserPath(), help="Logs and checkpoints [default: work_dirs/CONFIG].")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work dir.")
+@click.option("--amp", type=click.Choice(["fp16", "bf16"]), help="Automatic mixed precision.")
+@click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Batches for one step of the optimizer.")
+@click.option("--auto-scale-lr", is_flag=True, help="Scale the learning rate by the batch size.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["none", "pytorch", "slurm", "mpi"]),
+    default="none",
+    help="What started this process as one of several.",
+)
+@click.option("--fsdp", is_flag=True, help="Divide the model among the processes (fully sharded data parallel).")
+@click.option("--max-iters", type=click.IntRange(min=1), help="Train so many iterations; schedules scale along.")
+@click.option("--max-epochs", type=click.IntRange(min=1), help="Train so many epochs; schedules scale along.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of weights, order and augmentation.")
+def command(
+    config: str,
+    overrides: dict,
+    data_root: Path | None,
+    work_dir: Path | None,
+    resume: bool,
+    amp: str | None,
+    accumulate: int,
+    auto_scale_lr: bool,
+    launcher: str,
+    fsdp: bool,
+    max_iters: int | None,
+    max_epochs: int | None,
+    seed: int | None,
+) -> None:
+    """Train what CONFIG describes: a file, or the name of a packaged config.
+
+    Everything a user can get wrong is checked before the work dir is made.
+    """
+    from mmengine.dist import is_main_process
+
+    from terrazzo.openmmlab.config import build_runner, load_config
+    from terrazzo.openmmlab.distributed import check_launcher, is_first_here
+    from terrazzo.openmmlab.saving import find_latest_checkpoint
+    from terrazzo.tools import mm
+    from terrazzo.tools.data.checks import check_data
+
+    cfg = load_config(config, data_root, overrides)
+    launcher = cfg.get("launcher", "none") if launcher == "none" else launcher
+    check_launcher(launcher)
+    work_dir = Path(work_dir or cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem)
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper"):
+        if not cfg.get(key):
+            raise InputError(f"config {cfg.filename} has no {key}; there is nothing to train")
+    resume_from = resume or (cfg.get("resume") and (cfg.get("load_from") or True)) or False
+    mm.shorten(cfg, max_iters, max_epochs)
+    if is_first_here(launcher):
+        check_data(cfg, ("train", "val") if cfg.get("val_cfg") else ("train",))
+    mm.check_work_dir(work_dir, resume_from)
+    runner = build_runner(
+        cfg,
+        work_dir,
+        resume=resume_from,
+        seed=seed,
+        amp=amp,
+        accumulate=accumulate,
+        launcher=launcher,
+        sharded=fsdp,
+        scale_lr=auto_scale_lr,
+        purpose="train",
+    )
+    runner.train()
+    if is_main_process():
+        latest = find_latest_checkpoint(str(work_dir))
+        click.echo(f"trained {runner.iter} iterations; last checkpoint: {latest or 'none'}")
