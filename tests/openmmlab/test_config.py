@@ -99,8 +99,9 @@ def test_parse_options():
 
 def test_missing_data_folder_is_one_clear_line(tmp_path):
     cfg = load_config(RETINANET, data_root=tmp_path / "none")
-    with pytest.raises(InputError, match=r"none.* does not exist"):
-        build_runner(cfg, tmp_path)
+    with pytest.raises(InputError, match=r"train_dataloader .*none"):
+        build_runner(cfg, tmp_path / "work", purpose="train")
+    assert not (tmp_path / "work").exists()
 
 
 def test_missing_checkpoint(tmp_path):
