@@ -272,7 +272,8 @@ def _blamed(given: Mapping[str, Any], part: str, text: str) -> str:
     """The options that can have led to an error in a part of a config: those that the error speaks of, or else all."""
     # A variable of the config, such as train_pipeline, can be anywhere.
     tops = {key: key.split(".")[0] for key in given}
-    near = [key for key, top in tops.items() if top in part or top not in SETTINGS]
+    near = [key for key, top in tops.items() if top in part]
+    near += [key for key, top in tops.items() if top not in SETTINGS and key not in near]
     spoken = [key for key in near if key.split(".")[-1] in text or str(given[key]) in text]
     return " ".join(f"{key}={given[key]}" for key in spoken or near)
 

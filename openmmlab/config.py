@@ -172,7 +172,9 @@ def _read(path: Path) -> Config:
 
 def _import_custom(cfg: Config) -> None:
     """Imports what a config names in `custom_imports`."""
-    custom = cfg.get("custom_imports") or {}
+    custom = cfg.get("custom_imports")
+    if not custom:
+        return
     try:
         import_modules_from_strings(**custom)
     except Exception as error:  # it is the user's code that is run

@@ -104,7 +104,8 @@ def _split(text: str) -> list[str]:
             parts[-1] += character
     if open_brackets:
         raise ValueError("its brackets do not match")
-    return parts if parts[-1].strip() else parts[:-1]
+    parts = [part.strip() for part in parts]
+    return parts if parts[-1] else parts[:-1]
 
 
 def carry_options(cfg: Config, options: Mapping[str, Any], read: Callable[[], Config]) -> Config:
@@ -262,6 +263,8 @@ def _without_effect(key: str, value: Any, cfg: Config, known: set[str]) -> str:
         for name in sorted(known & set(cfg))
         for place in _places(cfg[name], name, same)
     ]
+    split = f"{top.split('_')[0]}_"  # of train_pipeline, the places in train_dataloader
+    places = [place for place in places if place.startswith(split)] or places
     hint = f"set {' or '.join(places[:3])}" if places else "set the key of the part that it is meant for"
     return f"option {key}={value} has no effect: no setting of config '{_name(cfg)}' is made of '{top}'; {hint}"
 

@@ -59,7 +59,7 @@ def _check_optimizer(optimizer: Any, saved: dict, checkpoint: str) -> None:
         )
     counts = [[len(group["params"]) for group in groups] for groups in (kept, own)]
     if counts[0] != counts[1]:
-        texts = [f"{len(groups)} groups with {sum(groups)} parameters" for groups in counts]
+        texts = [f"{len(groups)} group{'s' * (len(groups) != 1)} of {sum(groups)} parameters" for groups in counts]
         raise InputError(
             f"the optimizer in checkpoint {checkpoint} has {texts[0]} and that of the config {texts[1]}; {NEXT}"
         )

@@ -97,6 +97,13 @@ def test_parse_options():
         parse_options(["nonsense"])
 
 
+def test_missing_data_folder_is_one_clear_line(tmp_path):
+    cfg = load_config(RETINANET, data_root=tmp_path / "none")
+    with pytest.raises(InputError, match=r"train_dataloader .*none"):
+        build_runner(cfg, tmp_path / "work", purpose="train")
+    assert not (tmp_path / "work").exists()
+
+
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"gone\.pth"):
         build_runner(load_config(RETINANET, data_root=tmp_path), tmp_path, load_from=tmp_path / "gone.pth")

@@ -18,6 +18,7 @@ from mmengine.hooks import Hook
 
 from terrazzo.errors import NonFiniteError, SavingError
 from terrazzo.openmmlab.config import build_runner, load_config
+from terrazzo.openmmlab.finite import pictures_of
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.openmmlab.workers import end_workers
 
@@ -250,7 +251,8 @@ def test_nan_names_the_step_and_the_layer(tiny_data, tmp_path):
     convolutions = runner.model.neck.lateral_convs
     convolutions[2].conv = Poison(convolutions[2].conv, calls=3)
     with pytest.raises(
-        NonFiniteError, match=r"nan at iteration 4: first produced by layer neck\.lateral_convs\.2\.conv"
+        NonFiniteError,
+        match=r"nan at iteration 4: first produced by layer neck\.lateral_convs\.2\.conv.*batch holds .*png",
     ):
         runner.train()
     assert all(value.isfinite().all() for value in runner.model.parameters())
@@ -285,3 +287,15 @@ def test_throughput_and_memory_are_logged(tiny_data, tmp_path):
     for entry in entries:
         assert entry["images_per_second"] == pytest.approx(2 / entry["time"], rel=0.9)
         assert 50 < entry["memory_mib"] < 1e6
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "a0.png; the"), (2, "a0.png, a1.png"), (6, "a3.png and 2 more")])
+def test_pictures_of_a_batch_are_named(count, words):
+    from mmengine.structures import BaseDataElement
+
+    paths = [f"a{index}.png" for index in range(count)]
+    samples = {"inputs": torch.zeros(1), "data_samples": [BaseDataElement(metainfo={"img_path": p}) for p in paths]}
+    folder = {"inputs": torch.zeros(1), "img_path": paths}
+    for batch in (samples, folder, {"labelled": samples}):
+        assert words in f"{pictures_of(batch)}; the weights were not updated"
+    assert pictures_of({"inputs": torch.zeros(1)}) == ""
