@@ -1,6 +1,5 @@
 """MCTF: the contract, official weights, the plain ViT underneath, and maps of every position."""
 
-
 import pytest
 import timm
 import torch
