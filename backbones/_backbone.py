@@ -21,7 +21,7 @@ class Backbone(nn.Module):
     carries beside it (global tokens, a record of merged tokens), None where there is nothing. It is made anew for each
     forward pass, and blocks change it in place, so that what modules give are tensors. `begin` makes both from the
     image, `to_map` turns both into the map that goes out, `to_features` into what the head takes: a family with a
-    state, a dataclass, overrides what it needs of these three, and its blocks.
+    state, a `_states.Beside`, overrides what it needs of these three, and its blocks.
 
     Attributes:
         output_fmt: Layout of maps between units, "NHWC" or "NCHW".

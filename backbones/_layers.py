@@ -40,6 +40,28 @@ def cells(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
     return inside / inside.sum(1, keepdim=True)
 
 
+def learned_number(value: float, requires_grad: bool = True, **factory) -> nn.Parameter:
+    """A parameter (1,): PyTorch shards none that has no dimension. See `take_scalars`."""
+    return nn.Parameter(torch.full((1,), float(value), **factory), requires_grad)
+
+
+def take_scalars(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """Before a module loads: its learned numbers had no dimension in older and in others' checkpoints."""
+    for name, parameter in module.named_parameters(prefix[:-1], recurse=False):
+        if name in state:
+            state[name] = _dimensioned(state[name], parameter)
+
+
+def dimensioned(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict of `model`, its learned numbers in their shape."""
+    own = model.state_dict()
+    return {name: _dimensioned(value, own[name]) if name in own else value for name, value in state.items()}
+
+
+def _dimensioned(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return value.reshape(1) if value.dim() == 0 and like.shape == (1,) else value
+
+
 class WideLayerNorm(nn.LayerNorm):
     """A layer norm in the dtype of what comes in, if that is wider than the norm's own."""
 

@@ -11,7 +11,7 @@ from terrazzo.backbones._backbone import Backbone
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import whole_patches
 from terrazzo.backbones._reducible import reducible
-from terrazzo.backbones._states import become, run
+from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import RESTORE, Reducer, State
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
@@ -177,7 +177,7 @@ class PlainViT(Plain):
         if not state.maps or state.depth < self.depth - self.full_last:
             return super().run_unit(unit, x, state)
         x = super().run_unit(unit, self.reducer.restored(x, state, self.restore), None)
-        become(state, self.reducer.begin(state.grid, state.prefix, state.depth + 1, maps=True))
+        state.become(self.reducer.begin(state.grid, state.prefix, state.depth + 1, maps=True))
         return x
 
     def to_map(self, x: torch.Tensor, state: State) -> torch.Tensor:

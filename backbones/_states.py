@@ -1,6 +1,6 @@
 """What flows beside a map: an object that one forward pass makes, and that stem and blocks change in place."""
 
-from dataclasses import fields, replace
+import inspect
 from typing import Any
 
 import torch
@@ -10,11 +10,36 @@ from torch import nn
 from terrazzo.errors import InputError
 
 
+class Beside:
+    """Base of states. A subclass names its attributes by annotations with defaults.
+
+    It is no dataclass: sharding looks for tensors in these, and gives a block a copy, whose changes are lost.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls):
+        cls.names = (*cls.names, *inspect.get_annotations(cls))
+
+    def __init__(self, **values: Any):
+        for name in self.names:
+            setattr(self, name, values[name] if name in values else getattr(type(self), name))
+
+    def become(self, other: "Beside") -> None:
+        """Make it equal to another state of its class."""
+        for name in self.names:
+            setattr(self, name, getattr(other, name))
+
+    def copy(self) -> "Beside":
+        """Another state that is equal, until one of both changes."""
+        return type(self)(**{name: getattr(self, name) for name in self.names})
+
+
 def run(block: nn.Module, x: torch.Tensor, state: Any, again: bool = False) -> torch.Tensor:
     """What a block makes of a map and of the state beside it.
 
     Args:
-        state: A dataclass, which the block may change, or None.
+        state: A `Beside`, which the block may change, or None.
         again: Keep nothing for the backward pass, which runs the block once more. Both runs must begin from one state,
             so each changes a copy.
     """
@@ -23,19 +48,13 @@ def run(block: nn.Module, x: torch.Tensor, state: Any, again: bool = False) -> t
     if state is None:
         return checkpoint(block, x)
 
-    def apart(x: torch.Tensor, entered: Any) -> tuple[torch.Tensor, Any]:
-        own = replace(entered)
+    def apart(x: torch.Tensor, entered: Beside) -> tuple[torch.Tensor, Beside]:
+        own = entered.copy()
         return block(x, own), own
 
-    x, left = checkpoint(apart, x, replace(state))
-    become(state, left)
+    x, left = checkpoint(apart, x, state.copy())
+    state.become(left)
     return x
-
-
-def become(state: Any, other: Any) -> None:
-    """Make a state equal to another one of its class."""
-    for field in fields(state):
-        setattr(state, field.name, getattr(other, field.name))
 
 
 def needed(state: Any, block: nn.Module) -> Any:

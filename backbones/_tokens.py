@@ -5,13 +5,13 @@ is recorded, with the map into the next: from these a token is made for every po
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from terrazzo.backbones._states import Beside
 from terrazzo.kernels.token_reduction import compose, prop_bias, unmerge
 
 NEIGHBOURS, TEMPERATURE = 20, 0.01  # of the mode "soft": those of Expedite's SAM (arXiv 2210.01035)
@@ -34,8 +34,7 @@ class Level(NamedTuple):
     size: torch.Tensor
 
 
-@dataclass
-class State:
+class State(Beside):
     """What flows beside the tokens of a plain ViT, whatever reduces them.
 
     Attributes:
@@ -46,14 +45,13 @@ class State:
         reducer: What runs the blocks.
     """
 
-    grid: tuple[int, int]
-    prefix: int
-    depth: int
-    maps: bool
-    reducer: Any
+    grid: tuple[int, int] = (0, 0)
+    prefix: int = 0
+    depth: int = 0
+    maps: bool = True
+    reducer: Any = None
 
 
-@dataclass
 class TokenState(State):
     """What flows beside the tokens (B, T, C) where they are merged.
 
@@ -141,7 +139,7 @@ class Reducer(nn.Module):
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> TokenState:
         """The state in front of a block that gets every token."""
-        return TokenState(grid, prefix, depth, maps, self)
+        return TokenState(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         """What a block of timm's makes of tokens (B, T, C). A block calls this; it calls the block's parts."""

@@ -112,7 +112,9 @@ class Windows(Reducer):
             return torch.cat([front, body.unflatten(1, (rows * columns, -1))], 2).flatten(0, 1)
 
         size = None if state.size is None else fold(state.size.unsqueeze(2)).squeeze(2)
-        inside = TokenState(state.window, state.prefix, state.depth, True, self.reducer, size=size, r=state.r)
+        inside = TokenState(
+            grid=state.window, prefix=state.prefix, depth=state.depth, reducer=self.reducer, size=size, r=state.r
+        )
         return fold(x), inside
 
     @staticmethod

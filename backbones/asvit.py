@@ -11,7 +11,6 @@ it was dropped with.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 
 from terrazzo.backbones import _deit, _lvvit
 from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, from_official
+from terrazzo.backbones._layers import dimensioned, learned_number, take_scalars
 from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._reducible import attended, heads, widened
 from terrazzo.backbones._tokens import Reducer, State
@@ -38,7 +38,6 @@ TEMPERATURE = 1e-4  # of the sigmoid that thresholds learn by
 EPSILON = 1e-6  # of the masked softmax
 
 
-@dataclass
 class PrunedState(State):
     """What flows beside the tokens: (B, T, C), or packed (sum of T, C).
 
@@ -151,16 +150,16 @@ class Pruning(Reducer):
         self.keep = tuple(keep)
         # No loss reaches those that are not read: parallel processes would wait for their gradient.
         self.thresholds = nn.ParameterList(
-            nn.Parameter(torch.tensor(float(value), device=device, dtype=dtype), requires_grad=form != "fixed")
-            for value in thresholds
+            learned_number(value, requires_grad=form != "fixed", device=device, dtype=dtype) for value in thresholds
         )
+        self.thresholds.register_load_state_dict_pre_hook(take_scalars)
 
     @staticmethod
     def default_blocks(depth: int) -> Sequence[int]:
         return tuple(depth * k // 4 + 1 for k in (1, 2, 3))
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> PrunedState:
-        return PrunedState(grid, prefix, depth, maps, self)
+        return PrunedState(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
 
     def form_of(self, x: torch.Tensor) -> str:
         """What "auto" means for these tokens."""
@@ -335,7 +334,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """As `from_official`; a plain ViT leaves the thresholds as they are, a pooling no second classifier."""
     own = {name: value for name, value in model.state_dict().items() if name.startswith("reducer.")}
     host = _lvvit if isinstance(model, LVViT) else _deit
-    state_dict = own | from_official(state_dict, model, [*NAMES, *host.NAMES])
+    state_dict = own | dimensioned(from_official(state_dict, model, [*NAMES, *host.NAMES]), model)
     return state_dict if model.head.token else {k: v for k, v in state_dict.items() if not k.startswith("head.aux.")}
 
 

@@ -13,7 +13,6 @@ ablations state come out, too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,10 +23,18 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from terrazzo.backbones._head import Head
-from terrazzo.backbones._layers import cells, init_linear, on_maps, pixels_of_patches
+from terrazzo.backbones._layers import (
+    cells,
+    dimensioned,
+    init_linear,
+    learned_number,
+    on_maps,
+    pixels_of_patches,
+    take_scalars,
+)
 from terrazzo.backbones._pyramid import Pyramid, Stage
-from terrazzo.backbones._states import needed
-from terrazzo.backbones._weights import RECONSTRUCTED
+from terrazzo.backbones._states import Beside, needed
+from terrazzo.backbones._weights import RECONSTRUCTED, unwrap
 from terrazzo.kernels.exporting import is_exporting
 
 __all__ = ["DualTokenViT"]
@@ -38,8 +45,7 @@ HEAD_DIM = 32
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 
-@dataclass
-class Tokens:
+class Tokens(Beside):
     """The state beside a map: global tokens (B, 49, C)."""
 
     tokens: torch.Tensor | None = None
@@ -113,7 +119,8 @@ class PositionAwareTokens(nn.Module):
         self.halvings = nn.Sequential(*(HalvingStep(dim, **factory) for _ in range(halvings)))
         self.qkv = nn.Linear(dim, 3 * dim, **factory)
         self.norm = _norm_layer(dim, **factory)
-        self.alpha = nn.Parameter(torch.full((), 0.5, **factory))
+        self.alpha = learned_number(0.5, **factory)
+        self.register_load_state_dict_pre_hook(take_scalars)
         self.mlp = MixMlp(GRID**2, dim, **factory) if mix else Mlp(dim, **factory)
         self.q = nn.Linear(dim, dim, **factory)
         self.kv = nn.Linear(dim, 2 * dim, **factory)
@@ -323,6 +330,11 @@ class DualTokenViT(Pyramid):
         return taken
 
 
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Turn a checkpoint, an older one whose `alpha` has no dimension too, into a state dict of `model`."""
+    return dimensioned(unwrap(state_dict), model)
+
+
 def _cfg(top1: float | None) -> dict[str, Any]:
     return dict(
         num_classes=1000,
@@ -357,6 +369,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> DualTokenViT:
         DualTokenViT,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2)), feature_cls="getter"),
         **kwargs,
     )

@@ -19,7 +19,6 @@ no weight decay (the authors mark them, but with an attribute that timm does not
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch import nn
 from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._states import Beside
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
@@ -55,15 +55,14 @@ class ConvBlock(nn.Module):
         return x + self.drop_path(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
 
 
-@dataclass
-class Kept:
+class Kept(Beside):
     """What of the windows of a map is to come out: the first rows and columns, as many as the map has.
 
     It is the state of a stage's blocks, beside windows.
     """
 
-    height: int
-    width: int
+    height: int = 0
+    width: int = 0
 
 
 class MambaVisionMixer(nn.Module):
@@ -144,7 +143,7 @@ class WindowBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, kept: Any = None) -> torch.Tensor:
         """Windows (B, h, w, C); what is to be kept of them (`Kept`, None for all) is left to the last block."""
-        here = kept if kept is not None and self.last else Kept(*x.shape[1:3])
+        here = kept if kept is not None and self.last else Kept(height=x.shape[1], width=x.shape[2])
         update = self.mixer(self.norm1(x), here)
         x = x[:, : here.height, : here.width] + self.drop_path(
             update if self.gamma_1 is None else self.gamma_1 * update
@@ -172,7 +171,7 @@ class WindowStage(Stage):
         sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in size]
         x = split_windows(x, sides)
         counts = x.shape[1:3]
-        x = self.run(x.flatten(0, 2), Kept(*size))  # all windows of an image together
+        x = self.run(x.flatten(0, 2), Kept(height=size[0], width=size[1]))  # all windows of an image together
         return join_windows(x.unflatten(0, (-1, *counts)), size).permute(0, 3, 1, 2)
 
 

@@ -18,7 +18,6 @@ bottom to whole patches, with the position embedding resized bicubically; the me
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import initial_step_bias, patch_conv, whole_patches
 from terrazzo.backbones._plain import Plain
-from terrazzo.backbones._states import become, needed
+from terrazzo.backbones._states import Beside, needed
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import selective_scan
 from terrazzo.kernels.autocast import without_autocast
@@ -43,8 +42,7 @@ KERNEL = 4  # of the causal convolution
 DIRECTIONS = ("", "_b", "_c", "_c_b")  # the authors' suffixes: by rows, reversed, by columns, reversed
 
 
-@dataclass
-class Grid:
+class Grid(Beside):
     """Where the pixels of a map (height, width) are in its sequence, by rows, with a token in the middle.
 
     The order is in the numbers of tensors, not in slices of sizes: tracing for symbolic sizes is many times faster.
@@ -61,7 +59,8 @@ class Grid:
 
     @classmethod
     def of(cls, height: int, width: int, device: torch.device) -> "Grid":
-        return cls(height, width, _by_columns(height, width, device), _by_columns(width, height, device))
+        columns, rows = _by_columns(height, width, device), _by_columns(width, height, device)
+        return cls(height=height, width=width, columns=columns, rows=rows)
 
 
 def _by_columns(height: int, width: int, device: torch.device) -> torch.Tensor:
@@ -239,7 +238,7 @@ class Stem(nn.Module):
         """
         x = self.proj(whole_patches(x, self.patch_size))
         if grid is not None:
-            become(grid, Grid.of(*x.shape[2:], x.device))
+            grid.become(Grid.of(*x.shape[2:], x.device))
         positions = resize_positions(without_token(self.pos_embed), tuple(x.shape[2:]))
         token = self.cls_token + middle_token(self.pos_embed)
         return with_token(x.flatten(2).transpose(1, 2) + positions, token.expand(x.shape[0], -1, -1))

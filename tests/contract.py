@@ -26,6 +26,7 @@ import pytest
 import timm
 import torch
 from capabilities import CapabilityContract
+from module_contract import CHECKS
 from seeded import build, image
 from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters, group_with_matcher
@@ -229,6 +230,10 @@ class BackboneContract(CapabilityContract):
         torch.testing.assert_close(out_again, out)
         for key, value in plain.items():
             torch.testing.assert_close(checkpointed[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+    @pytest.mark.parametrize("check", CHECKS)
+    def test_modules_are_called(self, example, check):
+        CHECKS[check](self.shallow_model(example))
 
     def test_drop_path_trains(self, name):
         model = build(name, drop_path_rate=0.5, drop_rate=0.1, num_classes=4).train()

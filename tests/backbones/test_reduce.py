@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+from module_contract import check_adapters, check_dynamic_int8, check_hooks, check_sharded
 from seeded import build, image
 
 import terrazzo
@@ -143,6 +144,39 @@ def test_errors(name, options, reduction, message):
     model = timm.create_model(name, device="meta", **options)
     with pytest.raises(InputError, match=message):
         terrazzo.reduce(model, **reduction)
+
+
+@pytest.mark.parametrize("check", [check_hooks, check_adapters, check_dynamic_int8, check_sharded])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("mctf", dict(r=3)),
+        ("mctf", dict(r=3, criteria=(1, 0, 40))),
+        ("mctf", dict(r=1, blocks=(1,), window=3, global_blocks=(2,))),
+        ("asvit", dict(blocks=(1, 2), thresholds=(0.04, 0.06))),
+        ("asvit", dict(blocks=(1, 2), form="fixed", keep=(0.7, 0.5))),
+    ],
+)
+def test_modules_are_called(check, method, options):
+    """As those of every registered backbone are (`contract`), whichever block reduces."""
+    small = dict(embed_dim=48, num_heads=3, depth=3, dynamic_img_size=True, dynamic_img_pad=True)
+    model = terrazzo.reduce(build("vit_tiny_patch16_224", **small), method=method, **options)
+    if check is check_sharded and options.get("form") == "fixed":
+        pytest.skip("nobody learns the thresholds")
+    check(model)
+
+
+def test_blocks_and_attention_are_called():
+    """Each once in a forward, with the tokens that the next block gets."""
+    model = terrazzo.reduce(build("vit_tiny_patch16_224", embed_dim=48, depth=3), r=16)
+    shapes, calls = [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, given, out: shapes.append((given[0].shape[1], out.shape[1])))
+        block.attn.register_forward_hook(lambda _, __, out: calls.append(out.shape[1]))
+    with torch.no_grad():
+        model(image((224, 224)))
+    assert shapes == [(197, 197), (197, 181), (181, 165)]
+    assert calls == [197, 181, 165]
 
 
 def test_masks_are_refused():
