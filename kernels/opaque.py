@@ -100,6 +100,11 @@ class _Once(torch.autograd.Function):
         _refuse(ctx.name)
 
 
+def _refusing(name: str, grad: torch.Tensor | None) -> torch.Tensor | None:
+    """A hook: the gradient, which refuses to be differentiated where somebody may do so; None leaves it as it is."""
+    return None if grad is None or not grad.requires_grad else _Once.apply(grad, name)
+
+
 def attention(
     name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -116,5 +121,5 @@ def attention(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         for x in (query, key, value):
             if x.grad_fn is not None:
-                x.register_hook(lambda grad: _Once.apply(grad, name) if grad.requires_grad else None)
+                x.register_hook(functools.partial(_refusing, name))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
