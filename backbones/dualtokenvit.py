@@ -34,7 +34,7 @@ from terrazzo.backbones._layers import (
 )
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._states import Beside, needed
-from terrazzo.backbones._weights import RECONSTRUCTED, unwrap
+from terrazzo.backbones._weights import RECONSTRUCTED, any_prefix
 from terrazzo.kernels.exporting import is_exporting
 
 __all__ = ["DualTokenViT"]
@@ -330,9 +330,10 @@ class DualTokenViT(Pyramid):
         return taken
 
 
+@any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn a checkpoint, an older one whose `alpha` has no dimension too, into a state dict of `model`."""
-    return dimensioned(unwrap(state_dict), model)
+    return dimensioned(state_dict, model)
 
 
 def _cfg(top1: float | None) -> dict[str, Any]:
