@@ -280,9 +280,9 @@ def prune(
         keep = front | (score.detach() > threshold)
         kept = int(keep.sum())
         parked = count - kept
-    place = torch.where(keep, keep.cumsum(1) - 1, -1)
+    place = torch.where(keep, keep.long().cumsum(1) - 1, -1)
     # Kept ones first, in order: a permutation, whatever the image.
-    order = torch.where(keep, place, kept + (~keep).cumsum(1) - 1).argsort(1)
+    order = torch.where(keep, place, kept + (~keep).long().cumsum(1) - 1).argsort(1)
     index, rest = order.split([kept, parked], 1)
     return unmerge(x, index), place, rest
 
