@@ -8,16 +8,18 @@ from typing import Any
 import torch
 
 from terrazzo.errors import InputError
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.exporting import is_exporting, is_open_from_one
 
 
 def check_image(x: torch.Tensor, channels: int) -> None:
     """Refuse what is no batch of images with so many channels.
 
     Raises:
-        InputError: `x` is no floating tensor (B, channels, H, W).
+        InputError: `x` is no floating tensor (B, channels, H, W), or one that an exporter would take for a batch of 1.
     """
-    if is_exporting():  # sizes are not to be asked for; who exports has run the model
+    if is_exporting():  # other sizes are not to be asked for; who exports has run the model
+        if is_open_from_one(x.shape[0]):
+            raise InputError("an open batch is exported from an example of 2 images or more, got 1")
         return
     wanted = f"the model takes a floating tensor of images (B, {channels}, H, W)"
     if not isinstance(x, torch.Tensor):

@@ -224,7 +224,8 @@ def unmerge(tokens: torch.Tensor, map: torch.Tensor, parked: torch.Tensor | None
         # Rows of one matrix: several times faster than gathering every channel by an index of its own.
         batch, count, channels = tokens.shape
         first = torch.arange(batch, device=map.device).unsqueeze(1) * count
-        return tokens.reshape(-1, channels).index_select(0, (map + first).flatten()).view(*map.shape, channels)
+        taken = tokens.reshape(-1, channels).index_select(0, (map + first).flatten())
+        return taken.reshape(-1, map.shape[1], channels)
     return torch.where(map.unsqueeze(-1) < 0, parked, unmerge(tokens, _existing(map)))
 
 
