@@ -8,6 +8,7 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from terrazzo.backbones._checks import check_image
 from terrazzo.backbones._head import Head
 from terrazzo.backbones._weights import load_strictly
 from terrazzo.errors import InputError
@@ -104,6 +105,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) to what the head takes, by default the last map, normalised, in `output_fmt`."""
+        check_image(x, self.in_chans)
         x, state = self.begin(x)
         for unit in self.units:
             x = self.run_unit(unit, x, state)
@@ -142,6 +144,7 @@ class Backbone(nn.Module):
             raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.units), indices)
         maps = []
+        check_image(x, self.in_chans)
         x, state = self.begin(x)
         for i, unit in enumerate(self.units):
             if stop_early and i > last:

@@ -8,6 +8,7 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from torch import nn
 
 from terrazzo.backbones._backbone import Backbone
+from terrazzo.backbones._checks import check_image, whole
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import whole_patches
 from terrazzo.backbones._reducible import reducible
@@ -140,10 +141,9 @@ class PlainViT(Plain):
             InputError: `restore` is none of the modes, `full_last` not a number of blocks, or `window` and
                 `global_blocks` do not fit the reducer (`_windows.Windows`).
         """
-        if restore not in RESTORE:
+        if not isinstance(restore, str) or restore not in RESTORE:
             raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
-        if full_last is None:
-            full_last = int(norm_outputs)
+        full_last = int(norm_outputs) if full_last is None else whole("full_last", full_last)
         if not 0 <= full_last <= len(blocks):
             raise InputError(f"full_last must be 0 to the {len(blocks)} blocks, got {full_last}")
         reducer = within(Reducer() if reducer is None else reducer, window, len(blocks), global_blocks)
@@ -191,6 +191,7 @@ class PlainViT(Plain):
 
     def forward_features(self, x: torch.Tensor, **choices) -> torch.Tensor:
         """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves. `choices`: see `begin`."""
+        check_image(x, self.in_chans)
         x, state = self.begin(x, maps=self.head.of_positions, **choices)
         for unit in self.blocks:
             x = self.run_unit(unit, x, state)

@@ -10,6 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from terrazzo.backbones._checks import check_image
 from terrazzo.backbones._reducible import is_plain, reducible
 from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import RESTORE, Reducer, State
@@ -29,6 +30,8 @@ class _Reducing:
     restore: str
 
     def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, State]:
+        # Of a hybrid stem, too, the first weight with a kernel is that of the image.
+        check_image(x, next(p.shape[1] for p in self.patch_embed.parameters() if p.dim() == 4))
         grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[2:]))
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         return x, self.reducer.begin(grid, self.num_prefix_tokens, 0, maps)
@@ -106,7 +109,7 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
 
 def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None, options: dict[str, Any]) -> Reducer:
     """A method's reducer for a model, on its device and in its dtype."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     kind, depth = METHODS[method], len(model.blocks)
     known = [name for name in inspect.signature(kind).parameters if name not in ("blocks", "device", "dtype")]
@@ -169,7 +172,7 @@ def reduce(
             raise InputError(f"block {i} drops attention weights at {block.attn.attn_drop.p}: set attn_drop_rate=0")
     if not isinstance(model.patch_drop, nn.Identity):
         raise InputError("the model drops patches in training (patch_drop_rate): set it to 0")
-    if restore not in RESTORE:
+    if not isinstance(restore, str) or restore not in RESTORE:
         raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
     reducer = _reducer(model, method, blocks, options)
     model.reducer = within(reducer, window, len(model.blocks), global_blocks)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from terrazzo.backbones._checks import whole, wholes
 from terrazzo.backbones._layers import join_windows, split_windows, window_counts
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.errors import InputError
@@ -59,7 +60,8 @@ class Windows(Reducer):
                 be told apart, or the reducer goes by the class token's attention, which a window has of its own alone.
         """
         super().__init__()
-        global_blocks = spread(depth) if global_blocks is None else tuple(global_blocks)
+        window = whole("window", window)
+        global_blocks = spread(depth) if global_blocks is None else wholes("global_blocks", global_blocks)
         if window < 1:
             raise InputError(f"window must be at least 1, got {window}")
         if not all(0 <= block < depth for block in global_blocks):

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from terrazzo.backbones import _deit, _lvvit
+from terrazzo.backbones._checks import numbers, wholes
 from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, from_official
 from terrazzo.backbones._layers import dimensioned, learned_number, take_scalars
 from terrazzo.backbones._lvvit import LVViT
@@ -137,17 +138,19 @@ class Pruning(Reducer):
         super().__init__()
         if form not in FORMS:
             raise InputError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        blocks, keep = wholes("blocks", blocks), numbers("keep", keep)
         if any(block < 1 for block in blocks):
-            raise InputError(f"tokens are scored by the block before, so stages begin at block 1, got {tuple(blocks)}")
+            raise InputError(f"tokens are scored by the block before, so stages begin at block 1, got {blocks}")
         if form == "fixed" and (len(keep) != len(blocks) or any(not 0 <= part <= 1 for part in keep)):
-            raise InputError(f"keep must hold a part of 0 to 1 for each of {len(blocks)} stages, got {tuple(keep)}")
+            raise InputError(f"keep must hold a part of 0 to 1 for each of {len(blocks)} stages, got {keep}")
         if thresholds is None:
             thresholds = [0.001 * (i + 1) for i in range(len(blocks))]
+        thresholds = numbers("thresholds", thresholds)
         if len(thresholds) != len(blocks):
-            raise InputError(f"thresholds must hold a number for each of {len(blocks)} stages, got {tuple(thresholds)}")
-        self.blocks = tuple(blocks)
+            raise InputError(f"thresholds must hold a number for each of {len(blocks)} stages, got {thresholds}")
+        self.blocks = blocks
         self.form = form
-        self.keep = tuple(keep)
+        self.keep = keep
         # No loss reaches those that are not read: parallel processes would wait for their gradient.
         self.thresholds = nn.ParameterList(
             learned_number(value, requires_grad=form != "fixed", device=device, dtype=dtype) for value in thresholds
@@ -212,9 +215,11 @@ class Pruning(Reducer):
         above = state.score - self.thresholds[stage].to(state.score.dtype)
         soft = (above / TEMPERATURE).sigmoid()
         keep = (above > 0).to(soft.dtype) - soft.detach() + soft
-        before = torch.ones_like(keep) if state.keep is None else state.keep
+        keep = keep if state.keep is None else keep * state.keep
+        # Of the graph's own sizes: the older ONNX exporter makes a constant of ones.
+        keep = torch.cat([keep[:, : state.prefix].detach() * 0 + 1, keep[:, state.prefix :]], 1)
         state.full = x if state.full is None else self.restored(x, state, "copy")
-        state.keep = torch.cat([torch.ones_like(keep[:, : state.prefix]), (keep * before)[:, state.prefix :]], 1)
+        state.keep = keep
         return x
 
     def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from terrazzo.backbones._bare import rows_of
+from terrazzo.backbones._checks import number, numbers, whole, wholes
 from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, from_official
 from terrazzo.backbones._reducible import attended, heads, widened
 from terrazzo.backbones._tokens import Reducer, TokenState
@@ -63,18 +64,27 @@ class Fusion(Reducer):
         r_eval: In place of r outside of training; None for r.
 
         Raises:
-            InputError: r is less than 0, or criteria are not three numbers of at least 0.
+            InputError: r is less than 0, criteria are not three numbers of at least 0, `multiple` is less than 1, or
+                one of these is no number.
         """
         super().__init__()
+        r, r_eval = number("r", r), None if r_eval is None else number("r_eval", r_eval)
+        blocks, criteria, multiple = (
+            wholes("blocks", blocks),
+            numbers("criteria", criteria),
+            whole("multiple", multiple),
+        )
         for name, value in (("r", r), ("r_eval", 0 if r_eval is None else r_eval)):
             if value < 0 or (value >= 1 and int(value) != value):
                 raise InputError(f"{name} must be a part below 1, or a whole number of tokens, got {value}")
         if len(criteria) != 3 or min(criteria) < 0:
-            raise InputError(f"criteria must be three numbers of at least 0, got {tuple(criteria)}")
+            raise InputError(f"criteria must be three numbers of at least 0, got {criteria}")
+        if multiple < 1:
+            raise InputError(f"multiple must be at least 1, got {multiple}")
         self.r = r
         self.r_eval = r_eval
-        self.blocks = tuple(blocks)
-        self.criteria = tuple(criteria)
+        self.blocks = blocks
+        self.criteria = criteria
         self.bidirectional = bidirectional
         self.cells_first = cells_first
         self.multiple = multiple

@@ -16,7 +16,13 @@ def is_open(length: int) -> bool:
     return isinstance(length, torch.SymInt)
 
 
+def is_open_from_one(length: int) -> bool:
+    """Whether an exporter leaves a number open that is 1 in its example. torch then takes it for 1 in most reshapes."""
+    return isinstance(length, torch.SymInt) and length.node.has_hint() and length.node.hint == 1
+
+
 # Dynamo takes their values when tracing, and does not read what is inside: there an open number is an int like others,
 # and would be fixed silently. A constant that depends on an open number it refuses.
 is_exporting._dynamo_marked_constant = True
 is_open._dynamo_marked_constant = True
+is_open_from_one._dynamo_marked_constant = True

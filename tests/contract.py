@@ -345,6 +345,43 @@ class BackboneContract(CapabilityContract):
             scale = max(float(grad.abs().max()) for grad in wanted.values())
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * scale)
 
+    @pytest.mark.filterwarnings(
+        "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:Constant folding"
+    )
+    def test_traced(self, name):
+        """By `torch.jit.trace`: right at its size, of standard operations, so that it loads without the zoo."""
+        model, x = self.shallow_model(name), image((64, 64))
+        with torch.no_grad():
+            traced = torch.jit.trace(model, image((64, 64), batch=2), check_trace=False)
+            torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
+        kinds = {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()}
+        assert kinds == {"aten", "prim"}
+
+    @pytest.mark.filterwarnings(
+        "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:Constant folding"
+    )
+    def test_older_onnx_exporter(self, name, tmp_path):
+        """`dynamo=False`, which timm's script asks for, from one image and for more."""
+        onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+        model, path = self.shallow_model(name), tmp_path / "model.onnx"
+        names = dict(input_names=["image"], output_names=["logits"])
+        axes = dict(image={0: "batch"}, logits={0: "batch"})
+        torch.onnx.export(model, (image((64, 64)),), path, dynamo=False, dynamic_axes=axes, **names)
+        session = onnxruntime.InferenceSession(path)
+        for batch in (1, 3):
+            x = image((64, 64), batch=batch)
+            (found,) = session.run(None, {"image": x.numpy()})
+            with torch.no_grad():
+                torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-4)
+
+    def test_open_batch_from_an_example_of_one(self, example):
+        """torch would make a graph for a batch of 1 alone."""
+        torch._dynamo.reset()
+        as_its_onnx_exporter = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+        model, shapes = self.shallow_model(example), ({0: torch.export.Dim.DYNAMIC},)
+        with as_its_onnx_exporter, pytest.raises(InputError, match="2 images or more"):
+            torch.export.export(model, (image((64, 64)),), dynamic_shapes=shapes, strict=False)
+
     @pytest.mark.slow  # ONNX files are made from such programs
     def test_export(self, name):
         torch._dynamo.reset()  # a refused export with open sizes leaves them open

@@ -205,13 +205,14 @@ class Eager(Traced):
 
 def _fold(x: torch.Tensor, dilation: tuple[int, int], folding: _Folding, mode: type[Traced]) -> list[torch.Tensor]:
     """(B, H, W, heads, D) -> per group (heads, B * classes, N, D): heads first, so that one mask serves all tiles."""
-    batch, height, width, heads, dim = x.shape
+    heads, dim = x.shape[3:]
+    # Nowhere is the batch given as a number: exporters may see one of 1, and would fix it.
     if folding.positions is None:
         (rows, columns), (step_h, step_w) = folding.members[0], dilation
-        x = x.reshape(batch, rows, step_h, columns, step_w, heads, dim).permute(5, 0, 2, 4, 1, 3, 6)
+        x = x.reshape(-1, rows, step_h, columns, step_w, heads, dim).permute(5, 0, 2, 4, 1, 3, 6)
         # Contiguous now, or every gather from it would copy it again.
-        return [x.reshape(heads, batch * step_h * step_w, rows * columns, dim).contiguous()]
-    x = x.permute(3, 0, 1, 2, 4).reshape(heads, batch, height * width, dim)
+        return [x.reshape(heads, -1, rows * columns, dim).contiguous()]
+    x = x.permute(3, 0, 1, 2, 4).flatten(2, 3)
     return [
         mode.gather(x, positions).view(heads, -1, rows * columns, dim)
         for positions, (rows, columns) in zip(folding.positions, folding.members)
@@ -222,14 +223,16 @@ def _unfold(
     groups: list[torch.Tensor], shape: torch.Size, dilation: tuple[int, int], folding: _Folding, mode: type[Traced]
 ) -> torch.Tensor:
     """The inverse of `_fold`; `shape` is that of the map."""
-    batch, height, width, heads, dim = shape
+    _, height, width, heads, dim = shape
+    height, width = int(height), int(width)
     if folding.positions is None:
         (rows, columns), (step_h, step_w) = folding.members[0], dilation
-        x = groups[0].reshape(heads, batch, step_h, step_w, rows, columns, dim).permute(1, 4, 2, 5, 3, 0, 6)
-        return x.reshape(shape)
-    x = torch.cat([group.reshape(heads, batch, -1, dim) for group in groups], dim=2)
+        x = groups[0].reshape(heads, -1, step_h, step_w, rows, columns, dim).permute(1, 4, 2, 5, 3, 0, 6)
+        return x.reshape(-1, height, width, heads, dim)
+    counts = [positions.shape[0] for positions in folding.positions]
+    x = torch.cat([group.reshape(heads, -1, count, dim) for group, count in zip(groups, counts)], dim=2)
     x = mode.gather(x, folding.order)
-    return x.view(heads, batch, height, width, dim).permute(1, 2, 3, 0, 4).contiguous()
+    return x.reshape(heads, -1, height, width, dim).permute(1, 2, 3, 0, 4).contiguous()
 
 
 def _take(x: torch.Tensor, positions: torch.Tensor | None, length: int, mode: type[Traced]) -> torch.Tensor:
@@ -253,8 +256,9 @@ def _additive(rpb: torch.Tensor | None, call: _Call, like: torch.Tensor) -> torc
 
 def _in_order(calls: list[torch.Tensor], group: torch.Tensor, plan: _Plan, mode: type[Traced]) -> torch.Tensor:
     """Every call's tiles (heads, B * tiles, M, D) -> (heads, B, N, D), each query in its place."""
-    heads, batch, _, dim = group.shape
-    parts = [part.reshape(heads, batch, -1, dim) for part in calls]
+    heads, _, _, dim = group.shape
+    counts = [len(call.rows.tiles) * len(call.columns.tiles) * call.query_count for call in plan.calls]
+    parts = [part.reshape(heads, -1, count, dim) for part, count in zip(calls, counts)]
     return parts[0] if plan.order is None else mode.gather(torch.cat(parts, dim=2), plan.order)
 
 

@@ -115,7 +115,7 @@ def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
     for factor, more in zip(decay[1:], into[1:]):
         end = factor * end + more
     whole = torch.exp(delta.sum(1).unsqueeze(-2) * decays)
-    starts = [torch.zeros_like(end[0])]
+    starts = [end[0] * 0]  # of the graph's own sizes
     for run in range(runs - 1):
         starts.append(whole[run] * starts[-1] + end[run])
     state, out = torch.stack(starts), []

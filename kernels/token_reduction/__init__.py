@@ -247,7 +247,8 @@ def unmerge(tokens: torch.Tensor, map: torch.Tensor, parked: torch.Tensor | None
         # Rows of one matrix: several times faster than gathering every channel by an index of its own.
         batch, count, channels = tokens.shape
         first = torch.arange(batch, device=map.device).unsqueeze(1) * count
-        return tokens.reshape(-1, channels).index_select(0, (map + first).flatten()).view(*map.shape, channels)
+        taken = tokens.reshape(-1, channels).index_select(0, (map + first).flatten())
+        return taken.reshape(-1, map.shape[1], channels)
     return torch.where(map.unsqueeze(-1) < 0, parked, unmerge(tokens, _existing(map)))
 
 
@@ -309,9 +310,9 @@ def prune(
         keep = front | (score.detach() > threshold)
         kept = int(keep.sum())
         parked = count - kept
-    place = torch.where(keep, keep.cumsum(1) - 1, -1)
+    place = torch.where(keep, keep.long().cumsum(1) - 1, -1)
     # Kept ones first, in order: a permutation, whatever the image.
-    order = torch.where(keep, place, kept + (~keep).cumsum(1) - 1).argsort(1)
+    order = torch.where(keep, place, kept + (~keep).long().cumsum(1) - 1).argsort(1)
     index, rest = order.split([kept, parked], 1)
     return unmerge(x, index), place, rest
 

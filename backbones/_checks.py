@@ -1,0 +1,87 @@
+"""Checks of what users hand to a backbone: the image, and numbers among the arguments."""
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from terrazzo.errors import InputError
+from terrazzo.kernels.exporting import is_exporting, is_open_from_one
+
+
+def check_image(x: torch.Tensor, channels: int) -> None:
+    """Refuse what is no batch of images with so many channels.
+
+    Raises:
+        InputError: `x` is no floating tensor (B, channels, H, W), or one that an exporter would take for a batch of 1.
+    """
+    if is_exporting():  # other sizes are not to be asked for; who exports has run the model
+        if is_open_from_one(x.shape[0]):
+            raise InputError("an open batch is exported from an example of 2 images or more, got 1")
+        return
+    wanted = f"the model takes a floating tensor of images (B, {channels}, H, W)"
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f"{wanted}, got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[1] != channels:
+        hint = ""
+        if x.dim() == 3:
+            hint = ": add the batch, x.unsqueeze(0)"
+        elif x.dim() == 4 and x.shape[3] == channels:
+            hint = ": channels come second, x.permute(0, 3, 1, 2)"
+        elif x.dim() == 4:
+            hint = f": create the model with in_chans={x.shape[1]}"
+        raise InputError(f"{wanted}, got shape {tuple(x.shape)}{hint}")
+    if not x.is_floating_point():
+        raise InputError(f"{wanted}, got {x.dtype}: scale and normalise it, x.float() / 255")
+
+
+def number(name: str, value: Any) -> float | int:
+    """A finite number as Python's; NumPy's and tensors of one number are taken, text and truth values are not.
+
+    Raises:
+        InputError: It is none.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, got {value!r}")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def whole(name: str, value: Any) -> int:
+    """As `number`, without a fraction.
+
+    Raises:
+        InputError: It is none.
+    """
+    found = number(name, value)
+    if found != int(found):
+        raise InputError(f"{name} must be a whole number, got {value!r}")
+    return int(found)
+
+
+def _listed(name: str, values: Any) -> Sequence[Any]:
+    zero_dim = getattr(values, "ndim", 1) == 0
+    if isinstance(values, (str, bytes)) or zero_dim or not isinstance(values, Iterable):
+        raise InputError(f"{name} must be a sequence of numbers, for example (1, 2), got {values!r}")
+    return list(values)
+
+
+def numbers(name: str, values: Any) -> tuple[float | int, ...]:
+    """A sequence, or any iterable, of numbers as `number` takes them.
+
+    Raises:
+        InputError: It is none.
+    """
+    return tuple(number(name, value) for value in _listed(name, values))
+
+
+def wholes(name: str, values: Any) -> tuple[int, ...]:
+    """As `numbers`, without fractions.
+
+    Raises:
+        InputError: It is none.
+    """
+    return tuple(whole(name, value) for value in _listed(name, values))
