@@ -145,6 +145,12 @@ def block():
     return block_of
 
 
+def both(part, x, tokens):
+    """What a block or its global half makes of a map, and of the tokens."""
+    state = dualtokenvit.Tokens(tokens=tokens)
+    return part(x, state), state.tokens
+
+
 def inputs(height=9, width=15, dim=64):
     torch.manual_seed(1)
     return torch.randn(2, height, width, dim).double(), torch.randn(2, 49, dim).double()
@@ -156,7 +162,7 @@ class TestBlock:
     def test_by_its_steps(self, block, halvings, mix, size):
         one, (x, tokens) = block(halvings=halvings, mix=mix), inputs(*size)
         with torch.no_grad():
-            for found, wanted in zip(one(x, tokens), expected(one, x, tokens)):
+            for found, wanted in zip(both(one, x, tokens), expected(one, x, tokens)):
                 torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
     def test_identity_on_the_map(self, block):
@@ -164,22 +170,22 @@ class TestBlock:
         for layer in (one.local.mlp.fc2, one.glob.proj, one.mlp.fc2):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        assert torch.equal(one(x, tokens)[0], x)
+        assert torch.equal(both(one, x, tokens)[0], x)
 
     def test_alpha(self, block):
         """At 1 the tokens take nothing of the map, at 0 they forget what they were."""
         one, (x, tokens) = block(), inputs()
         nn.init.ones_(one.glob.alpha)
-        assert torch.equal(one(x, tokens)[1], tokens)
+        assert torch.equal(both(one, x, tokens)[1], tokens)
         nn.init.zeros_(one.glob.alpha)
-        torch.testing.assert_close(one(x, tokens)[1], one(x, 0 * tokens)[1])
+        torch.testing.assert_close(both(one, x, tokens)[1], both(one, x, 0 * tokens)[1])
 
     def test_equal_keys_tell_the_mean(self, block):
         one, (x, tokens) = block(), inputs()
         dim = x.shape[-1]
         with torch.no_grad():
             one.glob.kv.weight[:dim] = 0
-            told, tokens = one.glob(x, tokens)
+            told, tokens = both(one.glob, x, tokens)
             mean = one.glob.proj(one.glob.kv(tokens)[..., dim:].mean(1))
         torch.testing.assert_close(told, mean[:, None, None].expand_as(told))
 
@@ -239,3 +245,14 @@ class TestModel:
         )
         assert {name.split(".")[1] for name in missing} == {"norm0", "norm1", "norm2"}
         assert {name.split(".")[1] for name in unexpected} == {"norm", "neck", "head"}
+
+
+def test_checkpoints_whose_numbers_have_no_dimension():
+    """Those of earlier releases, by `load_state_dict` and by the filter of checkpoints."""
+    model = build("dualtokenvit_tiny_mix", depths=(1, 1, 1))
+    wanted = model.state_dict()
+    old = {name: value.squeeze() if name.endswith(".alpha") else value for name, value in wanted.items()}
+    assert {value.dim() for name, value in old.items() if name.endswith(".alpha")} == {0}
+    model.load_state_dict(old, strict=True)
+    found = dualtokenvit.checkpoint_filter_fn(old, model)
+    assert {name: value.shape for name, value in found.items()} == {name: x.shape for name, x in wanted.items()}

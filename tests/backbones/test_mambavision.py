@@ -146,9 +146,9 @@ class TestArchitecture:
         mixer = lively(nn.ModuleList([mambavision.MambaVisionMixer(32)])).double()[0]
         x = torch.randn(2, 3, 5, 32, dtype=torch.double)
         with torch.no_grad():
-            found = mixer(x, Kept(3, 5))
+            found = mixer(x, Kept(height=3, width=5))
             torch.testing.assert_close(found.flatten(1, 2), by_hand(mixer, x.flatten(1, 2)), rtol=1e-10, atol=1e-10)
-            torch.testing.assert_close(mixer(x, Kept(2, 4)), found[:, :2, :4])
+            torch.testing.assert_close(mixer(x, Kept(height=2, width=4)), found[:, :2, :4])
 
     def test_mixers_look_one_position_ahead(self):
         torch.manual_seed(0)
@@ -156,7 +156,7 @@ class TestArchitecture:
         x = torch.randn(1, 4, 4, 32, dtype=torch.double)
         other = x.clone()
         other[0, 2, 1] += 1  # position 9 of 16
-        changed = (mixer(x, Kept(4, 4)) != mixer(other, Kept(4, 4))).any(-1).flatten()
+        changed = (mixer(x, Kept(height=4, width=4)) != mixer(other, Kept(height=4, width=4))).any(-1).flatten()
         assert changed.nonzero().flatten().tolist() == list(range(8, 16))
 
     def test_windows_are_apart(self):
@@ -173,7 +173,7 @@ class TestArchitecture:
                     part = (slice(None), slice(row, row + 4), slice(column, column + 4))
                     window = padded[part]
                     for block in stage.blocks:
-                        window = block(window, Kept(4, 4))
+                        window = block(window, Kept(height=4, width=4))
                     out[part] = window
         torch.testing.assert_close(found, out[:, :9, :11].permute(0, 3, 1, 2), rtol=1e-10, atol=1e-10)
 

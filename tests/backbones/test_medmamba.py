@@ -112,25 +112,25 @@ class TestArchitecture:
         block.conv = torch.nn.Sequential(Constant(torch.tensor([1.0, 2.0])[:, None, None]))
         block.op = Constant(torch.tensor([3.0, 4.0]))
         x = torch.randn(1, 3, 5, 4)
-        torch.testing.assert_close(block(x)[0] - x, torch.tensor([1.0, 3, 2, 4]).expand_as(x))
+        torch.testing.assert_close(block(x) - x, torch.tensor([1.0, 3, 2, 4]).expand_as(x))
 
     def test_zero_weights_are_the_identity(self):
         block = medmamba.SSConvSSMBlock(8, 2, 0.0).eval()
         x = torch.randn(1, 3, 5, 8)
         with torch.no_grad():
-            assert not torch.allclose(block(x)[0], x)
+            assert not torch.allclose(block(x), x)
             block.op.out_proj.weight.zero_()
             for layer in block.conv:
                 if isinstance(layer, torch.nn.Conv2d):
                     layer.weight.zero_()
                     layer.bias.zero_()
-            assert torch.equal(block(x)[0], x)
+            assert torch.equal(block(x), x)
 
     def test_only_the_scans_are_dropped(self):
         block = medmamba.SSConvSSMBlock(8, 2, 1.0).train()  # every scan is dropped
         x = torch.randn(2, 3, 5, 8)
         with torch.no_grad():
-            update = block(x)[0] - x
+            update = block(x) - x
             assert not update[..., 1::2].any()
             torch.testing.assert_close(update[..., ::2], on_maps(x[..., :4], *block.conv))
 
@@ -142,7 +142,7 @@ class TestArchitecture:
         other = x.clone()
         other[..., :4] = torch.randn(1, 3, 5, 4)
         with torch.no_grad():
-            update, changed = block(x)[0] - x, block(other)[0] - other
+            update, changed = block(x) - x, block(other) - other
         assert not torch.allclose(update[..., ::2], changed[..., ::2])
         torch.testing.assert_close(update[..., 1::2], changed[..., 1::2])
         assert update[..., ::2].min() > -1e-6

@@ -100,7 +100,7 @@ class TestArchitecture:
                 torch.nn.init.uniform_(value, 0.1, 1) if "running_var" in name else torch.nn.init.normal_(value, 0, 0.3)
         x = torch.randn(2, 12, 9, 7, dtype=torch.float64)
         with torch.no_grad():
-            found = block(x.permute(0, 2, 3, 1))[0].permute(0, 3, 1, 2)
+            found = block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             wanted = x + conv(x, block.dwconv, padding=1, groups=12)
             wanted = wanted + attention(layer_norm(wanted, block.norm1), block.attn, reduction)
             y = F.gelu(conv(layer_norm(wanted, block.norm2), block.lim.conv1, padding=1, groups=12))
@@ -111,7 +111,7 @@ class TestArchitecture:
     def test_drop_path_spares_the_convolution(self):
         block = s2aformer.HybridPerceptionBlock(8, 1, 2, 4.0, 1.0).train()  # every branch is dropped
         x = torch.randn(2, 6, 6, 8)
-        torch.testing.assert_close(block(x)[0], x + on_maps(x, block.dwconv))
+        torch.testing.assert_close(block(x), x + on_maps(x, block.dwconv))
 
     def test_the_bias_of_keys_has_no_effect(self):
         """It shifts all scores of a query alike; that of the queries does not."""
