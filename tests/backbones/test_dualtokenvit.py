@@ -223,8 +223,8 @@ class TestModel:
         """The state of one stage enters the next; only its width changes."""
         model, seen = build("dualtokenvit_tiny_mix"), []
         for stage in model.stages:
-            stage.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-            stage.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out[1]))
+            stage.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[1].tokens))
+            stage.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(args[1].tokens))
         features = model.forward_features(image((64, 96)))
         assert [tuple(tokens.shape) for tokens in seen] == [(1, 49, c) for c in (32, 32, 96, 96, 160, 160)]
         for before, after, stage in zip(seen[1::2], seen[2::2], model.stages[1:]):
