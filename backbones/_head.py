@@ -115,6 +115,10 @@ class TokenHead(Head):
         """(B, T, C) without the class token."""
         return x[:, 1:]
 
+    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""
+        return self(x), None
+
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         if self.token:
             x = self.class_token(x)

@@ -54,7 +54,6 @@ class TwoHeads(TokenHead):
         return self.token and not isinstance(self.fc, nn.Identity)
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""
         return super().forward(x), self.aux(x[:, 1:]) if self.has_second() else None
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

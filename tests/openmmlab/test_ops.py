@@ -5,6 +5,7 @@ import math
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,7 +283,8 @@ def test_compiled_mmcv_takes_precedence(tmp_path):
 def test_fork_of_mmcv_keeps_its_own_operators(tmp_path):
     # A distribution of another name may provide the module `mmcv`, compiled operators and all.
     (tmp_path / "mmcv").mkdir()
-    (tmp_path / "mmcv" / "__init__.py").write_text("__version__ = '2.9.0'")
+    rest = str(Path(importlib.util.find_spec("mmcv").origin).parent)
+    (tmp_path / "mmcv" / "__init__.py").write_text(f"__version__ = '2.9.0'; __path__.append({rest!r})")
     (tmp_path / "mmcv" / "_ext.py").write_text("nms = 'that of the fork'")
     code = "import sys; sys.path.insert(0, sys.argv[1]); import terrazzo.openmmlab, mmcv._ext; print(mmcv._ext.nms)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
