@@ -16,7 +16,7 @@ class SubjectGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in SUBJECTS:
             return None
-        return importlib.import_module(f"terrazzo.tools.verbs.doctor.{name}").command
+        return importlib.import_module(f"terrazzo.tools.doctor.{name}").command
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         if args and args[0] not in SUBJECTS and not args[0].startswith("-"):

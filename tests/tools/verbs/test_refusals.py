@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from terrazzo.tools.verbs.evaluate import plain_metric, without_nan
+from terrazzo.tools.training.evaluation import plain_metric, without_nan
 
 CONFIG = "fpn_dinat-mini_floors"
 TINY = (
