@@ -108,7 +108,7 @@ def _selected(folders: dict[str, Path], only: str | None) -> list[tuple[str, str
 
 def _examined(paths: list[tuple[str, str, Path]]) -> Iterator[Examined]:
     """Examines configs one by one, each distinct model once."""
-    from terrazzo.tools import zoo  # mmengine takes seconds to import
+    from terrazzo.tools.doctor import zoo  # mmengine takes seconds to import
 
     known: dict[str, Finding] = {}
     worker = Worker(zoo.prepare)

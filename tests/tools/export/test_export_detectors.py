@@ -32,6 +32,10 @@ SMALL_REGIONS = {
 SMALL_BOX_HEAD = {"num_classes": 5, "in_channels": 32, "fc_out_channels": 32}
 SMALL_MASK_HEAD = {"num_classes": 5, "in_channels": 32, "conv_out_channels": 16, "num_convs": 1}
 
+FIVE = {
+    f"{split}_dataloader.dataset.metainfo": {"classes": ["a", "b", "c", "d", "e"]} for split in ("train", "val", "test")
+}
+
 SMALL_QUERIES = {
     "model.panoptic_head.num_queries": 20,
     "model.panoptic_head.pixel_decoder.encoder.num_layers": 1,
@@ -44,11 +48,13 @@ CASES = {
         "model.bbox_head.in_channels": 32,
         "model.bbox_head.feat_channels": 64,  # in 32 groups, of maps that may be of one pixel
         "model.bbox_head.num_classes": 5,
+        **FIVE,
     },
     "cascade-mask-rcnn_dinat-small_fpn_3x_coco": {
         **SMALL_REGIONS,
         **{f"model.roi_head.bbox_head.{n}.{key}": value for n in range(3) for key, value in SMALL_BOX_HEAD.items()},
         **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
+        **FIVE,
     },
     "mask2former_dinat-large_16xb1-lsj-100e_coco": SMALL_QUERIES,
     "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic": {
@@ -67,11 +73,13 @@ CASES = {
         "model.bbox_head.in_channels": 32,
         "model.bbox_head.feat_channels": 32,
         "model.bbox_head.num_classes": 5,
+        **FIVE,
     },
     "mask-rcnn_dinat-mini_fpn_1x_coco": {
         **SMALL_REGIONS,
         **{f"model.roi_head.bbox_head.{key}": value for key, value in SMALL_BOX_HEAD.items()},
         **{f"model.roi_head.mask_head.{key}": value for key, value in SMALL_MASK_HEAD.items()},
+        **FIVE,
     },
 }
 """By config: what makes it small."""
