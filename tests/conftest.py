@@ -2,6 +2,9 @@
 
 import pytest
 
+# Their failures show both sides of a comparison, as those of test files do.
+pytest.register_assert_rewrite("support")
+
 
 def pytest_addoption(parser):
     parser.addoption(

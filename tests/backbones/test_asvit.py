@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from contract import BackboneContract, build, image
-from golden_packs import Pack, packs
+from support.contract import BackboneContract, build, image
+from support.golden_packs import Pack, packs
 
 from terrazzo.backbones import asvit
 from terrazzo.errors import InputError

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from families import smallest
-from seeded import image
+from support.families import smallest
+from support.seeded import image
 
 import terrazzo
 from terrazzo.errors import InputError

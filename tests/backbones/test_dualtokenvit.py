@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract import BackboneContract
-from seeded import build, image
+from support.contract import BackboneContract
+from support.seeded import build, image
 from torch import nn
 
 from terrazzo.backbones import dualtokenvit

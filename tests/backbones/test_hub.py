@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from families import smallest
-from seeded import build, image
+from support.families import smallest
+from support.seeded import build, image
 from timm.models import _hub
 
 

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from seeded import build
+from support.seeded import build
 
 from terrazzo.backbones import asvit, dualtokenvit
 

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract import BackboneContract
-from golden_packs import Pack, packs
-from seeded import build, image
+from support.contract import BackboneContract
+from support.golden_packs import Pack, packs
+from support.seeded import build, image
 from torch import nn
 
 from terrazzo.backbones import mambavision

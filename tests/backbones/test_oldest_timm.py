@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import smallest
+from support.families import smallest
 
 CODE = """
 import sys, tempfile, timm, torch, terrazzo

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import timm
 import torch
-from module_contract import check_adapters, check_dynamic_int8, check_hooks, check_sharded
-from seeded import build, image
+from support.module_contract import check_adapters, check_dynamic_int8, check_hooks, check_sharded
+from support.seeded import build, image
 
 import terrazzo
 from terrazzo.backbones import asvit, mctf

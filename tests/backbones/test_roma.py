@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract import BackboneContract
-from golden_packs import Pack, packs
-from seeded import build, image
+from support.contract import BackboneContract
+from support.golden_packs import Pack, packs
+from support.seeded import build, image
 
 from terrazzo.backbones import roma
 from terrazzo.kernels.selective_scan.reference import sequence

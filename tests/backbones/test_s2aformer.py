@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract import BackboneContract, build, image
+from support.contract import BackboneContract, build, image
 
 from terrazzo.backbones import s2aformer
 from terrazzo.backbones._layers import on_maps

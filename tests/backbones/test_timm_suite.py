@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from families import smallest
+from support.families import smallest
 
 from terrazzo.tools.models import registered_models
 
@@ -45,7 +45,18 @@ def suite():
 def run(suite: Path, models: tuple[str, ...], select: str) -> str:
     path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     environment = dict(os.environ, TERRAZZO_TIMM_MODELS=",".join(models), PYTHONPATH=path)
-    command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:cacheprovider", "-qrp", "-W", "ignore"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "support.timm_suite",
+        "-p",
+        "no:cacheprovider",
+        "-qrp",
+        "-W",
+        "ignore",
+    ]
     done = subprocess.run(
         [*command, "tests/test_models.py", "-k", select], cwd=suite, env=environment, capture_output=True, text=True
     )

@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract import BackboneContract, build, image
-from golden_packs import Pack, packs
+from support.contract import BackboneContract, build, image
+from support.golden_packs import Pack, packs
 
 from terrazzo.backbones import _ss2d, vmamba
 from terrazzo.kernels.call import operator_name

@@ -5,7 +5,7 @@ import time
 import pytest
 import timm
 import torch
-from families import smallest
+from support.families import smallest
 
 import terrazzo  # noqa: F401  registers the backbones
 from terrazzo.backbones._weights import nearest, weights_of

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from seeded import build, image
+from support.seeded import build, image
 
 import terrazzo
 from terrazzo.backbones import _windows

@@ -12,7 +12,7 @@ import pytest
 def interpreted():
     """Calls a function in a process that had TRITON_INTERPRET=1 before it imported triton.
 
-    The function is named as "module.function"; without a module it is of `triton_worker`.
+    The function is named as "module.function", a module of `support`; without one it is of `triton_neighborhood`.
     """
     before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
     os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
@@ -25,7 +25,7 @@ def interpreted():
 
             def call(name, *args, **kwargs):
                 module, _, function = name.rpartition(".")
-                function = getattr(importlib.import_module(module or "triton_worker"), function)
+                function = getattr(importlib.import_module(f"support.{module or 'triton_neighborhood'}"), function)
                 return pool.submit(function, *args, **kwargs).result()
 
             yield call

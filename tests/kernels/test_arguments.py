@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from operator_calls import CALLS, several
+from support.operator_calls import CALLS, several
 
 from terrazzo.errors import InputError
 from terrazzo.kernels import use_backend, varlen_attention

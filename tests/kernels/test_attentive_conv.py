@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_attentive import FOLDER, NAMES, exact, inputs, run
-from triton_common import check, limits, poisoned, replaced
+from support.triton_attentive import FOLDER, NAMES, exact, inputs, run
+from support.triton_common import check, limits, poisoned, replaced
 
 from terrazzo.errors import BackendError, InputError
 from terrazzo.kernels import attentive_conv, use_backend

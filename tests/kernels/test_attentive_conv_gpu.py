@@ -5,8 +5,7 @@ import importlib
 import pytest
 import timm
 import torch
-import triton_attentive
-import triton_common
+from support import triton_attentive, triton_common
 
 import terrazzo  # noqa: F401
 from terrazzo.kernels import attentive_conv

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from neighborhood_shapes import LARGE, QUICK
-from triton_aot import SHARED, TYPES, compile_kernel, resources
-from triton_common import check
+from support.neighborhood_shapes import LARGE, QUICK
+from support.triton_aot import SHARED, TYPES, compile_kernel, resources
+from support.triton_common import check
 
 from terrazzo.kernels import triton_host
 

@@ -5,9 +5,8 @@ import importlib
 import pytest
 import timm
 import torch
-import triton_common
-import triton_worker
-from neighborhood_shapes import LARGE, QUICK
+from support import triton_common, triton_neighborhood
+from support.neighborhood_shapes import LARGE, QUICK
 
 import terrazzo  # noqa: F401
 from terrazzo.kernels import neighborhood_attention
@@ -21,8 +20,8 @@ why = importlib.import_module("terrazzo.kernels.neighborhood_attention").why
 
 
 def check(size, kernel, dilation=1, **options):
-    """Output and all gradients against float64, memory poisoned with NaN; see `triton_worker.errors`."""
-    triton_common.check(triton_worker.errors(size, kernel, dilation, device=GPU, **options))
+    """Output and all gradients against float64, memory poisoned with NaN; see `triton_neighborhood.errors`."""
+    triton_common.check(triton_neighborhood.errors(size, kernel, dilation, device=GPU, **options))
 
 
 class TestAgainstDouble:
@@ -80,24 +79,24 @@ class TestNumbers:
     @pytest.mark.parametrize(("size", "dilation"), [((56, 60), 1), ((56, 56), 8), ((57, 60), 4)])
     def test_same_bits_every_time(self, size, dilation, dtype):
         for _ in range(5):
-            assert triton_worker.repeats(size, 7, dilation, heads=2, dim=32, dtype=dtype, device=GPU)
+            assert triton_neighborhood.repeats(size, 7, dilation, heads=2, dim=32, dtype=dtype, device=GPU)
 
     @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
     def test_scores_of_any_size_stay_finite(self, magnitude):
-        assert triton_worker.large_scores(magnitude, device=GPU)
+        assert triton_neighborhood.large_scores(magnitude, device=GPU)
 
     def test_addresses_have_64_bits(self):
-        assert triton_worker.far_apart(device=GPU) < 5e-3
+        assert triton_neighborhood.far_apart(device=GPU) < 5e-3
 
     def test_half_inputs_with_a_float32_bias(self):
-        assert triton_worker.mixed_autocast(device=GPU) == ("torch.bfloat16", "torch.float32")
+        assert triton_neighborhood.mixed_autocast(device=GPU) == ("torch.bfloat16", "torch.float32")
 
     def test_tf32_only_where_allowed(self):
         """What is exact by default may err as TF32 does once the user allows it, and no more."""
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("high")
-            found = triton_worker.errors((20, 22), 7, dim=32, device=GPU)
+            found = triton_neighborhood.errors((20, 22), 7, dim=32, device=GPU)
         finally:
             torch.set_float32_matmul_precision(before)
         assert all(error < 5e-3 for error, _ in found.values()), found
@@ -112,12 +111,12 @@ class TestPyTorch:
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize(("size", "dilation"), [((7, 8), (1, 1)), ((6, 10), (2, 2))])
     def test_opcheck(self, size, dilation, bias):
-        triton_worker.opcheck(size, (3, 5), dilation, bias, device=GPU)
+        triton_neighborhood.opcheck(size, (3, 5), dilation, bias, device=GPU)
 
     @pytest.mark.parametrize("compile_it", [False, True])
     def test_whole_model(self, compile_it):
         """A small DiNAT with every gradient, eager and compiled by inductor in one graph; convolutions may use TF32."""
-        assert triton_worker.model(compile_it, device=GPU, compiler="inductor") < 5e-3
+        assert triton_neighborhood.model(compile_it, device=GPU, compiler="inductor") < 5e-3
 
     def test_compiled_classifier(self):
         """DiNAT-Mini in one graph under autocast: as near to float32 as it is without being compiled."""

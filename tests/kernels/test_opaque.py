@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from operator_calls import CALLS, run_without_batch, several, total
+from support.operator_calls import CALLS, run_without_batch, several, total
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -57,7 +57,7 @@ class TestEveryOp:
     def test_has_a_call_here(self):
         forward = {name for name in registered() if not name.endswith("_backward")}
         used = {f"terrazzo::{call.operator}" for call in CALLS.values()} | {"terrazzo::token_reduction"}
-        assert forward == used, "tests/operator_calls.py lacks a call of an op, or the op has gone"
+        assert forward == used, "tests/support/operator_calls.py lacks a call of an op, or the op has gone"
 
     @pytest.mark.parametrize("name", sorted(registered()))
     def test_refuses_forward_mode(self, name):

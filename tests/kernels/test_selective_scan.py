@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_common import poisoned
+from support.triton_common import poisoned
 
 from terrazzo.errors import BackendError, InputError
 from terrazzo.kernels import selective_scan, selective_scan_2d, use_backend

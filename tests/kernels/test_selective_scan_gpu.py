@@ -4,8 +4,7 @@ import importlib
 
 import pytest
 import torch
-import triton_common
-import triton_scan
+from support import triton_common, triton_scan
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)

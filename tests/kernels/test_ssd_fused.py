@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from triton_aot import SHARED, TYPES, compile_kernel, resources
-from triton_common import check
+from support.triton_aot import SHARED, TYPES, compile_kernel, resources
+from support.triton_common import check
 
 fused = importlib.import_module("terrazzo.kernels.ssd.fused")
 triton_host = importlib.import_module("terrazzo.kernels.triton_host")

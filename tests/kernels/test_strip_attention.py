@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_common import poisoned
-from triton_strip import NAMES, exact, inputs, run
+from support.triton_common import poisoned
+from support.triton_strip import NAMES, exact, inputs, run
 
 from terrazzo.errors import BackendError, InputError
 from terrazzo.kernels import strip_attention, use_backend

@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-import triton_common
-import triton_strip
+from support import triton_common, triton_strip
 
 from terrazzo.kernels import strip_attention
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-import triton_reduction
-from triton_common import check
+from support import triton_reduction
+from support.triton_common import check
 
 from terrazzo.kernels.token_reduction import column_mean
 

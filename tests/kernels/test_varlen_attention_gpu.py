@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import triton_common
-import triton_varlen
+from support import triton_common, triton_varlen
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)

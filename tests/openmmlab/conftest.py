@@ -2,8 +2,8 @@
 
 import pytest
 import timm
-import tiny_data as data
 import torch
+from support import tiny_data as data
 
 
 @pytest.fixture(scope="session")

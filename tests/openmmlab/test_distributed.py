@@ -41,7 +41,7 @@ def run(tiny_data, work_dir, processes=1, options=None, **arguments):
         arguments["launcher"] = "pytorch"
     content = {"config": CONFIG, "root": str(tiny_data("clothing96")), "work_dir": str(work_dir)}
     settings.write_text(json.dumps({**content, "options": {**OPTIONS, **(options or {})}, "arguments": arguments}))
-    worker = str(Path(__file__).with_name("distributed_worker.py"))
+    worker = str(Path(__file__).parents[1] / "support" / "distributed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*(command if processes > 1 else [sys.executable]), worker, str(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

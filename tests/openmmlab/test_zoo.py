@@ -16,7 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from tiny_data import segmentation_batch
+from support.tiny_data import segmentation_batch
 
 from terrazzo.tools.doctor import zoo
 from terrazzo.tools.doctor.unfilled import Unfilled

@@ -22,7 +22,7 @@ CAPABILITIES = {
     "fp16": "`terrazzo export --fp16`: random weights' outputs within 1 %, most layers lowered, TensorRT's operators",
     "int8": "`terrazzo export --int8`: the same within 10 %",
 }
-"""What can be asked of every family, and what exactly is tested: `test_NAME` of tests/capabilities.py."""
+"""What can be asked of every family, and what exactly is tested: `test_NAME` of tests/support/capabilities.py."""
 
 YES, NO = "yes", "no"
 

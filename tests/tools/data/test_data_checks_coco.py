@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_data
 from PIL import Image
+from support import tiny_data
 
 BOXES = "retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480"
 MASKS = "mask-rcnn_dinat-mini_fpn_1xb2-36e_nuclei-768x768"

@@ -1,7 +1,7 @@
 """Whole data, in the layouts of the full-size sets, passes the checks of the packaged configs without a word."""
 
 import pytest
-import tiny_data
+from support import tiny_data
 
 CONFIGS = [
     ("imagenet", "dinat-mini_8xb128-300e_imagenet"),

@@ -4,8 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_data
 from PIL import Image
+from support import tiny_data
 
 CAMVID = "segformer-head_dinat-mini_1xb4-10k_camvid-480x360"
 SIZE = (96, 64)

@@ -4,8 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_data
 from PIL import ImageFile
+from support import tiny_data
 
 from terrazzo.openmmlab.config import load_config, packaged_configs
 from terrazzo.tools.data.checks import pictures

@@ -6,8 +6,8 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from lively import enliven
 from mmengine.registry import MODELS
+from support.lively import enliven
 
 from terrazzo.openmmlab.config import load_config, packaged_configs
 from terrazzo.tools import mm

@@ -8,9 +8,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from lively import enliven
 from mmengine.registry import MODELS
 from PIL import Image
+from support.lively import enliven
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import load_config

@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 import timm
-import tiny_data
 import torch
 from PIL import Image
+from support import tiny_data
 
 from terrazzo.openmmlab.config import load_config
 from terrazzo.tools.export.precision import file_metric

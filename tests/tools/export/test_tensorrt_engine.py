@@ -5,10 +5,10 @@ import importlib
 import sys
 from types import SimpleNamespace
 
-import fake_tensorrt
 import pytest
 import torch
 from PIL import Image
+from support import fake_tensorrt
 from torch import nn
 
 from terrazzo.errors import InputError

@@ -1,4 +1,4 @@
-"""What TensorRT documents: the table, and the rules beside it. (Whole backbones: tests/capabilities.py.)"""
+"""What TensorRT documents: the table, and the rules beside it. (Whole backbones: tests/support/capabilities.py.)"""
 
 import onnx
 import pytest

@@ -5,7 +5,7 @@ import importlib.util
 from functools import lru_cache
 
 import pytest
-from capabilities import proven
+from support.capabilities import proven
 
 from terrazzo.errors import InputError
 from terrazzo.tools import results

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import timm
-import tiny_data
 import torch
 from PIL import Image
+from support import tiny_data
 
 from terrazzo.openmmlab.config import load_config
 

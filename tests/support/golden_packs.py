@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1] / "golden"
 
 
 def _generator(key: str) -> np.random.RandomState:

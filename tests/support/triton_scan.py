@@ -8,8 +8,8 @@ import importlib
 import math
 
 import torch
-from triton_common import guarded, limits, poisoned, replaced
 
+from support.triton_common import guarded, limits, poisoned, replaced
 from terrazzo.kernels import selective_scan, selective_scan_2d, triton_host
 
 FOLDER = "terrazzo.kernels.selective_scan"

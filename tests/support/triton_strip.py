@@ -7,8 +7,8 @@ import importlib
 import math
 
 import torch
-from triton_common import guarded, limits, poisoned, replaced
 
+from support.triton_common import guarded, limits, poisoned, replaced
 from terrazzo.kernels import strip_attention, use_backend
 
 FOLDER = "terrazzo.kernels.strip_attention"

@@ -8,8 +8,8 @@ import importlib
 import math
 
 import torch
-from triton_common import guarded, limits, poisoned, replaced
 
+from support.triton_common import guarded, limits, poisoned, replaced
 from terrazzo.kernels import neighborhood_attention, use_backend
 
 FOLDER = "terrazzo.kernels.neighborhood_attention"

@@ -8,8 +8,8 @@ import importlib
 import math
 
 import torch
-from triton_common import guarded, limits, poisoned, replaced
 
+from support.triton_common import guarded, limits, poisoned, replaced
 from terrazzo.kernels import attentive_conv, use_backend
 from terrazzo.tools.bench.operators.attentive_conv import plain
 

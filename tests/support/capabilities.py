@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from seeded import build, image
 
+from support.seeded import build, image
 from terrazzo.tools import results
 from terrazzo.tools.models import family_of
 from terrazzo.tools.reports import capabilities as capability_results
@@ -165,7 +165,7 @@ class CapabilityContract:
             train_step(example, "mmdet", "retinanet_r50_fpn", {}, data, tmp_path)
 
     def test_mmseg(self, example, capability, openmmlab, tmp_path):
-        from tiny_data import segmentation_batch
+        from support.tiny_data import segmentation_batch
 
         options = {"model.pretrained": None, "model.data_preprocessor.size": SIZE}
         data = segmentation_batch(classes=19, channels=3, size=SIZE)

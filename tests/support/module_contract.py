@@ -9,11 +9,11 @@ import socket
 
 import pytest
 import torch
-from seeded import image
 from timm.models._features import FeatureHookNet
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from support.seeded import image
 from terrazzo.backbones import dualtokenvit, roma
 from terrazzo.errors import InputError
 

@@ -6,7 +6,7 @@
 
 `costs` holds every variant's parameters and G multiply-adds at its default size. Structure is checked for every variant
 on the meta device; numbers for the representatives, and under `-m slow` for every variant. What the family cannot do of
-what tests/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
+what tests/support/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
 A family whose authors published no weights, `reconstructed = True`, names none and says so, in its docstring, its
 configurations and its card. `untrained` are variants that alone have no weights.
 `cut_gradient`: some of what the family computes has no gradient by its definition, so that none is the slope.
@@ -25,14 +25,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from capabilities import CapabilityContract
-from module_contract import CHECKS
-from seeded import build, image
 from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters, group_with_matcher
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import terrazzo
+from support.capabilities import CapabilityContract
+from support.module_contract import CHECKS
+from support.seeded import build, image
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.errors import InputError
 from terrazzo.tools import results
