@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from terrazzo.errors import InputError
-from terrazzo.kernels.exporting import is_exporting, is_open_from_one
+from terrazzo.kernels.dispatch.exporting import is_exporting, is_open_from_one
 
 
 def check_image(x: torch.Tensor, channels: int) -> None:

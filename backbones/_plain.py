@@ -16,8 +16,8 @@ from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import RESTORE, Reducer, State
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
-from terrazzo.kernels.autocast import without_autocast
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.dispatch.dtypes import without_autocast
+from terrazzo.kernels.dispatch.exporting import is_exporting
 
 
 class Plain(Backbone):

@@ -28,7 +28,7 @@ from terrazzo.backbones._reducible import attended, heads, widened
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.dispatch.exporting import is_exporting
 from terrazzo.kernels.token_reduction import compose, prune, prune_packed, unmerge
 from terrazzo.kernels.varlen_attention import first_weights, varlen_attention
 
@@ -49,7 +49,7 @@ class PrunedState(State):
         map: Fixed: (B, T) to the tokens that are left, -1 for a dropped one.
         place: Packed: (sum of T,), where in `full` each token belongs.
         lengths: Packed: tokens left of each image.
-        offsets: Packed: (B + 1,) int32, where each image's begin.
+        cu_seqlens: Packed: (B + 1,) int32, where each image's begin.
     """
 
     score: torch.Tensor | None = None
@@ -58,7 +58,7 @@ class PrunedState(State):
     map: torch.Tensor | None = None
     place: torch.Tensor | None = None
     lengths: tuple[int, ...] | None = None
-    offsets: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
 
 
 def masked_attention(
@@ -206,8 +206,8 @@ class Pruning(Reducer):
         """As `_context` for packed tokens (sum of T, C); scores only where they are asked for."""
         query, key, value = projected.unflatten(1, (-1, attn.num_heads, attn.head_dim)).unbind(1)
         query, key = attn.q_norm(query), attn.k_norm(key)
-        context = varlen_attention(query, key, value, state.offsets, max(state.lengths))
-        score = token_scores(context, first_weights(query, key, state.offsets)) if scored else None
+        context = varlen_attention(query, key, value, state.cu_seqlens, max(state.lengths))
+        score = token_scores(context, first_weights(query, key, state.cu_seqlens)) if scored else None
         return context.flatten(1), score
 
     def _masked(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
@@ -224,17 +224,17 @@ class Pruning(Reducer):
 
     def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
         """Dropped tokens are removed, and the host is asked how many are left."""
-        offsets, place, full = state.offsets, state.place, state.full
-        if offsets is None:
+        cu_seqlens, place, full = state.cu_seqlens, state.place, state.full
+        if cu_seqlens is None:
             images, count = x.shape[:2]
-            offsets = torch.arange(images + 1, dtype=torch.int32, device=x.device) * count
+            cu_seqlens = torch.arange(images + 1, dtype=torch.int32, device=x.device) * count
             x = full = x.flatten(0, 1)
             place = torch.arange(x.shape[0], device=x.device)
         else:
             full = full.index_copy(0, place, x)
-        x, offsets, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], offsets, state.prefix)
-        state.full, state.place, state.offsets = full, place[index], offsets
-        state.lengths = tuple(offsets.diff().tolist())
+        x, cu_seqlens, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], cu_seqlens, state.prefix)
+        state.full, state.place, state.cu_seqlens = full, place[index], cu_seqlens
+        state.lengths = tuple(cu_seqlens.diff().tolist())
         return x
 
     def _fixed(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:

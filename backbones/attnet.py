@@ -30,7 +30,7 @@ from terrazzo.backbones._layers import cells
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import attentive_conv
-from terrazzo.kernels.autocast import without_autocast
+from terrazzo.kernels.dispatch.dtypes import without_autocast
 
 __all__ = ["AttNet"]
 

@@ -35,7 +35,7 @@ from terrazzo.backbones._layers import (
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._states import Beside, needed
 from terrazzo.backbones._weights import RECONSTRUCTED, any_prefix
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.dispatch.exporting import is_exporting
 
 __all__ = ["DualTokenViT"]
 

@@ -33,7 +33,7 @@ from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._states import Beside, needed
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import selective_scan
-from terrazzo.kernels.autocast import without_autocast
+from terrazzo.kernels.dispatch.dtypes import without_autocast
 
 __all__ = ["RoMA"]
 

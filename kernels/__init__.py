@@ -1,7 +1,7 @@
 """Operators: what each means (reference), a portable form that runs everywhere, and where there is one a fused form."""
 
 from terrazzo.kernels.attentive_conv import attentive_conv as attentive_conv
-from terrazzo.kernels.backend import use_backend as use_backend
+from terrazzo.kernels.dispatch.backend import use_backend as use_backend
 from terrazzo.kernels.neighborhood_attention import neighborhood_attention as neighborhood_attention
 from terrazzo.kernels.selective_scan import selective_scan as selective_scan
 from terrazzo.kernels.selective_scan import selective_scan_2d as selective_scan_2d

@@ -17,5 +17,18 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+def test_the_way_of_a_tensor_names_what_exists():
+    """Each file, and each word in `code`, is somewhere in the packages."""
+    page = results.ROOT / "docs" / "the-way-of-a-tensor.md"
+    packages = ("backbones", "kernels", "openmmlab", "tools")
+    files = [path for folder in packages for path in (results.ROOT / folder).rglob("*.py")]
+    paths = "\n".join(["/__init__.py", *(str(path.relative_to(results.ROOT)) for path in files)])
+    words = {word for path in files for word in re.findall(r"\w+", f"{path.stem} {path.read_text()}")}
+    for text in re.findall(r"`([^`\n]+)`", page.read_text()):
+        if text.endswith((".py", "/")):
+            assert text in paths, text
+        assert set(re.findall(r"[A-Za-z_]{3,}", text.removesuffix(".py"))) <= words, text
+
+
 def test_readme_is_short():
     assert len((results.ROOT / "README.md").read_text().splitlines()) <= 200

@@ -70,6 +70,17 @@ def test_rooms_of_tools(path):
             assert own != "verbs" or room(parts[2:]) != "verbs", f"a verb must not import {name}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_of_kernels(path):
+    """Operators share dispatch/ and triton_host/, and nothing else."""
+    own = path.relative_to(ROOT / "kernels").parts[0]
+    below = {"dispatch": {"dispatch", "triton_host"}, "triton_host": {"triton_host"}}
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[:2] == ["terrazzo", "kernels"] and own != "__init__.py":
+            assert parts[2] in below.get(own, {own, *below}), f"{own} must not import {name}"
+
+
 def test_importing_terrazzo_is_light():
     """Beyond what torch and timm import themselves."""
     code = (

@@ -3,12 +3,10 @@
 import torch
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import arguments
-from terrazzo.kernels import backend as _backend
 from terrazzo.kernels.attentive_conv import op
-from terrazzo.kernels.attentive_conv.op import describe
+from terrazzo.kernels.dispatch import arguments
 
-__all__ = ["attentive_conv", "describe", "why"]
+__all__ = ["attentive_conv"]
 
 _SIDES = (3, 5, 7, 9)
 
@@ -70,15 +68,4 @@ def attentive_conv(
     Source: Attentive Convolution, arXiv 2510.20092; the projections of the value and of the result are not in it.
     """
     _check(x, value, weight, bias, mixing, mixing_bias, inhibition)
-    _backend.check_name(backend)
-    return op.attend(x, value, weight, bias, mixing, mixing_bias, inhibition, backend)
-
-
-def why(backend: str = "auto", value: torch.Tensor | None = None, taps: int = 9) -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused.
-
-    Without `value`, for float32 tensors on the default device.
-    """
-    if value is None:
-        return op.choose(backend, torch.get_default_device(), torch.float32, taps)
-    return op.choose(backend, value.device, value.dtype, taps)
+    return op.run(x, value, weight, bias, mixing, mixing_bias, inhibition, backend)

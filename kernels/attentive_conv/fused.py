@@ -8,7 +8,7 @@ gives the same bits. The projection of the bins, `taps` rows for each image, is 
 import torch
 
 from terrazzo.kernels.attentive_conv import portable
-from terrazzo.kernels.triton_host import is_amd, on_device
+from terrazzo.kernels.triton_host.machine import is_amd, on_device
 
 _KERNEL = 3
 _TAPS = _KERNEL * _KERNEL

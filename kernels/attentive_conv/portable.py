@@ -1,4 +1,4 @@
-"""Attentive convolution in standard PyTorch operations: on real tensors, its gradients, and as export traces it.
+"""Attentive convolution in standard PyTorch operations, and its gradients.
 
 Pooling is linear and its weights sum to one, so it goes before the projection: `taps` columns are projected, not the
 whole map. The kernels' path is computed in float32 at least. Kernels, and what leads to them, are (B, taps, C).
@@ -10,21 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.attentive_conv.reference import bins
+from terrazzo.kernels.dispatch.dtypes import accumulator
 
 
-def path_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the kernels' path is computed in: means of up to 10^5 positions want float32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _sequence(x: torch.Tensor) -> torch.Tensor:
+def sequence(x: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) as (B, L, C), in raster order; a view."""
     return x.flatten(2).transpose(1, 2)
 
 
 def _pool(x: torch.Tensor, taps: int) -> torch.Tensor:
-    x = _sequence(x)
-    means = [x[:, first:last].mean(1, dtype=path_dtype(x)) for first, last in bins(x.shape[1], taps)]
+    x = sequence(x)
+    means = [x[:, first:last].mean(1, dtype=accumulator(x)) for first, last in bins(x.shape[1], taps)]
     return torch.stack(means, 1)
 
 
@@ -38,7 +34,7 @@ def _mix(projected: torch.Tensor, mixing: torch.Tensor, mixing_bias: torch.Tenso
     return active, mixing.to(projected.dtype) @ active + mixing_bias.to(projected.dtype)[:, None]
 
 
-def _generate(
+def generate(
     projected: torch.Tensor, mixing: torch.Tensor, mixing_bias: torch.Tensor, inhibition: torch.Tensor
 ) -> torch.Tensor:
     """The kernels, from what was projected; all (B, taps, C)."""
@@ -77,7 +73,7 @@ def forward(
     """
     pooled = _pool(x, len(mixing))
     projected = project(pooled, weight, bias)
-    kernels = _generate(projected, mixing, mixing_bias, inhibition)
+    kernels = generate(projected, mixing, mixing_bias, inhibition)
     grouped, kernel, groups = _as_groups(value, kernels)
     out = F.conv2d(grouped, kernel, padding=kernel.shape[-1] // 2, groups=groups)
     return channels_last(out.view(value.shape)), pooled, projected, kernels
@@ -128,7 +124,7 @@ def backward(
     inhibition: torch.Tensor,
     x_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of `forward` by each of its arguments, given what it returned; those of weights in `path_dtype`."""
+    """Gradients of `forward` by each of its arguments, given what it returned; for weights in float32 at least."""
     taps = len(mixing)
     grad_value, grad_kernels = convolution_gradients(grad, value, kernels)
     active, raw = _mix(projected, mixing, mixing_bias)
@@ -146,39 +142,3 @@ def backward(
     grad_x = grad_x.to(x_dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
     grad_mixing = torch.einsum("bsc,btc->st", grad_raw, active)
     return grad_x, grad_value, grad_weight, grad_bias, grad_mixing, grad_raw.sum((0, 2)), grad_inhibition
-
-
-def _bin_weights(length: int, taps: int, like: torch.Tensor) -> torch.Tensor:
-    """(taps, L): what each position adds to each bin's mean, in operations that also take a symbolic length.
-
-    Position l and bin t meet where the intervals [l, l + 1) / length and [t, t + 1) / taps do.
-    """
-    position = taps * torch.arange(length, device=like.device)
-    number = length * torch.arange(taps, device=like.device)[:, None]
-    inside = ((position + taps > number) & (position < number + length)).to(like.dtype)
-    return inside / inside.sum(1, keepdim=True)
-
-
-def traced(
-    x: torch.Tensor,
-    value: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mixing: torch.Tensor,
-    mixing_bias: torch.Tensor,
-    inhibition: torch.Tensor,
-) -> torch.Tensor:
-    """What export traces, for sizes known or open: one product pools, and the convolution is shifted slices."""
-    taps = len(mixing)
-    side = math.isqrt(taps)
-    height, width = value.shape[2:]
-    x = _sequence(x).to(path_dtype(x))
-    pooled = _bin_weights(x.shape[1], taps, x) @ x
-    kernels = _generate(project(pooled, weight, bias), mixing, mixing_bias, inhibition).to(value.dtype)[..., None, None]
-    padded = F.pad(value, (side // 2,) * 4)
-    out = 0
-    for down in range(side):
-        rows = padded[:, :, down : down + height]
-        for right in range(side):
-            out = out + rows[..., right : right + width] * kernels[:, down * side + right]
-    return out

@@ -3,12 +3,10 @@
 import torch
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import arguments
-from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.neighborhood_attention import fused, op
-from terrazzo.kernels.neighborhood_attention.op import describe
+from terrazzo.kernels.dispatch import arguments
+from terrazzo.kernels.neighborhood_attention import op
 
-__all__ = ["describe", "neighborhood_attention", "why"]
+__all__ = ["neighborhood_attention"]
 
 
 def _per_axis(value: int | tuple[int, ...] | list[int], name: str, axes: int, least: int) -> tuple[int, ...]:
@@ -94,21 +92,10 @@ def neighborhood_attention(
     kernel_size = _per_axis(kernel_size, "kernel_size", axes, 2)
     dilation = _per_axis(dilation, "dilation", axes, 1)
     _check(query, key, value, kernel_size, dilation, rpb)
-    _backend.check_name(backend)
     scale = query.shape[-1] ** -0.5 if scale is None else arguments.finite(scale, "scale")
     if axes == 1:  # a sequence is a map of one row
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         rpb = None if rpb is None else rpb.unsqueeze(1)
         kernel_size, dilation = (1, *kernel_size), (1, *dilation)
-    out = op.attend(query, key, value, rpb, kernel_size, dilation, scale, backend)
+    out = op.run(query, key, value, rpb, kernel_size, dilation, scale, backend)
     return out.squeeze(1) if axes == 1 else out
-
-
-def why(backend: str = "auto", query: torch.Tensor | None = None) -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused.
-
-    Without `query`, for float32 tensors on the default device.
-    """
-    if query is None:
-        return op.choose(backend, torch.get_default_device(), torch.float32, True)
-    return op.choose(backend, query.device, query.dtype, fused.HEAD_DIM.fits(query.shape[-1]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import Limit, block_of, interpreted, is_amd, on_device, precision
+from terrazzo.kernels.triton_host.machine import Limit, block_of, interpreted, is_amd, on_device, precision
 
 HEAD_DIM = Limit(8, 128, "needs a head_dim from 8 to 128")
 # A class of at most so many positions is one block of dense attention.

@@ -10,7 +10,6 @@ Source: FlashAttention-2, arXiv 2307.08691, for the recomputed weights.
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import exponential, load_rows, product, store_rows
 from terrazzo.kernels.neighborhood_attention.fused_common import (
     bias_offset,
     class_rows,
@@ -27,6 +26,7 @@ from terrazzo.kernels.neighborhood_attention.fused_common import (
     tile_members,
     window_start,
 )
+from terrazzo.kernels.triton_host.fused_tiles import exponential, load_rows, product, store_rows
 
 _SIZES = [
     "height",

@@ -7,15 +7,6 @@ running softmax.
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import (
-    LOG2_E,
-    LOWEST,
-    exponential,
-    load_rows,
-    product,
-    softmax_step,
-    store_rows,
-)
 from terrazzo.kernels.neighborhood_attention.fused_common import (
     bias_offset,
     class_rows,
@@ -29,6 +20,15 @@ from terrazzo.kernels.neighborhood_attention.fused_common import (
     scores,
     tile_members,
     window_start,
+)
+from terrazzo.kernels.triton_host.fused_tiles import (
+    LOG2_E,
+    LOWEST,
+    exponential,
+    load_rows,
+    product,
+    softmax_step,
+    store_rows,
 )
 
 # Sizes of maps change from call to call: no kernel is compiled anew for those that happen to divide by 16.

@@ -1,265 +1,134 @@
-"""Neighborhood attention in standard PyTorch operations and index tables: what export traces, and the backward pass.
+"""Neighborhood attention in standard PyTorch operations: the forward and the backward pass on real tensors.
 
-(Forward on real tensors is strided.py, which needs no tables.) Residue classes are folded into the batch, each class
-is cut into query tiles with a halo of keys (tiling.py), and each kind of tile is one batched
-`scaled_dot_product_attention` with an additive table that holds the bias, or -inf outside the window. Where the map
-is kernel x dilation a class is one tile without a mask: plain dense attention. The backward pass recomputes the
-weights tile by tile, so nothing but the inputs is kept.
+Forward, tiles are strided views. Residue classes, tiles and halos are all steps of one view of the map as it lies in
+memory (a packed qkv included), so each kind of tile (tiling.py) costs one copy of its queries, keys and values, and its
+result goes to its place with one more. Tiles go piece by piece, so memory beside the result does not grow with the map.
+
+Backward, tiles are gathered by index tables (tables.py) and the weights are computed again tile by tile, so nothing but
+the inputs is kept.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from terrazzo.kernels.neighborhood_attention.tables import Eager, Tiles, additive, fold, in_order, unfold
 from terrazzo.kernels.neighborhood_attention.tiling import Fold, Kind, folds, kinds
 
+# Up to so many weights stay in two cores' caches and plain products win; beyond it, attention that never stores them.
+_CACHED = 1 << 19
+# Elements of keys copied at once: larger copies are fresh memory each time, which costs more than the arithmetic.
+_PIECE = 1 << 18
 # Weights alive at once in the backward pass; about what two cores' caches hold (README.md).
 _CHUNK = 1 << 19
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One kind of tile, as index tables over a class's flattened map of N positions.
+class _Side:
+    """Queries or keys of one kind of tile along an axis, in positions of the map.
 
     Attributes:
-        rows, columns: The kinds of the two axes.
-        queries: (tiles * M,) positions, or None where the class is one tile.
-        real: (tiles * M, 1) 0 where a query is a repeat that only fills its tile, or None where there is none.
-        keys: (tiles * N,) positions, or None where the class is one tile.
-        outside: (M, N) True where a key is outside the window, or None where no key is.
-        bias: (M * N,) index into the flattened bias table.
+        first: The first one.
+        tiles, tile_step: How many tiles, and from one to the next.
+        length: Positions in a tile; they are a dilation apart.
     """
 
-    rows: Kind
-    columns: Kind
-    queries: torch.Tensor | None
-    real: torch.Tensor | None
-    keys: torch.Tensor | None
-    outside: torch.Tensor | None
-    bias: torch.Tensor
+    first: int
+    tiles: int
+    tile_step: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of one kind of tile, for all residue classes of one length; these are one position apart."""
+
+    classes: int
+    dilation: int
+    queries: _Side
+    keys: _Side
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One kind of tile: both axes, and for each query and key the index into the bias, past its end if outside."""
+
+    rows: _Axis
+    columns: _Axis
+    bias: torch.Tensor | None  # (M * N,); None where no bias is given and every key is inside
 
     @property
     def query_count(self) -> int:
-        return len(self.rows.start) * len(self.columns.start)
+        return self.rows.queries.length * self.columns.queries.length
 
     @property
     def key_count(self) -> int:
-        return self.rows.halo * self.columns.halo
+        return self.rows.keys.length * self.columns.keys.length
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Every call of a class's map, and where each position's query sits in their concatenation (None: in order)."""
+def _axis(fold: Fold, kind: Kind, dilation: int) -> _Axis:
+    def side(firsts: list[int], length: int) -> _Side:
+        step = firsts[1] - firsts[0] if len(firsts) > 1 else 0
+        return _Side(fold.first + firsts[0] * dilation, len(firsts), step * dilation, length)
 
-    calls: tuple[_Call, ...]
-    order: torch.Tensor | None
-
-
-def _outer(rows: torch.Tensor, columns: torch.Tensor, stride: int) -> torch.Tensor:
-    """Flat indices of the products of (tiles, length) rows and columns: (tiles_h * tiles_w * length_h * length_w,)."""
-    return (rows[:, None, :, None] * stride + columns[None, :, None, :]).flatten()
+    queries = side([tile[0] for tile in kind.queries], sum(kind.real[0]))
+    return _Axis(fold.classes, dilation, queries, side(list(kind.keys), kind.halo))
 
 
-def _axis_tables(kind: Kind, kernel: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    start = torch.tensor(kind.start, device=device)[:, None]
-    slot = torch.arange(kind.halo, device=device)[None]
-    inside = (slot >= start) & (slot < start + kernel)
-    bias = (torch.tensor(kind.offset, device=device)[:, None] + slot + kernel - 1).clamp(0, 2 * kernel - 2)
-    queries = torch.tensor(kind.queries, device=device)
-    keys = torch.tensor(kind.keys, device=device)[:, None] + slot
-    return inside, bias, queries, keys
+def _indices(kind: Kind, kernel: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an axis, for each query and key: whether the key is in the window, and key minus query plus kernel - 1."""
+    length = sum(kind.real[0])  # repeats that fill a last tile for the index tables are left out
+    start = torch.tensor(kind.start[:length])[:, None]
+    slot = torch.arange(kind.halo)[None]
+    offset = torch.tensor(kind.offset[:length])[:, None] + slot + kernel - 1
+    return (slot >= start) & (slot < start + kernel), offset
 
 
-def _slots(axis: tuple[Kind, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per position of an axis: which kind holds its query, in which of the kind's tiles, and where in the tile."""
-    tile = len(axis[0].start)
-    homes = sorted((number, k, t) for k, kind in enumerate(axis) for t, number in enumerate(kind.tiles))
-    count = sum(sum(map(sum, kind.real)) for kind in axis)
-    home = torch.tensor(homes, device=device).repeat_interleave(tile, 0)[:count]
-    return home[:, 1], home[:, 2], torch.arange(count, device=device) % tile
-
-
-def _build_order(rows: tuple[Kind, ...], columns: tuple[Kind, ...], device: torch.device) -> torch.Tensor:
-    """Where each position's query sits in the concatenation of all calls."""
-    tile_h, tile_w = len(rows[0].start), len(columns[0].start)
-    sizes = [len(a.tiles) * len(b.tiles) * tile_h * tile_w for a in rows for b in columns]
-    base = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], device=device).view(len(rows), len(columns))
-    across = torch.tensor([len(kind.tiles) for kind in columns], device=device)
-    (kind_h, t_h, i_h), (kind_w, t_w, i_w) = _slots(rows, device), _slots(columns, device)
-    tile = t_h[:, None] * across[kind_w] + t_w
-    return (base[kind_h][:, kind_w] + (tile * tile_h + i_h[:, None]) * tile_w + i_w).flatten()
-
-
-def _build_plan(members: tuple[int, int], kernel: tuple[int, int], device: torch.device) -> _Plan:
-    kinds_h, kinds_w = kinds(members[0], kernel[0]), kinds(members[1], kernel[1])
-    single = (len(kinds_h[0].start), len(kinds_w[0].start)) == members
+@lru_cache(maxsize=128)
+def _plan(
+    size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], biased: bool, device: torch.device
+) -> tuple[_Call, ...]:
     calls = []
-    for rows in kinds_h:
-        inside_h, bias_h, queries_h, keys_h = _axis_tables(rows, kernel[0], device)
-        for columns in kinds_w:
-            inside_w, bias_w, queries_w, keys_w = _axis_tables(columns, kernel[1], device)
-            real = None
-            if not all(map(all, rows.real + columns.real)):
-                real_h, real_w = torch.tensor(rows.real, device=device), torch.tensor(columns.real, device=device)
-                real = (real_h[:, None, :, None] & real_w[None, :, None, :]).reshape(-1, 1)
-            inside = (inside_h[:, None, :, None] & inside_w[None, :, None, :]).reshape(
-                len(rows.start) * len(columns.start), rows.halo * columns.halo
-            )
-            calls.append(
-                _Call(
-                    rows=rows,
-                    columns=columns,
-                    queries=None if single else _outer(queries_h, queries_w, members[1]),
-                    real=real,
-                    keys=None if single else _outer(keys_h, keys_w, members[1]),
-                    outside=None if members == kernel else ~inside,
-                    bias=(bias_h[:, None, :, None] * (2 * kernel[1] - 1) + bias_w[None, :, None, :]).flatten(),
-                )
-            )
-    return _Plan(tuple(calls), None if single else _build_order(kinds_h, kinds_w, device))
+    last = (2 * kernel[0] - 1) * (2 * kernel[1] - 1) if biased else 1
+    for fold_h in folds(size[0], dilation[0]):
+        for fold_w in folds(size[1], dilation[1]):
+            for kind_h in kinds(fold_h.members, kernel[0]):
+                for kind_w in kinds(fold_w.members, kernel[1]):
+                    inside_h, offset_h = _indices(kind_h, kernel[0])
+                    inside_w, offset_w = _indices(kind_w, kernel[1])
+                    inside = inside_h[:, None, :, None] & inside_w[None, :, None, :]
+                    index = None
+                    if biased or not inside.all():
+                        offset = offset_h[:, None, :, None] * (2 * kernel[1] - 1) + offset_w[None, :, None, :]
+                        index = torch.where(inside, offset if biased else 0, last).flatten().to(device)
+                    rows, columns = _axis(fold_h, kind_h, dilation[0]), _axis(fold_w, kind_w, dilation[1])
+                    calls.append(_Call(rows, columns, index))
+    return tuple(calls)
 
 
-def _class_positions(rows: Fold, columns: Fold, dilation: tuple[int, int], width: int, device: torch.device):
-    """Positions of a group of classes in the flattened map, class by class."""
-
-    def axis(fold: Fold, step: int) -> torch.Tensor:
-        classes = torch.arange(fold.first, fold.last, device=device)[:, None]
-        return classes + step * torch.arange(fold.members, device=device)
-
-    return _outer(axis(rows, dilation[0]), axis(columns, dilation[1]), width)
-
-
-@dataclass(frozen=True)
-class _Folding:
-    """How a map falls into groups of residue classes of equal size.
-
-    Attributes:
-        members: Per group, the size of a class's map.
-        positions: Per group, the flattened map's positions class by class; None where reshaping does it.
-        order: Where each position sits in the concatenation of the groups; None where reshaping does it.
-    """
-
-    members: tuple[tuple[int, int], ...]
-    positions: tuple[torch.Tensor, ...] | None
-    order: torch.Tensor | None
+def _view(x: torch.Tensor, call: _Call, side: str) -> torch.Tensor:
+    """(B, H, W, heads, D) seen as (heads, B, classes and tiles of both axes (4 of them), tile_h, tile_w, D)."""
+    batch, _, _, heads, dim = x.shape
+    step_b, step_h, step_w, step_n, step_d = x.stride()
+    rows, columns = getattr(call.rows, side), getattr(call.columns, side)
+    return x.as_strided(
+        (heads, batch, call.rows.classes, call.columns.classes, rows.tiles, columns.tiles)
+        + (rows.length, columns.length, dim),
+        (step_n, step_b, step_h, step_w, rows.tile_step * step_h, columns.tile_step * step_w)
+        + (call.rows.dilation * step_h, call.columns.dilation * step_w, step_d),
+        x.storage_offset() + rows.first * step_h + columns.first * step_w,
+    )
 
 
-def _build_folding(size: tuple[int, int], dilation: tuple[int, int], device: torch.device) -> _Folding:
-    groups = [(rows, columns) for rows in folds(size[0], dilation[0]) for columns in folds(size[1], dilation[1])]
-    members = tuple((rows.members, columns.members) for rows, columns in groups)
-    if len(groups) == 1:
-        return _Folding(members, None, None)
-    positions = tuple(_class_positions(rows, columns, dilation, size[1], device) for rows, columns in groups)
-    return _Folding(members, positions, _folded_places(groups, size, dilation, device))
-
-
-def _folded_places(
-    groups: list[tuple[Fold, Fold]], size: tuple[int, int], dilation: tuple[int, int], device: torch.device
-) -> torch.Tensor:
-    """Where each position of a map sits in the concatenation of the groups: (H * W,).
-
-    By arithmetic and not by sorting the groups' positions, which in an exported graph would be done at every run.
-    """
-    y, x = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
-    row_class, column_class = y % dilation[0], x % dilation[1]
-    row_member, column_member = y // dilation[0], x // dilation[1]
-    places, begin = torch.zeros(size, dtype=torch.int64, device=device), 0
-    for rows, columns in groups:
-        number = (row_class - rows.first) * columns.classes + (column_class - columns.first)
-        place = begin + (number * rows.members + row_member) * columns.members + column_member
-        of_rows = (row_class >= rows.first) & (row_class < rows.last)
-        of_columns = (column_class >= columns.first) & (column_class < columns.last)
-        places = torch.where(of_rows & of_columns, place, places)
-        begin += rows.classes * columns.classes * rows.members * columns.members
-    return places.flatten()
-
-
-class Traced:
-    """How export runs the form: tables become constants of the graph, and gathers keep the batch symbolic."""
-
-    plan: Callable[..., _Plan] = staticmethod(_build_plan)
-    folding: Callable[..., _Folding] = staticmethod(_build_folding)
-
-    @staticmethod
-    def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(heads, B, N, D) at positions of N."""
-        return x.index_select(2, positions)
-
-
-class Eager(Traced):
-    """How real tensors run it: tables are kept from call to call. Tracing must not use it: it would keep fake ones."""
-
-    plan = staticmethod(lru_cache(maxsize=128)(_build_plan))
-    folding = staticmethod(lru_cache(maxsize=128)(_build_folding))
-
-    @staticmethod
-    def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        # On CPU index_select copies whole rows along the first axis only; elsewhere it is up to 30 times slower.
-        heads, batch, count, dim = x.shape
-        first = torch.arange(0, heads * batch * count, count, device=x.device)[:, None]
-        return x.reshape(-1, dim).index_select(0, (first + positions).flatten()).view(heads, batch, -1, dim)
-
-
-def _fold(x: torch.Tensor, dilation: tuple[int, int], folding: _Folding, mode: type[Traced]) -> list[torch.Tensor]:
-    """(B, H, W, heads, D) -> per group (heads, B * classes, N, D): heads first, so that one mask serves all tiles."""
-    heads, dim = x.shape[3:]
-    # Nowhere is the batch given as a number: exporters may see one of 1, and would fix it.
-    if folding.positions is None:
-        (rows, columns), (step_h, step_w) = folding.members[0], dilation
-        x = x.reshape(-1, rows, step_h, columns, step_w, heads, dim).permute(5, 0, 2, 4, 1, 3, 6)
-        # Contiguous now, or every gather from it would copy it again.
-        return [x.reshape(heads, -1, rows * columns, dim).contiguous()]
-    x = x.permute(3, 0, 1, 2, 4).flatten(2, 3)
-    return [
-        mode.gather(x, positions).view(heads, -1, rows * columns, dim)
-        for positions, (rows, columns) in zip(folding.positions, folding.members)
-    ]
-
-
-def _unfold(
-    groups: list[torch.Tensor], shape: torch.Size, dilation: tuple[int, int], folding: _Folding, mode: type[Traced]
-) -> torch.Tensor:
-    """The inverse of `_fold`; `shape` is that of the map."""
-    _, height, width, heads, dim = shape
-    height, width = int(height), int(width)
-    if folding.positions is None:
-        (rows, columns), (step_h, step_w) = folding.members[0], dilation
-        x = groups[0].reshape(heads, -1, step_h, step_w, rows, columns, dim).permute(1, 4, 2, 5, 3, 0, 6)
-        return x.reshape(-1, height, width, heads, dim)
-    counts = [positions.shape[0] for positions in folding.positions]
-    x = torch.cat([group.reshape(heads, -1, count, dim) for group, count in zip(groups, counts)], dim=2)
-    x = mode.gather(x, folding.order)
-    return x.reshape(heads, -1, height, width, dim).permute(1, 2, 3, 0, 4).contiguous()
-
-
-def _take(x: torch.Tensor, positions: torch.Tensor | None, length: int, mode: type[Traced]) -> torch.Tensor:
-    """(heads, B, N, D) -> the tiles (heads, B * tiles, length, D)."""
-    if positions is None:
-        return x
-    return mode.gather(x, positions).view(x.shape[0], -1, length, x.shape[3])
-
-
-def _additive(rpb: torch.Tensor | None, call: _Call, like: torch.Tensor) -> torch.Tensor | None:
-    """What is added to the scores of a tile: (heads or 1, 1, M, N), or None where nothing is."""
-    shape = (-1, 1, call.query_count, call.key_count)
-    if rpb is not None:
-        table = rpb.flatten(1).index_select(1, call.bias).view(shape).to(like.dtype)
-    elif call.outside is not None:
-        table = torch.zeros(shape[2:], dtype=like.dtype, device=like.device)[None, None]
-    else:
-        return None
-    return table if call.outside is None else table.masked_fill(call.outside, float("-inf"))
-
-
-def _in_order(calls: list[torch.Tensor], group: torch.Tensor, plan: _Plan, mode: type[Traced]) -> torch.Tensor:
-    """Every call's tiles (heads, B * tiles, M, D) -> (heads, B, N, D), each query in its place."""
-    heads, _, _, dim = group.shape
-    counts = [len(call.rows.tiles) * len(call.columns.tiles) * call.query_count for call in plan.calls]
-    parts = [part.reshape(heads, -1, count, dim) for part, count in zip(calls, counts)]
-    return parts[0] if plan.order is None else mode.gather(torch.cat(parts, dim=2), plan.order)
+def _bias_table(rpb: torch.Tensor | None, heads: int, like: torch.Tensor) -> torch.Tensor:
+    """(heads, entries + 1): the bias, or a zero where there is none, and -inf at the end for keys outside."""
+    table = like.new_zeros(heads, 1) if rpb is None else rpb.flatten(1).to(like.dtype)
+    return F.pad(table, (0, 1), value=float("-inf"))
 
 
 def forward(
@@ -271,24 +140,58 @@ def forward(
     dilation: tuple[int, int],
     scale: float,
 ) -> torch.Tensor:
-    """Neighborhood attention on a map, to be traced; arguments and result as in `reference.neighborhood_attention`."""
-    mode = Traced
-    size = tuple(int(side) for side in query.shape[1:3])  # `torch.jit.trace` has tensors there
-    folding = mode.folding(size, dilation, query.device)
-    groups = []
-    for q, k, v, members in zip(*(_fold(x, dilation, folding, mode) for x in (query, key, value)), folding.members):
-        plan = mode.plan(members, kernel_size, query.device)
-        outputs = []
-        for call in plan.calls:
-            tile_q = _take(q, call.queries, call.query_count, mode)
-            tile_k = _take(k, call.keys, call.key_count, mode)
-            tile_v = _take(v, call.keys, call.key_count, mode)
-            outputs.append(F.scaled_dot_product_attention(tile_q, tile_k, tile_v, _additive(rpb, call, q), scale=scale))
-        groups.append(_in_order(outputs, q, plan, mode))
-    return _unfold(groups, query.shape, dilation, folding, mode)
+    """Neighborhood attention on a map; arguments and result are those of `reference.neighborhood_attention`."""
+    heads, dim = query.shape[3:]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    table = _bias_table(rpb, heads, query)
+    for call in _plan(tuple(query.shape[1:3]), kernel_size, dilation, rpb is not None, query.device):
+        shape = (-1, call.query_count, call.key_count)
+        bias = None
+        if call.bias is not None:
+            bias = table.gather(1, call.bias.expand(heads, -1)).view(heads, *shape)
+        tiles_q, tiles_k, tiles_v = _view(query, call, "queries"), _view(key, call, "keys"), _view(value, call, "keys")
+        places = _view(out, call, "queries")
+        for piece in _pieces(tiles_k.shape):
+            place = places[piece]
+            tile_q = tiles_q[piece].reshape(len(place), -1, shape[1], dim)
+            tile_k, tile_v = (x[piece].reshape(len(place), -1, shape[2], dim) for x in (tiles_k, tiles_v))
+            attend = _cached if _stays_cached(tile_q, shape[2]) else F.scaled_dot_product_attention
+            result = attend(tile_q, tile_k, tile_v, None if bias is None else bias[piece[0]], scale=scale)
+            place.copy_(result.view(place.shape))
+    return out
 
 
-def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, rows: tuple[int, ...], call: _Call) -> None:
+def _pieces(shape: torch.Size) -> Iterator[tuple[slice, ...]]:
+    """Slices of the leading axes (heads, images, classes, tiles: 6), each piece of `_PIECE` elements or one tile."""
+    for axis in range(6):
+        rest = math.prod(shape[axis + 1 :])
+        if rest <= _PIECE or axis == 5:
+            break
+    step = max(1, _PIECE // max(rest, 1))
+    for outer in itertools.product(*map(range, shape[:axis])):
+        for first in range(0, shape[axis], step):
+            yield (*(slice(i, i + 1) for i in outer), slice(first, min(first + step, shape[axis])))
+
+
+def _stays_cached(tile_q: torch.Tensor, key_count: int) -> bool:
+    """Half precision goes the other way, which sums in float32."""
+    return tile_q[..., 0].numel() * key_count <= _CACHED and tile_q.dtype in (torch.float32, torch.float64)
+
+
+def _cached(query, key, value, bias, scale):
+    """Attention by plain products: (heads, P, M, D), (heads, P, N, D) and an bias (heads, 1, M, N) or None."""
+    heads, tiles, length, dim = query.shape
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    if bias is not None and tiles == 1:
+        weight = torch.baddbmm(bias[:, 0], query, key.transpose(1, 2), alpha=scale)
+    else:
+        weight = torch.bmm(query * scale, key.transpose(1, 2))
+        if bias is not None:
+            weight.view(heads, tiles, length, -1).add_(bias)
+    return torch.bmm(weight.softmax(-1), value).view(heads, tiles, length, dim)
+
+
+def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, rows: tuple[int, ...], call: Tiles) -> None:
     """Add tiles' halos (P, tiles_h, tiles_w, halo_h, halo_w, D) into their map (P, H, W, D), axis by axis.
 
     `rows` holds the first key of each row of tiles. (`add_`, since `a[i] += b` would also copy the sum onto itself.)
@@ -397,7 +300,7 @@ def backward(
     dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     grad_rpb = None if rpb is None else torch.zeros(rpb.flatten(1).shape, dtype=dtype, device=query.device)
     folded = [
-        _fold(x, dilation, folding, mode)
+        fold(x, dilation, folding, mode)
         for x in (query.to(dtype) * scale, key.to(dtype), value.to(dtype), grad.to(dtype))
     ]
     grads_q, grads_k, grads_v = [], [], []
@@ -408,15 +311,15 @@ def backward(
         for call in plan.calls:
             count = q.shape[2] if call.queries is None else call.queries.numel()
             grad_q = q.new_empty(heads, q.shape[1], count, dim)
-            table = _additive(rpb, call, q)
+            table = additive(rpb, call, q)
             grad_table = _call_backward(call, table, q, k, v, g, grad_q, total_k, total_v)
             if grad_rpb is not None:
                 grad_rpb.scatter_add_(1, call.bias.expand(heads, -1), grad_table.view(heads, -1))
             parts_q.append(grad_q)
-        grads_q.append(_in_order(parts_q, q, plan, mode) * scale)
+        grads_q.append(in_order(parts_q, q, plan, mode) * scale)
         grads_k.append(total_k.view(k.shape))
         grads_v.append(total_v.view(v.shape))
     unfolded = (
-        _unfold(groups, shape, dilation, folding, mode).to(query.dtype) for groups in (grads_q, grads_k, grads_v)
+        unfold(groups, shape, dilation, folding, mode).to(query.dtype) for groups in (grads_q, grads_k, grads_v)
     )
     return *unfolded, None if rpb is None else grad_rpb.view(rpb.shape).to(rpb.dtype)

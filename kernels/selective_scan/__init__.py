@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import arguments
-from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.dispatch import arguments
+from terrazzo.kernels.dispatch.dtypes import accumulator
 from terrazzo.kernels.selective_scan import op
 from terrazzo.kernels.selective_scan.exported import without_loops
-from terrazzo.kernels.selective_scan.op import describe
 from terrazzo.kernels.selective_scan.orders import BOTH, CROSS, codes
-from terrazzo.kernels.selective_scan.scans import Scans, accumulator
+from terrazzo.kernels.selective_scan.scans import Scans
 
-__all__ = ["BOTH", "CROSS", "describe", "selective_scan", "selective_scan_2d", "why", "without_loops"]
+__all__ = ["BOTH", "CROSS", "selective_scan", "selective_scan_2d", "without_loops"]
 
 
 def _check_shape(name: str, tensor: torch.Tensor | None, *wanted: tuple[int, ...]) -> None:
@@ -85,7 +84,6 @@ def selective_scan(
     _check_shape("z", z, tuple(u.shape))
     _check_shape("D", D, (channels,))
     _check_shape("delta_bias", delta_bias, (channels,))
-    _backend.check_name(backend)
 
     if return_last_state:
         return _with_last_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
@@ -114,7 +112,7 @@ def selective_scan(
         length,
         False,
     )
-    return op.scan(call, backend).flatten(2).transpose(1, 2)
+    return op.run(call, backend).flatten(2).transpose(1, 2)
 
 
 def _with_last_state(
@@ -195,18 +193,7 @@ def selective_scan_2d(
         _check_shape(name, tensor, (batch, height, width, scans, A.shape[2]))
     _check_shape("D", D, (scans, channels))
     _check_shape("delta_bias", delta_bias, (scans, channels))
-    _backend.check_name(backend)
     u = u.unsqueeze(3) if shared else u
     u, delta, B, C = (x.flatten(1, 2) for x in (u, delta, B, C))
     call = Scans(u, delta, A, B, C, D, None, delta_bias, delta_softplus, order_codes, width, True)
-    return op.scan(call, backend).unflatten(1, (height, width))
-
-
-def why(backend: str = "auto", u: torch.Tensor | None = None) -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused.
-
-    Without `u`, for float32 tensors on the default device.
-    """
-    if u is None:
-        return op.choose(backend, torch.get_default_device(), torch.float32)
-    return op.choose(backend, u.device, u.dtype)
+    return op.run(call, backend).unflatten(1, (height, width))

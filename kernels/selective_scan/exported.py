@@ -125,7 +125,7 @@ def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
     return torch.stack(out, 1).flatten(0, 1)[:length]
 
 
-def selective_scan(call: Scans) -> torch.Tensor:
+def forward(call: Scans) -> torch.Tensor:
     """As `reference.selective_scan`; sizes may be symbolic."""
     dtype = call.dtype
     x, delta, B, C = (tensor.to(dtype) for tensor in (call.u, call.delta, call.B, call.C))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from terrazzo.kernels.selective_scan.scans import Scans
-from terrazzo.kernels.triton_host import Limit, on_device
+from terrazzo.kernels.triton_host.machine import Limit, on_device
 
 # Steps of a chunk: those that the backward pass has in registers at once. The state before each chunk is kept.
 CHUNK = 32

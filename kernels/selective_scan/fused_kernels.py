@@ -12,7 +12,7 @@ Names: pointers `p_`, blocks `b_`, offsets `o_`; B, L, K, D, N as in reference.p
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import LOG2_E
+from terrazzo.kernels.triton_host.fused_tiles import LOG2_E
 
 # No kernel is compiled anew for those sizes that happen to be 1 or to divide by 16.
 _ANY = ["length", "width", "scans", "channels", "chunks", "blocks", "images"]

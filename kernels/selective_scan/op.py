@@ -3,40 +3,28 @@
 from collections.abc import Sequence
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from terrazzo.kernels import backend as _backend
-from terrazzo.kernels import opaque, triton_host
-from terrazzo.kernels.call import Call
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.dispatch import opaque
+from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
 from terrazzo.kernels.selective_scan import exported, fused, portable, reference
 from terrazzo.kernels.selective_scan.orders import ORDERS
-from terrazzo.kernels.selective_scan.scans import Scans, accumulator
+from terrazzo.kernels.selective_scan.scans import Scans
 
 
-def _refusals(device: torch.device, dtype: torch.dtype, states_fit: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, fused.STATES.misfit(states_fit))
+def _needs(u, delta, A, B, C, *_) -> Needs:
+    """The dtype is that of u, which the kernels read; float64 where any tensor is float64."""
+    dtype = torch.float64 if accumulator(u, delta, A, B, C) == torch.float64 else u.dtype
+    return Needs(u.device, dtype, fused.STATES.misfit(A.shape[-1]))
 
 
-def _decisive(u: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
-    """The dtype that decides who can compute a call: that of u, float64 where any tensor is of float64."""
-    return torch.float64 if accumulator(u, *others) == torch.float64 else u.dtype
+def _describe(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend) -> Call:
+    batch, length, scans, channels = delta.shape
+    shape = {"B": batch, "L": length, "scans": scans, "D": channels, "N": A.shape[2]}
+    return Call(shape, {"orders": ", ".join(ORDERS[code] for code in orders)})
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, states_fit: bool = True) -> _backend.Choice:
-    """The backend of a call on such tensors, and why."""
-    return _backend.choose(
-        "selective_scan", backend, *_refusals(device, dtype, states_fit), opaque=("fused", "portable")
-    )
-
-
-def _chosen(backend: str, device: torch.device, dtype: torch.dtype, states_fit: bool) -> str:
-    return choose(backend, device, dtype, states_fit).name
-
-
-# Dynamo cannot trace what a choice reads (context, environment, device): it takes the name at its value when tracing.
-# This is what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton.
-_chosen._dynamo_marked_constant = True
+OPERATOR = Operator("selective_scan", ("fused", "portable"), _needs, _describe)
 
 
 def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend):
@@ -49,7 +37,13 @@ def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, me
     return u.new_empty(delta.shape), states
 
 
-@opaque.op("terrazzo::selective_scan", _fake)
+def _flops(u, delta, A, *args, out_shape=None, **kwargs) -> int:
+    """Nine multiply-adds for each step, channel and state, which is how published figures count a scan."""
+    batch, length, scans, channels = delta
+    return 2 * 9 * batch * length * scans * channels * A[2]
+
+
+@OPERATOR.op(fake=_fake, flops=_flops)
 def _forward(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -65,7 +59,7 @@ def _forward(
     merge: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the state in front of every chunk of steps, (B, chunks, K, N, D). `scan` has chosen `backend`."""
+    """The output, and the state in front of every chunk of steps, (B, chunks, K, N, D). `run` has chosen `backend`."""
     form = fused if backend == "fused" else portable
     return form.forward(Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge))
 
@@ -74,7 +68,12 @@ def _fake_gradients(grad, states, u, delta, A, B, C, D, z, delta_bias, *_):
     return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias))
 
 
-@opaque.op("terrazzo::selective_scan_backward", _fake_gradients)
+def _backward_flops(grad, states, u, delta, A, *args, **kwargs) -> int:
+    """The forward pass again, and twice as much for the gradients."""
+    return 3 * _flops(u, delta, A)
+
+
+@OPERATOR.op("backward", fake=_fake_gradients, flops=_backward_flops)
 def _backward(
     grad: torch.Tensor,
     states: torch.Tensor,
@@ -121,39 +120,11 @@ def _autograd(ctx, grad, _):
 opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
-@register_flop_formula(torch.ops.terrazzo.selective_scan)
-def _flops(u, delta, A, *args, out_shape=None, **kwargs) -> int:
-    """Nine multiply-adds for each step, channel and state, which is how published figures count a scan."""
-    batch, length, scans, channels = delta
-    return 2 * 9 * batch * length * scans * channels * A[2]
-
-
-@register_flop_formula(torch.ops.terrazzo.selective_scan_backward)
-def _backward_flops(grad, states, u, delta, A, *args, **kwargs) -> int:
-    """The forward pass again, and twice as much for the gradients."""
-    return 3 * _flops(u, delta, A)
-
-
-def describe(
-    device: torch.device, u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend
-) -> Call:
-    """What `terrazzo explain` says of a call of the op: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, _decisive(u, delta, A, B, C), fused.STATES.fits(A.shape[2]))
-    batch, length, scans, channels = delta.shape
-    return Call(
-        shape={"B": batch, "L": length, "scans": scans, "D": channels, "N": A.shape[2]},
-        parameters={"orders": ", ".join(ORDERS[code] for code in orders)},
-        refusals=refusals,
-        discouraged=discouraged,
-    )
-
-
-def scan(call: Scans, backend: str) -> torch.Tensor:
+def run(call: Scans, backend: str) -> torch.Tensor:
     """The output of a call whose arguments were checked."""
-    if is_exporting():  # an exported graph holds standard operations only
-        return exported.selective_scan(call)
-    decisive = _decisive(call.u, call.delta, call.A, call.B, call.C)
-    backend = _chosen(backend, call.u.device, decisive, fused.STATES.fits(call.A.shape[2]))
-    if backend == "reference":
+    form = OPERATOR.choose(backend, *call)
+    if form == EXPORTED:
+        return exported.forward(call)
+    if form == "reference":
         return reference.selective_scan(call)
-    return _forward(*call, backend)[0]
+    return _forward(*call, form)[0]

@@ -231,7 +231,7 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
             chunks = part.states(kept)[:, first // CHUNK :]
             chunks[:, 0] = state
             later = states[CHUNK - 1 : call.length - first - 1 : CHUNK]
-            chunks[:, 1 : 1 + len(later)] = later.transpose(0, 1)[:, : chunks.shape[1] - 1]
+            chunks[:, 1 : 1 + len(later)] = later.transpose(0, 1)
             y = _output(C, states)
             if skip is not None:
                 y += skip * x

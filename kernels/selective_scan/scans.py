@@ -5,10 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-
-def accumulator(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype in which a call computes: float64 where a tensor is float64, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+from terrazzo.kernels.dispatch.dtypes import accumulator
 
 
 class Scans(NamedTuple):

@@ -4,13 +4,11 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import arguments
-from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.selective_scan.scans import accumulator
-from terrazzo.kernels.ssd import fused, op
-from terrazzo.kernels.ssd.op import describe
+from terrazzo.kernels.dispatch import arguments
+from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.ssd import op
 
-__all__ = ["describe", "ssd", "why"]
+__all__ = ["ssd"]
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias) -> None:
@@ -88,7 +86,6 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, z, dt_bias)
     chunk = arguments.whole(chunk, "chunk", 1)
-    _backend.check_name(backend)
     dtype = accumulator(x, dt, A, B, C)
     dt = dt.to(dtype)
     if dt_bias is not None:
@@ -99,7 +96,7 @@ def ssd(
     if return_final_states:
         y, final = _scan_with_states(x.to(dtype), dt, A, B, C, reverse, chunk, backend)
     else:
-        y = op.scan(x, dt, A, B, C, reverse, chunk, backend)
+        y = op.run(x, dt, A, B, C, reverse, chunk, backend)
     if D is not None:
         y = y.to(dtype) + (D if D.dim() == 2 else D[:, None]).to(dtype) * x
     if z is not None:
@@ -109,23 +106,13 @@ def ssd(
 
 
 def _scan_with_states(x, dt, A, B, C, reverse, chunk, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """`op.scan`, and the last state (B, H, P, N), which N more steps of size 0, which hold it, read out."""
+    """`op.run`, and the last state (B, H, P, N), which N more steps of size 0, which hold it, read out."""
     length, (groups, states) = x.shape[1], B.shape[2:]
     behind = (0, states) if not reverse else (states, 0)
     x, B = (F.pad(tensor, (0, 0, 0, 0, *behind)) for tensor in (x, B))
     dt = F.pad(dt, (0, 0, *behind))
     readers = torch.eye(states, dtype=C.dtype, device=C.device)[:, None].expand(C.shape[0], -1, groups, -1)
     C = torch.cat([readers, C] if reverse else [C, readers], 1)
-    y = op.scan(x, dt, A, B, C, reverse, chunk, backend)
+    y = op.run(x, dt, A, B, C, reverse, chunk, backend)
     final, y = y.split([states, length], 1) if reverse else reversed(y.split([length, states], 1))
     return y, final.permute(0, 2, 3, 1)
-
-
-def why(backend: str = "auto", x: torch.Tensor | None = None, B: torch.Tensor | None = None) -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused.
-
-    Without `x` and `B`, for float32 tensors on the default device.
-    """
-    if x is None or B is None:
-        return op.choose(backend, torch.get_default_device(), torch.float32)
-    return op.choose(backend, x.device, x.dtype, fused.SIZES.fits(B.shape[3], x.shape[3]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import Limit, block_of, interpreted, is_amd, on_device, precision
+from terrazzo.kernels.triton_host.machine import Limit, block_of, interpreted, is_amd, on_device, precision
 
 SIZES = Limit(0, 64, "needs N and P of at most 64")
 _CARRIED = 256  # numbers of a state that one program carries over the chunks
@@ -88,7 +88,7 @@ def _call(x, dt, A, B, C, reverse: bool) -> _Call:
 def forward(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments as of `op.scan`.
+    """Arguments as in `op.run`.
 
     Returns:
         out: (B, L, H, P).

@@ -10,7 +10,7 @@ Source: Mamba-2, arXiv 2405.21060, section 6. Names: pointers `p_`, blocks `b_`,
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import load_rows, product, store_rows
+from terrazzo.kernels.triton_host.fused_tiles import load_rows, product, store_rows
 
 # Lengths and numbers of heads change from call to call.
 _ANY = ["length", "heads", "group", "chunks"]

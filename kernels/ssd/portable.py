@@ -8,7 +8,7 @@ without a difference, and at most 0, so nothing overflows and long sequences los
 import torch
 import torch.nn.functional as F
 
-from terrazzo.kernels.selective_scan.scans import accumulator
+from terrazzo.kernels.dispatch.dtypes import accumulator
 
 
 def _sums_between(x: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def _sums_between(x: torch.Tensor) -> torch.Tensor:
     return sums.masked_fill(rows[:, None] < rows[None, :], -torch.inf)
 
 
-def ssd(
+def forward(
     x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -32,7 +32,7 @@ def ssd(
     reverse: bool,
     chunk: int,
 ) -> torch.Tensor:
-    """Arguments and result as of `op.scan`; sizes may be symbolic.
+    """Arguments and result as in `op.run`; sizes may be symbolic.
 
     Source: Mamba-2, arXiv 2405.21060, section 6 (block decomposition).
     """

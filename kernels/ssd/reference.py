@@ -5,7 +5,7 @@ Source: Mamba-2, arXiv 2405.21060, equation 1 with a scalar decay for each head.
 
 import torch
 
-from terrazzo.kernels.selective_scan.scans import accumulator
+from terrazzo.kernels.dispatch.dtypes import accumulator
 
 
 def of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def ssd(
 ) -> torch.Tensor:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = h_t^T C_t, in float32, in float64 where an input is float64.
 
-    Args: as of `op.scan`.
+    Args: as in `op.run`.
     """
     dtype = accumulator(x, dt, A, B, C)
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))

@@ -3,12 +3,10 @@
 import torch
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import arguments, attention_host
-from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.strip_attention import op
-from terrazzo.kernels.strip_attention.op import describe
 
-__all__ = ["describe", "strip_attention", "why"]
+__all__ = ["strip_attention"]
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -54,15 +52,4 @@ def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     channels; one channel per head, and the scale, are a reconstruction (model_cards/s2aformer.md).
     """
     _check(query, key, value)
-    _backend.check_name(backend)
-    return op.attend(query, key, value, backend)
-
-
-def why(backend: str = "auto", value: torch.Tensor | None = None) -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused.
-
-    Without `value`, for float32 tensors on the default device.
-    """
-    if value is None:
-        return op.choose(backend, torch.get_default_device(), torch.float32, True)
-    return op.choose(backend, value.device, value.dtype, attention_host.HEAD_DIM.fits(value.shape[-1]))
+    return op.run(query, key, value, backend)

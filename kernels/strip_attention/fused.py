@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.attention_host import Blocks
-from terrazzo.kernels.triton_host import on_device
+from terrazzo.kernels.triton_host.blocks import Blocks
+from terrazzo.kernels.triton_host.machine import on_device
 
 # Programs that fill a large GPU a few times over: where there are fewer blocks of keys, their queries are split.
 _PROGRAMS = 512

@@ -11,7 +11,7 @@ Names: pointers `p_`, blocks `b_`, offsets `o_`; N counts queries, L keys. Addre
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import LOG2_E, load_rows, product, store_rows
+from terrazzo.kernels.triton_host.fused_tiles import LOG2_E, load_rows, product, store_rows
 
 # Lengths change from call to call, and queries and keys are read one number at a time: no kernel is compiled anew for
 # those sizes and strides that happen to be 1 or to divide by 16.

@@ -1,7 +1,6 @@
 """Strip attention in standard operations: pieces of weights that stay in the caches, forward and backward.
 
-`forward` and `backward` run inside of the op, on real tensors. What an exporter traces is `whole`, which also serves
-calls whose weights are few: to keep them costs less than the op and its computing them again.
+`forward` and `backward` run inside of the op, on real tensors.
 """
 
 import math
@@ -12,20 +11,6 @@ import torch
 # Weights computed at a time: on a CPU as many as the caches hold (README.md), elsewhere few enough for any memory.
 _PIECE = 1 << 17
 _PIECE_ELSEWHERE = 1 << 25
-# Calls with at most so many weights are done at once, outside of the op.
-_WHOLE = 1 << 18
-
-
-def whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """All weights at once, for sizes that may be symbolic; arguments and result as in `reference.strip_attention`."""
-    score = query.transpose(1, 2).unsqueeze(-1) * key.transpose(1, 2).unsqueeze(-2)  # B heads N L
-    return (score.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2)
-
-
-def is_whole(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a call is small enough for `whole`: on a CPU, and not in half precision, which `forward` does exactly."""
-    weights = query.numel() * value.shape[1]
-    return value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64) and weights <= _WHOLE
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels import attention_host
 from terrazzo.kernels.token_reduction.partition import sizes
 from terrazzo.kernels.token_reduction.portable import factors
-from terrazzo.kernels.triton_host import block_of, interpreted, on_device, precision
+from terrazzo.kernels.triton_host import blocks as shared
+from terrazzo.kernels.triton_host.machine import block_of, interpreted, on_device, precision
 
 # Tokens of a program that counts, and of one that pools.
 _COUNTED = 64
@@ -37,11 +37,11 @@ def match_blocks(itemsize: int) -> Blocks:
     return Blocks(64, 64, 32, 4, 3) if itemsize == 2 else Blocks(32, 32, 32, 4, 2)
 
 
-def column_blocks(itemsize: int, head_dim: int) -> attention_host.Blocks:
+def column_blocks(itemsize: int, head_dim: int) -> shared.Blocks:
     """As `match_blocks`, of both passes."""
     if itemsize == 2:
-        return attention_host.Blocks(64, 64, 4, 2)
-    return attention_host.Blocks(32, 32, 4 if head_dim <= 64 else 8, 2)
+        return shared.Blocks(64, 64, 4, 2)
+    return shared.Blocks(32, 32, 4 if head_dim <= 64 else 8, 2)
 
 
 def block_c(channels: int) -> int:

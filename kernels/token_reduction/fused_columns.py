@@ -7,7 +7,7 @@ Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import LOG2_E, LOWEST, exponential, load_rows, masked_scores, softmax_step
+from terrazzo.kernels.triton_host.fused_tiles import LOG2_E, LOWEST, exponential, load_rows, masked_scores, softmax_step
 
 _ANY = ["heads", "count", "tiles"]
 

@@ -10,7 +10,7 @@ Source: MCTF, arXiv 2403.10030, section 3.2. Names: pointers `p_`, blocks `b_`, 
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import product
+from terrazzo.kernels.triton_host.fused_tiles import product
 
 # Numbers of tokens change from block to block of a model, grids from image to image.
 _ANY = ["count", "sources", "targets", "protect", "rows", "columns", "forward", "merged", "tiles"]

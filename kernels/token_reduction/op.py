@@ -1,53 +1,55 @@
-"""The choice of a form, and the fused ones as PyTorch sees them: opaque custom ops, pooling with a gradient.
+"""The choice of a form, and the fused forms as PyTorch sees them: opaque custom ops, pooling with a gradient.
 
-The portable form is standard operations, which PyTorch differentiates and compiles by itself.
+The portable form is standard operations, which PyTorch differentiates, compiles and exports by itself.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from terrazzo.kernels import attention_host, opaque, triton_host
-from terrazzo.kernels import backend as _backend
-from terrazzo.kernels.call import Call
-from terrazzo.kernels.exporting import is_exporting
-from terrazzo.kernels.token_reduction import fused
+from terrazzo.kernels.dispatch import opaque
+from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.operator import Call, Needs, Operator
+from terrazzo.kernels.token_reduction import fused, portable, reference
 from terrazzo.kernels.token_reduction.partition import sizes
+from terrazzo.kernels.triton_host.blocks import HEAD_DIM
 
 
-def _refusals(device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> tuple[dict[str, str], dict[str, str]]:
-    return triton_host.refusals(device, dtype, attention_host.HEAD_DIM.misfit(head_dim_fits))
+def _needs(x, *_) -> Needs:
+    return Needs(x.device, x.dtype)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool = True) -> _backend.Choice:
-    """The backend of a call on such tensors, and why."""
-    return _backend.choose(
-        "token_reduction", _backend.check_name(backend), *_refusals(device, dtype, head_dim_fits), opaque=("fused",)
+def _attention_needs(query, *_) -> Needs:
+    return Needs(query.device, query.dtype, HEAD_DIM.misfit(query.shape[-1]))
+
+
+def _describe(metric, r, size, importance, protect, criteria, bidirectional, grid) -> Call:
+    batch, count, width = metric.shape
+    return Call(
+        {"B": batch, "tokens": count, "merged": r, "channels": width},
+        {"partition": "cell2x2" if len(grid) else "even_odd", "ways": "2" if bidirectional else "1"},
     )
 
 
-def _name(backend: str, device: torch.device, dtype: torch.dtype, head_dim_fits: bool) -> str:
-    return choose(backend, device, dtype, head_dim_fits).name
-
-
-# As of the other operators: a choice is a constant for Dynamo.
-_name._dynamo_marked_constant = True
-
-
-def chosen(backend: str, x: torch.Tensor, head_dim_fits: bool = True) -> str:
-    """The name of the backend of a call on `x`; an exported graph holds standard operations only."""
-    if is_exporting():
-        return "portable"
-    return _name(backend, x.device, x.dtype, head_dim_fits)
+OPERATOR = Operator("token_reduction", ("fused",), _needs, _describe)
+# The mean of attention: the same operator to users, with limits of its own.
+ATTENTION = dataclasses.replace(OPERATOR, needs=_attention_needs)
 
 
 def _fake_plan(metric, r, size, importance, protect, criteria, bidirectional, grid):
     return metric.new_empty(metric.shape[:2], dtype=torch.int64)
 
 
-@opaque.op("terrazzo::token_reduction", _fake_plan)
-def plan(
+def _plan_flops(metric, r, size, importance, protect, criteria, bidirectional, grid, *args, **kwargs) -> int:
+    """The cosines, once for each direction."""
+    batch, count, width = metric
+    sources, targets = sizes(count - protect, protect, tuple(grid) or None)
+    return 2 * batch * sources * targets * width * (1 + bidirectional)
+
+
+@OPERATOR.op(fake=_fake_plan, flops=_plan_flops)
+def _plan(
     metric: torch.Tensor,
     r: int,
     size: torch.Tensor | None,
@@ -61,24 +63,24 @@ def plan(
     return fused.plan(metric, r, size, importance, protect, criteria, bidirectional, tuple(grid) or None)
 
 
-@register_flop_formula(torch.ops.terrazzo.token_reduction)
-def _plan_flops(metric, r, size, importance, protect, criteria, bidirectional, grid, *args, **kwargs) -> int:
-    """The cosines, once for each direction."""
-    batch, count, width = metric
-    sources, targets = sizes(count - protect, protect, tuple(grid) or None)
-    return 2 * batch * sources * targets * width * (1 + bidirectional)
-
-
-def describe(device: torch.device, metric, r, size, importance, protect, criteria, bidirectional, grid) -> Call:
-    """What `terrazzo explain` says of a plan: see `terrazzo.kernels.call`."""
-    refusals, discouraged = _refusals(device, metric.dtype, True)
-    batch, count, width = metric.shape
-    return Call(
-        shape={"B": batch, "tokens": count, "merged": r, "channels": width},
-        parameters={"partition": "cell2x2" if len(grid) else "even_odd", "ways": "2" if bidirectional else "1"},
-        refusals=refusals,
-        discouraged=discouraged,
-    )
+def plan(
+    metric: torch.Tensor,
+    r: int,
+    size: torch.Tensor | None,
+    importance: torch.Tensor | None,
+    protect: int,
+    criteria: Sequence[float],
+    bidirectional: bool,
+    grid: tuple[int, int] | None,
+    backend: str,
+) -> torch.Tensor:
+    """The maps (B, N), arguments checked and as in `reference.match`, with a batch axis in front."""
+    form = OPERATOR.choose(backend, metric)
+    if form == "fused" and r > 0:
+        return _plan(metric, r, size, importance, protect, criteria, bidirectional, grid or ())
+    chosen = reference if form == "reference" else portable
+    metric = metric.to(accumulator(metric))  # the kernels read half precision as it is
+    return chosen.plan(metric, r, size, importance, protect, criteria, bidirectional, grid)
 
 
 def _fake_pool(x, assignment, count, weight, size):
@@ -86,7 +88,7 @@ def _fake_pool(x, assignment, count, weight, size):
     return x.new_empty(*rows, x.shape[2]), weight.new_empty(rows), weight.new_empty(rows)
 
 
-@opaque.op("terrazzo::token_reduction_pool", _fake_pool)
+@OPERATOR.op("pool", fake=_fake_pool)
 def _pool(
     x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -97,7 +99,7 @@ def _fake_pool_gradient(grad, assignment, weight, total):
     return grad.new_empty(*assignment.shape, grad.shape[2])
 
 
-@opaque.op("terrazzo::token_reduction_pool_backward", _fake_pool_gradient)
+@OPERATOR.op("pool_backward", fake=_fake_pool_gradient)
 def _pool_backward(
     grad: torch.Tensor, assignment: torch.Tensor, weight: torch.Tensor, total: torch.Tensor
 ) -> torch.Tensor:
@@ -119,24 +121,41 @@ opaque.register_gradient(_pool, _autograd, _setup_context)
 
 
 def pool(
-    x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
+    x: torch.Tensor,
+    assignment: torch.Tensor,
+    count: int,
+    weight: torch.Tensor,
+    size: torch.Tensor,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of groups (B, count, C), with x's gradient alone, and their sizes (B, count) in the dtype of `size`."""
-    out, found, _ = _pool(x, assignment, count, weight.detach().float(), size.detach().float())
-    return out, found.to(size.dtype)
+    form, weight = OPERATOR.choose(backend, x), weight.detach()
+    if form == "fused":
+        out, found, _ = _pool(x, assignment, count, weight.float(), size.detach().float())
+        return out, found.to(size.dtype)
+    chosen = reference if form == "reference" else portable
+    return chosen.pool(x, assignment, count, weight), portable.add_up(size, assignment, count)
 
 
 def _fake_column_mean(query, key, bias):
     return query.new_empty(query.shape[0], query.shape[2], dtype=torch.float32)
 
 
-@opaque.op("terrazzo::token_reduction_column_mean", _fake_column_mean)
-def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return fused.column_mean(query, key, bias)
-
-
-@register_flop_formula(torch.ops.terrazzo.token_reduction_column_mean)
 def _column_mean_flops(query, key, bias, *args, **kwargs) -> int:
     """Every score twice; softmax is not counted."""
     batch, heads, count, width = query
     return 4 * batch * heads * count * count * width
+
+
+@ATTENTION.op("column_mean", fake=_fake_column_mean, flops=_column_mean_flops)
+def _column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return fused.column_mean(query, key, bias)
+
+
+def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    """What each key gets of the attention (B, N), without a gradient; arguments checked."""
+    form = ATTENTION.choose(backend, query)
+    if form == "fused":
+        return _column_mean(query.detach(), key.detach(), None if bias is None else bias.detach())
+    chosen = reference if form == "reference" else portable
+    return chosen.column_mean(query, key, bias).detach()

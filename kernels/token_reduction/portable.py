@@ -11,20 +11,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from terrazzo.kernels import opaque
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.dispatch import opaque
+from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.exporting import is_exporting
 from terrazzo.kernels.token_reduction.partition import order, sizes
 
 # Attention weights of a call that are held, and so computed once; of more, a tile at a time: on a CPU as many as the
 # caches hold (README.md).
 _WHOLE = 1 << 24
 _TILE = 1 << 19
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def accumulator(x: torch.Tensor) -> torch.dtype:
-    """In which weights and sums of `x` are computed: half precision in float32."""
-    return torch.float32 if x.dtype in _HALF else x.dtype
 
 
 def rank(score: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,14 @@ import itertools
 import torch
 
 from terrazzo.errors import InputError
-from terrazzo.kernels import arguments, attention_host, opaque
-from terrazzo.kernels import backend as _backend
+from terrazzo.kernels.dispatch import arguments, opaque
 from terrazzo.kernels.varlen_attention import op
-from terrazzo.kernels.varlen_attention.op import describe
 
-__all__ = ["describe", "first_weights", "varlen_attention", "why"]
+__all__ = ["first_weights", "varlen_attention"]
 
 
 def _check(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None = None
 ) -> None:
     """Raise `InputError` for what the definition does not allow."""
     arguments.check_tensors({"query": query, "key": key, "value": value})
@@ -26,38 +24,42 @@ def _check(
     if arguments.any_empty(*query.shape[1:]):
         raise InputError(f"there must be at least 1 head and a head_dim of at least 1, got {tuple(query.shape)}")
     arguments.check_one_dtype(query=query, key=key, value=value)
-    _check_offsets(offsets, query, longest)
+    _check_lengths(cu_seqlens, query, max_seqlen)
 
 
-def _check_offsets(offsets: torch.Tensor, query: torch.Tensor, longest: int | None) -> None:
-    arguments.check_together({"query": query, "offsets": offsets})
-    if offsets.dim() != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"offsets must be (B + 1,) whole numbers, got {tuple(offsets.shape)} of {offsets.dtype}")
+def _check_lengths(cu_seqlens: torch.Tensor, query: torch.Tensor, max_seqlen: int | None) -> None:
+    arguments.check_together({"query": query, "cu_seqlens": cu_seqlens})
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise InputError(
+            f"cu_seqlens must be (B + 1,) whole numbers, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        )
     # Those on a GPU are taken as they are: to look at them would be to wait for it.
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        found = offsets.tolist()
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = cu_seqlens.tolist()
         if found[0] != 0 or found[-1] != len(query) or found != sorted(found):
-            raise InputError(f"offsets must rise from 0 to the {len(query)} tokens, got {found}")
+            raise InputError(f"cu_seqlens must rise from 0 to the {len(query)} tokens, got {found}")
         needed = max((end - begin for begin, end in itertools.pairwise(found)), default=0)
-        if longest is not None and longest < needed:
-            raise InputError(f"longest must be at least {needed}, the length of the longest sequence, got {longest}")
+        if max_seqlen is not None and max_seqlen < needed:
+            raise InputError(
+                f"max_seqlen must be at least {needed}, the length of the longest sequence, got {max_seqlen}"
+            )
 
 
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: int | None = None,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention of every token to those of its own sequence; the scale is 1 / sqrt(head_dim).
 
     Args:
         query, key, value: (sum of lengths, heads, head_dim), any strides.
-        offsets: (B + 1,) int32 or int64, where each sequence begins, and the sum of lengths ("cu_seqlens"). On a GPU
+        cu_seqlens: (B + 1,) int32 or int64, where each sequence begins, and the sum of lengths. On a GPU
             they are not checked.
-        longest: the length of the longest sequence, or more, where the host knows it; None asks the device.
+        max_seqlen: the length of the longest sequence, or more, where the host knows it; None asks the device.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
 
     Returns:
@@ -67,13 +69,12 @@ def varlen_attention(
         InputError: A shape, dtype or offset that the definition does not allow.
         BackendError: `backend` names a form that cannot run here.
     """
-    longest = None if longest is None else arguments.whole(longest, "longest", 0)
-    _check(query, key, value, offsets, longest)
-    _backend.check_name(backend)
-    return op.attend(query, key, value, offsets, longest, backend)
+    max_seqlen = None if max_seqlen is None else arguments.whole(max_seqlen, "max_seqlen", 0)
+    _check(query, key, value, cu_seqlens, max_seqlen)
+    return op.run(query, key, value, cu_seqlens, max_seqlen, backend)
 
 
-def first_weights(query: torch.Tensor, key: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def first_weights(query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """What the first token of each sequence gives each of its tokens, by head: (sum of lengths, heads).
 
     That is a row of each matrix of weights, a softmax over the tokens of a sequence, in float32 at least. Standard
@@ -81,13 +82,13 @@ def first_weights(query: torch.Tensor, key: torch.Tensor, offsets: torch.Tensor)
 
     Args: as of `varlen_attention`.
     """
-    _check(query, key, key, offsets)
-    lengths = offsets.diff().long()
+    _check(query, key, key, cu_seqlens)
+    lengths = cu_seqlens.diff().long()
     # Which sequence a token is of; the number of tokens is known, so nobody waits for a GPU.
     of = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths, output_size=len(query))
     if not torch.compiler.is_compiling() and not len(query):  # the sequences have no first token
         return (query * key).sum(-1, dtype=torch.promote_types(query.dtype, torch.float32))
-    first = query[offsets[:-1].long().clamp(max=len(query) - 1)] * query.shape[-1] ** -0.5
+    first = query[cu_seqlens[:-1].long().clamp(max=len(query) - 1)] * query.shape[-1] ** -0.5
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = (first[of].to(dtype) * key.to(dtype)).sum(-1)
     # Unsafe is without a look at the lengths, for which the host would wait.
@@ -97,13 +98,3 @@ def first_weights(query: torch.Tensor, key: torch.Tensor, offsets: torch.Tensor)
     if query.device.type == "cpu" or opaque.needs_more():
         return part / part.new_zeros(len(lengths), part.shape[1]).index_add(0, of, part)[of]
     return part / torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True)[of]
-
-
-def why(backend: str = "auto", query: torch.Tensor | None = None) -> _backend.Choice:
-    """Which backend a call would run with now, and why the others were refused.
-
-    Without `query`, for float32 tensors on the default device.
-    """
-    if query is None:
-        return op.choose(backend, torch.get_default_device(), torch.float32, True)
-    return op.choose(backend, query.device, query.dtype, attention_host.HEAD_DIM.fits(query.shape[-1]))

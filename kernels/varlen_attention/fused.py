@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.attention_host import Blocks
-from terrazzo.kernels.triton_host import on_device
+from terrazzo.kernels.triton_host.blocks import Blocks
+from terrazzo.kernels.triton_host.machine import on_device
 
 
 def blocks(kernel: str, head_dim: int, itemsize: int) -> Blocks:
@@ -35,12 +35,12 @@ class _Call:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    offsets: torch.Tensor
-    longest: int
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.query, self.key, self.value, self.offsets
+        return self.query, self.key, self.value, self.cu_seqlens
 
     def cut(self, kernel: str) -> tuple[tuple[int], tuple, dict[str, object]]:
         """The grid of a kernel, its numbers, and its constants."""
@@ -48,21 +48,21 @@ class _Call:
 
         _, heads, head_dim = self.query.shape
         found = blocks(kernel, head_dim, self.query.dtype.itemsize)
-        tiles = -(-self.longest // (found.keys if kernel == "keys" else found.queries))
+        tiles = -(-self.max_seqlen // (found.keys if kernel == "keys" else found.queries))
         strides = (stride for x in self.tensors[:3] for stride in x.stride()[:2])
         constants = found.constants(fused_kernels.forward, head_dim, self.query.dtype)
-        grid = ((len(self.offsets) - 1) * heads * tiles,)
+        grid = ((len(self.cu_seqlens) - 1) * heads * tiles,)
         return grid, (1 / math.sqrt(head_dim), heads, tiles, *strides), constants
 
 
-def _call(query, key, value, offsets, longest: int) -> _Call:
+def _call(query, key, value, cu_seqlens, max_seqlen: int) -> _Call:
     """Vectors are read in place where they are contiguous."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    return _Call(query, key, value, offsets.contiguous(), longest)
+    return _Call(query, key, value, cu_seqlens.contiguous(), max_seqlen)
 
 
 def forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments as of `terrazzo.kernels.varlen_attention`.
 
@@ -72,7 +72,7 @@ def forward(
     """
     from terrazzo.kernels.varlen_attention import fused_kernels
 
-    call = _call(query, key, value, offsets, longest)
+    call = _call(query, key, value, cu_seqlens, max_seqlen)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
@@ -88,15 +88,15 @@ def backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: int,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward` with respect to query, key and value, given what it returned. Deterministic."""
     from terrazzo.kernels.varlen_attention import fused_kernels
 
-    call = _call(query, key, value, offsets, longest)
+    call = _call(query, key, value, cu_seqlens, max_seqlen)
     grads = tuple(torch.empty_like(out) for _ in range(3))
     if grad.numel() == 0:
         return grads

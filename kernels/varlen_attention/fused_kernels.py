@@ -9,7 +9,7 @@ Names: pointers `p_`, blocks `b_`, offsets `o_`; N counts queries, L keys. Addre
 import triton
 import triton.language as tl
 
-from terrazzo.kernels.fused_blocks import (
+from terrazzo.kernels.triton_host.fused_tiles import (
     LOG2_E,
     LOWEST,
     exponential,

@@ -2,14 +2,12 @@
 
 import torch
 
-from terrazzo.kernels import opaque
+from terrazzo.kernels.dispatch import opaque
 
 
-def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor
-) -> torch.Tensor:
-    """Arguments as of `terrazzo.kernels.varlen_attention`; the host asks for the lengths."""
-    lengths = offsets.diff().tolist()
+def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Arguments as in `terrazzo.kernels.varlen_attention`; the host asks for the lengths."""
+    lengths = cu_seqlens.diff().tolist()
     parts = [x.split(lengths) for x in (query, key, value)]
     found = list(parts[0])
     for length in set(lengths) - {0}:

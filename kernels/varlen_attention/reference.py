@@ -6,11 +6,11 @@ import torch
 
 
 def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v of each sequence; arguments as of `terrazzo.kernels.varlen_attention`."""
     found = [query[:0]]
-    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
+    for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
         q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))  # H T D
         weight = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
         found.append((weight @ v).transpose(0, 1))

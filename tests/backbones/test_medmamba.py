@@ -10,7 +10,7 @@ from support.golden_packs import Pack, packs
 from terrazzo.backbones import medmamba
 from terrazzo.backbones._layers import on_maps
 from terrazzo.errors import InputError
-from terrazzo.kernels.call import operator_name
+from terrazzo.kernels.dispatch.operator import find
 from terrazzo.tools.inspect.trace import trace
 
 
@@ -56,7 +56,7 @@ class TestOfficial:
         model = timm.create_model(name, num_classes=6, device="meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
         calls = trace(model, 224)
-        scanned = sum(x.flops for x in calls if operator_name(x.function)) / 2e9
+        scanned = sum(x.flops for x in calls if find(x.function)) / 2e9
         assert scanned == pytest.approx(scans, abs=6e-4)
         assert sum(x.flops for x in calls) / 2e9 - scanned - projections(model) == pytest.approx(modules, abs=6e-4)
 

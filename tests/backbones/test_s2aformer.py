@@ -8,7 +8,7 @@ from support.contract import BackboneContract, build, image
 
 from terrazzo.backbones import s2aformer
 from terrazzo.backbones._layers import on_maps
-from terrazzo.kernels.call import operator_name
+from terrazzo.kernels.dispatch.operator import find
 from terrazzo.tools.inspect.trace import trace
 from terrazzo.tools.runtimes import open_file
 
@@ -41,7 +41,7 @@ PUBLISHED = {
 
 def linear_macs(model, size):
     """Multiply-adds without attention's: how the paper counts, whose numbers at 224 and 256 are as the pixels."""
-    return sum(x.flops for x in trace(model, size) if operator_name(x.function) is None) / 2
+    return sum(x.flops for x in trace(model, size) if find(x.function) is None) / 2
 
 
 class TestPublished:

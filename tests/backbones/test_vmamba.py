@@ -8,7 +8,7 @@ from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
 
 from terrazzo.backbones import _ss2d, vmamba
-from terrazzo.kernels.call import operator_name
+from terrazzo.kernels.dispatch.operator import find
 from terrazzo.tools.inspect.trace import trace
 
 
@@ -95,7 +95,7 @@ class TestOfficial:
 
     @pytest.mark.parametrize("name", SCANS)
     def test_multiply_adds_of_the_scans(self, name):
-        calls = [x for x in trace(timm.create_model(name, device="meta"), 224) if operator_name(x.function)]
+        calls = [x for x in trace(timm.create_model(name, device="meta"), 224) if find(x.function)]
         assert sum(call.flops for call in calls) / 2e9 == pytest.approx(SCANS[name], abs=6e-4)
 
     @pytest.mark.parametrize("name", VERSIONS)

@@ -153,19 +153,19 @@ class TestSequences:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"offsets": [0, 5]}, "offsets must be a tensor, got list"),
-            ({"offsets": torch.tensor(5)}, "offsets must be (B + 1,)"),
-            ({"offsets": torch.tensor([False, True])}, "whole numbers"),
-            ({"longest": -1}, "longest must be at least 0"),
-            ({"longest": 2.5}, "longest must be an int"),
-            ({"longest": 3}, "longest must be at least 5"),
+            ({"cu_seqlens": [0, 5]}, "cu_seqlens must be a tensor, got list"),
+            ({"cu_seqlens": torch.tensor(5)}, "cu_seqlens must be (B + 1,)"),
+            ({"cu_seqlens": torch.tensor([False, True])}, "whole numbers"),
+            ({"max_seqlen": -1}, "max_seqlen must be at least 0"),
+            ({"max_seqlen": 2.5}, "max_seqlen must be an int"),
+            ({"max_seqlen": 3}, "max_seqlen must be at least 5"),
         ],
     )
-    def test_offsets(self, change, message):
+    def test_cu_seqlens(self, change, message):
         x = torch.randn(5, 2, 3)
         found = refused(
             lambda: varlen_attention(
-                **{**dict.fromkeys(("query", "key", "value"), x), "offsets": torch.tensor([0, 5]), **change}
+                **{**dict.fromkeys(("query", "key", "value"), x), "cu_seqlens": torch.tensor([0, 5]), **change}
             )
         )
         assert message in found

@@ -13,6 +13,7 @@ from support.triton_common import check, limits, poisoned, replaced
 from terrazzo.errors import BackendError, InputError
 from terrazzo.kernels import attentive_conv, use_backend
 
+exported = importlib.import_module("terrazzo.kernels.attentive_conv.exported")
 portable = importlib.import_module("terrazzo.kernels.attentive_conv.portable")
 reference = importlib.import_module("terrazzo.kernels.attentive_conv.reference")
 BACKENDS = ("reference", "portable")
@@ -36,8 +37,8 @@ def assert_all_close(found, wanted, **tolerance):
 
 
 def form(name):
-    """A form by its name; "traced" is what export sees."""
-    return portable.traced if name == "traced" else lambda *arguments: attentive_conv(*arguments, backend=name)
+    """A form by its name; "exported" is what exporters see."""
+    return exported.forward if name == "exported" else lambda *arguments: attentive_conv(*arguments, backend=name)
 
 
 class TestDefinition:
@@ -49,7 +50,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("length", [1, 2, 4, 8, 9, 10, 49, 196, 200, 3136])
     def test_bin_weights_are_the_bins(self, length):
-        weights = portable._bin_weights(length, 9, torch.zeros((), dtype=torch.float64))
+        weights = exported._bin_weights(length, 9, torch.zeros((), dtype=torch.float64))
         wanted = torch.zeros(9, length, dtype=torch.float64)
         for row, (first, last) in zip(wanted, reference.bins(length, 9)):
             row[first:last] = 1 / (last - first)
@@ -62,7 +63,7 @@ class TestDefinition:
         assert_all_close(run(arguments, "reference"), run(arguments, "layers"), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, "traced"])
+@pytest.mark.parametrize("name", [*BACKENDS, "exported"])
 class TestProperties:
     """What the definition implies, of every form."""
 
@@ -111,7 +112,7 @@ class TestPortable:
         arguments = inputs(*shape, layout=layout)
         wanted = run(arguments, "reference")
         assert_all_close(run(arguments, "portable"), wanted, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(portable.traced(*arguments), wanted[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(exported.forward(*arguments), wanted[0], rtol=1e-12, atol=1e-12)
 
     def test_larger_kernels(self):
         arguments = inputs(2, 6, 11, 8, taps=25)
@@ -192,12 +193,12 @@ class TestBackends:
             attentive_conv(*arguments)
 
     def test_precedence(self):
-        why = importlib.import_module(FOLDER).why
-        assert why().name == "portable"
-        assert "fused" in why(value=torch.zeros(1, 4, 5, 5)).reasons
+        why, arguments = importlib.import_module(f"{FOLDER}.op").OPERATOR.why, inputs(1, 4, 5, 5)
+        assert why("auto", *arguments).name == "portable"
+        assert "fused" in why("auto", *arguments).reasons
         with use_backend("reference"):
-            assert why().name == "reference"
-            assert why("portable").name == "portable"
+            assert why("auto", *arguments).name == "reference"
+            assert why("portable", *arguments).name == "portable"
 
 
 class TestErrors:

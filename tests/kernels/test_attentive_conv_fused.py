@@ -8,7 +8,7 @@ import torch
 from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
-from terrazzo.kernels import triton_host
+from terrazzo.kernels.triton_host import machine
 
 fused = importlib.import_module("terrazzo.kernels.attentive_conv.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
@@ -132,7 +132,7 @@ def cases():
         yield pytest.param(kernel, channels, dtype, target, marks=() if always else (SLOW,), id=name)
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "channels", "dtype", "target"), cases())
 def test_compiles_without_spills(kernel, channels, dtype, target):
     file = FILES[kernel.removesuffix("_backward")]

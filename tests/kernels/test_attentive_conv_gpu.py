@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
-why = importlib.import_module("terrazzo.kernels.attentive_conv").why
+operator = importlib.import_module("terrazzo.kernels.attentive_conv.op").OPERATOR
 
 
 def check(*arguments, **options):
@@ -75,8 +75,9 @@ class TestAgainstDouble:
 class TestPyTorch:
     def test_choice(self):
         value = torch.zeros(1, 8, 9, 9, device=GPU)
-        assert why(value=value).name == "fused"
-        assert why(value=value.double()).name == "portable"
+        mixing = torch.zeros(9, 9, device=GPU)
+        for x, form in ((value, "fused"), (value.double(), "portable")):
+            assert operator.why("auto", x, x, None, None, mixing).name == form
 
     def test_opcheck(self):
         triton_attentive.opcheck(GPU)

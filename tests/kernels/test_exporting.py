@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from terrazzo.kernels import neighborhood_attention, selective_scan, ssd
-from terrazzo.kernels.exporting import is_exporting
+from terrazzo.kernels.dispatch.exporting import is_exporting
 
 
 class Told(torch.nn.Module):

@@ -16,7 +16,8 @@ from terrazzo.kernels import neighborhood_attention, use_backend
 
 reference = importlib.import_module("terrazzo.kernels.neighborhood_attention.reference")
 portable = importlib.import_module("terrazzo.kernels.neighborhood_attention.portable")
-strided = importlib.import_module("terrazzo.kernels.neighborhood_attention.strided")
+exported = importlib.import_module("terrazzo.kernels.neighborhood_attention.exported")
+tables = importlib.import_module("terrazzo.kernels.neighborhood_attention.tables")
 tiling = importlib.import_module("terrazzo.kernels.neighborhood_attention.tiling")
 
 BACKENDS = ("reference", "portable")
@@ -205,17 +206,17 @@ class TestPortable:
         assert all(x.isfinite().all() for x in run(arguments, 7, 1, "portable"))
 
     @pytest.mark.parametrize("limits", [{}, {"_CACHED": 0}, {"_PIECE": 1}, {"_PIECE": 3000}])
-    def test_traced_form_equals_strided(self, monkeypatch, limits):
+    def test_exported_form_equals_portable(self, monkeypatch, limits):
         """However it is cut into pieces, and whichever products a piece takes."""
         for name, value in limits.items():
-            monkeypatch.setattr(strided, name, value)
+            monkeypatch.setattr(portable, name, value)
         for size, kernel, dilation in SHAPES:
             for bias in (True, False):
                 q, k, v, rpb = inputs(size, pair(kernel))
                 arguments = (q, k, v, rpb if bias else None, pair(kernel), pair(dilation), 0.3)
                 with torch.no_grad():
                     torch.testing.assert_close(
-                        strided.forward(*arguments), portable.forward(*arguments), rtol=0, atol=1e-14
+                        portable.forward(*arguments), exported.forward(*arguments), rtol=0, atol=1e-14
                     )
 
 
@@ -376,14 +377,15 @@ class TestBackends:
             neighborhood_attention(q, q, q, 3)
 
     def test_precedence(self, monkeypatch):
-        module = importlib.import_module("terrazzo.kernels.neighborhood_attention")
-        assert module.why().name == "portable"
-        assert "fused" in module.why().reasons
+        operator = importlib.import_module("terrazzo.kernels.neighborhood_attention.op").OPERATOR
+        q = torch.zeros(1, 8, 8, 1, 8)
+        assert operator.why("auto", q).name == "portable"
+        assert "fused" in operator.why("auto", q).reasons
         monkeypatch.setenv("TERRAZZO_BACKEND", "reference")
-        assert module.why().name == "reference"
+        assert operator.why("auto", q).name == "reference"
         with use_backend("portable"):
-            assert module.why().name == "portable"
-            assert module.why("reference").name == "reference"
+            assert operator.why("auto", q).name == "portable"
+            assert operator.why("reference", q).name == "reference"
 
 
 class TestErrors:
@@ -431,9 +433,9 @@ class TestErrors:
 
 
 def _forget_plans():
-    portable.Eager.plan.cache_clear()
-    portable.Eager.folding.cache_clear()
-    strided._plan.cache_clear()
+    tables.Eager.plan.cache_clear()
+    tables.Eager.folding.cache_clear()
+    portable._plan.cache_clear()
 
 
 class TestMutations:
@@ -456,9 +458,9 @@ class TestMutations:
         assert self.mismatch((25, 30), 7, 1) < 1e-10
         assert self.mismatch((25, 30), 7, 3) < 1e-10
 
-    @pytest.mark.parametrize("form", [portable, strided], ids=["portable", "strided"])
+    @pytest.mark.parametrize("part", [tables, portable], ids=["tables", "strides"])
     @pytest.mark.parametrize("field", ["start", "offset"])
-    def test_mask_and_bias(self, monkeypatch, field, form):
+    def test_mask_and_bias(self, monkeypatch, field, part):
         kinds = tiling.kinds
 
         def broken(members, kernel):
@@ -467,20 +469,20 @@ class TestMutations:
                 for kind in kinds(members, kernel)
             )
 
-        monkeypatch.setattr(form, "kinds", broken)
-        if form is strided:
-            monkeypatch.setattr(form, "_indices", _clamped(strided._indices))
+        monkeypatch.setattr(part, "kinds", broken)
+        if part is portable:
+            monkeypatch.setattr(part, "_indices", _clamped(portable._indices))
         assert self.mismatch((25, 30), 7, 1) > 1e-3
 
-    @pytest.mark.parametrize("form", [portable, strided], ids=["portable", "strided"])
-    def test_class_length(self, monkeypatch, form):
+    @pytest.mark.parametrize("part", [tables, portable], ids=["tables", "strides"])
+    def test_class_length(self, monkeypatch, part):
         """Every class as long as the shortest, as floor(L / d) would have it."""
 
         def broken(length, dilation):
             return (tiling.Fold(0, dilation, length // dilation),)
 
-        monkeypatch.setattr(form, "folds", broken)
-        if form is portable:
+        monkeypatch.setattr(part, "folds", broken)
+        if part is tables:
             with pytest.raises(RuntimeError):  # the lost positions do not even reshape
                 self.mismatch((25, 30), 7, 3)
         else:
@@ -495,8 +497,8 @@ class TestMutations:
                 for kind in kinds(members, kernel)
             )
 
-        monkeypatch.setattr(portable, "kinds", broken)
-        monkeypatch.setattr(portable, "_slots", _slots_by_hand)
+        monkeypatch.setattr(tables, "kinds", broken)
+        monkeypatch.setattr(tables, "_slots", _slots_by_hand)
         assert self.mismatch((25, 30), 7, 1) > 1e-3
 
 
@@ -523,9 +525,9 @@ def _slots_by_hand(axis, device):
 @pytest.mark.parametrize("dilation", [(2, 2), (4, 7), (5, 3), (1, 4)])
 def test_places_undo_the_folding(size, dilation):
     """The gather behind the groups is the inverse of those in front of them, though nothing is sorted."""
-    from terrazzo.kernels.neighborhood_attention.portable import _build_folding
+    from terrazzo.kernels.neighborhood_attention.tables import build_folding
 
-    folding = _build_folding(size, dilation, torch.device("cpu"))
+    folding = build_folding(size, dilation, torch.device("cpu"))
     if folding.positions is None:
         assert all(length % step == 0 for length, step in zip(size, dilation))
         return

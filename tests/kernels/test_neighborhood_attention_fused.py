@@ -9,7 +9,7 @@ from support.neighborhood_shapes import LARGE, QUICK
 from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
-from terrazzo.kernels import triton_host
+from terrazzo.kernels.triton_host import machine
 
 fused = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
@@ -167,11 +167,11 @@ def constants(kernel, head_dim, dtype, window, bias, amd):
     backward = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused_backward")
     values = dict(
         HEAD_DIM=head_dim,
-        BLOCK_D=triton_host.block_of(head_dim),
+        BLOCK_D=machine.block_of(head_dim),
         K_H=window[0],
         K_W=window[1],
-        LENGTH=triton_host.block_of(window[0] * window[1]),
-        BINS=1 if window[0] == 1 else triton_host.block_of(2 * window[0] - 1),
+        LENGTH=machine.block_of(window[0] * window[1]),
+        BINS=1 if window[0] == 1 else machine.block_of(2 * window[0] - 1),
         HAS_BIAS=bias,
         VECTOR=16,
         PRECISION="ieee",
@@ -222,7 +222,7 @@ def constants_exist(kernel, dim, dtype, target):
     return not kernel.endswith("classes") or fused.class_warps(direction, dim, dtype.itemsize, target.startswith("gfx"))
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "dim", "dtype", "window", "bias", "target"), cases())
 def test_compiles_without_spills(kernel, dim, dtype, window, bias, target, record_property):
     function, values, warps, stages = constants(kernel, dim, dtype, window, bias, target.startswith("gfx"))
@@ -237,7 +237,7 @@ def test_compiles_without_spills(kernel, dim, dtype, window, bias, target, recor
     assert shared <= SHARED[target]
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize("target", SHARED)
 def test_reductions_compile(target):
     backward = importlib.import_module("terrazzo.kernels.neighborhood_attention.fused_backward")

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
-why = importlib.import_module("terrazzo.kernels.neighborhood_attention").why
+why = importlib.import_module("terrazzo.kernels.neighborhood_attention.op").OPERATOR.why
 
 
 def check(size, kernel, dilation=1, **options):
@@ -105,8 +105,8 @@ class TestNumbers:
 class TestPyTorch:
     def test_choice(self):
         query = torch.zeros(1, 9, 9, 1, 8, device=GPU)
-        assert why(query=query).name == "fused"
-        assert why(query=query.double()).name == "portable"
+        assert why("auto", query).name == "fused"
+        assert why("auto", query.double()).name == "portable"
 
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize(("size", "dilation"), [((7, 8), (1, 1)), ((6, 10), (2, 2))])

@@ -26,8 +26,8 @@ def registered() -> set[str]:
 @pytest.fixture(autouse=True)
 def ops_alone(monkeypatch):
     """The smallest calls of strip attention skip the op: here none does."""
-    portable = importlib.import_module("terrazzo.kernels.strip_attention.portable")
-    monkeypatch.setattr(portable, "is_whole", lambda query, value: False)
+    op = importlib.import_module("terrazzo.kernels.strip_attention.op")
+    monkeypatch.setattr(op, "_is_small", lambda query, value: False)
 
 
 def given(call, batch=2):

@@ -341,11 +341,11 @@ class TestOperator:
         arguments = sequences(dtype=torch.float32)
         with pytest.raises(BackendError, match=r"selective_scan: backend 'fused'.*the tensors are on cpu"):
             selective_scan(*arguments, backend="fused")
-        why = importlib.import_module("terrazzo.kernels.selective_scan").why
-        assert why().name == "portable"
-        assert "fused" in why().reasons
+        why = importlib.import_module("terrazzo.kernels.selective_scan.op").OPERATOR.why
+        assert why("auto", *arguments).name == "portable"
+        assert "fused" in why("auto", *arguments).reasons
         with use_backend("reference"):
-            assert why(u=arguments[0]).name == "reference"
+            assert why("auto", *arguments).name == "reference"
         monkeypatch.setenv("TERRAZZO_BACKEND", "fused")
         with pytest.raises(BackendError, match="TERRAZZO_BACKEND"):
             selective_scan(*arguments)

@@ -8,7 +8,7 @@ import torch
 from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
-from terrazzo.kernels import triton_host
+from terrazzo.kernels.triton_host import machine
 
 fused = importlib.import_module("terrazzo.kernels.selective_scan.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
@@ -194,7 +194,7 @@ def cases():
         yield pytest.param(kernel, states, dtype, layout, gated, target, marks=() if always else (SLOW,), id=name)
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "states", "dtype", "layout", "gated", "target"), cases())
 def test_compiles_without_spills(kernel, states, dtype, layout, gated, target):
     function = getattr(importlib.import_module("terrazzo.kernels.selective_scan.fused_kernels"), kernel)

@@ -9,7 +9,7 @@ from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
 fused = importlib.import_module("terrazzo.kernels.ssd.fused")
-triton_host = importlib.import_module("terrazzo.kernels.triton_host")
+machine = importlib.import_module("terrazzo.kernels.triton_host.machine")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
 
 SLOW = pytest.mark.slow
@@ -75,7 +75,7 @@ KERNELS = ("states", "carry", "outputs", "gradients")
 QUICK = {("gradients", 64, "sm_90", torch.bfloat16), ("outputs", 64, "sm_80", torch.bfloat16)}
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(
     ("kernel", "size", "target", "dtype"),
     [
@@ -90,8 +90,8 @@ def test_compiles_without_spills(kernel, size, target, dtype):
     values = dict(
         N=size,
         P=size,
-        BLOCK_N=triton_host.block_of(size),
-        BLOCK_P=triton_host.block_of(size),
+        BLOCK_N=machine.block_of(size),
+        BLOCK_P=machine.block_of(size),
         CHUNK=fused.chunk(dtype.itemsize),
         REVERSE=False,
         GRADIENT=False,

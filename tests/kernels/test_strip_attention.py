@@ -13,6 +13,7 @@ from support.triton_strip import NAMES, exact, inputs, run
 from terrazzo.errors import BackendError, InputError
 from terrazzo.kernels import strip_attention, use_backend
 
+op = importlib.import_module("terrazzo.kernels.strip_attention.op")
 portable = importlib.import_module("terrazzo.kernels.strip_attention.portable")
 BACKENDS = ("reference", "portable")
 
@@ -89,7 +90,7 @@ class TestPortable:
     @pytest.fixture(autouse=True)
     def _in_pieces(self, monkeypatch):
         """Small calls, too; how those are done by themselves, TestDefinition holds against worked examples."""
-        monkeypatch.setattr(portable, "_WHOLE", 0)
+        monkeypatch.setattr(op, "_SMALL", 0)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("layout", ["plain", "packed", "turned"])
@@ -140,7 +141,7 @@ class TestPortable:
         arguments = inputs(2, 9, 7, 3, 4)
         wanted = run(arguments, "reference")
         calls = []
-        monkeypatch.setattr(portable, "_WHOLE", weights)
+        monkeypatch.setattr(op, "_SMALL", weights)
         monkeypatch.setattr(portable, "forward", lambda *given, form=portable.forward: calls.append(1) or form(*given))
         assert_all_close(run(arguments, "portable"), wanted)
         assert bool(calls) != at_once
@@ -193,11 +194,11 @@ class TestOperator:
         query, key, value = inputs(1, 4, 3, 1, 8, torch.float32)
         with pytest.raises(BackendError, match=r"strip_attention: backend 'fused'.*the tensors are on cpu"):
             strip_attention(query, key, value, backend="fused")
-        why = importlib.import_module("terrazzo.kernels.strip_attention").why
-        assert why().name == "portable"
-        assert "fused" in why().reasons
+        why = importlib.import_module("terrazzo.kernels.strip_attention.op").OPERATOR.why
+        assert why("auto", query, key, value).name == "portable"
+        assert "fused" in why("auto", query, key, value).reasons
         with use_backend("reference"):
-            assert why().name == "reference"
+            assert why("auto", query, key, value).name == "reference"
         monkeypatch.setenv("TERRAZZO_BACKEND", "fused")
         with pytest.raises(BackendError, match="TERRAZZO_BACKEND"):
             strip_attention(query, key, value)

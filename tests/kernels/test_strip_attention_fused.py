@@ -8,7 +8,7 @@ import torch
 from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
-from terrazzo.kernels import triton_host
+from terrazzo.kernels.triton_host import machine
 
 fused = importlib.import_module("terrazzo.kernels.strip_attention.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
@@ -133,7 +133,7 @@ def cases():
         yield pytest.param(kernel, dim, dtype, target, marks=marks, id=f"{kernel}-{TYPES[dtype]}-{dim}-{target}")
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "dim", "dtype", "target"), cases())
 def test_compiles_without_spills(kernel, dim, dtype, target):
     kernels = importlib.import_module("terrazzo.kernels.strip_attention.fused_kernels")
@@ -141,7 +141,7 @@ def test_compiles_without_spills(kernel, dim, dtype, target):
     blocks = fused.blocks(kernel, dtype.itemsize)
     values = dict(
         HEAD_DIM=dim,
-        BLOCK_D=triton_host.block_of(dim),
+        BLOCK_D=machine.block_of(dim),
         BLOCK_N=blocks.queries,
         BLOCK_L=blocks.keys,
         PRECISION="ieee",

@@ -8,7 +8,7 @@ import torch
 from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
-from terrazzo.kernels import triton_host
+from terrazzo.kernels.triton_host import machine
 
 fused = importlib.import_module("terrazzo.kernels.token_reduction.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
@@ -211,7 +211,7 @@ def cases():
                 yield pytest.param(*case, marks=marks, id=f"{name}-{size}-{target}-{TYPES[dtype]}")
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "size", "target", "dtype"), cases())
 def test_compiles_without_spills(kernel, size, target, dtype):
     """Ahead of time, for a GPU that is not here."""
@@ -226,7 +226,7 @@ def test_compiles_without_spills(kernel, size, target, dtype):
     elif module == "fused_columns":
         cut = fused.column_blocks(dtype.itemsize, size)
         values |= dict(
-            HEAD_DIM=size, BLOCK_D=triton_host.block_of(size), BLOCK_N=cut.queries, BLOCK_L=cut.keys, HAS_BIAS=True
+            HEAD_DIM=size, BLOCK_D=machine.block_of(size), BLOCK_N=cut.queries, BLOCK_L=cut.keys, HAS_BIAS=True
         )
         warps, stages = cut.warps, cut.stages
     elif kernel in ("pool", "spread"):

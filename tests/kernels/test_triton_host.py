@@ -6,41 +6,41 @@ import sys
 import pytest
 import torch
 
-from terrazzo.kernels import triton_host
+from terrazzo.kernels.triton_host import machine
 
 
 @pytest.fixture(autouse=True)
 def _forget():
-    triton_host.device_refusal.cache_clear()
+    machine.device_refusal.cache_clear()
     yield
-    triton_host.device_refusal.cache_clear()
+    machine.device_refusal.cache_clear()
 
 
 def test_refusals(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_host, "has_triton", lambda: True)
-    assert "tensors are on cpu" in triton_host.refusal(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    assert "tensors are on cpu" in machine.refusal(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "this machine has none" in triton_host.refusal(cuda, torch.float32)
-    triton_host.device_refusal.cache_clear()
+    assert "this machine has none" in machine.refusal(cuda, torch.float32)
+    machine.device_refusal.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0, cuda:0 has 7.5" in triton_host.refusal(cuda, torch.float32)
-    triton_host.device_refusal.cache_clear()
+    assert "8.0, cuda:0 has 7.5" in machine.refusal(cuda, torch.float32)
+    machine.device_refusal.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert triton_host.refusal(cuda, torch.bfloat16) is None
-    assert triton_host.refusal(cuda, torch.bfloat16, "needs smaller tiles") == "needs smaller tiles"
-    assert "not in float64" in triton_host.refusal(cuda, torch.float64)
-    assert triton_host.refusals(cuda, torch.float16) == ({}, {})
-    monkeypatch.setattr(triton_host, "has_triton", lambda: False)
-    assert "triton, which is not installed" in triton_host.refusal(cuda, torch.float32)
+    assert machine.refusal(cuda, torch.bfloat16) is None
+    assert machine.refusal(cuda, torch.bfloat16, "needs smaller tiles") == "needs smaller tiles"
+    assert "not in float64" in machine.refusal(cuda, torch.float64)
+    assert machine.refusals(cuda, torch.float16) == ({}, {})
+    monkeypatch.setattr(machine, "has_triton", lambda: False)
+    assert "triton, which is not installed" in machine.refusal(cuda, torch.float32)
 
 
 def test_an_interpreter_runs_anywhere_but_only_by_name(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_host, "has_triton", lambda: True)
-    refused, discouraged = triton_host.refusals(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    refused, discouraged = machine.refusals(torch.device("cpu"), torch.float32)
     assert refused == {}
     assert "TRITON_INTERPRET" in discouraged["fused"]
 
@@ -49,10 +49,10 @@ def test_precision_follows_the_user():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert triton_host.precision(torch.float32) == "ieee"
+        assert machine.precision(torch.float32) == "ieee"
         torch.set_float32_matmul_precision("high")
-        assert triton_host.precision(torch.float32) == "tf32"
-        assert triton_host.precision(torch.bfloat16) == "ieee"
+        assert machine.precision(torch.float32) == "tf32"
+        assert machine.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 

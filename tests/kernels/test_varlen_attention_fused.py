@@ -8,7 +8,7 @@ import torch
 from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
-from terrazzo.kernels import triton_host
+from terrazzo.kernels.triton_host import machine
 
 fused = importlib.import_module("terrazzo.kernels.varlen_attention.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
@@ -47,7 +47,7 @@ class TestInterpreted:
 
     @pytest.mark.slow
     def test_more_programs_than_needed(self, interpreted):
-        check(interpreted("triton_varlen.errors", longest=100))
+        check(interpreted("triton_varlen.errors", max_seqlen=100))
 
     def test_a_sequence_is_what_it_is_alone(self, interpreted):
         assert interpreted("triton_varlen.alone")
@@ -114,7 +114,7 @@ def cases():
         yield pytest.param(kernel, dim, target, dtype, marks=marks, id=f"{kernel}-{dim}-{target}-{TYPES[dtype]}")
 
 
-@pytest.mark.skipif(triton_host.interpreting(), reason="Triton interprets in this process")
+@pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "dim", "target", "dtype"), cases())
 def test_compiles_without_spills(kernel, dim, target, dtype):
     """Ahead of time, for a GPU that is not here."""
@@ -122,7 +122,7 @@ def test_compiles_without_spills(kernel, dim, target, dtype):
     cut = fused.blocks(kernel, dim, dtype.itemsize)
     values = dict(
         HEAD_DIM=dim,
-        BLOCK_D=triton_host.block_of(dim),
+        BLOCK_D=machine.block_of(dim),
         BLOCK_N=cut.queries,
         BLOCK_L=cut.keys,
         PRECISION="ieee",

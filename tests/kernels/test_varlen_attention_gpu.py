@@ -33,7 +33,7 @@ class TestAgainstDouble:
         check(lengths=(90, 49, 7), heads=3, dim=64, layout=layout, dtype=dtype)
 
     def test_more_programs_than_needed(self, dtype):
-        check(lengths=(40, 90), longest=700, dtype=dtype)
+        check(lengths=(40, 90), max_seqlen=700, dtype=dtype)
 
     def test_a_sequence_is_what_it_is_alone(self, dtype):
         assert triton_varlen.alone((7, 197, 1, 65), dtype, GPU)

@@ -75,8 +75,8 @@ def _map(batch: int) -> dict:
 
 def _offsets(batch: int) -> dict:
     """Of five tokens for each image, in two sequences of unlike lengths and one of none."""
-    offsets = [0] + [5 * i + at for i in range(batch) for at in (2, 2, 5)]
-    return {"offsets": torch.tensor(offsets, dtype=torch.int32)}
+    cu_seqlens = [0] + [5 * i + at for i in range(batch) for at in (2, 2, 5)]
+    return {"cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32)}
 
 
 _QKV = ("query", "key", "value")

@@ -173,12 +173,16 @@ def mixed(device="cpu"):
 
 def choices():
     """What auto and a call by name choose on CPU tensors while Triton interprets."""
-    why = importlib.import_module(FOLDER).why
+    operator = importlib.import_module(f"{FOLDER}.op").OPERATOR
     value = torch.zeros(1, 8, 4, 4)
-    auto = why(value=value)
+
+    def why(backend, value, taps=9):
+        return operator.why(backend, value, value, None, None, torch.zeros(taps, taps))
+
+    auto = why("auto", value)
     return {
         "auto": (auto.name, auto.reasons["fused"]),
         "named": why("fused", value).name,
-        "double": why(value=value.double()).reasons["fused"],
-        "taps": why(value=value, taps=25).reasons["fused"],
+        "double": why("auto", value.double()).reasons["fused"],
+        "taps": why("auto", value, 25).reasons["fused"],
     }

@@ -184,13 +184,13 @@ def mixed_autocast(device="cpu"):
 
 def choices():
     """What auto and a call by name choose on CPU tensors while Triton interprets."""
-    module = importlib.import_module(FOLDER)
+    why = importlib.import_module(f"{FOLDER}.op").OPERATOR.why
     double = torch.zeros(1, 9, 9, 1, 8, dtype=torch.float64)
     wide = torch.zeros(1, 9, 9, 1, 136)
-    auto = module.why(query=wide[..., :8])
+    auto = why("auto", wide[..., :8])
     return {
         "auto": (auto.name, auto.reasons["fused"]),
-        "named": module.why("fused", wide[..., :8]).name,
-        "double": module.why(query=double).reasons["fused"],
-        "wide": module.why(query=wide).reasons["fused"],
+        "named": why("fused", wide[..., :8]).name,
+        "double": why("auto", double).reasons["fused"],
+        "wide": why("auto", wide).reasons["fused"],
     }

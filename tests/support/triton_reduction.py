@@ -246,12 +246,13 @@ def empty(device="cpu"):
 
 def choices():
     """What auto and a call by name choose on CPU tensors while Triton interprets."""
-    module = importlib.import_module(FOLDER)
+    op = importlib.import_module(f"{FOLDER}.op")
+    why = op.OPERATOR.why
     x = torch.zeros(1, 9, 8)
-    wide = importlib.import_module(f"{FOLDER}.op").choose("auto", x.device, x.dtype, False)
+    wide = op.ATTENTION.why("auto", torch.zeros(1, 1, 9, 136))
     return {
-        "auto": (module.why(x=x).name, module.why(x=x).reasons["fused"]),
-        "named": module.why("fused", x).name,
-        "double": module.why(x=x.double()).reasons["fused"],
+        "auto": (why("auto", x).name, why("auto", x).reasons["fused"]),
+        "named": why("fused", x).name,
+        "double": why("auto", x.double()).reasons["fused"],
         "wide": wide.reasons["fused"],
     }

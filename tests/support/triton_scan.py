@@ -10,12 +10,13 @@ import math
 import torch
 
 from support.triton_common import guarded, limits, poisoned, replaced
-from terrazzo.kernels import selective_scan, selective_scan_2d, triton_host
+from terrazzo.kernels import selective_scan, selective_scan_2d
+from terrazzo.kernels.triton_host import machine
 
 FOLDER = "terrazzo.kernels.selective_scan"
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 Scans = importlib.import_module(f"{FOLDER}.scans").Scans
-scan = importlib.import_module(f"{FOLDER}.op").scan
+scan = importlib.import_module(f"{FOLDER}.op").run
 
 
 def inputs(
@@ -74,7 +75,7 @@ def inputs(
 @contextlib.contextmanager
 def quick_scans():
     """Triton's interpreter combines a scan's numbers one by one: here whole rows, with the kernel's own function."""
-    if not triton_host.interpreting():
+    if not machine.interpreting():
         yield
         return
     import numpy
@@ -282,20 +283,18 @@ def compiled(dynamic, device="cpu", compiler="aot_eager"):
 
 def choices():
     """What auto and a call by name choose on CPU tensors while Triton interprets."""
-    module = importlib.import_module(FOLDER)
-    u = torch.zeros(1, 4, 9)
-    auto = module.why(u=u)
+    operator = importlib.import_module(f"{FOLDER}.op").OPERATOR
     x = torch.zeros(1, 9, 1, 4)
 
-    def refusal(states, dtype):
+    def why(backend, states, dtype=torch.float32):
         decays, pair = torch.zeros(1, 4, states, dtype=dtype), torch.zeros(1, 9, 1, states)
-        call = module.describe(u.device, x, x, decays, pair, pair, None, None, None, True, [0], 9, False, "auto")
-        return call.refusals.get("fused")
+        return operator.why(backend, x, x, decays, pair, pair)
 
+    auto = why("auto", 64)
     return {
         "auto": (auto.name, auto.reasons["fused"]),
-        "named": module.why("fused", u).name,
-        "fits": refusal(64, torch.float32),
-        "double": refusal(64, torch.float64),
-        "wide": refusal(65, torch.float32),
+        "named": why("fused", 64).name,
+        "fits": why("fused", 64).reasons.get("fused"),
+        "double": why("auto", 64, torch.float64).reasons["fused"],
+        "wide": why("auto", 65).reasons["fused"],
     }

@@ -121,11 +121,11 @@ def empty(device="cpu"):
 
 def choices():
     """What auto and a call by name choose on CPU tensors while Triton interprets."""
-    module = importlib.import_module(FOLDER)
+    why = importlib.import_module(f"{FOLDER}.op").OPERATOR.why
     x, B = torch.zeros(1, 9, 1, 8), torch.zeros(1, 9, 1, 8)
     wide = torch.zeros(1, 9, 1, 72)
     return {
-        "auto": (module.why(x=x, B=B).name, module.why(x=x, B=B).reasons["fused"]),
-        "named": module.why("fused", x, B).name,
-        "wide": module.why(x=x, B=wide).reasons["fused"],
+        "auto": (why("auto", x, None, None, B).name, why("auto", x, None, None, B).reasons["fused"]),
+        "named": why("fused", x, None, None, B).name,
+        "wide": why("auto", x, None, None, wide).reasons["fused"],
     }

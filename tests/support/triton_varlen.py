@@ -16,7 +16,7 @@ NAMES = ("out", "query", "key", "value")
 
 
 def inputs(lengths, heads, dim, dtype=torch.float64, layout="packed", device="cpu"):
-    """Query, key and value that require gradients, amid NaN, and offsets.
+    """Query, key and value that require gradients, amid NaN, and cu_seqlens.
 
     layout: "packed" views of one tensor, as one projection gives them, "plain", or "turned" ones whose last axis is not
     contiguous.
@@ -28,38 +28,38 @@ def inputs(lengths, heads, dim, dtype=torch.float64, layout="packed", device="cp
         found = [guarded(x.contiguous()) for x in found]
     elif layout == "turned":
         found = [guarded(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in found]
-    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-    return [x.detach().requires_grad_() for x in found], offsets
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    return [x.detach().requires_grad_() for x in found], cu_seqlens
 
 
-def run(arguments, offsets, backend, longest=None):
+def run(arguments, cu_seqlens, backend, max_seqlen=None):
     """Output and every gradient."""
-    out = varlen_attention(*arguments, offsets, longest, backend=backend)
+    out = varlen_attention(*arguments, cu_seqlens, max_seqlen, backend=backend)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, arguments, grad)]
 
 
-def exact(arguments, offsets):
-    return run([x.detach().double().requires_grad_() for x in arguments], offsets, "reference")
+def exact(arguments, cu_seqlens):
+    return run([x.detach().double().requires_grad_() for x in arguments], cu_seqlens, "reference")
 
 
-def errors(lengths=(5, 1, 33), heads=2, dim=8, dtype="float32", layout="packed", longest=None, device="cpu"):
+def errors(lengths=(5, 1, 33), heads=2, dim=8, dtype="float32", layout="packed", max_seqlen=None, device="cpu"):
     """Errors of the fused form and what they may be: see `triton_common.limits`."""
-    arguments, offsets = inputs(lengths, heads, dim, getattr(torch, dtype), layout, device)
-    wanted, plain = exact(arguments, offsets), run(arguments, offsets, "reference")
+    arguments, cu_seqlens = inputs(lengths, heads, dim, getattr(torch, dtype), layout, device)
+    wanted, plain = exact(arguments, cu_seqlens), run(arguments, cu_seqlens, "reference")
     with poisoned(device):
-        found = run(arguments, offsets, "fused", longest)
+        found = run(arguments, cu_seqlens, "fused", max_seqlen)
     # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
     return limits(NAMES, found, plain, wanted, {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}.items())
 
 
 def alone(lengths=(7, 70, 1, 33), dtype="float32", device="cpu"):
     """Whether every sequence gets, to the bit, what it gets alone, output and gradients."""
-    arguments, offsets = inputs(lengths, 2, 8, getattr(torch, dtype), device=device)
-    together = run(arguments, offsets, "fused")
+    arguments, cu_seqlens = inputs(lengths, 2, 8, getattr(torch, dtype), device=device)
+    together = run(arguments, cu_seqlens, "fused")
     grad = torch.randn(together[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     same = True
-    for begin, end in zip(offsets.tolist(), offsets[1:].tolist()):
+    for begin, end in zip(cu_seqlens.tolist(), cu_seqlens[1:].tolist()):
         own = [x.detach()[begin:end].requires_grad_() for x in arguments]
         out = varlen_attention(*own, torch.tensor([0, end - begin], device=device), backend="fused")
         found = [out, *torch.autograd.grad(out, own, grad[begin:end].to(out))]
@@ -69,16 +69,16 @@ def alone(lengths=(7, 70, 1, 33), dtype="float32", device="cpu"):
 
 def repeats(dtype="float32", device="cpu"):
     """Whether two runs give the same bits."""
-    arguments, offsets = inputs((40, 3, 130), 2, 8, getattr(torch, dtype), device=device)
-    return all(torch.equal(a, b) for a, b in zip(*(run(arguments, offsets, "fused") for _ in range(2))))
+    arguments, cu_seqlens = inputs((40, 3, 130), 2, 8, getattr(torch, dtype), device=device)
+    return all(torch.equal(a, b) for a, b in zip(*(run(arguments, cu_seqlens, "fused") for _ in range(2))))
 
 
 def large_scores(magnitude, dtype, device="cpu"):
     """Relative error of the output for large scores; infinity where anything is not finite."""
-    arguments, offsets = inputs((40, 9), 1, 8, torch.float32, device=device)
+    arguments, cu_seqlens = inputs((40, 9), 1, 8, torch.float32, device=device)
     arguments = [x.detach() * scale for x, scale in zip(arguments, (magnitude, magnitude, 1))]
     arguments = [x.to(getattr(torch, dtype)).requires_grad_() for x in arguments]
-    found, wanted = run(arguments, offsets, "fused"), exact(arguments, offsets)
+    found, wanted = run(arguments, cu_seqlens, "fused"), exact(arguments, cu_seqlens)
     if not all(x.isfinite().all() for x in found):
         return math.inf
     return ((found[0].double() - wanted[0]).norm() / wanted[0].norm()).item()
@@ -99,17 +99,17 @@ def mutated(helper):
             return found * 0 if helper == "packed" else found * 1.5
 
         changes[f"fused_kernels.{helper}"] = broken
-    arguments, offsets = inputs((40, 9, 70), 2, 8, torch.float32)
-    wanted = exact(arguments, offsets)
+    arguments, cu_seqlens = inputs((40, 9, 70), 2, 8, torch.float32)
+    wanted = exact(arguments, cu_seqlens)
     with replaced(FOLDER, changes), poisoned():
-        found = run(arguments, offsets, "fused")
+        found = run(arguments, cu_seqlens, "fused")
     differences = [(a.double() - b).abs().max().item() for a, b in zip(found, wanted)]
     return max(math.inf if math.isnan(x) else x for x in differences)
 
 
 def opcheck(device="cpu"):
-    arguments, offsets = inputs((9, 1, 20), 2, 8, torch.float32, device=device)
-    torch.library.opcheck(torch.ops.terrazzo.varlen_attention.default, (*arguments, offsets, 20))
+    arguments, cu_seqlens = inputs((9, 1, 20), 2, 8, torch.float32, device=device)
+    torch.library.opcheck(torch.ops.terrazzo.varlen_attention.default, (*arguments, cu_seqlens, 20))
 
 
 def compiled():
@@ -117,9 +117,9 @@ def compiled():
     function = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     worst = 0.0
     for lengths in ((33, 5), (40, 11, 3)):
-        arguments, offsets = inputs(lengths, 2, 8, torch.float32)
-        wanted = run(arguments, offsets, "fused", 40)
-        out = function(*arguments, offsets, 40, backend="fused")
+        arguments, cu_seqlens = inputs(lengths, 2, 8, torch.float32)
+        wanted = run(arguments, cu_seqlens, "fused", 40)
+        out = function(*arguments, cu_seqlens, 40, backend="fused")
         grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
         found = [out, *torch.autograd.grad(out, arguments, grad)]
         worst = max(worst, *((a - b).abs().max().item() for a, b in zip(found, wanted)))
@@ -153,20 +153,20 @@ def empty(device="cpu"):
     """Shapes where there is no sequence, and results where some are empty."""
     shapes = []
     for lengths in ((), (0, 0)):
-        arguments, offsets = inputs(lengths, 2, 8, torch.float32, device=device)
-        shapes.append([tuple(x.shape) for x in run(arguments, offsets, "fused")])
-    arguments, offsets = inputs((0, 5, 0), 2, 8, torch.float32, device=device)
-    found, wanted = run(arguments, offsets, "fused"), exact(arguments, offsets)
+        arguments, cu_seqlens = inputs(lengths, 2, 8, torch.float32, device=device)
+        shapes.append([tuple(x.shape) for x in run(arguments, cu_seqlens, "fused")])
+    arguments, cu_seqlens = inputs((0, 5, 0), 2, 8, torch.float32, device=device)
+    found, wanted = run(arguments, cu_seqlens, "fused"), exact(arguments, cu_seqlens)
     return shapes, max((a - b).abs().max().item() for a, b in zip(found, wanted))
 
 
 def choices():
     """What auto and a call by name choose on CPU tensors while Triton interprets."""
-    module = importlib.import_module(FOLDER)
+    why = importlib.import_module(f"{FOLDER}.op").OPERATOR.why
     x = torch.zeros(9, 1, 8)
     return {
-        "auto": (module.why(query=x).name, module.why(query=x).reasons["fused"]),
-        "named": module.why("fused", x).name,
-        "double": module.why(query=x.double()).reasons["fused"],
-        "wide": module.why(query=torch.zeros(9, 1, 136)).reasons["fused"],
+        "auto": (why("auto", x).name, why("auto", x).reasons["fused"]),
+        "named": why("fused", x).name,
+        "double": why("auto", x.double()).reasons["fused"],
+        "wide": why("auto", torch.zeros(9, 1, 136)).reasons["fused"],
     }

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from terrazzo.kernels import backend as backends
-from terrazzo.kernels import call as calls
+from terrazzo.kernels.dispatch import operator as operators
 from terrazzo.tools.inspect.trace import Operation
 
 
@@ -34,7 +33,7 @@ def explain(
     parameters = list(model.parameters())
     flops = sum(operation.flops for operation in operations)
     return {
-        "calls": [_call(x, device, backend) for x in operations if calls.operator_name(x.function)],
+        "calls": [_call(x, device, backend) for x in operations if operators.find(x.function)],
         "costs": _costs(operations),
         "flops": flops,
         "macs": flops // 2,
@@ -46,11 +45,12 @@ def explain(
 
 
 def _call(operation: Operation, device: torch.device, backend: str) -> dict[str, object]:
-    call = calls.describe(operation.function, device, operation.args, operation.kwargs)
-    choice = backends.consider(backend, call.refusals, call.discouraged)
+    operator = operators.find(operation.function)
+    call = operator.describe(*operation.args, **operation.kwargs)
+    choice = operator.why(backend, *operation.args, device=device, **operation.kwargs)
     return {
         "layer": operation.layer,
-        "operator": calls.operator_name(operation.function),
+        "operator": operator.name,
         "shape": dict(call.shape),
         "parameters": dict(call.parameters),
         "backend": choice.name if choice.runs else None,
@@ -67,8 +67,9 @@ def _costs(operations: Sequence[Operation]) -> list[dict[str, object]]:
     """One record per kind; operators of terrazzo come first, then what has most FLOPs, then what moves most."""
     groups: dict[tuple[bool, str], list[Operation]] = {}
     for operation in operations:
-        operator = calls.operator_name(operation.function)
-        groups.setdefault((operator is not None, operator or operation.kind), []).append(operation)
+        operator = operators.find(operation.function)
+        kind = operation.kind if operator is None else operator.name
+        groups.setdefault((operator is not None, kind), []).append(operation)
     costs = [
         {
             "kind": kind,

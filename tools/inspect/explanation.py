@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from terrazzo.kernels.backend import BACKENDS
+from terrazzo.kernels.dispatch.backend import BACKENDS
 from terrazzo.tools.console import human, print_table
 
 MEBI = 1 << 20

@@ -5,7 +5,7 @@ import json
 import click
 import torch
 
-from terrazzo.kernels import backend as backends
+from terrazzo.kernels.dispatch import backend as backends
 from terrazzo.tools.inspect.costs import explain
 from terrazzo.tools.inspect.explanation import print_facts
 from terrazzo.tools.inspect.trace import image_size, taking, trace

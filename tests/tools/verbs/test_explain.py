@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import terrazzo.kernels
-from terrazzo.kernels import triton_host
-from terrazzo.kernels.call import Call
+from terrazzo.kernels.dispatch.operator import Call, Needs, Operator
+from terrazzo.kernels.triton_host import machine
 from terrazzo.tools.inspect.costs import explain
 from terrazzo.tools.inspect.explanation import ranges, reasons
 from terrazzo.tools.inspect.trace import trace
@@ -39,10 +39,10 @@ def gpu(monkeypatch):
     """A device that the fused form takes for a GPU that it runs on."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton_host, "has_triton", lambda: True)
-    triton_host.device_refusal.cache_clear()
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    machine.device_refusal.cache_clear()
     yield torch.device("cuda", 0)
-    triton_host.device_refusal.cache_clear()
+    machine.device_refusal.cache_clear()
 
 
 def facts_of(run, *arguments, exit_code=0):
@@ -143,7 +143,7 @@ class TestReasons:
 
     def test_interpreter(self, run, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(triton_host, "has_triton", lambda: True)
+        monkeypatch.setattr(machine, "has_triton", lambda: True)
         call = facts_of(run, "dinat_mini", "--size", 32, 32)["calls"][0]
         assert call["backend"] == "portable"
         assert "TRITON_INTERPRET" in call["refused"]["fused"]
@@ -202,7 +202,7 @@ def test_narrow_terminal(run, monkeypatch):
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(" "))
 
 
-def test_a_new_operator_is_found_by_its_name(monkeypatch):
+def test_a_new_operator_is_found_by_its_name(monkeypatch, gpu):
     """An op `terrazzo::y` and a package `terrazzo.kernels.y` are all that there is to write."""
 
     @torch.library.custom_op("terrazzo::doubled", mutates_args=())
@@ -215,19 +215,22 @@ def test_a_new_operator_is_found_by_its_name(monkeypatch):
         def forward(self, x):
             return doubled(x, 3)
 
-    def describe(device, x, times):
-        return Call({"N": x.numel()}, {"times": str(times)}, {"fused": f"not on {device}"}, {"portable": "it is slow"})
-
+    operator = Operator(
+        "doubled",
+        opaque=(),
+        needs=lambda x, times: Needs(x.device, x.dtype, "it is odd" if times % 2 else None),
+        describe=lambda x, times: Call({"N": x.numel()}, {"times": str(times)}),
+    )
     model = nn.Sequential(nn.ReLU(), Twice())
     assert explain(model, trace(model, (4, 5)), CPU)["calls"] == []
-    package = types.ModuleType("terrazzo.kernels.doubled")
-    package.describe = describe
-    monkeypatch.setitem(sys.modules, package.__name__, package)
-    (call,) = explain(model, trace(model, (4, 5)), CPU)["calls"]
-    assert (call["operator"], call["layer"], call["backend"]) == ("doubled", "1", "reference")
+    for name in ("terrazzo.kernels.doubled", "terrazzo.kernels.doubled.op"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["terrazzo.kernels.doubled.op"].OPERATOR = operator
+    (call,) = explain(model, trace(model, (4, 5)), gpu)["calls"]
+    assert (call["operator"], call["layer"], call["backend"]) == ("doubled", "1", "portable")
     assert call["shape"] == {"N": 60}
     assert call["parameters"] == {"times": "3"}
-    assert call["refused"] == {"fused": "not on cpu", "portable": "it is slow"}
+    assert call["refused"] == {"fused": "it is odd"}
     assert call["bytes_read"] == call["bytes_written"] == 240
 
 
@@ -238,7 +241,7 @@ def test_every_operator_describes_itself():
     assert operators
     for name in operators:
         assert hasattr(torch.ops.terrazzo, name)
-        assert callable(importlib.import_module(f"terrazzo.kernels.{name}").describe)
+        assert importlib.import_module(f"terrazzo.kernels.{name}.op").OPERATOR.name == name
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,14 @@ def _is_quick(case: Case) -> bool:
 
 
 def _compiled(case: Case, inputs: list[torch.Tensor]) -> Function:
-    """The portable form as a compiler sees it: standard operations, not one opaque one."""
-    from terrazzo.kernels.neighborhood_attention import portable
+    """The exported form, compiled: standard operations, not one opaque op."""
+    from terrazzo.kernels.neighborhood_attention import exported
 
     kernel, dilation, scale = case.kernel, case.dilation, case.dim**-0.5
 
     @partial(torch.compile, dynamic=False)
     def attend(query, key, value, rpb=None):
-        return portable.forward(query, key, value, rpb, kernel, dilation, scale, mode=portable.Traced)
+        return exported.forward(query, key, value, rpb, kernel, dilation, scale)
 
     return partial(attend, *inputs)
 

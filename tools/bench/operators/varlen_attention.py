@@ -10,21 +10,21 @@ from terrazzo.tools.bench.operators.operator import Operator
 
 
 def inputs(sizes: tuple[int, ...], device: torch.device) -> Sequence[torch.Tensor]:
-    """Query, key, value, offsets, and on the host the longest sequence's length; others have half of it or more."""
-    batch, sequences, longest, heads, dim = sizes
-    lengths = [longest - i * 37 % (longest // 2 + 1) for i in range(batch * sequences)]
-    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    """Query, key, value, cu_seqlens, and on the host the longest sequence's length; others have half of it or more."""
+    batch, sequences, max_seqlen, heads, dim = sizes
+    lengths = [max_seqlen - i * 37 % (max_seqlen // 2 + 1) for i in range(batch * sequences)]
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     packed = torch.randn(sum(lengths), 3, heads, dim, device=device).unbind(1)
-    return [*packed, offsets, torch.tensor(longest)]
+    return [*packed, cu_seqlens, torch.tensor(max_seqlen)]
 
 
-def run(query, key, value, offsets, longest, backend: str = "auto") -> torch.Tensor:
-    return varlen_attention(query, key, value, offsets, int(longest), backend=backend)
+def run(query, key, value, cu_seqlens, max_seqlen, backend: str = "auto") -> torch.Tensor:
+    return varlen_attention(query, key, value, cu_seqlens, int(max_seqlen), backend=backend)
 
 
-def padded(query, key, value, offsets, longest) -> torch.Tensor:
+def padded(query, key, value, cu_seqlens, max_seqlen) -> torch.Tensor:
     """Sequences filled up to the longest, with a mask of keys."""
-    real = torch.arange(int(longest), device=query.device) < offsets.diff().unsqueeze(1)
+    real = torch.arange(int(max_seqlen), device=query.device) < cu_seqlens.diff().unsqueeze(1)
     query, key, value = (
         x.new_zeros(*real.shape, *x.shape[1:]).masked_scatter(real[..., None, None], x).transpose(1, 2)
         for x in (query, key, value)
@@ -32,10 +32,12 @@ def padded(query, key, value, offsets, longest) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None]).transpose(1, 2)[real]
 
 
-def jagged(query, key, value, offsets, longest) -> torch.Tensor:
+def jagged(query, key, value, cu_seqlens, max_seqlen) -> torch.Tensor:
     """PyTorch's nested tensors, for which it has FlashAttention; in float32 they look for a GPU even on a CPU."""
     query, key, value = (
-        torch.nested.nested_tensor_from_jagged(x, offsets.long(), min_seqlen=1, max_seqlen=int(longest)).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(
+            x, cu_seqlens.long(), min_seqlen=1, max_seqlen=int(max_seqlen)
+        ).transpose(1, 2)
         for x in (query, key, value)
     )
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).values()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from terrazzo.kernels.triton_host import Limit, block_of, interpreted, precision
+from terrazzo.kernels.triton_host.machine import Limit, block_of, interpreted, precision
 
 HEAD_DIM = Limit(0, 128, "needs a head_dim of at most 128")
 

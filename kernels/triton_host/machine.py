@@ -14,21 +14,18 @@ _CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Limit:
-    """Sizes that an operator's kernels hold in registers, both ends included, and what they say of others."""
+    """Sizes that an operator's kernels can hold, both ends included, and the words that refuse others."""
 
     least: int
     most: int
     words: str
 
-    def fits(self, *sizes: int) -> bool:
-        """Whether all do. A plain bool also where a size is symbolic, which a comparison is not."""
-        for size in sizes:  # noqa: SIM110
+    def misfit(self, *sizes: int) -> str | None:
+        """None where all sizes fit, else the words. Sizes may be symbolic."""
+        for size in sizes:
             if size < self.least or size > self.most:
-                return False
-        return True
-
-    def misfit(self, fits: bool) -> str | None:
-        return None if fits else self.words
+                return self.words
+        return None
 
 
 def interpreting() -> bool:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from terrazzo.errors import BackendError, InputError
-from terrazzo.kernels.opaque import MORE, needs_more
+from terrazzo.kernels.dispatch.opaque import MORE, needs_more
 
 BACKENDS = ("auto", "fused", "portable", "reference")
 ENVIRONMENT = "TERRAZZO_BACKEND"
+_ARGUMENT = "the backend argument"
 
 _context: contextvars.ContextVar[str] = contextvars.ContextVar("terrazzo_backend", default="auto")
 
@@ -74,12 +75,12 @@ def consider(requested: str, refusals: Mapping[str, str], discouraged: Mapping[s
     Raises:
         InputError: The name asked for is not one of `BACKENDS`.
     """
-    asked_by = "the backend argument"
+    asked_by = _ARGUMENT
     if requested == "auto":
         requested, asked_by = _context.get(), "use_backend"
     if requested == "auto":
         requested, asked_by = os.environ.get(ENVIRONMENT) or "auto", f"the environment variable {ENVIRONMENT}"
-    check_name(requested, asked_by)
+    check_name(requested, asked_by if asked_by != _ARGUMENT else "")
     if requested == "auto":
         refusals = {**(discouraged or {}), **refusals}
         name = next(name for name in BACKENDS[1:] if name not in refusals)

@@ -1,0 +1,17 @@
+"""In which precision operators compute, whatever autocast asks of others."""
+
+import contextlib
+
+import torch
+
+
+def accumulator(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of sums, weights and states: float64 where a tensor is float64, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Operations inside keep the dtypes that their tensors have; `x` says on which device."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,60 @@
+"""How much attention each token gets, and attention itself, without its matrix in memory."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from terrazzo.errors import InputError
+from terrazzo.kernels.dispatch import arguments
+from terrazzo.kernels.token_reduction import op, portable
+
+
+def _check_queries(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise `InputError` for what the mean of attention does not take."""
+    arguments.check_tensors({"query": query, "key": key}, bias=bias)
+    if query.dim() != 4 or query.shape != key.shape or arguments.any_empty(*query.shape[1:]):
+        raise InputError(
+            "query and key must be (B, H, N, D), H, N and D at least 1, both of one shape, "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    arguments.check_one_dtype(query=query, key=key)
+    if bias is not None and bias.shape != (query.shape[0], query.shape[2]):
+        raise InputError(f"bias must be {(query.shape[0], query.shape[2])}, got {tuple(bias.shape)}")
+
+
+def column_mean(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """What each key gets of the attention, on average over heads and queries; it adds up to 1 and has no gradient.
+
+    The attention matrix is not kept: a tile of it is held at a time.
+
+    Args:
+        query, key: (B, H, N, D).
+        bias: (B, N), added to the logits of keys, or None.
+        backend: as of `plan`.
+
+    Returns:
+        (B, N), in float32 at least.
+
+    Raises:
+        InputError: Shapes, dtypes or devices that do not agree.
+        BackendError: `backend` names a form that cannot run here.
+    """
+    _check_queries(query, key, bias)
+    return op.column_mean(query, key, bias, backend)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """`column_mean`, and the function from values (B, H, N, D) to the attention's output of that shape.
+
+    For those who choose values by that mean. On a GPU the mean is the kernels', and attention PyTorch's. Elsewhere
+    weights that are few are computed once for both; of more neither keeps more than a tile.
+    """
+    _check_queries(query, key, bias)
+    if op.ATTENTION.choose("auto", query) == "fused":
+        return column_mean(query, key, bias, backend="fused"), partial(portable.attend, query, key, bias)
+    return portable.attention(query, key, bias)
