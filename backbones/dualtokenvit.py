@@ -22,7 +22,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from terrazzo.backbones._head import Head
+from terrazzo.backbones._head import POOLINGS, TokenHead
 from terrazzo.backbones._layers import (
     cells,
     dimensioned,
@@ -183,7 +183,7 @@ class DualTokenBlock(nn.Module):
         return x + self.drop_path(self.attn(self.mlp(self.norm2(x))))
 
 
-class PatchMerging(nn.Module):
+class LightPatchMerging(nn.Module):
     """LightViT's merging of (B, H, W, C): a linear layer of the pixels of a 2x2 patch plus one of their maximum."""
 
     def __init__(self, in_dim: int, dim: int, **factory):
@@ -213,7 +213,7 @@ class DualTokenStage(Stage):
     """A stage that carries the global tokens into its width before its blocks."""
 
     def __init__(self, blocks: Sequence[nn.Module], in_dim: int, dim: int, **factory):
-        super().__init__([], PatchMerging(in_dim, dim, **factory))
+        super().__init__([], LightPatchMerging(in_dim, dim, **factory))
         del self.blocks  # they come last: checkpoints of optimizers know parameters by their order
         self.carry = TokenMerging(in_dim, dim, **factory)
         self.blocks = nn.ModuleList(blocks)
@@ -250,12 +250,14 @@ class Stem(nn.Module):
         return x
 
 
-class AllTokensHead(Head):
-    """timm's head on tokens (B, N, C) in place of a map."""
+class AllTokensHead(TokenHead):
+    """A head on tokens (B, N, C) none of which is a class token: it pools all of them."""
 
-    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = super().forward(x.unsqueeze(2), pre_logits=pre_logits)
-        return x.squeeze(2) if self.global_pool.is_identity() else x
+    poolings = POOLINGS
+
+    @staticmethod
+    def positions(x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class DualTokenViT(Pyramid):
@@ -311,7 +313,7 @@ class DualTokenViT(Pyramid):
         if not norm_outputs:
             self.neck = nn.Sequential(nn.Linear(widths[-1], neck, **factory), nn.LayerNorm(neck, **factory), nn.GELU())
             self.num_features = neck
-        self.head = AllTokensHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **factory)
+        self.head = AllTokensHead(self.num_features, num_classes, global_pool, drop_rate, **factory)
         self.apply(init_linear)
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Tokens]:

@@ -28,7 +28,7 @@ from torch import nn
 
 from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._layers import initial_step_bias, patch_conv, whole_patches
+from terrazzo.backbones._layers import bicubic, initial_step_bias, patch_conv, whole_patches
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside, needed
@@ -187,22 +187,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def _cubic(side: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """(size, side) weights whose product with a side is its bicubic resizing, as by F.interpolate."""
-    place = torch.arange(size, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    source = (place + 0.5) * (side / (place[-1:] + 1)) - 0.5
-    known = torch.arange(side, device=like.device)
-    out = 0
-    for tap in range(-1, 3):
-        at = source.floor() + tap
-        far = (source - at).abs()
-        near = (1.25 * far - 2.25) * far * far + 1
-        farther = ((-0.75 * far + 3.75) * far - 6) * far + 3
-        weight = torch.where(far <= 1, near, farther)
-        out = out + weight[:, None] * (at.clamp(0, side - 1)[:, None] == known)
-    return out.to(like.dtype)
-
-
 def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Embeddings of a square's positions, (1, M, C), for a map of another size, bicubically; the same for its own.
 
@@ -212,7 +196,7 @@ def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     side = math.isqrt(x.shape[1])
     if not torch.compiler.is_compiling() and tuple(size) == (side, side):
         return x
-    rows, columns = (_cubic(side, length, x) for length in size)
+    rows, columns = (bicubic(side, length, x) for length in size)
     with without_autocast(x):
         x = columns @ x.unflatten(1, (side, side))  # 1 side W C
         return (rows @ x.flatten(2)).unflatten(2, (size[1], -1)).flatten(1, 2)
