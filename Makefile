@@ -7,8 +7,6 @@ WORKERS ?= 2
 # A file's tests stay together: they share what is costly to make. One thread each, or workers wait for one another. Files
 # of many tests would else come first, and those of few long ones last, for one worker to end alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-BENCHMARKS := attentive_conv neighborhood_attention selective_scan strip_attention token_reduction varlen_attention \
-	asvit attnet dinat dualtokenvit mambavision mctf medmamba roma s2aformer vmamba
 
 .PHONY: help demo test test-all check bench cards clean
 
@@ -47,7 +45,8 @@ bench: $(STAMP)
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python -m pytest tests/kernels/test_*_gpu.py; suffix=_gpu.csv; \
 	fi; \
-	for name in $(BENCHMARKS); do \
+	operators=$$($(BIN)/terrazzo bench --list operators); families=$$($(BIN)/terrazzo bench --list families); \
+	for name in $$operators $$families; do \
 		$(BIN)/python -m terrazzo bench $$name $${suffix:+--out model_cards/results/$$name$$suffix} $(OPTIONS); \
 	done
 

@@ -1,12 +1,15 @@
-"""Every backbone, registered with timm on import."""
+"""Every backbone, registered with timm on import.
 
-from terrazzo.backbones import asvit as asvit
-from terrazzo.backbones import attnet as attnet
-from terrazzo.backbones import dinat as dinat
-from terrazzo.backbones import dualtokenvit as dualtokenvit
-from terrazzo.backbones import mambavision as mambavision
-from terrazzo.backbones import mctf as mctf
-from terrazzo.backbones import medmamba as medmamba
-from terrazzo.backbones import roma as roma
-from terrazzo.backbones import s2aformer as s2aformer
-from terrazzo.backbones import vmamba as vmamba
+A family is a file of this folder whose name does not begin with `_`. A new family is found by its file alone.
+"""
+
+import importlib
+import pkgutil
+
+FAMILIES = tuple(
+    sorted(found.name for found in pkgutil.iter_modules(__path__) if not (found.ispkg or found.name.startswith("_")))
+)
+"""Names of the families, which are those of their files."""
+
+for _family in FAMILIES:
+    importlib.import_module(f"{__name__}.{_family}")

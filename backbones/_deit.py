@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block
 
 from terrazzo.backbones._layers import init_linear, patch_conv
 from terrazzo.backbones._plain import PlainViT
+from terrazzo.backbones._registration import imagenet_cfg
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._weights import rename
 
@@ -93,17 +94,8 @@ WEIGHTS = {
 }
 
 
-def cfg(size: str, **kwargs) -> dict[str, Any]:
+def cfg(size: str, top1: str, **kwargs) -> dict[str, Any]:
     """timm's configuration of a family on DeiT; the weights are DeiT's, Apache-2.0."""
-    return dict(
-        url=WEIGHTS[size],
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(14, 14),
-        crop_pct=0.875,
-        interpolation="bicubic",
-        first_conv="stem.patches",
-        classifier="head.fc",
-        license="apache-2.0",
-        **kwargs,
+    return imagenet_cfg(
+        top1, url=WEIGHTS[size], pool_size=(14, 14), first_conv="stem.patches", license="apache-2.0", **kwargs
     )

@@ -40,6 +40,32 @@ def cells(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
     return inside / inside.sum(1, keepdim=True)
 
 
+def bicubic(old: int, new: int, like: torch.Tensor, antialias: bool = False) -> torch.Tensor:
+    """(new, old) weights whose product with a side is its bicubic resizing, as by `F.interpolate`.
+
+    Of a side that keeps its length they are exactly 0 and 1.
+    """
+    index = torch.arange(new, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))[:, None]
+    known = torch.arange(old, device=like.device)
+    count = index[-1:] + 1  # `new`, as a tensor
+    if antialias:
+        weight = _cubic(((index + 0.5) * old / count - (known + 0.5)) / (old / count).clamp(min=1), -0.5)
+        return (weight / weight.sum(1, keepdim=True)).to(like.dtype)
+    place = (index + 0.5) * (old / count) - 0.5
+    weight = 0
+    for tap in range(-1, 3):
+        at = place.floor() + tap
+        weight = weight + _cubic(place - at, -0.75) * (at.clamp(0, old - 1) == known)  # edges are repeated
+    return weight.to(like.dtype)
+
+
+def _cubic(distance: torch.Tensor, a: float) -> torch.Tensor:
+    """Keys' cubic convolution kernel; PyTorch has `a` = -0.5 with antialiasing and -0.75 without."""
+    x = distance.abs()
+    inner, outer = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x < 1, inner, torch.where(x < 2, outer, 0))
+
+
 def learned_number(value: float, requires_grad: bool = True, **factory) -> nn.Parameter:
     """A parameter (1,): PyTorch shards none that has no dimension. See `take_scalars`."""
     return nn.Parameter(torch.full((1,), float(value), **factory), requires_grad)

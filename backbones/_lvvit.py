@@ -54,7 +54,7 @@ class TwoHeads(TokenHead):
         return self.token and not isinstance(self.fc, nn.Identity)
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return super().forward(x), self.aux(x[:, 1:]) if self.has_second() else None
+        return super().forward(x), self.aux(self.positions(x)) if self.has_second() else None
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         if pre_logits:

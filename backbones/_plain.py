@@ -10,7 +10,7 @@ from torch import nn
 from terrazzo.backbones._backbone import Backbone
 from terrazzo.backbones._checks import check_image, whole
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._layers import whole_patches
+from terrazzo.backbones._layers import bicubic, whole_patches
 from terrazzo.backbones._reducible import reducible
 from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import RESTORE, Reducer, State
@@ -35,17 +35,6 @@ class Plain(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from stem to head, for layer-wise learning rate decay."""
         return dict(stem=r"^stem", blocks=[(r"^blocks\.(\d+)", None), (r"^norm\d*", (99999,))])
-
-
-def bicubic(old: int, new: int, like: torch.Tensor) -> torch.Tensor:
-    """(new, old) weights whose product with a side is its bicubic resizing with antialiasing."""
-    place = (torch.arange(new, device=like.device) + 0.5) * old / new
-    other = torch.arange(old, device=like.device) + 0.5
-    stretch = torch.ones_like(place) * old / new
-    near = ((other - place[:, None]) / stretch.clamp(min=1)[:, None]).abs()
-    inner, outer = (1.5 * near - 2.5) * near**2 + 1, ((-0.5 * near + 2.5) * near - 4) * near + 2
-    weight = torch.where(near < 1, inner, torch.where(near < 2, outer, 0))
-    return (weight / weight.sum(1, keepdim=True)).to(like.dtype)
 
 
 class TokenStem(nn.Module):
@@ -87,7 +76,7 @@ class TokenStem(nn.Module):
         """
         if not (torch.compiler.is_compiling() or is_exporting()):
             return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
-        rows, columns = (bicubic(old, new, self.pos_embed) for old, new in zip(self.grid, grid))
+        rows, columns = (bicubic(old, new, self.pos_embed, antialias=True) for old, new in zip(self.grid, grid))
         learned = self.pos_embed[:, 1:].unflatten(1, self.grid)
         with without_autocast(learned):
             learned = columns @ (rows @ learned.flatten(2)).unflatten(2, (self.grid[1], -1))

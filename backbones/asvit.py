@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -25,6 +25,7 @@ from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, from_official
 from terrazzo.backbones._layers import dimensioned, learned_number, take_scalars
 from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._reducible import attended, heads, widened
+from terrazzo.backbones._registration import register_variants
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
@@ -346,11 +347,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def _cfg(size: str, top1: str) -> dict[str, Any]:
     return cfg(
         size,
+        top1,
         origin_url="https://github.com/Cydia2018/AS-ViT",
         paper_name="Adaptive Sparse ViT: Towards Learnable Adaptive Token Pruning by Fully Exploiting Self-Attention",
         paper_ids="arXiv:2209.13802",
         description="the weights are DeiT's, with thresholds as training begins; the authors published none",
-        notes=(f"published top-1: {top1}",),
     )
 
 
@@ -373,34 +374,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, model_cls: type[nn.Module] = ASViT, **kwargs) -> nn.Module:
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (2, 5, 8, 11)), feature_cls="getter"),
-        **kwargs,
-    )
-
-
-@register_model
-def asvit_deit_tiny(pretrained: bool = False, **kwargs) -> ASViT:
-    return _create("asvit_deit_tiny", pretrained, **{**TINY, **kwargs})
-
-
-@register_model
-def asvit_deit_small(pretrained: bool = False, **kwargs) -> ASViT:
-    return _create("asvit_deit_small", pretrained, **{**SMALL, **kwargs})
-
-
-@register_model
-def asvit_lvvit_small(pretrained: bool = False, **kwargs) -> ASLVViT:
-    arguments = {**_lvvit.SMALL, "out_indices": (3, 7, 11, 15), **kwargs}
-    return _create("asvit_lvvit_small", pretrained, ASLVViT, **arguments)
-
-
-@register_model
-def asvit_lvvit_medium(pretrained: bool = False, **kwargs) -> ASLVViT:
-    arguments = {**_lvvit.MEDIUM, "out_indices": (4, 9, 14, 19), **kwargs}
-    return _create("asvit_lvvit_medium", pretrained, ASLVViT, **arguments)
+register_variants(__name__, ASViT, {"asvit_deit_tiny": TINY, "asvit_deit_small": SMALL}, out_indices=(2, 5, 8, 11))
+register_variants(
+    __name__,
+    ASLVViT,
+    {
+        "asvit_lvvit_small": dict(_lvvit.SMALL, out_indices=(3, 7, 11, 15)),
+        "asvit_lvvit_medium": dict(_lvvit.MEDIUM, out_indices=(4, 9, 14, 19)),
+    },
+)

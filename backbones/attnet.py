@@ -21,13 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, RmsNorm2d, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import is_bare
 from terrazzo.backbones._head import Head
 from terrazzo.backbones._layers import cells
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import attentive_conv
 from terrazzo.kernels.dispatch.dtypes import without_autocast
@@ -258,21 +259,15 @@ _WEIGHTS = (
 )
 
 
-def _cfg(top1: float | None = None) -> dict[str, Any]:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation="bicubic",
+def _cfg(top1: float | str = "not known here") -> dict[str, Any]:
+    return imagenet_cfg(
+        top1,
         first_conv="stem.0.0",
-        classifier="head.fc",
         license="mit",
         origin_url="https://github.com/price112/Attentive-Convolution",
         paper_name="Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency",
         paper_ids="arXiv:2510.20092",
         description=f"the authors' weights are to be fetched by hand from {_WEIGHTS}",
-        notes=("published top-1: not known here" if top1 is None else f"published top-1: {top1}",),
     )
 
 
@@ -291,54 +286,16 @@ default_cfgs = generate_default_cfgs(
 _T = dict(mlp_norm=True, layer_scale=1e-6)
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> AttNet:
-    return build_model_with_cfg(
-        AttNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
-        **kwargs,
-    )
-
-
-@register_model
-def attnet_xxs(pretrained: bool = False, **kwargs) -> AttNet:
-    arguments = dict(depths=(2, 2, 4, 2), dims=(32, 64, 128, 240))
-    return _create("attnet_xxs", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def attnet_xs(pretrained: bool = False, **kwargs) -> AttNet:
-    arguments = dict(depths=(2, 2, 7, 2), dims=(40, 80, 160, 320), layer_scale=1e-6)
-    return _create("attnet_xs", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def attnet_s(pretrained: bool = False, **kwargs) -> AttNet:
-    arguments = dict(depths=(2, 3, 10, 3), dims=(40, 80, 160, 320))
-    return _create("attnet_s", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def attnet_t1(pretrained: bool = False, **kwargs) -> AttNet:
-    arguments = dict(depths=(2, 3, 12, 3), dims=(48, 96, 224, 384), **_T)
-    return _create("attnet_t1", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def attnet_t2(pretrained: bool = False, **kwargs) -> AttNet:
-    arguments = dict(depths=(3, 3, 16, 3), dims=(64, 128, 288, 512), **_T)
-    return _create("attnet_t2", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def attnet_t3(pretrained: bool = False, **kwargs) -> AttNet:
-    arguments = dict(depths=(4, 4, 26, 4), dims=(72, 144, 320, 576), **_T)
-    return _create("attnet_t3", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def attnet_t4(pretrained: bool = False, **kwargs) -> AttNet:
-    arguments = dict(depths=(5, 5, 28, 5), dims=(96, 192, 384, 768), **_T)
-    return _create("attnet_t4", pretrained, **{**arguments, **kwargs})
+register_variants(
+    __name__,
+    AttNet,
+    {
+        "attnet_xxs": dict(depths=(2, 2, 4, 2), dims=(32, 64, 128, 240)),
+        "attnet_xs": dict(depths=(2, 2, 7, 2), dims=(40, 80, 160, 320), layer_scale=1e-6),
+        "attnet_s": dict(depths=(2, 3, 10, 3), dims=(40, 80, 160, 320)),
+        "attnet_t1": dict(depths=(2, 3, 12, 3), dims=(48, 96, 224, 384), **_T),
+        "attnet_t2": dict(depths=(3, 3, 16, 3), dims=(64, 128, 288, 512), **_T),
+        "attnet_t3": dict(depths=(4, 4, 26, 4), dims=(72, 144, 320, 576), **_T),
+        "attnet_t4": dict(depths=(5, 5, 28, 5), dims=(96, 192, 384, 768), **_T),
+    },
+)

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._weights import any_prefix, rename, resize_bias_tables
 from terrazzo.errors import InputError
 from terrazzo.kernels import neighborhood_attention
@@ -265,24 +266,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _cfg(url: str, top1: float | None, **kwargs) -> dict[str, Any]:
-    return (
-        dict(
-            url=f"https://shi-labs.com/projects/{url}",
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation="bicubic",
-            first_conv="stem.proj.0",
-            classifier="head.fc",
-            license="mit",
-            origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-            paper_name="Dilated Neighborhood Attention Transformer",
-            paper_ids="arXiv:2209.15001",
-            notes=() if top1 is None else (f"published top-1: {top1}",),
-        )
-        | kwargs
+    about = dict(
+        first_conv="stem.proj.0",
+        license="mit",
+        origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        paper_name="Dilated Neighborhood Attention Transformer",
+        paper_ids="arXiv:2209.15001",
     )
+    return imagenet_cfg(top1, url=f"https://shi-labs.com/projects/{url}", **{**about, **kwargs})
 
 
 _NAT = dict(paper_name="Neighborhood Attention Transformer", paper_ids="arXiv:2204.07143")
@@ -361,120 +352,40 @@ _ISOTROPIC_SMALL = dict(embed_dim=384, num_heads=12)
 _ISOTROPIC_BASE = dict(embed_dim=768, num_heads=24)
 
 
-def _create(variant: str, pretrained: bool, model_cls: type[nn.Module] = NAT, taps=(0, 1, 2, 3), **kwargs):
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", taps), feature_cls="getter"),
-        **kwargs,
-    )
-
-
 def _dilated(arguments: dict[str, Any]) -> dict[str, Any]:
     return dict(arguments, dilations=_AT_224[arguments["depths"]])
 
 
-@register_model
-def nat_mini(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_mini", pretrained, **{**_MINI, **kwargs})
-
-
-@register_model
-def nat_tiny(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_tiny", pretrained, **{**_TINY, **kwargs})
-
-
-@register_model
-def nat_small(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
-
-
-@register_model
-def nat_base(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_base", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def dinat_mini(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_mini", pretrained, **{**_dilated(_MINI), **kwargs})
-
-
-@register_model
-def dinat_tiny(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_tiny", pretrained, **{**_dilated(_TINY), **kwargs})
-
-
-@register_model
-def dinat_small(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_small", pretrained, **{**_dilated(_SMALL), **kwargs})
-
-
-@register_model
-def dinat_base(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_base", pretrained, **{**_dilated(_BASE), **kwargs})
-
-
-@register_model
-def dinat_large(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_large", pretrained, **{**_dilated(_LARGE_ARGS), **kwargs})
-
-
-@register_model
-def dinat_large_384(pretrained: bool = False, **kwargs) -> NAT:
-    dilations = [[1, 13, 1], [1, 6] * 2, [1, 3] * 9, [1] * 5]
-    return _create("dinat_large_384", pretrained, **{**_LARGE_ARGS, "dilations": dilations, **kwargs})
-
-
-@register_model
-def dinat_large_384_11x11(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_large_384_11x11", pretrained, **{**_dilated(_LARGE_ARGS), "kernel_size": 11, **kwargs})
-
-
-@register_model
-def dinat_s_tiny(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_tiny", pretrained, **{**_dilated(_S_TINY), **kwargs})
-
-
-@register_model
-def dinat_s_small(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_small", pretrained, **{**_dilated(_S_SMALL), **kwargs})
-
-
-@register_model
-def dinat_s_base(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_base", pretrained, **{**_dilated(_S_BASE), **kwargs})
-
-
-@register_model
-def dinat_s_large(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_large", pretrained, **{**_dilated(_S_LARGE), **kwargs})
-
-
-@register_model
-def dinat_s_large_384(pretrained: bool = False, **kwargs) -> NAT:
-    dilations = [[1, 13], [1, 6], [1, 3] * 9, [1] * 2]
-    return _create("dinat_s_large_384", pretrained, **{**_S_LARGE, "dilations": dilations, **kwargs})
-
-
-@register_model
-def nat_isotropic_small(pretrained: bool = False, **kwargs) -> IsotropicNAT:
-    return _create("nat_isotropic_small", pretrained, IsotropicNAT, (3, 7, 11), **{**_ISOTROPIC_SMALL, **kwargs})
-
-
-@register_model
-def nat_isotropic_base(pretrained: bool = False, **kwargs) -> IsotropicNAT:
-    return _create("nat_isotropic_base", pretrained, IsotropicNAT, (3, 7, 11), **{**_ISOTROPIC_BASE, **kwargs})
-
-
-@register_model
-def dinat_isotropic_small(pretrained: bool = False, **kwargs) -> IsotropicNAT:
-    arguments = {**_ISOTROPIC_SMALL, "dilations": (1, 2) * 6, **kwargs}
-    return _create("dinat_isotropic_small", pretrained, IsotropicNAT, (3, 7, 11), **arguments)
-
-
-@register_model
-def dinat_isotropic_base(pretrained: bool = False, **kwargs) -> IsotropicNAT:
-    arguments = {**_ISOTROPIC_BASE, "dilations": (1, 2) * 6, **kwargs}
-    return _create("dinat_isotropic_base", pretrained, IsotropicNAT, (3, 7, 11), **arguments)
+register_variants(
+    __name__,
+    NAT,
+    {
+        "nat_mini": _MINI,
+        "nat_tiny": _TINY,
+        "nat_small": dict(_SMALL, layer_scale=1e-5),
+        "nat_base": _BASE,
+        "dinat_mini": _dilated(_MINI),
+        "dinat_tiny": _dilated(_TINY),
+        "dinat_small": _dilated(_SMALL),
+        "dinat_base": _dilated(_BASE),
+        "dinat_large": _dilated(_LARGE_ARGS),
+        "dinat_large_384": dict(_LARGE_ARGS, dilations=[[1, 13, 1], [1, 6] * 2, [1, 3] * 9, [1] * 5]),
+        "dinat_large_384_11x11": dict(_dilated(_LARGE_ARGS), kernel_size=11),
+        "dinat_s_tiny": _dilated(_S_TINY),
+        "dinat_s_small": _dilated(_S_SMALL),
+        "dinat_s_base": _dilated(_S_BASE),
+        "dinat_s_large": _dilated(_S_LARGE),
+        "dinat_s_large_384": dict(_S_LARGE, dilations=[[1, 13], [1, 6], [1, 3] * 9, [1] * 2]),
+    },
+)
+register_variants(
+    __name__,
+    IsotropicNAT,
+    {
+        "nat_isotropic_small": _ISOTROPIC_SMALL,
+        "nat_isotropic_base": _ISOTROPIC_BASE,
+        "dinat_isotropic_small": dict(_ISOTROPIC_SMALL, dilations=(1, 2) * 6),
+        "dinat_isotropic_base": dict(_ISOTROPIC_BASE, dilations=(1, 2) * 6),
+    },
+    out_indices=(3, 7, 11),
+)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
-from terrazzo.backbones._head import Head
+from terrazzo.backbones._head import POOLINGS, TokenHead
 from terrazzo.backbones._layers import (
     cells,
     dimensioned,
@@ -33,6 +33,7 @@ from terrazzo.backbones._layers import (
     take_scalars,
 )
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside, needed
 from terrazzo.backbones._weights import RECONSTRUCTED, any_prefix
 from terrazzo.kernels.dispatch.exporting import is_exporting
@@ -182,7 +183,7 @@ class DualTokenBlock(nn.Module):
         return x + self.drop_path(self.attn(self.mlp(self.norm2(x))))
 
 
-class PatchMerging(nn.Module):
+class LightPatchMerging(nn.Module):
     """LightViT's merging of (B, H, W, C): a linear layer of the pixels of a 2x2 patch plus one of their maximum."""
 
     def __init__(self, in_dim: int, dim: int, **factory):
@@ -212,7 +213,7 @@ class DualTokenStage(Stage):
     """A stage that carries the global tokens into its width before its blocks."""
 
     def __init__(self, blocks: Sequence[nn.Module], in_dim: int, dim: int, **factory):
-        super().__init__([], PatchMerging(in_dim, dim, **factory))
+        super().__init__([], LightPatchMerging(in_dim, dim, **factory))
         del self.blocks  # they come last: checkpoints of optimizers know parameters by their order
         self.carry = TokenMerging(in_dim, dim, **factory)
         self.blocks = nn.ModuleList(blocks)
@@ -249,12 +250,14 @@ class Stem(nn.Module):
         return x
 
 
-class AllTokensHead(Head):
-    """timm's head on tokens (B, N, C) in place of a map."""
+class AllTokensHead(TokenHead):
+    """A head on tokens (B, N, C) none of which is a class token: it pools all of them."""
 
-    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = super().forward(x.unsqueeze(2), pre_logits=pre_logits)
-        return x.squeeze(2) if self.global_pool.is_identity() else x
+    poolings = POOLINGS
+
+    @staticmethod
+    def positions(x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class DualTokenViT(Pyramid):
@@ -310,7 +313,7 @@ class DualTokenViT(Pyramid):
         if not norm_outputs:
             self.neck = nn.Sequential(nn.Linear(widths[-1], neck, **factory), nn.LayerNorm(neck, **factory), nn.GELU())
             self.num_features = neck
-        self.head = AllTokensHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", **factory)
+        self.head = AllTokensHead(self.num_features, num_classes, global_pool, drop_rate, **factory)
         self.apply(init_linear)
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Tokens]:
@@ -337,21 +340,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _cfg(top1: float | None) -> dict[str, Any]:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation="bicubic",
+    return imagenet_cfg(
+        "not known here" if top1 is None else f"{top1} (the authors' own model)",
         first_conv="stem.stem.0",
-        classifier="head.fc",
         origin_url="https://arxiv.org/abs/2309.12424",
         paper_name="DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion",
         paper_ids="arXiv:2309.12424",
         description=RECONSTRUCTED,
-        notes=(
-            "published top-1: not known here" if top1 is None else f"published top-1: {top1} (the authors' own model)",
-        ),
     )
 
 
@@ -365,32 +360,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> DualTokenViT:
-    return build_model_with_cfg(
-        DualTokenViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2)), feature_cls="getter"),
-        **kwargs,
-    )
-
-
-@register_model
-def dualtokenvit_tiny(pretrained: bool = False, **kwargs) -> DualTokenViT:
-    return _create("dualtokenvit_tiny", pretrained, **{**dict(widths=(32, 96, 160), mix=False), **kwargs})
-
-
-@register_model
-def dualtokenvit_tiny_mix(pretrained: bool = False, **kwargs) -> DualTokenViT:
-    return _create("dualtokenvit_tiny_mix", pretrained, **{**dict(widths=(32, 96, 160), mix=True), **kwargs})
-
-
-@register_model
-def dualtokenvit_small(pretrained: bool = False, **kwargs) -> DualTokenViT:
-    return _create("dualtokenvit_small", pretrained, **{**dict(widths=(64, 128, 256), mix=False), **kwargs})
-
-
-@register_model
-def dualtokenvit_small_mix(pretrained: bool = False, **kwargs) -> DualTokenViT:
-    return _create("dualtokenvit_small_mix", pretrained, **{**dict(widths=(64, 128, 256), mix=True), **kwargs})
+register_variants(
+    __name__,
+    DualTokenViT,
+    {
+        "dualtokenvit_tiny": dict(widths=(32, 96, 160), mix=False),
+        "dualtokenvit_tiny_mix": dict(widths=(32, 96, 160), mix=True),
+        "dualtokenvit_small": dict(widths=(64, 128, 256), mix=False),
+        "dualtokenvit_small_mix": dict(widths=(64, 128, 256), mix=True),
+    },
+    out_indices=(0, 1, 2),
+)

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
@@ -277,24 +278,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _cfg(hub: str, file: str, top1: float, **kwargs) -> dict[str, Any]:
-    return (
-        dict(
-            hf_hub_id=f"nvidia/MambaVision-{hub}",
-            hf_hub_filename=f"mambavision_{file}.pth.tar",
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=1.0,
-            interpolation="bicubic",
-            first_conv="stem.0",
-            classifier="head.fc",
-            license="cc-by-nc-sa-4.0",
-            origin_url="https://github.com/NVlabs/MambaVision",
-            paper_name="MambaVision: A Hybrid Mamba-Transformer Vision Backbone",
-            paper_ids="arXiv:2407.08083",
-            notes=(f"published top-1: {top1}",),
-        )
-        | kwargs
+    return imagenet_cfg(
+        top1,
+        hf_hub_id=f"nvidia/MambaVision-{hub}",
+        hf_hub_filename=f"mambavision_{file}.pth.tar",
+        first_conv="stem.0",
+        license="cc-by-nc-sa-4.0",
+        origin_url="https://github.com/NVlabs/MambaVision",
+        paper_name="MambaVision: A Hybrid Mamba-Transformer Vision Backbone",
+        paper_ids="arXiv:2407.08083",
+        **{"crop_pct": 1.0, **kwargs},
     )
 
 
@@ -314,55 +307,18 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_T = dict(depths=(1, 3, 8, 4), dim=80, stem_dim=32)
-_T2 = dict(depths=(1, 3, 11, 4), dim=80, stem_dim=32)
-_S = dict(depths=(3, 3, 7, 5), dim=96, stem_dim=64)
-_B = dict(depths=(3, 3, 10, 5), dim=128, stem_dim=64, layer_scale=1e-5)
-_L = dict(depths=(3, 3, 10, 5), dim=196, stem_dim=64, num_heads=(16, 32), layer_scale=1e-5)
-_L2 = dict(_L, depths=(3, 3, 12, 5))
+_LARGE = dict(dim=196, stem_dim=64, num_heads=(16, 32), layer_scale=1e-5)
 
-
-def _create(variant: str, pretrained: bool, **kwargs) -> MambaVision:
-    return build_model_with_cfg(
-        MambaVision,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
-        **kwargs,
-    )
-
-
-@register_model
-def mambavision_t(pretrained: bool = False, **kwargs) -> MambaVision:
-    return _create("mambavision_t", pretrained, **{**_T, **kwargs})
-
-
-@register_model
-def mambavision_t2(pretrained: bool = False, **kwargs) -> MambaVision:
-    return _create("mambavision_t2", pretrained, **{**_T2, **kwargs})
-
-
-@register_model
-def mambavision_s(pretrained: bool = False, **kwargs) -> MambaVision:
-    return _create("mambavision_s", pretrained, **{**_S, **kwargs})
-
-
-@register_model
-def mambavision_b(pretrained: bool = False, **kwargs) -> MambaVision:
-    return _create("mambavision_b", pretrained, **{**_B, **kwargs})
-
-
-@register_model
-def mambavision_l(pretrained: bool = False, **kwargs) -> MambaVision:
-    return _create("mambavision_l", pretrained, **{**_L, **kwargs})
-
-
-@register_model
-def mambavision_l2(pretrained: bool = False, **kwargs) -> MambaVision:
-    return _create("mambavision_l2", pretrained, **{**_L2, **kwargs})
-
-
-@register_model
-def mambavision_l2_512(pretrained: bool = False, **kwargs) -> MambaVision:
-    return _create("mambavision_l2_512", pretrained, **{**_L2, "window_size": (32, 16), **kwargs})
+register_variants(
+    __name__,
+    MambaVision,
+    {
+        "mambavision_t": dict(depths=(1, 3, 8, 4), dim=80, stem_dim=32),
+        "mambavision_t2": dict(depths=(1, 3, 11, 4), dim=80, stem_dim=32),
+        "mambavision_s": dict(depths=(3, 3, 7, 5), dim=96, stem_dim=64),
+        "mambavision_b": dict(depths=(3, 3, 10, 5), dim=128, stem_dim=64, layer_scale=1e-5),
+        "mambavision_l": dict(depths=(3, 3, 10, 5), **_LARGE),
+        "mambavision_l2": dict(depths=(3, 3, 12, 5), **_LARGE),
+        "mambavision_l2_512": dict(depths=(3, 3, 12, 5), window_size=(32, 16), **_LARGE),
+    },
+)

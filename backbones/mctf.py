@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import rows_of
 from terrazzo.backbones._checks import number, numbers, whole, wholes
 from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, from_official
 from terrazzo.backbones._reducible import attended, heads, widened
+from terrazzo.backbones._registration import register_variants
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
@@ -202,11 +203,11 @@ def _cfg(size: str, top1: str, folder: str | None = None) -> dict[str, Any]:
     by_hand = "" if folder is None else f"; the authors' are to be fetched by hand from {_DRIVE}/{folder}"
     return cfg(
         size,
+        top1,
         origin_url="https://github.com/mlvlab/MCTF",
         paper_name="Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers",
         paper_ids="arXiv:2403.10030",
         description=f"the weights are DeiT's, which were not trained with merging{by_hand}",
-        notes=(f"published top-1: {top1}",),
     )
 
 
@@ -228,42 +229,16 @@ default_cfgs = generate_default_cfgs(
 _FAST = dict(r=0.35, blocks=(3, 6, 9))
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> MCTF:
-    return build_model_with_cfg(
-        MCTF,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (2, 5, 8, 11)), feature_cls="getter"),
-        **kwargs,
-    )
-
-
-@register_model
-def mctf_deit_tiny(pretrained: bool = False, **kwargs) -> MCTF:
-    return _create("mctf_deit_tiny", pretrained, **{**TINY, **kwargs})
-
-
-@register_model
-def mctf_deit_tiny_fast(pretrained: bool = False, **kwargs) -> MCTF:
-    return _create("mctf_deit_tiny_fast", pretrained, **{**TINY, **_FAST, **kwargs})
-
-
-@register_model
-def mctf_deit_small(pretrained: bool = False, **kwargs) -> MCTF:
-    return _create("mctf_deit_small", pretrained, **{**SMALL, **kwargs})
-
-
-@register_model
-def mctf_deit_small_fast(pretrained: bool = False, **kwargs) -> MCTF:
-    return _create("mctf_deit_small_fast", pretrained, **{**SMALL, **_FAST, **kwargs})
-
-
-@register_model
-def mctf_deit_base(pretrained: bool = False, **kwargs) -> MCTF:
-    return _create("mctf_deit_base", pretrained, **{**BASE, **kwargs})
-
-
-@register_model
-def mctf_deit_base_fast(pretrained: bool = False, **kwargs) -> MCTF:
-    return _create("mctf_deit_base_fast", pretrained, **{**BASE, **_FAST, **kwargs})
+register_variants(
+    __name__,
+    MCTF,
+    {
+        "mctf_deit_tiny": TINY,
+        "mctf_deit_tiny_fast": dict(TINY, **_FAST),
+        "mctf_deit_small": SMALL,
+        "mctf_deit_small_fast": dict(SMALL, **_FAST),
+        "mctf_deit_base": BASE,
+        "mctf_deit_base_fast": dict(BASE, **_FAST),
+    },
+    out_indices=(2, 5, 8, 11),
+)

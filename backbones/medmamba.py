@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._layers import PatchEmbed, PatchMerging, init_linear, on_maps
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._ss2d import SS2D
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
@@ -157,61 +158,27 @@ _VARIANTS = {
 
 default_cfgs = generate_default_cfgs(
     {
-        name: dict(
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
+        name: imagenet_cfg(
+            "none on ImageNet",
             crop_pct=1.0,
             crop_mode="squash",
             interpolation="bilinear",
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
             first_conv="stem.proj",
-            classifier="head.fc",
             license="unstated",
             origin_url="https://github.com/YubiaoYue/MedMamba",
             paper_name="MedMamba: Vision Mamba for Medical Image Classification",
             paper_ids="arXiv:2403.03849",
             description=f"the authors' weights are to be fetched by hand from {_WEIGHTS}",
-            notes=("published top-1: none on ImageNet",),
         )
         for name in _VARIANTS
     }
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> MedMamba:
-    embed_dim, depth = _VARIANTS[variant]
-    return build_model_with_cfg(
-        MedMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
-        **{"embed_dim": embed_dim, "depths": (2, 2, depth, 2), **kwargs},
-    )
-
-
-@register_model
-def medmamba_t(pretrained: bool = False, **kwargs) -> MedMamba:
-    return _create("medmamba_t", pretrained, **kwargs)
-
-
-@register_model
-def medmamba_s(pretrained: bool = False, **kwargs) -> MedMamba:
-    return _create("medmamba_s", pretrained, **kwargs)
-
-
-@register_model
-def medmamba_s_paper(pretrained: bool = False, **kwargs) -> MedMamba:
-    return _create("medmamba_s_paper", pretrained, **kwargs)
-
-
-@register_model
-def medmamba_b(pretrained: bool = False, **kwargs) -> MedMamba:
-    return _create("medmamba_b", pretrained, **kwargs)
-
-
-@register_model
-def medmamba_b_paper(pretrained: bool = False, **kwargs) -> MedMamba:
-    return _create("medmamba_b_paper", pretrained, **kwargs)
+register_variants(
+    __name__,
+    MedMamba,
+    {name: dict(embed_dim=dim, depths=(2, 2, depth, 2)) for name, (dim, depth) in _VARIANTS.items()},
+)

@@ -17,19 +17,20 @@ bottom to whole patches, with the position embedding resized bicubically; the me
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, SwiGLU, lecun_normal_, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._layers import initial_step_bias, patch_conv, whole_patches
+from terrazzo.backbones._layers import bicubic, initial_step_bias, patch_conv, whole_patches
 from terrazzo.backbones._plain import Plain
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside, needed
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import selective_scan
@@ -186,22 +187,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def _cubic(side: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """(size, side) weights whose product with a side is its bicubic resizing, as by F.interpolate."""
-    place = torch.arange(size, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    source = (place + 0.5) * (side / (place[-1:] + 1)) - 0.5
-    known = torch.arange(side, device=like.device)
-    out = 0
-    for tap in range(-1, 3):
-        at = source.floor() + tap
-        far = (source - at).abs()
-        near = (1.25 * far - 2.25) * far * far + 1
-        farther = ((-0.75 * far + 3.75) * far - 6) * far + 3
-        weight = torch.where(far <= 1, near, farther)
-        out = out + weight[:, None] * (at.clamp(0, side - 1)[:, None] == known)
-    return out.to(like.dtype)
-
-
 def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Embeddings of a square's positions, (1, M, C), for a map of another size, bicubically; the same for its own.
 
@@ -211,7 +196,7 @@ def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     side = math.isqrt(x.shape[1])
     if not torch.compiler.is_compiling() and tuple(size) == (side, side):
         return x
-    rows, columns = (_cubic(side, length, x) for length in size)
+    rows, columns = (bicubic(side, length, x) for length in size)
     with without_autocast(x):
         x = columns @ x.unflatten(1, (side, side))  # 1 side W C
         return (rows @ x.flatten(2)).unflatten(2, (size[1], -1)).flatten(1, 2)
@@ -402,14 +387,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _cfg(weights: str, *notes: str, license: str | None = "unstated") -> dict[str, Any]:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
+    return imagenet_cfg(
+        None,
         pool_size=(14, 14),
-        crop_pct=0.875,
-        interpolation="bicubic",
         first_conv="stem.proj",
-        classifier="head.fc",
         license=license,
         origin_url="https://github.com/MiliLab/RoMA",
         paper_name="RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing",
@@ -432,33 +413,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> RoMA:
-    taps = tuple(kwargs["depth"] * i // 3 - 1 for i in (1, 2, 3))
-    return build_model_with_cfg(
-        RoMA,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", taps), feature_cls="getter"),
-        **kwargs,
-    )
+def _thirds(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """The last block of each third."""
+    return tuple(arguments["depth"] * i // 3 - 1 for i in (1, 2, 3))
 
 
-@register_model
-def roma_tiny(pretrained: bool = False, **kwargs) -> RoMA:
-    return _create("roma_tiny", pretrained, **{**dict(embed_dim=384, depth=12), **kwargs})
-
-
-@register_model
-def roma_small(pretrained: bool = False, **kwargs) -> RoMA:
-    return _create("roma_small", pretrained, **{**dict(embed_dim=512, depth=12), **kwargs})
-
-
-@register_model
-def roma_base(pretrained: bool = False, **kwargs) -> RoMA:
-    return _create("roma_base", pretrained, **{**dict(embed_dim=768, depth=12), **kwargs})
-
-
-@register_model
-def roma_large(pretrained: bool = False, **kwargs) -> RoMA:
-    return _create("roma_large", pretrained, **{**dict(embed_dim=1024, depth=24), **kwargs})
+register_variants(
+    __name__,
+    RoMA,
+    {
+        "roma_tiny": dict(embed_dim=384, depth=12),
+        "roma_small": dict(embed_dim=512, depth=12),
+        "roma_base": dict(embed_dim=768, depth=12),
+        "roma_large": dict(embed_dim=1024, depth=24),
+    },
+    out_indices=_thirds,
+)

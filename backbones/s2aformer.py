@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._head import Head
 from terrazzo.backbones._layers import init_linear, on_maps, patch_conv, whole_patches
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.kernels import strip_attention
 
@@ -205,19 +206,13 @@ class S2AFormer(Pyramid):
 
 
 def _cfg(top1: float) -> dict[str, Any]:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation="bicubic",
+    return imagenet_cfg(
+        f"{top1} (the authors' own model)",
         first_conv="stem.conv1",
-        classifier="head.fc",
         origin_url="https://arxiv.org/abs/2505.22195",
         paper_name="S2AFormer: Strip Self-Attention for Efficient Vision Transformer",
         paper_ids="arXiv:2505.22195",
         description=RECONSTRUCTED,
-        notes=(f"published top-1: {top1} (the authors' own model)",),
     )
 
 
@@ -232,41 +227,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> S2AFormer:
-    return build_model_with_cfg(
-        S2AFormer,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
-        **kwargs,
-    )
-
-
-@register_model
-def s2aformer_mini(pretrained: bool = False, **kwargs) -> S2AFormer:
-    arguments = dict(widths=(32, 64, 96, 288), depths=(1, 2, 6, 3), heads=(1, 2, 3, 9))
-    return _create("s2aformer_mini", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def s2aformer_t(pretrained: bool = False, **kwargs) -> S2AFormer:
-    arguments = dict(widths=(32, 64, 160, 320), depths=(2, 3, 6, 2), heads=(1, 2, 5, 10))
-    return _create("s2aformer_t", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def s2aformer_xs(pretrained: bool = False, **kwargs) -> S2AFormer:
-    arguments = dict(widths=(32, 64, 192, 320), depths=(2, 3, 6, 2), heads=(1, 2, 6, 10))
-    return _create("s2aformer_xs", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def s2aformer_s(pretrained: bool = False, **kwargs) -> S2AFormer:
-    arguments = dict(widths=(32, 64, 224, 448), depths=(2, 2, 8, 2), heads=(1, 2, 7, 14), stem_width=32)
-    return _create("s2aformer_s", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def s2aformer_m(pretrained: bool = False, **kwargs) -> S2AFormer:
-    arguments = dict(widths=(96, 128, 256, 512), depths=(2, 3, 20, 3), heads=(3, 4, 8, 16), stem_width=32)
-    return _create("s2aformer_m", pretrained, **{**arguments, **kwargs})
+register_variants(
+    __name__,
+    S2AFormer,
+    {
+        "s2aformer_mini": dict(widths=(32, 64, 96, 288), depths=(1, 2, 6, 3), heads=(1, 2, 3, 9)),
+        "s2aformer_t": dict(widths=(32, 64, 160, 320), depths=(2, 3, 6, 2), heads=(1, 2, 5, 10)),
+        "s2aformer_xs": dict(widths=(32, 64, 192, 320), depths=(2, 3, 6, 2), heads=(1, 2, 6, 10)),
+        "s2aformer_s": dict(widths=(32, 64, 224, 448), depths=(2, 2, 8, 2), heads=(1, 2, 7, 14), stem_width=32),
+        "s2aformer_m": dict(widths=(96, 128, 256, 512), depths=(2, 3, 20, 3), heads=(3, 4, 8, 16), stem_width=32),
+    },
+)

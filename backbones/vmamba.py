@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear, on_maps
 from terrazzo.backbones._pyramid import Pyramid, Stage
+from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._ss2d import SS2D
 from terrazzo.backbones._weights import any_prefix, flatten_pointwise, rename
 
@@ -140,24 +141,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return flatten_pointwise(rename(state_dict, OFFICIAL_NAMES), model)
 
 
-def _cfg(file: str, top1: float, **kwargs) -> dict[str, Any]:
-    return (
-        dict(
-            url=f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}",
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation="bicubic",
-            first_conv="stem.proj",
-            classifier="head.fc",
-            license="mit",
-            origin_url="https://github.com/MzeroMiko/VMamba",
-            paper_name="VMamba: Visual State Space Model",
-            paper_ids="arXiv:2401.10166",
-            notes=(f"published top-1: {top1}",),
-        )
-        | kwargs
+def _cfg(file: str, top1: float) -> dict[str, Any]:
+    return imagenet_cfg(
+        top1,
+        url=f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}",
+        first_conv="stem.proj",
+        license="mit",
+        origin_url="https://github.com/MzeroMiko/VMamba",
+        paper_name="VMamba: Visual State Space Model",
+        paper_ids="arXiv:2401.10166",
     )
 
 
@@ -177,59 +169,18 @@ default_cfgs = generate_default_cfgs(
 
 _V0 = dict(ratio=2.0, states=16, first_version=True)
 
-
-def _create(variant: str, pretrained: bool, **kwargs) -> VMamba:
-    return build_model_with_cfg(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
-        **kwargs,
-    )
-
-
-@register_model
-def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_tiny_s1l8", pretrained, **{**dict(depths=(2, 2, 8, 2)), **kwargs})
-
-
-@register_model
-def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_tiny_s2l5", pretrained, **{**dict(depths=(2, 2, 5, 2), ratio=2.0), **kwargs})
-
-
-@register_model
-def vmamba_small_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_small_s2l15", pretrained, **{**dict(depths=(2, 2, 15, 2), ratio=2.0), **kwargs})
-
-
-@register_model
-def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_small_s1l20", pretrained, **{**dict(depths=(2, 2, 20, 2)), **kwargs})
-
-
-@register_model
-def vmamba_base_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
-    arguments = dict(embed_dim=128, depths=(2, 2, 15, 2), ratio=2.0)
-    return _create("vmamba_base_s2l15", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_base_s1l20", pretrained, **{**dict(embed_dim=128, depths=(2, 2, 20, 2)), **kwargs})
-
-
-@register_model
-def vmamba_v0_tiny(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_v0_tiny", pretrained, **{**_V0, "depths": (2, 2, 9, 2), **kwargs})
-
-
-@register_model
-def vmamba_v0_small(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_v0_small", pretrained, **{**_V0, "depths": (2, 2, 27, 2), **kwargs})
-
-
-@register_model
-def vmamba_v0_base(pretrained: bool = False, **kwargs) -> VMamba:
-    return _create("vmamba_v0_base", pretrained, **{**_V0, "embed_dim": 128, "depths": (2, 2, 27, 2), **kwargs})
+register_variants(
+    __name__,
+    VMamba,
+    {
+        "vmamba_tiny_s1l8": dict(depths=(2, 2, 8, 2)),
+        "vmamba_tiny_s2l5": dict(depths=(2, 2, 5, 2), ratio=2.0),
+        "vmamba_small_s2l15": dict(depths=(2, 2, 15, 2), ratio=2.0),
+        "vmamba_small_s1l20": dict(depths=(2, 2, 20, 2)),
+        "vmamba_base_s2l15": dict(embed_dim=128, depths=(2, 2, 15, 2), ratio=2.0),
+        "vmamba_base_s1l20": dict(embed_dim=128, depths=(2, 2, 20, 2)),
+        "vmamba_v0_tiny": dict(depths=(2, 2, 9, 2), **_V0),
+        "vmamba_v0_small": dict(depths=(2, 2, 27, 2), **_V0),
+        "vmamba_v0_base": dict(embed_dim=128, depths=(2, 2, 27, 2), **_V0),
+    },
+)

@@ -151,10 +151,13 @@ for name in sys.argv[2:]:
     except ModuleNotFoundError as error:
         if error.name != "tensorrt":  # no dependency: it wants a GPU
             raise
+print(*terrazzo.backbones.FAMILIES)
 print(len(timm.list_models(module="dinat")))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), *modules], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 20
+    *families, count = done.stdout.split()
+    assert set(families) == {path.stem for path in (ROOT / "backbones").glob("[!_]*.py")}
+    assert int(count) >= 20

@@ -207,7 +207,7 @@ class TestParts:
 
     @pytest.mark.parametrize("size", [(8, 6), (7, 9)])
     def test_patch_merging(self, size):
-        merging = dualtokenvit.PatchMerging(16, 24).double()
+        merging = dualtokenvit.LightPatchMerging(16, 24).double()
         nn.init.normal_(merging.norm.weight)
         nn.init.normal_(merging.norm.bias)
         x, _ = inputs(*size, dim=16)

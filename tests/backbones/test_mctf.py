@@ -7,7 +7,7 @@ from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
 
 from terrazzo.backbones import _tokens, mctf
-from terrazzo.backbones._plain import bicubic
+from terrazzo.backbones._layers import bicubic
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import merge, plan, unmerge
 
@@ -141,7 +141,7 @@ class TestPlainViT:
             wanted = stem.positions(grid)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 torch.testing.assert_close(compiled(grid), wanted)
-        assert torch.equal(bicubic(14, 14, wanted), torch.eye(14))
+        assert torch.equal(bicubic(14, 14, wanted, antialias=True), torch.eye(14))
 
     def test_pooling_weighs_positions(self):
         """A mean over what is left counts a token as often as there are positions that it stands for."""

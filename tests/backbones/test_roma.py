@@ -9,6 +9,7 @@ from support.golden_packs import Pack, packs
 from support.seeded import build, image
 
 from terrazzo.backbones import roma
+from terrazzo.backbones._layers import bicubic
 from terrazzo.kernels.selective_scan.reference import sequence
 
 
@@ -198,7 +199,7 @@ class TestArchitecture:
         """Bit-identical at the native size, F.interpolate's elsewhere; the token keeps its own."""
         x = torch.randn(1, 196, 8)
         assert torch.equal(roma.resize_positions(x, (14, 14)), x)
-        assert torch.equal(roma._cubic(14, 14, x), torch.eye(14))
+        assert torch.equal(bicubic(14, 14, x), torch.eye(14))
         for size in ((2, 2), (7, 31), (24, 15)):
             grid = x.double().unflatten(1, (14, 14)).permute(0, 3, 1, 2)
             wanted = F.interpolate(grid, size=size, mode="bicubic").flatten(2).transpose(1, 2)

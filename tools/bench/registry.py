@@ -3,22 +3,34 @@
 import importlib
 from types import ModuleType
 
+from terrazzo import backbones
 from terrazzo.errors import InputError
 from terrazzo.tools.bench.families import FAMILIES
 
+_OPERATORS = "terrazzo.tools.bench.operators.benchmark"
+_BACKBONES = "terrazzo.tools.bench.backbones"
+_RUNTIMES = "terrazzo.tools.bench.runtimes"
+
 # Operators share a module, and have an entry each in its `OPERATORS`; families share two, and have one in `FAMILIES`. A
 # module has `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and `verdicts(rows, device)`.
-BENCHMARKS = {
-    "attentive_conv": "terrazzo.tools.bench.operators.benchmark",
-    "neighborhood_attention": "terrazzo.tools.bench.neighborhood.benchmark",
-    "selective_scan": "terrazzo.tools.bench.operators.benchmark",
-    "strip_attention": "terrazzo.tools.bench.operators.benchmark",
-    "token_reduction": "terrazzo.tools.bench.operators.benchmark",
-    "varlen_attention": "terrazzo.tools.bench.operators.benchmark",
-    **dict.fromkeys(FAMILIES, "terrazzo.tools.bench.backbones"),
+KINDS = {
+    "operators": {
+        "attentive_conv": _OPERATORS,
+        "neighborhood_attention": "terrazzo.tools.bench.neighborhood.benchmark",
+        "selective_scan": _OPERATORS,
+        "strip_attention": _OPERATORS,
+        "token_reduction": _OPERATORS,
+        "varlen_attention": _OPERATORS,
+    },
+    "families": {name: _BACKBONES for name in FAMILIES if name in backbones.FAMILIES},
+    # Models of a family with other arguments, against each other.
+    "settings": {name: _BACKBONES for name in FAMILIES if name not in backbones.FAMILIES},
     # Runtimes are given a model by its name.
-    **{f"{name}_runtimes": "terrazzo.tools.bench.runtimes" for name, family in FAMILIES.items() if not family.variants},
+    "runtimes": {f"{name}_runtimes": _RUNTIMES for name, family in FAMILIES.items() if not family.variants},
 }
+"""Of each kind the names of its benchmarks, and their modules."""
+
+BENCHMARKS = {name: module for kind in KINDS.values() for name, module in kind.items()}
 
 
 def module_of(name: str) -> ModuleType:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from terrazzo.errors import InputError
-from terrazzo.tools.bench.registry import module_of
+from terrazzo.tools.bench.registry import BENCHMARKS, KINDS, module_of
 
 _PASSES = {"forward": ("forward",), "training": ("forward+backward",), "both": ("forward", "forward+backward")}
 
@@ -28,8 +28,27 @@ class _Benchmarks(click.Command):
         super().invoke(context) if context.command is self else context.command.invoke(context)
 
 
+def _list(context: click.Context, parameter: click.Parameter, kind: str | None) -> None:
+    """Print the names of a kind, one per line, and leave."""
+    if kind is None:
+        return
+    for name in BENCHMARKS if kind == "all" else KINDS[kind]:
+        click.echo(name)
+    context.exit()
+
+
 @click.command(cls=_Benchmarks)
 @click.argument("name")
+@click.option(
+    "--list",
+    type=click.Choice([*KINDS, "all"]),
+    is_flag=False,
+    flag_value="all",
+    is_eager=True,
+    expose_value=False,
+    callback=_list,
+    help="Print the names of the benchmarks, all or those of a kind, and leave.",
+)
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
 @click.option(
     "--seconds",

@@ -1,6 +1,9 @@
 """`terrazzo bench`: it measures what it says, and its tables hold ratios of one run."""
 
 import dataclasses
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +59,30 @@ def test_every_family_has_an_entry():
         assert 0 < len(module.cases(name, dataclasses.replace(plan, quick=True))) < len(module.cases(name, plan))
         for part in ("measure", "table", "verdicts"):
             assert callable(getattr(module, part))
+
+
+@pytest.mark.parametrize("kind", [None, *registry.KINDS])
+def test_list(kind):
+    """Plain names, which `make bench` goes through."""
+    done = CliRunner().invoke(bench.command, ["--list", *([] if kind is None else [kind])])
+    assert done.exit_code == 0
+    assert done.output.splitlines() == list(registry.BENCHMARKS if kind is None else registry.KINDS[kind])
+
+
+def test_make_bench_measures_every_operator_and_family(tmp_path):
+    """The loop of the Makefile, run with a stand-in for its Python that writes down what it is asked to measure."""
+    (tmp_path / "bin").mkdir()
+    said = tmp_path / "said"
+    real = f"{shlex.quote(sys.executable)} -m terrazzo"
+    for name, text in {
+        "python": f'case "$1" in -c) exit 1;; *) echo "$4" >> {said};; esac',
+        "terrazzo": f'exec {real} "$@"',
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".installed").touch()
+    subprocess.run(["make", "-s", "-C", str(results.ROOT), "bench", f"VENV={tmp_path}"], check=True)
+    assert said.read_text().split() == [*registry.KINDS["operators"], *sorted(set(registered_models().values()))]
 
 
 class TestOperatorOnCpu:
