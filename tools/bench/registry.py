@@ -6,8 +6,9 @@ from types import ModuleType
 from terrazzo.errors import InputError
 from terrazzo.tools.bench.families import FAMILIES
 
-# Operators share a module, and have an entry each in its `OPERATORS`; families share two, and have one in `FAMILIES`. A
-# module has `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and `verdicts(rows, device)`.
+# Operators share one module, with an entry each in its `OPERATORS`; families share two modules, with an entry each in
+# `FAMILIES`. A module has `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and
+# `verdicts(rows, device)`.
 BENCHMARKS = {
     "attentive_conv": "terrazzo.tools.bench.operators.benchmark",
     "neighborhood_attention": "terrazzo.tools.bench.neighborhood.benchmark",
