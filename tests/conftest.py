@@ -1,5 +1,9 @@
 """What all tests share: the option that stores what the capability tests find, and a cache that is not the user's."""
 
+import gc
+import importlib.util
+import sys
+
 import pytest
 
 # Their failures show both sides of a comparison, as those of test files do.
@@ -12,6 +16,34 @@ def pytest_addoption(parser):
         action="store_true",
         help="store what the capability tests find in model_cards/results/capabilities.csv, rather than compare",
     )
+
+
+@pytest.fixture(scope="session")
+def frozen():
+    """How many modules were there when garbage collection last let go of what is there."""
+    return {"modules": 0}
+
+
+@pytest.fixture(autouse=True)
+def quick_garbage_collection(frozen):
+    """Objects of imported packages are no garbage. mmengine collects for each data set, half a second with mmdet."""
+    if len(sys.modules) > frozen["modules"] + 50:
+        gc.collect()
+        gc.freeze()
+        frozen["modules"] = len(sys.modules)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unformatted_configs():
+    """Configs are written down as mmengine puts them together: yapf takes longer than most trainings here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("yapf") is None:
+            yield
+            return
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **options: (text, True))
+        if "mmengine.config.config" in sys.modules:
+            patch.setattr("mmengine.config.config.FormatCode", lambda text, **options: (text, True))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

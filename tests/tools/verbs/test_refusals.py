@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -102,6 +103,7 @@ def used(run, floors, tmp_path_factory):
     work = tmp_path_factory.mktemp("used") / "work"
     result = run("train", CONFIG, "--data-root", floors, "--work-dir", work, "--max-iters", 1, *TINY)
     assert result.exit_code == 0, result.output
+    time.sleep(1)  # mmengine names the folder of a run's log by the second
     return work
 
 

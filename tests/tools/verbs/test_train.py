@@ -30,8 +30,8 @@ def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     assert first.returncode == 0, first.stderr
     assert first.stdout.rstrip().endswith("iter_2.pth")
     assert "Traceback" not in first.stderr
-    more = shell("train", CONFIG, *places, "--max-iters", 3, "--resume", *TINY)
-    assert more.returncode == 0, more.stderr
+    more = run("train", CONFIG, *places, "--max-iters", 3, "--resume", *TINY)
+    assert more.exit_code == 0, more.output
     assert "trained 3 iterations" in more.stdout
     assert (work_dir / "iter_3.pth").is_file()
     # A checkpoint brings all weights, so published ones are not fetched.
