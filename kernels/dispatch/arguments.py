@@ -32,7 +32,7 @@ def check_together(required: Mapping[str, object], **optional: object) -> None:
         if device is None:
             where, device = name, x.device
         elif x.device != device:
-            raise InputError(f"{name} must be where {where} is, on {device}, and is on {x.device}")
+            raise InputError(f"{name} must be on the same device as {where}, {device}, and is on {x.device}")
 
 
 def check_one_dtype(**tensors: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ def finite(value: object, name: str) -> float:
         InputError: `value` is not a finite number, or is a tensor with a gradient, which would be lost.
     """
     if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise InputError(f"{name} must be a number, got a tensor that wants a gradient: multiply by it outside")
+        raise InputError(f"{name} must be a number, got a tensor that requires a gradient: multiply by it outside")
     try:
         found = float(None if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):

@@ -20,7 +20,7 @@ def codes(orders: tuple[str, ...]) -> list[int]:
     """
     wrong = [order for order in orders if order not in ORDERS]
     if wrong or not orders:
-        raise InputError(f"orders must be of {', '.join(ORDERS)}, got {wrong[0] if wrong else 'none'}")
+        raise InputError(f"orders must be among {', '.join(ORDERS)}, got {wrong[0] if wrong else 'none'}")
     return [ORDERS.index(order) for order in orders]
 
 
