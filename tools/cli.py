@@ -1,7 +1,7 @@
 """The `terrazzo` command: its verbs, and how an error becomes one line.
 
-A verb is a module of `terrazzo.tools.verbs` with a click command named `command`. It is imported when it is run or its
-own help is asked for, so that `terrazzo list` does not pay for mmengine.
+A verb is a module of `terrazzo.tools.verbs` with a click command named `command`. It is imported when it runs or when
+its help is asked for, so that `terrazzo list` does not pay for mmengine.
 """
 
 import functools
@@ -36,7 +36,7 @@ VERBS = {
 }
 
 MODULES = {"list": "listing", "test": "evaluate"}
-"""Verbs whose modules have another name: `list` is a type, and pytest takes `test` for its own."""
+"""Verbs with modules of another name: `list` is a built-in type, and pytest would collect `test`."""
 
 EXTRAS = {
     "mmengine": "openmmlab",
@@ -55,7 +55,7 @@ EXIT_INTERRUPTED = 130
 
 
 def error_line(error: BaseException) -> str | None:
-    """The one line that says what a user can do about `error`; None for an error that is a bug of ours."""
+    """The one line that says what a user can do about `error`; None if the error is a bug in terrazzo."""
     if isinstance(error, click.ClickException):
         text = error.format_message()
     elif isinstance(error, TerrazzoError):
@@ -71,7 +71,7 @@ def error_line(error: BaseException) -> str | None:
 
 
 def _show(others: Callable, message: Warning | str, category: type[Warning], *place: object) -> None:
-    """Show a warning of ours as a line on stderr, without its place in the code; and others as ever."""
+    """Show a warning of terrazzo as one line on stderr, without its place in the code; show others as usual."""
     if issubclass(category, PictureWarning):
         click.echo(f"note: {message}", err=True)
     else:
@@ -95,7 +95,7 @@ class VerbGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context):
-        """Run a verb; click would print an empty line of its own for an interrupt."""
+        """Run a verb; for an interrupt, click would print an extra empty line."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:

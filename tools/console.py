@@ -21,7 +21,7 @@ def print_table(
     """Print rows, aligned; outside a terminal as plain text with a line for each row, never folded.
 
     Args:
-        rows: one sequence of cells a row; None is an empty cell.
+        rows: one sequence of cells per row; None is an empty cell.
         columns: header texts; None for no header.
         right: positions of the columns to align on the right.
     """

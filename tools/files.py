@@ -1,4 +1,4 @@
-"""Saying early that a place cannot be written to."""
+"""Checks, before any work, that a path can be written."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from terrazzo.errors import InputError
 
 
 def check_folder(path: Path) -> Path:
-    """Return `path` if it is a folder to write to or could be made one; InputError if not. Creates nothing."""
+    """Return `path` if it is a writable folder or could be created; InputError if not. It creates nothing."""
     for ancestor in (path, *path.parents):
         if ancestor.is_dir():
             if not os.access(ancestor, os.W_OK):

@@ -15,7 +15,7 @@ GRACE_S = 1.2
 
 
 class Terminated(KeyboardInterrupt):
-    """What SIGTERM raises, so that all that cleans up after Ctrl-C does so after it, too."""
+    """What SIGTERM raises, so that everything that cleans up after Ctrl-C also cleans up after SIGTERM."""
 
 
 class Interrupted(BaseException):
@@ -35,17 +35,17 @@ class Interrupted(BaseException):
 
 
 class LeaveAtOnce(SystemExit):
-    """An exit after an interrupt: the interpreter need not take everything down, which lasts for seconds."""
+    """An exit after an interrupt: the interpreter skips its clean-up, which takes seconds."""
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """While it lasts, SIGTERM raises `Terminated`."""
+    """Inside this context, SIGTERM raises `Terminated`."""
 
     def terminate(number: int, frame: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot catch signals
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)
@@ -57,13 +57,13 @@ def terminable() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """Lets a forked process die of SIGTERM, by which its pool ends it, and not tell this process of it."""
+    """Lets a forked process die of its pool's SIGTERM without telling this process."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs the command of a process, which ends soon after a signal whatever it does at that time."""
+    """Runs the command of a process; the process ends soon after a signal, whatever it is doing."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -89,9 +89,9 @@ def _watch(reading: int) -> None:
 
 
 def end_children() -> None:
-    """Kills the worker processes: they hold nothing, and PyTorch would wait five seconds for each that is busy."""
+    """Kills the worker processes: they hold no data, and PyTorch would wait five seconds for each busy worker."""
     if threading.current_thread() is threading.main_thread():
-        # Neither a second Ctrl-C nor PyTorch's watch over its workers gets in the way.
+        # Neither a second Ctrl-C nor PyTorch's watch over its workers may interfere.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -16,7 +16,7 @@ from mmengine.registry import DATASETS, MODELS
 from rich.progress import Progress
 from torch import nn
 
-import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
+import terrazzo.openmmlab  # noqa: F401  prepares mmengine before it is used
 from terrazzo.backbones._weights import weights_of
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.building import building
@@ -28,11 +28,11 @@ from terrazzo.tools.files import check_folder
 TASKS = ("classification", "segmentation", "detection", "panoptic")
 
 POINTS = ("begin", "end", "T_max", "milestones", "step_size", "periods", "total_steps")
-"""What in a schedule of mmengine is a number of epochs or iterations, or a list of such numbers."""
+"""The keys of mmengine's schedules that hold numbers of epochs or iterations, or lists of these numbers."""
 
 
 def task_of(cfg: Config) -> str:
-    """Which of `TASKS` the model of a config is for; InputError if it is none of them."""
+    """Which of `TASKS` the model of a config is for; InputError if it is for none."""
     settings = cfg.get("model") or {}
     if settings.get("type") == "Classifier":
         return "classification"
@@ -42,7 +42,9 @@ def task_of(cfg: Config) -> str:
         return "panoptic"
     if any(head in settings for head in ("bbox_head", "roi_head", "panoptic_head")):
         return "detection"
-    raise InputError(f"the model of {cfg.filename}, {settings.get('type')}, is for none of: {', '.join(TASKS)}")
+    raise InputError(
+        f"the model of {cfg.filename}, {settings.get('type')}, is for none of these tasks: {', '.join(TASKS)}"
+    )
 
 
 def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, dict]:
@@ -56,7 +58,7 @@ def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, dict]:
         The model, and the data set's facts: `classes` and `palette` (which may be None).
 
     Raises:
-        InputError: the checkpoint cannot be read, or is of another model or of other classes.
+        InputError: the checkpoint cannot be read, or has another model or other classes.
     """
     saved = load_file(checkpoint, "cpu")
     with building(cfg, "model"):
@@ -76,14 +78,14 @@ def load_exactly(model: nn.Module, saved: Any, checkpoint: str | Path) -> None:
     lacking = [key for key in own if key not in state]
     if lacking:
         raise InputError(
-            f"checkpoint {checkpoint} is not of this config: it lacks {len(lacking)} of {len(own)} tensors, such as "
+            f"checkpoint {checkpoint} does not fit this config: it lacks {len(lacking)} of {len(own)} tensors, such as "
             f"{lacking[0]}; name a file that a training of this config wrote"
         )
     for key, value in own.items():
         if state[key].shape != value.shape:
             raise InputError(
-                f"checkpoint {checkpoint} is of a model with other classes or sizes: {key} is {_sizes(state[key])} "
-                f"there and {_sizes(value)} in the config; name a file that a training of this config wrote"
+                f"checkpoint {checkpoint} has a model with other classes or sizes: {key} is {_sizes(state[key])} "
+                f"in the file and {_sizes(value)} in the config; name a file that a training of this config wrote"
             )
     model.load_state_dict({key: state[key] for key in own})
 
@@ -118,7 +120,7 @@ def test_dataset(cfg: Config) -> ConfigDict:
 
 
 def check_model(cfg: Config) -> None:
-    """Build the model of a config once and throw it away; InputError if it cannot be built."""
+    """Build the model of a config once and discard it; InputError if it cannot be built."""
     with building(cfg, "model"):
         MODELS.build(ConfigDict(cfg.model.copy()))
 
@@ -126,7 +128,7 @@ def check_model(cfg: Config) -> None:
 def check_work_dir(work_dir: Path, resume: bool | str) -> None:
     """Make sure that a training can write to `work_dir`, and has something to resume from if it is to.
 
-    A folder that holds checkpoints and is not resumed from is noted on standard error.
+    A note on standard error says if the folder holds checkpoints and the run does not resume.
 
     Raises:
         InputError: a file is in the way, or there is no checkpoint that can be read.
@@ -139,16 +141,16 @@ def check_work_dir(work_dir: Path, resume: bool | str) -> None:
         count = len(list(work_dir.glob("*.pth")))
         click.echo(
             f"note: {work_dir} holds {count} checkpoint{'s' if count != 1 else ''} of an earlier run; this run starts "
-            "anew, leaves them there and overwrites those of the same name; --resume goes on from the last",
+            "at iteration 0 and overwrites only checkpoints of the same name; --resume goes on from the last",
             err=True,
         )
 
 
 def shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None:
-    """Set how long a config trains, in place; every point of its schedules, in either unit, moves by new / old length.
+    """Set how long a config trains, in place; every point of its schedules, in either unit, scales by new / old length.
 
-    Points are rounded to whole epochs or iterations, and a schedule lasts for at least one. So a warm-up of iterations
-    shrinks with the epochs of the run, and none outlasts it on a small data set.
+    Points are rounded to whole epochs or iterations, and a schedule lasts for at least 1. So a warm-up in iterations
+    shrinks with the epochs of the run, and never outlasts the run on a small data set.
 
     Raises:
         InputError: both limits are given, or the config counts the other way.
@@ -173,7 +175,7 @@ def _shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None
     if loop.get("val_interval"):
         loop.val_interval = min(loop.val_interval, limit)
     hooks = cfg.get("default_hooks") or {}
-    # The logger counts iterations; an epoch of fewer than its interval is logged at its end anyway.
+    # The logger counts iterations; an epoch shorter than its interval is logged at its end anyway.
     for name in ("checkpoint", "logger") if key == "max_iters" else ("checkpoint",):
         hook = hooks.get(name)
         if hook and hook.get("interval", -1) > 0:
@@ -223,7 +225,7 @@ def _moved(points: Any, new: int, old: int, least: int) -> Any:
 def without_weights(settings: Any) -> Any:
     """The settings of a model, changed in place so that building it loads and downloads no weights."""
     if isinstance(settings, dict):
-        settings.pop("recipe", None)  # which is for training, and may read a teacher's
+        settings.pop("recipe", None)  # it is for training, and may read a teacher's weights
         if settings.get("pretrained"):
             settings["pretrained"] = False if "name" in settings else None
         if "name" in settings and settings.get("checkpoint"):

@@ -11,13 +11,13 @@ from torch import nn
 from terrazzo.errors import InputError
 
 NO_WEIGHTS = "no weights"
-"""Said in the place of a licence where the authors published none: the model is a reconstruction."""
+"""Takes the place of a licence if the authors published no weights: the model is a reconstruction."""
 
 _TOP1 = re.compile(r"top-?1\D{0,20}?(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 def family_of(name: str) -> str | None:
-    """The terrazzo family (the stem of its file) that registers model `name`; None for a model of timm's own."""
+    """The terrazzo family (the stem of its file) that registers model `name`; None for timm's own models."""
     module = timm.models.model_entrypoint(name).__module__
     return module.rsplit(".", 1)[-1] if module.startswith("terrazzo.backbones.") else None
 
@@ -38,7 +38,7 @@ def require_model(name: str) -> str:
         raise InputError(f"no model is called {name!r}; {hint}")
     tags = timm.list_pretrained(f"{bare}.*")
     if "." in name and name not in tags:
-        raise InputError(f"no weights are called {name!r}; those of {bare} are: {', '.join(tags) or 'none'}")
+        raise InputError(f"no weights are called {name!r}; the weights of {bare} are: {', '.join(tags) or 'none'}")
     return name
 
 
@@ -52,7 +52,7 @@ def build_on_meta(name: str, **options) -> nn.Module:
 
 
 def pretrained_cfg(name: str) -> PretrainedCfg:
-    """What timm knows of the default weights of `name`; an empty record if it knows nothing."""
+    """What timm knows about the default weights of `name`; an empty record if it knows nothing."""
     return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 

@@ -8,7 +8,7 @@ import click
 
 
 class UserPath(click.Path):
-    """A path as a user writes it: `~` at its beginning is their home, which a shell leaves as it is behind `=`."""
+    """A path as a user writes it: a leading `~` is the home folder, which a shell does not expand after `=`."""
 
     def __init__(self):
         super().__init__(path_type=Path)

@@ -21,7 +21,7 @@ FOLDER = ROOT / "model_cards" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One number: what was measured, on what, where, and its spread (p20 = p50 = p80 where there is none)."""
+    """One number: what was measured, on what, where, and its spread (p20 = p50 = p80 without spread)."""
 
     what: str
     variant: str
@@ -45,10 +45,10 @@ def read(path: Path, kind: type[R] = Row) -> list[R]:
     """The rows of a file.
 
     Args:
-        kind: a dataclass whose fields, texts and floats, are the columns.
+        kind: a dataclass; its fields, strings and floats, are the columns.
 
     Raises:
-        InputError: The file is not such a table.
+        InputError: The file is not a table of this kind.
     """
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
@@ -73,7 +73,7 @@ def _text(value: str | float) -> str:
 
 
 def device_name(device: torch.device | None = None) -> str:
-    """A GPU's name, or the processor's with the threads in use; by default the GPU's where there is one."""
+    """A GPU's name, or the processor's with the threads in use; by default the GPU's if there is a GPU."""
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -86,7 +86,7 @@ def device_name(device: torch.device | None = None) -> str:
 
 
 def versions(*packages: str) -> str:
-    """torch's version, and those of whichever of these packages are installed."""
+    """torch's version, and the versions of these packages if installed."""
     said = [f"torch {torch.__version__}"]
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -100,7 +100,7 @@ def about(device: torch.device, *packages: str) -> tuple[str, str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, or nothing outside of one."""
+    """The commit of this checkout; empty outside a checkout."""
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     except OSError:  # no git
@@ -114,5 +114,5 @@ def milliseconds(time: float | None, digits: int = 2) -> str:
 
 
 def ratio(time: float | None, ours: float | None, digits: int = 1) -> str:
-    """A cell of a table: how many times as long as ours something takes."""
+    """A cell of a table: a time as a multiple of ours."""
     return "not run" if time is None or ours is None else f"{time / ours:.{digits}f} x"

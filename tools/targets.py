@@ -42,7 +42,8 @@ def load_timm_model(
         num_classes: classes of the head; None for the model's own number.
 
     Raises:
-        InputError: unknown name, weights that cannot be had, or a checkpoint that cannot be read or does not fit.
+        InputError: unknown name, weights that cannot be downloaded, or a checkpoint that cannot be read or does not
+            fit.
     """
     require_model(name)
     if checkpoint is not None and pretrained:
@@ -53,7 +54,7 @@ def load_timm_model(
             return timm.create_model(name, pretrained=True, **options).eval()
         except Exception as error:  # the hub's clients fail in many ways: no network, no file, no such weights
             raise InputError(
-                f"the weights of {name} cannot be had: {first_line(error)}; name a file of weights"
+                f"the weights of {name} cannot be downloaded: {first_line(error)}; name a file of weights"
             ) from error
     model = timm.create_model(name, **options).eval()
     if checkpoint is not None:
@@ -64,7 +65,7 @@ def load_timm_model(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; None is the GPU if there is one, else the CPU. InputError if it is not there."""
+    """The device called `name`; None means a GPU if there is one, else the CPU. InputError if it cannot be used."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

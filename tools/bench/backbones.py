@@ -1,6 +1,6 @@
-"""Classifiers end to end, a family's model against models of timm: all that there is to know is in bench_families.py.
+"""Classifiers end to end: a family's model against timm models. The entries are in families.py.
 
-Weights are random. Images and weights are channels_last, in which the convolutional models are fastest and the others
+Weights are random. Images and weights are channels_last, because convolutional models are fastest in it and others are
 no slower. On a CPU everything is float32; on a GPU inference runs with bfloat16 weights, and training under autocast.
 """
 
@@ -60,7 +60,7 @@ class Case:
 
 
 def cases(name: str, plan: Plan) -> list[Case]:
-    """What is measured of a family on the plan's device: only the forward pass if nothing else is asked for."""
+    """What is measured for a family on the plan's device: by default only the forward pass."""
     family = FAMILIES[name]
     gpu = plan.device.type == "cuda"
     images, few = (family.gpu, 2) if gpu else (family.cpu, 1)
@@ -75,7 +75,7 @@ def cases(name: str, plan: Plan) -> list[Case]:
 
 
 def _build(name: str, images: Images, **arguments) -> nn.Module:
-    """A model for images of any size; those that are built for one size are built for this."""
+    """A model for these images; a model for a single size is built for their size."""
     sized = {"img_size": (images.height, images.width)} if pretrained_cfg(name).fixed_input_size else {}
     return timm.create_model(name, **sized, **arguments)
 
@@ -119,11 +119,11 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
     """Time every model on a case.
 
     Returns:
-        The rows, and of each model that has none the reason.
+        The rows, and a reason for each model without rows.
     """
     family = FAMILIES[case.family]
     if case.mode == COMPILED:
-        torch.compiler.reset()  # or a model would run uncompiled once as many shapes as Dynamo keeps have passed
+        torch.compiler.reset()  # otherwise a model would run uncompiled after as many shapes as Dynamo caches
     functions, reasons = {}, {}
     for name in (family.model, *family.peers):
         # One model after the other, so that one that does not fit leaves room for the next.
@@ -151,7 +151,7 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
 
 def _family(rows: list[results.Row]) -> Family:
     if not rows or rows[0].what not in FAMILIES:
-        raise InputError(f"these rows are of no family that is measured: {', '.join(FAMILIES)}")
+        raise InputError(f"these rows belong to none of the measured families: {', '.join(FAMILIES)}")
     return FAMILIES[rows[0].what]
 
 
@@ -183,7 +183,7 @@ def table(rows: list[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 
 def verdicts(rows: list[results.Row], device: str) -> list[str]:
-    """What is promised of this type of device, and whether it is kept, a line for each mode."""
+    """The targets for this type of device, and whether they are met, a line for each mode."""
     family = _family(rows)
     found = _times(rows)
     lines = []

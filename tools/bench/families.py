@@ -1,4 +1,4 @@
-"""Which backbones are measured end to end, against whom, and on what: one entry per family."""
+"""Which backbones are measured end to end, against which peers and on which images: one entry per family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Target:
-    """What is promised of a family's forward pass against one peer.
+    """The target for a family's forward pass against one peer.
 
     Attributes:
         device: type of the device, "cpu" or "cuda".
         peer: one of the family's peers.
-        bound: of the ratio of times, ours to the peer's, from above; or with `throughput` of images per second, ours to
-            the peer's, from below.
+        bound: the largest ratio of our time to the peer's; with `throughput`, the smallest ratio of our images per
+            second to the peer's.
     """
 
     device: str
@@ -35,24 +35,24 @@ _CPU = (Images(224, 224), Images(512, 512))
 _GPU = (Images(224, 224, 128), Images(512, 512, 16), Images(800, 1344, 2), Images(1024, 2048))
 # 0.22, 0.52 and 1.41 G multiply-adds at 224 around the 0.44 to 0.50 of our smallest models.
 _MOBILE = ("mobilenetv3_large_100", "efficientvit_b1", "mobilevitv2_100")
-_DEIT = "deit_small_patch16_224"  # takes its own size alone
+_DEIT = "deit_small_patch16_224"  # takes only its own size
 _VIT = (Images(224, 224), Images(224, 224, 16))
 _SWIN, _CONVNEXT = "swin_tiny_patch4_window7_224", "convnext_tiny"
-# 4.5, 4.5 and 4.5 G multiply-adds at 224, as of the smallest Mamba hybrids; the last is one without its scans.
+# 4.5 G multiply-adds each at 224, like the smallest Mamba hybrids; the last is a hybrid without its scans.
 _HYBRID = (_SWIN, _CONVNEXT, "mambaout_tiny")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model of a family, models of timm of its size, and the images they see.
+    """One model of a family, timm models of its size, and the images they see.
 
     Attributes:
         model: ours.
         peers: names that timm knows.
-        cpu: images on a CPU; the first of them for a quick look.
-        gpu: images on a GPU; the first two of them for a quick look.
-        targets: what is promised.
-        variants: what names of no model stand for: timm's name, and arguments.
+        cpu: images on a CPU; a quick run takes the first.
+        gpu: images on a GPU; a quick run takes the first two.
+        targets: what the model should reach.
+        variants: for names that are not models, timm's name and arguments.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Family:
         return self.variants.get(name, (name, {}))
 
 
-# The backbone of a detector: one map of every position.
+# The backbone of a detector: one map with every position.
 _DENSE = dict(features_only=True, norm_outputs=True, out_indices=(11,))
 _DEIT_MAP = ("mctf_deit_tiny", dict(r=0, blocks=(), **_DENSE))
 _MERGED_MAP = ("mctf_deit_tiny_fast", dict(criteria=(1, 0, 40), cells_first=True, multiple=8, **_DENSE))

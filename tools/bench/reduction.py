@@ -1,4 +1,4 @@
-"""`terrazzo bench reduce`: what a plain ViT of timm gains and loses by merging so many tokens in each block."""
+"""`terrazzo bench reduce`: what a plain timm ViT gains and loses by merging tokens in each block."""
 
 import copy
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from terrazzo.tools.targets import load_timm_model, pick_device
 
 MACS, POOLED, MAP = "multiply-adds", "cosine of the vector", "cosine of the map"
 _R = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
-_FLOORS = 16  # pictures that are drawn for those who name none
+_FLOORS = 16  # pictures that are drawn if the user names none
 
 _positive = click.FloatRange(min=0, min_open=True)
 
@@ -40,7 +40,7 @@ _positive = click.FloatRange(min=0, min_open=True)
     multiple=True,
     default=_R,
     show_default=True,
-    help="Tokens that a block merges, or, below 1, which part of them; give several.",
+    help="Tokens that a block merges, or the share of tokens if below 1; repeatable.",
 )
 @click.option("--blocks", metavar="N,N...", help="Which blocks merge, counted from 0 [default: all but the first].")
 @click.option(
@@ -50,13 +50,13 @@ _positive = click.FloatRange(min=0, min_open=True)
     multiple=True,
     default=(1, 16),
     show_default=True,
-    help="Images at a time; give several.",
+    help="Batch size; repeatable.",
 )
 @click.option(
     "--images",
     type=UserPath(),
     multiple=True,
-    help="Pictures, or folders of them, whose features are compared [default: drawn ones].",
+    help="Pictures, or folders of pictures, to compare features on [default: drawn pictures].",
 )
 @click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights.")
@@ -75,10 +75,10 @@ def command(
     seconds: float,
     out: Path | None,
 ) -> None:
-    """Reduce MODEL, a plain ViT of timm, by several r: images a second, multiply-adds, and how far features drift.
+    """Reduce MODEL, a plain timm ViT, by several r: images per second, multiply-adds, and how far features drift.
 
-    Drift is the mean cosine to what the unreduced model says of a picture: of the vector that it classifies, and of its
-    last map, each position by itself.
+    Drift is the mean cosine to the unreduced model's features of a picture: of the vector that it classifies, and of
+    each position of its last map.
     """
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
@@ -86,7 +86,9 @@ def command(
     at = None if blocks is None else _numbers(blocks)
     whole = load_timm_model(model, checkpoint, pretrained)
     if checkpoint is None and not pretrained:
-        click.echo(f"note: {model} has random weights, whose features drift otherwise; see --pretrained", err=True)
+        click.echo(
+            f"note: {model} has random weights, and their features drift differently; see --pretrained", err=True
+        )
     counts = tuple(dict.fromkeys((0.0, *counts)))
     models = {_name(r, at): reduce(copy.deepcopy(whole), r=r, blocks=at).to(where) for r in counts}
     inputs = _inputs(whole, images).to(where)
@@ -167,7 +169,7 @@ def _infer(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def _drift(whole: nn.Module, reduced: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """Mean cosines, of one picture at a time."""
+    """Mean cosines, computed picture by picture."""
     cosines: dict[str, list[float]] = {POOLED: [], MAP: []}
     for image in images.split(1):
         (old, (old_map,)), (new, (new_map,)) = (

@@ -11,8 +11,9 @@ _OPERATORS = "terrazzo.tools.bench.operators.benchmark"
 _BACKBONES = "terrazzo.tools.bench.backbones"
 _RUNTIMES = "terrazzo.tools.bench.runtimes"
 
-# Operators share a module, and have an entry each in its `OPERATORS`; families share two, and have one in `FAMILIES`. A
-# module has `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and `verdicts(rows, device)`.
+# Operators share one module, with an entry each in its `OPERATORS`; families share two modules, with an entry each in
+# `FAMILIES`. A module has `cases(name, plan)`, `measure(case, plan) -> (rows, reasons)`, `table(rows)` and
+# `verdicts(rows, device)`.
 KINDS = {
     "operators": {
         "attentive_conv": _OPERATORS,
@@ -28,7 +29,7 @@ KINDS = {
     # Runtimes are given a model by its name.
     "runtimes": {f"{name}_runtimes": _RUNTIMES for name, family in FAMILIES.items() if not family.variants},
 }
-"""Of each kind the names of its benchmarks, and their modules."""
+"""The benchmarks of each kind: their names, and the modules that measure them."""
 
 BENCHMARKS = {name: module for kind in KINDS.values() for name, module in kind.items()}
 

@@ -1,8 +1,7 @@
-"""One model of a family by every runtime that a CPU has, against eager PyTorch: forward, on bench_families.py's images.
+"""One model of a family in every CPU runtime, against eager PyTorch: forward, on the images of families.py.
 
 All have the same weights, images and number of threads. ONNX Runtime and OpenVINO run the file that `terrazzo export`
-writes. OpenVINO is measured twice: in float32, in which the others compute, and as it comes, in bfloat16 where the
-processor has that.
+writes. OpenVINO is measured twice: in float32 like the others, and in its default, bfloat16 where the processor has it.
 """
 
 import tempfile
@@ -22,10 +21,10 @@ from terrazzo.tools.inspect.timing import FORWARD, Function, Late, Plan, SteadyT
 
 EAGER, COMPILED, ONNX, OPENVINO, OPENVINO_DEFAULT = "eager", "compiled", "onnxruntime", "openvino", "openvino default"
 _SUFFIX = "_runtimes"
-# Of max |difference| / max |eager|, by the dtype that a runtime computes in.
+# Limits of max |difference| / max |eager|, by the dtype that a runtime computes in.
 _LIMITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as OpenVINO calls them
-# ONNX Runtime's time is promised to be at most eager's.
+# The target: ONNX Runtime takes at most eager's time.
 _BOUND = 1.0
 
 
@@ -56,12 +55,12 @@ def cases(name: str, plan: Plan) -> list[Case]:
     """What is measured.
 
     Raises:
-        InputError: The plan is not of forward passes on a CPU.
+        InputError: The plan asks for other things than forward passes on a CPU.
     """
     if plan.device.type != "cpu":
         raise InputError(f"{name} compares runtimes of the CPU; give --device cpu")
     if plan.passes not in ((), (FORWARD,)):
-        raise InputError(f"{name} compares what runs exported files, which have no backward pass; leave --pass out")
+        raise InputError(f"{name} compares exported files, which have no backward pass; leave --pass out")
     family = name.removesuffix(_SUFFIX)
     images = FAMILIES[family].cpu
     return [Case(family, batch) for batch in (images[:1] if plan.quick else images)]
@@ -95,7 +94,7 @@ class _File:
 
     def __init__(self, model: nn.Module, images: torch.Tensor, path: Path):
         self.model, self.images, self.path = model, images, path
-        self.fault: str | None = None  # empty where there is none; None before it is known
+        self.fault: str | None = None  # empty if there is no fault; None before it is known
 
     def __call__(self) -> Path:
         if self.fault is None:
@@ -116,7 +115,7 @@ class _File:
 
 def _functions(model: nn.Module, images: torch.Tensor, file: _File, plan: Plan) -> dict[str, Function]:
     """By runtime, one call of the model."""
-    placed = images.to(memory_format=torch.channels_last)  # as the model is, and as bench_backbones.py measures
+    placed = images.to(memory_format=torch.channels_last)  # like the model, and like the images in backbones.py
     functions = {EAGER: _eager(model, placed)}
     if plan.compiled is not False:
         functions[COMPILED] = _eager(torch.compile(model, dynamic=False), placed)
@@ -127,7 +126,7 @@ def _functions(model: nn.Module, images: torch.Tensor, file: _File, plan: Plan) 
 
 
 def _dtype(runtime: str) -> str:
-    """What a runtime computes in on this processor."""
+    """The dtype that a runtime computes in on this processor."""
     if runtime != OPENVINO_DEFAULT:
         return "float32"
     from terrazzo.tools.runtimes.openvino import core
@@ -146,11 +145,11 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
     """Check every runtime against eager PyTorch on a case, then time them in turns.
 
     Returns:
-        The rows, and of each runtime that has none the reason.
+        The rows, and a reason for each runtime without rows.
     """
     family = FAMILIES[case.family]
     torch.manual_seed(0)
-    torch.compiler.reset()  # or a model would run uncompiled once as many shapes as Dynamo keeps have passed
+    torch.compiler.reset()  # otherwise a model would run uncompiled after as many shapes as Dynamo caches
     model = timm.create_model(family.model).eval().to(memory_format=torch.channels_last)
     images = torch.randn(case.images.batch, 3, case.images.height, case.images.width)
     with torch.no_grad():
@@ -196,7 +195,7 @@ def table(rows: list[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...
         COMPILED: "torch.compile",
         ONNX: "ONNX Runtime",
         OPENVINO: "OpenVINO in float32",
-        OPENVINO_DEFAULT: f"OpenVINO as it comes ({dtype})" if dtype else "OpenVINO as it comes",
+        OPENVINO_DEFAULT: f"OpenVINO by default ({dtype})" if dtype else "OpenVINO by default",
     }
     lines = [
         (

@@ -1,17 +1,17 @@
-"""Sentences that hold measured ratios against what is promised."""
+"""Sentences that compare measured ratios with targets."""
 
 from collections.abc import Mapping
 
 
 def verdict(what: str, ratios: Mapping[str, float], target: float, most: bool, unit: str) -> str:
-    """One line: the range found, the target, and whether it is met everywhere or where not.
+    """One line: the range found, the target, and where it is met.
 
     Args:
         what: what is compared.
-        ratios: by the case on which each was found.
-        target: a bound of each of them.
+        ratios: the ratio of each case, by its name.
+        target: a bound for each ratio.
         most: whether it bounds from above.
-        unit: what the ratios are of, such as "x floor".
+        unit: the unit of the ratios, such as "x floor".
     """
     bound = f"target at {'most' if most else 'least'} {target:g}"
     if not ratios:

@@ -6,7 +6,7 @@ One generator feeds three layouts under one root:
     labels/{train,val}/NAME.png                class index of every pixel (0 cement, 1..5 the stones; 255 is not used)
     classes.json                               names, palette and ignore index of the labels
     annotations/instances_{train,val}.json     COCO: a box and a run-length mask for every chip, category ids 1..5
-    chips/{train,val}/STONE/NAME.png           one chip a picture, a folder for each stone
+    chips/{train,val}/STONE/NAME.png one chip per picture, one folder per stone
 
 The stones share colours (white marble and white glass, black basalt and black glass, red granite and red jasper), so
 that texture and outline must be seen to tell them apart. Everything follows from the seed; NumPy and Pillow are all it
@@ -60,7 +60,7 @@ _CEMENT = ((186, 182, 174), (214, 206, 192), (150, 150, 152), (204, 184, 172), (
 
 @dataclass(frozen=True)
 class Floor:
-    """One picture and all that is known about it.
+    """One picture and everything that is known about it.
 
     Attributes:
         image: (H, W, 3) uint8.
@@ -141,7 +141,7 @@ class FloorMaker:
         return None
 
     def _chip(self, stone: str, cover: np.ndarray) -> np.ndarray:
-        """Stone for a chip, (h, w, 3): a cut of one of the stone's tiles, with a tone of its own and a worn rim."""
+        """Stone for a chip, (h, w, 3): cut from one of the stone's tiles, with its own tone and a worn rim."""
         random = self._random
         height, width = cover.shape
         tile = self._tiles[stone][random.integers(_TILES_PER_STONE)]

@@ -1,1 +1,1 @@
-"""What of another project works here: mmdet's and mmseg's configs, each built in a process of its own."""
+"""Which parts of another project work here: mmdet's and mmseg's configs, each built in a separate process."""

@@ -25,14 +25,14 @@ DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}
 FAULTS = {
     ("mmdet", "3.3.0"): {
         "bytetrack/bytetrack_yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17test.py": "its base is absent",
-        "cascade_rpn/cascade-rpn_r50-caffe_fpn_1x_coco.py": "gives its head no num_classes, which the head asks for",
+        "cascade_rpn/cascade-rpn_r50-caffe_fpn_1x_coco.py": "does not give its head num_classes, which the head needs",
         "sort/faster-rcnn_r50_fpn_8xb2-4e_mot17train_test-mot17train.py": "its base is named without .py",
         "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20halftrain_test-mot20halfval.py": "its base is named without .py",
         "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20train_test-mot20train.py": "its base is named without .py",
-        "v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x.py": "gives FPN force_grad_on_level, which FPN has not",
+        "v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x.py": "gives FPN the unknown force_grad_on_level",
     }
 }
-"""Configs that no installation of that release can build, each with the reason: looked at one by one."""
+"""Configs that no installation of that release can build, each with the reason; each was examined by hand."""
 
 
 @click.command()
@@ -52,7 +52,7 @@ def command(package: str | None, configs: Path | None, only: str | None, out: Pa
     """Build every model config that mmdet and mmseg ship; say which cannot be built, and why.
 
     Weights are neither filled nor downloaded. A config that needs another package, or that is faulty as shipped, is
-    named; it does not make the exit code 1, as any other does that cannot be built or lacks an operator.
+    named, and the exit code stays 0. Any other config that cannot be built, or that lacks an operator, makes it 1.
     """
     if package and configs:
         raise InputError("--package and --configs both say where to look; give one of them")
@@ -130,7 +130,7 @@ def _examined(paths: list[tuple[str, str, Path]]) -> Iterator[Examined]:
 
 
 def _judged(package: str, config: str, finding: Finding) -> Finding:
-    """A failure, unless it is one that this release of the package is known for."""
+    """The finding; a failure that is known for this release of the package becomes `FAULTY`."""
     if finding.status != FAILED or package not in DISTRIBUTIONS:
         return finding
     release = importlib.metadata.version(DISTRIBUTIONS[package])
@@ -139,14 +139,14 @@ def _judged(package: str, config: str, finding: Finding) -> Finding:
 
 
 class Worker:
-    """Calls functions in a process of its own, which is replaced when it dies."""
+    """Calls functions in a separate process, and replaces the process if it dies."""
 
     def __init__(self, prepare: Callable[[], None]):
         self.prepare = prepare
         self.pool = self._start()
 
     def call(self, function: Callable, *args: Any) -> Any:
-        """The function's value; None when the process died of it."""
+        """The function's value; None if the call killed the process."""
         try:
             return self.pool.submit(function, *args).result()
         except BrokenProcessPool:
@@ -171,7 +171,7 @@ def _write(path: Path, rows: list[Examined]) -> None:
 
 
 def _report(rows: list[Examined]) -> None:
-    """Print what was not built, the counts, and which operators there are."""
+    """Print which configs were not built, the counts, and which operators exist."""
     from terrazzo.tools.doctor.operators import all_operators
 
     troubles = [

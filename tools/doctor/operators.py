@@ -1,7 +1,7 @@
-"""Which of mmcv's compiled operators a built model would call, and which there are at all.
+"""Which of mmcv's compiled operators a built model would call, and which operators exist.
 
-Building a model calls no operator, and running all of a zoo takes days. So the code is read instead: the functions that
-a model's modules consist of, and what these refer to, down to the places where `mmcv.ops` calls its compiled module.
+Building a model calls no operator, and running all of a zoo takes days. So the code is read instead: the functions of a
+model's modules, and what these functions refer to, down to the places where `mmcv.ops` calls its compiled module.
 """
 
 import dis
@@ -20,7 +20,7 @@ from torch import nn
 from terrazzo.openmmlab._ext import NAME, MissingOperator
 
 READ = ("mmcv", "mmdet", "mmseg", "mmpretrain")
-"""The packages whose code is read; nothing else calls mmcv's compiled module."""
+"""The packages to read code from; no other package calls mmcv's compiled module."""
 
 
 def all_operators() -> dict[str, bool]:
@@ -35,7 +35,8 @@ def all_operators() -> dict[str, bool]:
 def operators_of(model: nn.Module, settings: Mapping) -> set[str]:
     """The operators that a model refers to.
 
-    This may name one that a certain setting of the model never comes to; it misses none that code calls by name.
+    The result may include an operator that the model never reaches with its settings; it includes every operator that
+    code calls by name.
 
     Args:
         model: a built model.
@@ -61,7 +62,7 @@ def _operators_of(root: Any) -> frozenset[str]:
 
 
 def _reached(roots: Iterable) -> set[str]:
-    """Follows functions and classes through what they refer to; the operators at the ends."""
+    """The operators that functions and classes reach through what they refer to."""
     operators, seen, waiting = set(), set(), list(roots)
     while waiting:
         item = waiting.pop()
@@ -90,7 +91,7 @@ def _functions(item: Any) -> Iterator[FunctionType]:
 
 @functools.cache
 def _instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
-    """The instructions of a function and of those that are written inside it."""
+    """The instructions of a function and of the functions defined inside it."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return (*dis.get_instructions(code), *(step for part in inner for step in _instructions(part)))
 
@@ -105,9 +106,9 @@ def _called(code: CodeType, names: dict) -> set[str]:
 
 
 def _referred(code: CodeType, names: dict) -> Iterator[Any]:
-    """The functions and classes of the packages that are read, as they stand in a function's globals.
+    """The functions and classes of the packages in `READ` that a function's globals hold.
 
-    Modules are left out: those of a model are found in it, and the others are there to be compared with.
+    Modules are left out: a model's own modules are found in the model, and code only compares with the others.
     """
     steps = _instructions(code)
     for index, step in enumerate(steps):

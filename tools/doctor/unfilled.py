@@ -1,4 +1,4 @@
-"""Building modules without filling their weights, for those who want the structure and not the numbers."""
+"""Building modules without filling their weights, where only the structure matters."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""One OpenMMLab config after another, built to see whether it can be: what runs in the process that may crash."""
+"""Tries to build one OpenMMLab config after another; this runs in the process that may crash."""
 
 import contextlib
 import functools
@@ -38,7 +38,7 @@ class NetworkClosed(OSError):
 
 
 def prepare() -> None:
-    """Makes a fresh process ready: silent, without network, and ready for the layers that want a process group."""
+    """Prepares a fresh process: silent, without network, and with the process group that some layers need."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     with contextlib.suppress(RuntimeError, ValueError):  # a machine without gloo: such layers will say so
@@ -65,7 +65,7 @@ def identify(path: Path) -> str:
 
 def examine(path: Path) -> Finding:
     """Builds the model of a config, without filling its weights and without loading any."""
-    # Operators are those of mmcv's Python side, which is imported here and not with every use of this module.
+    # mmcv's Python side has the operators; it is imported here and not with every use of this module.
     from terrazzo.tools.doctor.operators import is_missing, operators_of
 
     try:
@@ -98,7 +98,7 @@ def explain(error: BaseException) -> Finding:
 
 @functools.lru_cache(maxsize=1)  # a config is identified and then examined
 def _read(path: Path) -> Config:
-    # Configs name their teachers' configs as from the root of their package.
+    # Configs name their teachers' configs relative to the root of their package.
     os.chdir(next((folder.parent for folder in path.parents if folder.name == "configs"), path.parent))
     with _quiet():
         return Config.fromfile(path)
@@ -111,7 +111,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _no_checkpoints() -> contextlib.AbstractContextManager:
-    """Models that load a teacher's or a tracker's weights when they are built get none."""
+    """Inside this context, models that load a teacher's or a tracker's weights while they are built load nothing."""
     return unittest.mock.patch.object(CheckpointLoader, "load_checkpoint", return_value={"state_dict": {}})
 
 
@@ -120,7 +120,7 @@ def _closed(*args, **kwargs) -> NoReturn:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came from."""
+    """An error and the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""A module as a file that is proven to compute the same: write, run, compare with PyTorch, then publish."""
+"""Exports a module to a file that is proven to compute the same: write, run, compare with PyTorch, publish."""
 
 import shutil
 import tempfile
@@ -23,7 +23,7 @@ LARGER = (32, 64)
 
 @dataclass(frozen=True)
 class Task:
-    """What a format is to write.
+    """What a format has to write.
 
     Attributes:
         module: in evaluation mode; gives a tensor, or a list or tuple of tensors.
@@ -45,7 +45,7 @@ class Form(Protocol):
     """A file format.
 
     Attributes:
-        suffixes: of its files; the first is that of the one that users name.
+        suffixes: the suffixes of its files; users name the file with the first.
         runtime: what runs the file, in words.
     """
 
@@ -53,29 +53,29 @@ class Form(Protocol):
     runtime: str
 
     def write(self, task: Task, path: Path) -> str:
-        """Write the file at `path`, and those of the other suffixes beside it; returns what it is, such as a version.
+        """Write the file at `path`, and the files with the other suffixes beside it; return the format's version.
 
         Raises:
-            InputError: the module cannot be traced or has an operation without a form there.
+            InputError: the module cannot be traced, or has an operation that the format lacks.
         """
 
     def load(self, path: Path, task: Task) -> Callable[..., Sequence[Tensor]]:
         """The file as a function of tensors, on the CPU."""
 
     def divergence(self, task: Task, limit: float) -> str | None:
-        """Where inside of the module the file last written goes astray, in a sentence; None if that is not known."""
+        """Where inside the module the last written file first differs, in a sentence; None if that is not known."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an export led to.
+    """The result of an export.
 
     Attributes:
         path: the file that was written; it ends in `.failed` when the check failed.
-        volume: bytes of it and of what lies beside it.
+        volume: bytes of the file and of the files beside it.
         parities: one for each output and input.
-        version: of the format, such as "opset 20".
-        divergence: where a file that failed goes astray, or None.
+        version: the format's version, such as "opset 20".
+        divergence: where a file that failed first differs, or None.
     """
 
     path: Path
@@ -90,14 +90,14 @@ class Report:
 
     @property
     def compared(self) -> bool:
-        """Whether every output had something to compare on some input; a detector may have found no box at all."""
+        """Whether every output had something to compare on some input; a detector may find no box at all."""
         return {parity.output for parity in self.parities if parity.compared} == {
             parity.output for parity in self.parities
         }
 
     @property
     def worst(self) -> float:
-        """The largest relative error among the outputs of real numbers."""
+        """The largest relative error among the real-valued outputs."""
         return max((parity.figure for parity in self.parities if not parity.exact), default=0.0)
 
 
@@ -127,18 +127,18 @@ def checked_export(
         reference: gives the results to compare with, from the same inputs; None for the module itself.
         input_names: names of the inputs in the file.
         output_names: names of the outputs in the file; None for output_0, output_1, ...
-        dynamic: which of "batch" and "hw" (height and width) to leave open; a batch one larger than the example's, or
-            images `LARGER` pixels higher and wider, are compared too.
+        dynamic: which of "batch" and "hw" (height and width) to leave open; a batch that is larger by 1 than the
+            example's, or images that are `LARGER` pixels higher and wider, are compared, too.
         metadata: texts to store in the file.
-        relative_limit: largest max |difference| / max |reference| of outputs of real numbers.
+        relative_limit: largest max |difference| / max |reference| of real-valued outputs.
         label_limit: largest share of differing elements of integer outputs.
 
     Returns:
         The figures, and where the file is.
 
     Raises:
-        InputError: the module does not take the inputs, cannot be traced or has an operation without a form there, the
-            file does not take them, or the path cannot be written.
+        InputError: the module does not take the inputs, cannot be traced, or has an operation that the format lacks;
+            the file does not take the inputs; or the path cannot be written.
     """
     path = check_output_file(Path(path))
     if len(form.suffixes) > 1 and path.suffix != form.suffixes[0]:
@@ -190,7 +190,7 @@ def _expected(reference: Callable[..., Tensor | Sequence[Tensor]], inputs: tuple
 
 
 def _found(run: Callable[..., Sequence[Tensor]], source: str, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
-    """The file's results; InputError if it does not take what the module takes: older exporters fix sizes unasked."""
+    """The file's results; InputError if it does not take the module's inputs: older exporters fix sizes unasked."""
     try:
         return run(*inputs)
     except TerrazzoError:
@@ -200,7 +200,7 @@ def _found(run: Callable[..., Sequence[Tensor]], source: str, inputs: tuple[Tens
 
 
 def _publish(file: Path, suffixes: tuple[str, ...], path: Path) -> None:
-    """Copy a file and those beside it to where they belong, the one that users name last."""
+    """Copy a file and the files beside it to their places, and the file that users name last."""
     beside = Path(path.name.removesuffix(".failed")).stem
     for suffix in suffixes[:0:-1]:
         target = path.with_name(f"{beside}{suffix}{'.failed' if path.suffix == '.failed' else ''}")
@@ -211,13 +211,13 @@ def _publish(file: Path, suffixes: tuple[str, ...], path: Path) -> None:
 
 
 def opened(task: Task) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...] | None]:
-    """Arguments to trace a task with, and the shapes to tell `torch.export`: None where all are fixed."""
+    """Arguments to trace a task with, and the shapes for `torch.export`; None if all are fixed."""
     arguments, shape = task.arguments, {}
     if "batch" in task.dynamic:
         shape[0] = torch.export.Dim("batch", min=1)
-        if arguments[0].shape[0] == 1:  # torch.export takes a size of 1 for a constant, so it must see another one
+        if arguments[0].shape[0] == 1:  # torch.export takes a size of 1 for a constant, so it must see another size
             arguments = tuple(torch.cat([x, x]) for x in arguments)
-    if "hw" in task.dynamic:  # unlike a named one, such a size may turn out to be a multiple of something
+    if "hw" in task.dynamic:  # unlike a named size, an automatic size may turn out to be a multiple of something
         shape |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     return arguments, tuple(dict(shape) for _ in arguments) if shape else None
 
@@ -227,11 +227,11 @@ def _sizes(inputs: tuple[Tensor, ...]) -> str:
 
 
 def not_exportable(module: nn.Module, form: str, error: Exception) -> InputError:
-    """One line for what an exporter of PyTorch threw."""
+    """One line for an error from PyTorch's exporter."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-        if isinstance(cause, TerrazzoError):  # an operator of ours says why
+        if isinstance(cause, TerrazzoError):  # an operator of terrazzo says why
             return InputError(f"{type(module).__name__} cannot be exported to {form}: {cause}")
     cause = error.__cause__ or error
     return InputError(

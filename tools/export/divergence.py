@@ -1,4 +1,4 @@
-"""Where a failed ONNX file goes astray: the first value inside that is not the traced program's."""
+"""Where a failed ONNX file first differs: the first value inside that is not the traced program's."""
 
 import torch
 from torch import Tensor, fx
@@ -7,7 +7,7 @@ _NODES = 2000
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a traced program and keeps what its operations give, by their names."""
+    """Runs a traced program and keeps the results of its operations, by their names."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
@@ -21,14 +21,14 @@ class _Recorder(fx.Interpreter):
 
 
 def first_divergence(program: torch.onnx.ONNXProgram, limit: float) -> str | None:
-    """The first operation, in the order of the program, whose value in ONNX is beyond the limit; in a sentence.
+    """The first operation, in the program's order, with an ONNX value beyond the limit; in a sentence.
 
     Args:
         program: what `torch.onnx.export` gave; it holds the traced program and the input that it was traced with.
         limit: of max |difference| / max |reference|.
 
     Returns:
-        None where the exporter kept no common name of a value.
+        None if the exporter kept no common name of a value.
     """
     exported = program.exported_program
     arguments, _ = exported.example_inputs
@@ -41,7 +41,7 @@ def first_divergence(program: torch.onnx.ONNXProgram, limit: float) -> str | Non
     if not names:
         return None
     nodes = {node.name: node for node in module.graph.nodes}
-    # One run gives all of them: a session per value would take a thousand runs.
+    # One run gives all values: a session per value would take a thousand runs.
     for name, theirs in zip(names, program.compute_values(names, arguments)):
         mine = recorder.values[name]
         error = _relative(mine, torch.as_tensor(theirs))

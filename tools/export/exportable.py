@@ -32,7 +32,7 @@ class RawClassifier(nn.Module):
 
 
 class RawFeatures(RawClassifier):
-    """A timm model's pyramid from RGB pixels as they are: an output `strideN` for each map that it has.
+    """A timm model's pyramid from raw RGB pixels: an output `strideN` for each of its maps.
 
     Args:
         model: a timm model with `forward_intermediates`.
@@ -72,7 +72,7 @@ class RawSegmentor(nn.Module):
     def __init__(self, segmentor: nn.Module):
         super().__init__()
         preprocessor = segmentor.data_preprocessor
-        # in a tuple it is no part of this module, whose copy of it may have other forms of some layers
+        # In a tuple it is not a submodule: this module has a copy of it, perhaps with other forms of some layers.
         self._original = (segmentor,)
         self.segmentor = _fixed(segmentor)
         self.swap = not preprocessor.channel_conversion
@@ -89,11 +89,11 @@ class RawSegmentor(nn.Module):
 
     @torch.no_grad()
     def reference(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What mmseg's own, unchanged model makes of the same pixels; as `forward`."""
+        """The results of mmseg's own, unchanged model for the same pixels; as `forward`."""
         return self._results(self._original[0], image)
 
     def _results(self, segmentor: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-        # The preprocessor is told to turn BGR files into RGB, or else the network wants BGR.
+        # If the preprocessor does not turn BGR files into RGB, the network wants BGR.
         image = image.flip(1) if self.swap else image
         image = (image - self.mean) / self.std if self.normalise else image
         size = tuple(image.shape[2:])
@@ -104,7 +104,7 @@ class RawSegmentor(nn.Module):
 
 
 def _fixed(segmentor: nn.Module) -> nn.Module:
-    """The segmentor, or a form of it that can be exported where deformable attention keeps it from that."""
+    """The segmentor, or a form of it that can be exported if its deformable attention cannot."""
     # its layers come from mmdet, which other segmentors do without
     if not any(type(part).__name__ == "MSDeformAttnPixelDecoder" for part in segmentor.modules()):
         return segmentor

@@ -13,7 +13,7 @@ SCORE_LIMIT = 1e-3
 MISSING_LIMIT = 0.01
 
 DETECTIONS = ("boxes", "scores", "labels")
-"""Outputs that, where all are there, are compared by matched boxes, and `masks` with them."""
+"""If a file has all these outputs, they are compared by matched boxes, and so are `masks`."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Parity:
     Attributes:
         output: name of the output.
         source: name of the input it was computed from.
-        figure: what `text` says, as one number that is 0 for the same results.
+        figure: the difference as one number, 0 for equal results.
         limit: the largest figure that passes.
         exact: whether the output is of integers, such as a label map.
-        text: the figure in words; None for those of whole tensors: max |difference| / max |reference|, or for integers
-            the share of elements that differ.
+        text: the figure in words; None for whole tensors. Their figure is max |difference| / max |reference|, or for
+            integers the share of elements that differ.
         boxes: how many boxes PyTorch found, and the file; None for whole tensors.
     """
 
@@ -69,11 +69,11 @@ def compare(
     """Compare every output of one run.
 
     Args:
-        names: of the outputs.
+        names: the names of the outputs.
         source: name of the input.
         mine: PyTorch's outputs.
         theirs: the file's.
-        relative_limit: largest max |difference| / max |reference| of outputs of real numbers.
+        relative_limit: largest max |difference| / max |reference| of real-valued outputs.
         label_limit: largest share of differing elements of integer outputs.
 
     Returns:
@@ -92,7 +92,7 @@ def compare(
 def compare_tensors(
     output: str, source: str, mine: Tensor, theirs: Tensor, relative_limit: float, label_limit: float
 ) -> Parity:
-    """Compare two tensors element by element; another shape, or a NaN, is as far off as can be."""
+    """Compare two tensors element by element; another shape, or a NaN, gives an infinite difference."""
     exact = not mine.is_floating_point()
     limit = label_limit if exact else relative_limit
     if mine.shape != theirs.shape:
@@ -104,12 +104,12 @@ def compare_tensors(
     else:
         scale = mine.abs().max().item() or 1.0
         figure = (mine.double() - theirs.double()).abs().max().item() / scale
-    # A NaN compares as no number at all: it must not pass.
+    # Every comparison with NaN is false: it must not pass.
     return Parity(output, source, figure if figure == figure else float("inf"), limit, exact)
 
 
 def compare_detections(pairs: dict[str, tuple[Tensor, Tensor]], source: str) -> dict[str, Parity]:
-    """Compare detections, in whatever order: each box with the one that overlaps it most, and what belongs to the two.
+    """Compare detections in any order: each box, with its score, label and mask, with the box that overlaps it most.
 
     Args:
         pairs: PyTorch's and the file's `boxes` (N, 4), `scores` (N), `labels` (N) and perhaps `masks` (N, H, W).
@@ -151,7 +151,7 @@ def compare_detections(pairs: dict[str, tuple[Tensor, Tensor]], source: str) -> 
 
 
 def _matched(overlaps: Tensor, scores: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Pairs of boxes that overlap by more than the limit: as many as there can be, with scores and labels alike.
+    """As many pairs of boxes as possible that overlap by more than the limit, with similar scores and labels.
 
     Args:
         overlaps: M x N.
@@ -182,7 +182,7 @@ def _overlaps(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _mask_difference(mine: Tensor, theirs: Tensor) -> float:
-    """The share of pixels in either mask of a pair (N, H, W each) that are in one of the two only."""
+    """The share of pixels in either mask of a pair (N, H, W each) that are in only one of the two masks."""
     mine, theirs = mine.bool(), theirs.bool()
     either = (mine | theirs).sum().item()
     return (mine ^ theirs).sum().item() / max(either, 1)

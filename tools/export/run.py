@@ -1,4 +1,4 @@
-"""The steps of `terrazzo export`: choose a format, write and compare a file, say what came out of it."""
+"""The steps of `terrazzo export`: choose a format, write and compare a file, print the result."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def checked(
     out: Path,
     kept: bool = True,
 ) -> Report:
-    """Export, compare and say what came out of it; a file that is not `kept` is but a step to another."""
+    """Export, compare and print the result; a file that is not `kept` is only a step to another file."""
     height, width = ready.size
     report = checked_export(
         writer,
@@ -63,15 +63,15 @@ def checked(
 
 
 def check_precision(name: str, form: str, batch: int, dynamic: tuple[str, ...]) -> None:
-    """InputError where a file in lower precision is asked for that cannot be written or measured."""
+    """InputError if a file in lower precision is asked for that cannot be written or measured."""
     if form not in ("onnx", "tensorrt"):
         raise InputError(f"--{name} writes ONNX files, which OpenVINO reads too; use --format onnx instead of {form}")
     if batch > 1 and "batch" not in dynamic:
-        raise InputError(f"--{name} is measured one image a run: leave --batch out, or add --dynamic batch")
+        raise InputError(f"--{name} is measured with one image per run: leave --batch out, or add --dynamic batch")
 
 
 def form_of(name: str, opset: int | None, lacking: str | None) -> Form:
-    """The format of that name; each needs a package of its own, and a TensorRT engine may be `lacking` something."""
+    """The format of that name; each needs its own package, and a TensorRT engine may be `lacking` something."""
     if name == "pt2":
         from terrazzo.tools.export.formats.pt2 import ProgramForm
 
@@ -94,7 +94,7 @@ def form_of(name: str, opset: int | None, lacking: str | None) -> Form:
 
 
 def without_engine(path: Path, lacking: str, shapes: dict) -> int:
-    """Say what in an ONNX file TensorRT does not document, or else how to build the engine on another machine."""
+    """Print the nodes that TensorRT does not document, or else how to build the engine on another machine."""
     import onnx
 
     from terrazzo.tools.export.tensorrt.operators import VERSION, problems
@@ -107,7 +107,7 @@ def without_engine(path: Path, lacking: str, shapes: dict) -> int:
         return EXIT_PARITY
     click.echo(f"every node is among the documented operators of TensorRT {VERSION}; no engine was built: {lacking}")
     click.echo(
-        "on a machine with an NVIDIA GPU and the package tensorrt, this same command builds, checks and times one;"
+        "on a machine with an NVIDIA GPU and the package tensorrt, this command builds, checks and times an engine;"
     )
     click.echo(f"to build it alone: {trtexec(path.name, f'{path.stem}.engine', shapes)}")
     return 0

@@ -1,4 +1,4 @@
-"""What a user asks to export, made ready: from raw pixels to results, with what it is compared on."""
+"""The model that a user wants to export, made ready: from raw pixels to results, with inputs to compare on."""
 
 import json
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ class Exportable:
     """A model that is ready for export.
 
     Attributes:
-        module: takes (B, 3, H, W), float RGB in 0..255; has `output_names`, and `reference` where its results are
-            compared with those of other code than its own.
+        module: takes (B, 3, H, W), float RGB in 0..255; has `output_names`, and `reference` if its results are compared
+            with the results of other code.
         size: H, W.
         classes: class names, or None.
-        source: what the user named.
+        source: the name that the user gave.
         task: classification, features, segmentation, detection or panoptic.
         preparation: what else `terrazzo infer --runtime` must know, JSON-ready: how pictures are cropped, colours.
-        single: whether it takes one image a run only.
-        config: the config that it is of, or None.
+        single: whether it takes only one image per run.
+        config: its config, or None.
     """
 
     module: nn.Module
@@ -58,13 +58,13 @@ def floor(size: tuple[int, int], batch: int) -> Tensor:
 
 
 def photo(picture: Image.Image, size: tuple[int, int], batch: int) -> Tensor:
-    """A picture in RGB, stretched to a size and as often as the batch is large: (batch, 3, H, W) in 0..255."""
+    """A picture in RGB, stretched to a size and repeated over the batch: (batch, 3, H, W) in 0..255."""
     pixels = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC), np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1).repeat(batch, 1, 1, 1)
 
 
 def coarsest_stride(module: nn.Module) -> int:
-    """The largest stride of the feature maps in a model, below which an image has none; 1 if no part says its own."""
+    """The largest stride of a model's feature maps, which is its smallest image; 1 if no part has a stride."""
     strides = [1]
     for part in module.modules():
         info = getattr(part, "feature_info", ())
@@ -161,20 +161,20 @@ def exportable_of(
 
     cfg = load_config(name, data_root, overrides)
     if features:
-        raise InputError("--features is for timm models; what a config says has a head")
+        raise InputError("--features is for timm models; a config's model has a head")
     if pretrained or num_classes is not None:
-        raise InputError("--pretrained and --num-classes are for timm models; a config takes a CHECKPOINT alone")
+        raise InputError("--pretrained and --num-classes are for timm models; a config takes only a CHECKPOINT")
     if checkpoint is None:
         raise InputError(f"the config {name} needs weights; name a file that its training wrote as CHECKPOINT")
     task = mm.task_of(cfg)
     if task in ("detection", "panoptic"):
         if size is None:
-            raise InputError(f"{name} takes pictures of any size, and a file is for one; give it with --size H W")
+            raise InputError(f"{name} takes pictures of any size, and a file is for one size; give it with --size H W")
         return detector_for_export(cfg, checkpoint, image_size(size))
     if task == "segmentation":
         size = size or (cfg.model.get("data_preprocessor") or {}).get("size")
         if size is None:
-            raise InputError(f"{name} does not say a size; give one with --size H W")
+            raise InputError(f"{name} does not say a size; give it with --size H W")
         return segmentor_for_export(cfg, checkpoint, image_size(size))
     with mm.quiet():
         model, facts = mm.build_model(cfg, checkpoint)

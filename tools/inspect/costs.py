@@ -1,4 +1,4 @@
-"""Which backend each operator of a model runs on, why not the others, and what everything costs."""
+"""Which backend each operator of a model runs on, why the others do not, and what everything costs."""
 
 from collections.abc import Sequence
 
@@ -12,23 +12,23 @@ from terrazzo.tools.inspect.trace import Operation
 def explain(
     model: nn.Module, operations: Sequence[Operation], device: torch.device, backend: str = "auto"
 ) -> dict[str, object]:
-    """What `terrazzo explain` says of a forward pass, as JSON-ready values.
+    """What `terrazzo explain` says about a forward pass, as JSON-ready values.
 
     Args:
-        model: whose pass it is.
+        model: the model of the pass.
         operations: the pass, as `trace` gives it.
         device: where the model would run.
-        backend: what is asked of every operator of terrazzo.
+        backend: the backend that every operator of terrazzo is asked for.
 
     Returns:
         calls: one record per call of an operator of terrazzo, in order: layer, sizes, parameters, the backend that runs
-            (None where the one asked for cannot), who asked, a sentence per backend refused, FLOPs, bytes.
-        costs: FLOPs and bytes of each operator of terrazzo, and of the rest by the class of the module that runs it.
-        flops, macs, activations, params, weight_bytes, activation_bytes: of the whole model, counted as `terrazzo info`
-            counts; a MAC is two FLOPs.
+            (None if the requested backend cannot), who asked for it, a sentence for each refused backend, FLOPs, bytes.
+        costs: FLOPs and bytes of each operator of terrazzo, and of all other operations by the class of their module.
+        flops, macs, activations, params, weight_bytes, activation_bytes: totals of the whole model, counted as
+        `terrazzo info` counts; a MAC is two FLOPs.
 
     Raises:
-        InputError: `backend`, or what the environment asks for, is no backend.
+        InputError: `backend`, or the environment's choice, is not a backend.
     """
     parameters = list(model.parameters())
     flops = sum(operation.flops for operation in operations)
@@ -64,7 +64,7 @@ def _call(operation: Operation, device: torch.device, backend: str) -> dict[str,
 
 
 def _costs(operations: Sequence[Operation]) -> list[dict[str, object]]:
-    """One record per kind; operators of terrazzo come first, then what has most FLOPs, then what moves most."""
+    """One record per kind; operators of terrazzo come first, then the others by FLOPs and by bytes, highest first."""
     groups: dict[tuple[bool, str], list[Operation]] = {}
     for operation in operations:
         operator = operators.find(operation.function)

@@ -1,4 +1,4 @@
-"""What there is to say of a model without running it: cost, pyramid, weights."""
+"""What is known about a model without running it: cost, pyramid, weights."""
 
 import torch
 from torch import nn

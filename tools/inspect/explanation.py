@@ -15,7 +15,9 @@ def print_facts(facts: dict) -> None:
     click.echo(f"{facts['model']}, {'x'.join(map(str, facts['input']))}, {facts['dtype']}, on {facts['device']}")
     operators = dict.fromkeys(call["operator"] for call in facts["calls"])
     if not operators:
-        click.echo("It calls no operator of terrazzo: PyTorch runs all of it, and there is no backend to choose.")
+        click.echo(
+            "The model calls no operator of terrazzo: PyTorch runs everything, and there is no backend to choose."
+        )
     for operator in operators:
         click.echo()
         _print_operator(operator, [call for call in facts["calls"] if call["operator"] == operator])
@@ -45,14 +47,14 @@ def _print_operator(operator: str, records: Sequence[dict]) -> None:
         "MiB",
     )
     print_table(rows, columns, right=(4, 5))
-    click.echo("MFLOPs are those of the definition, two for a multiply-add, whatever a backend computes beside.")
-    click.echo("MiB are the least that a call reads and writes: each tensor that it takes or gives, once.")
+    click.echo("MFLOPs follow the definition, two for a multiply-add, whatever else a backend computes.")
+    click.echo("MiB are the least that a call reads and writes: each of its inputs and outputs once.")
     for line in reasons(records):
         click.echo(line)
 
 
 def reasons(records: Sequence[dict]) -> list[str]:
-    """One sentence for each backend that runs and who asked, one for each reason against another, with the layers.
+    """One sentence for each backend that runs, and one for each reason against another backend, with the layers.
 
     Args:
         records: the calls of one operator, as `explain` gives them.
@@ -78,7 +80,7 @@ def reasons(records: Sequence[dict]) -> list[str]:
 
 
 def ranges(names: Iterable[str]) -> str:
-    """Names of layers, those that count up put together: stages.0.blocks.0-2.attn, stages.1.blocks.0.attn."""
+    """Names of layers, with consecutive numbers joined: stages.0.blocks.0-2.attn, stages.1.blocks.0.attn."""
     runs: list[list[str]] = []
     for name in dict.fromkeys(names):
         place = _counts_up(runs[-1][-1], name) if runs else None
@@ -90,7 +92,7 @@ def ranges(names: Iterable[str]) -> str:
 
 
 def _counts_up(before: str, after: str) -> int | None:
-    """The place among the parts of two names at which the second is one more, where they are equal elsewhere."""
+    """The index of the only part in which two names differ, if the second's is larger by 1."""
     pairs = list(zip(before.split("."), after.split(".")))
     differing = [place for place, (a, b) in enumerate(pairs) if a != b]
     if before.count(".") != after.count(".") or len(differing) != 1:
@@ -121,7 +123,7 @@ def _print_costs(facts: dict) -> None:
         for cost in (*facts["costs"], {"kind": "total", "layers": None, **total})
     ]
     print_table(rows, ("whole model", "layers", "MFLOPs", "MiB read", "MiB written"), right=(1, 2, 3, 4))
-    click.echo("MiB are those of each operation alone; convolutions, matrix products and attention have FLOPs.")
+    click.echo("MiB count each operation alone; only convolutions, matrix products and attention have FLOPs.")
     print_table(
         [
             ("multiply-adds", f"{human(facts['macs'])} ({facts['macs']:,}), two FLOPs each"),

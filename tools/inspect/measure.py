@@ -1,10 +1,10 @@
 """Parameters, multiply-adds and activations of a model, counted without computing anything.
 
-The count runs on the meta device: shapes flow, numbers do not, so a model of a billion parameters takes as long as its
-Python code takes. Conventions (those of fvcore and of the papers' tables):
+The count runs on the meta device: shapes flow, numbers do not, so a model of a billion parameters takes only the time
+of its Python code. Conventions (as in fvcore and in the papers' tables):
 
 - a MAC is one multiply-add, half of what `torch.utils.flop_counter` calls FLOPs; only operations that have a FLOP
-  formula there count (convolution, matrix product, attention, and any operator that registers a formula of its own);
+  formula there count (convolution, matrix product, attention, and any operator that registers a formula);
 - activations are the output elements of exactly those operations. `scaled_dot_product_attention` is its two matrix
   products, so its attention weights count; an operator that is one opaque kernel counts its output only.
 """

@@ -16,13 +16,13 @@ Quantiles = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a benchmark is to run.
+    """How a benchmark should run.
 
     Attributes:
         device: where everything is measured.
         seconds: time for each figure.
-        passes: of `FORWARD` and `TRAINING`; empty for those that the benchmark takes by itself.
-        compiled: measure what `torch.compile` makes, too; None leaves it to the benchmark.
+        passes: any of `FORWARD` and `TRAINING`; empty for the benchmark's own choice.
+        compiled: also measure under `torch.compile`; None leaves it to the benchmark.
         quick: fewer shapes.
     """
 
@@ -34,12 +34,12 @@ class Plan:
 
     @property
     def compiles(self) -> bool:
-        """Whether to measure what `torch.compile` makes; by default on a GPU."""
+        """Whether to measure under `torch.compile`; by default on a GPU."""
         return self.device.type == "cuda" if self.compiled is None else self.compiled
 
 
 class Unavailable(Exception):
-    """A peer that cannot take part, and why."""
+    """Raised for a peer that cannot take part; the message says why."""
 
 
 class HostTimer:
@@ -52,9 +52,9 @@ class HostTimer:
 
 
 class SteadyTimer(HostTimer):
-    """Seconds of the second of two calls: for functions with threads of their own, which spin when they are done.
+    """Seconds of the second of two calls: for functions with their own threads, which spin when they are done.
 
-    The first call outlasts what the function before left behind, in threads and in caches.
+    The first call outlasts the threads and cache contents that the previous function left.
     """
 
     def __call__(self, function: Function) -> float:
@@ -63,7 +63,7 @@ class SteadyTimer(HostTimer):
 
 
 class _EventTimer:
-    """What both ways of timing on a GPU share."""
+    """The common part of both ways of timing on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -78,9 +78,9 @@ class _EventTimer:
 class KernelTimer(_EventTimer):
     """Seconds of one call's kernels on a GPU whose cache holds nothing of its inputs.
 
-    A buffer several times the cache's size is read first, as often as it takes for the host to queue the call
-    meanwhile: a short call would otherwise be timed at the speed of Python. Writing to it would do, too, but the call
-    would then wait for the cache to write that back.
+    A buffer several times the cache's size is read first, often enough for the host to queue the call meanwhile: a
+    short call would otherwise be timed at the speed of Python. Writing to the buffer would work, too, but then the call
+    would wait for the cache to write it back.
     """
 
     _MOST = 64
@@ -101,7 +101,7 @@ class KernelTimer(_EventTimer):
         return self._elapsed()
 
     def _count(self, function: Function) -> int:
-        """Reads that last longer than the host needs to queue the call."""
+        """How many reads last longer than the host needs to queue the call."""
         host = math.inf
         for _ in range(3):
             torch.cuda.synchronize(self.device)
@@ -148,23 +148,23 @@ class ThroughputTimer(_EventTimer):
 
 
 def kernel_timer(device: torch.device) -> Callable[[Function], float]:
-    """For operators."""
+    """The timer for operators."""
     return KernelTimer(device) if device.type == "cuda" else HostTimer()
 
 
 def throughput_timer(device: torch.device) -> Callable[[Function], float]:
-    """For models."""
+    """The timer for models."""
     return ThroughputTimer(device) if device.type == "cuda" else HostTimer()
 
 
 def interleaved(
     functions: Mapping[str, Function], seconds: float = 1.0, timer: Callable[[Function], float] | None = None
 ) -> dict[str, Quantiles]:
-    """Time functions in turns, so that a noisy machine disturbs all alike. They are warm already.
+    """Time functions in turns, so that a noisy machine disturbs all equally. They must be warm.
 
     Args:
         functions: by name.
-        seconds: for each of them; five turns are made in any case.
+        seconds: for each function; there are at least five turns.
         timer: gives the seconds of a call; the host's clock by default.
 
     Returns:
@@ -188,7 +188,7 @@ def quantiles(values: list[float]) -> Quantiles:
 
 
 class Late:
-    """A function that is made when it is first called, so that one that cannot be made fails as one that cannot run."""
+    """A function that is built at its first call, so that a failure to build is handled like a failure to run."""
 
     def __init__(self, make: Callable[[], Function]):
         self.make, self.function = make, None
@@ -201,14 +201,14 @@ class Late:
 def attempt(
     functions: Mapping[str, Function], fault: Callable[[object], str | None] = lambda result: None
 ) -> tuple[dict[str, Function], dict[str, str]]:
-    """Call every function twice, which warms it and compiles what it compiles.
+    """Call every function twice, which warms and compiles it.
 
     Args:
         functions: by name.
         fault: given what a function returned, says what is wrong with it, or None.
 
     Returns:
-        The functions that work, and for each of the others why not, in one line.
+        The functions that work, and for each of the others the reason in one line.
     """
     working, reasons = {}, {}
     for name, function in functions.items():

@@ -1,7 +1,7 @@
 """One forward pass of a model, operation by operation, counted without computing anything.
 
 It runs on the meta device: shapes flow, numbers do not. Operators of terrazzo run as their opaque op, whatever backend
-is asked for: the shapes alone decide the counts. Dense attention runs as its two products and a softmax, not fused.
+is requested: the shapes alone decide the counts. Dense attention runs as its two products and a softmax, not fused.
 """
 
 import contextlib
@@ -19,22 +19,22 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from terrazzo.errors import InputError, first_line
 from terrazzo.kernels import use_backend
 
-# PyTorch counts in 64 bits; no sum over pixels of such images comes near.
+# PyTorch counts in 64 bits; no sum over the pixels of images up to this size comes near the limit.
 _LONGEST = 2**24
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation that moves data; views are none.
+    """One operation that moves data; a view does not count.
 
     Attributes:
         layer: name of the innermost module that ran it, as in `named_modules`; empty for the model itself.
         kind: class of that module.
-        function: the operation; `args` and `kwargs`, on the meta device, are what it took.
+        function: the operation; `args` and `kwargs`, on the meta device, are its arguments.
         flops: two for each multiply-add, 0 where `torch.utils.flop_counter` has no formula.
-        activations: output elements of an operation that has one, else 0.
-        read: bytes of the tensors that it takes, each once.
-        written: bytes of the tensors that it gives, each once.
+        activations: output elements of an operation that has a FLOP formula, else 0.
+        read: bytes of its input tensors, each once.
+        written: bytes of its output tensors, each once.
     """
 
     layer: str
@@ -59,7 +59,7 @@ def image_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def taking(name: str, size: tuple[int, int]) -> Iterator[None]:
-    """Turn what model `name` raises at an image size (H, W) that it cannot take into an InputError of one line."""
+    """Turn the error that model `name` raises at a wrong image size (H, W) into an InputError of one line."""
     try:
         yield
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -81,7 +81,7 @@ def meta_outputs(model: nn.Module, size: int | tuple[int, int], in_chans: int = 
     state = {name: t.to("meta") for named in (model.named_parameters(), model.named_buffers()) for name, t in named}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     image = torch.empty(batch, in_chans, height, width, dtype=dtype, device="meta")
-    # Of all forms portable alone runs on any device, this one included, and as one operation.
+    # Only the portable form runs on every device, including meta, and as one operation.
     with torch.no_grad(), use_backend("portable"):
         return torch.func.functional_call(model, state, (image,))
 
@@ -111,7 +111,7 @@ def trace(model: nn.Module, size: int | tuple[int, int], in_chans: int = 3, batc
 
 @contextlib.contextmanager
 def _layers(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
-    """Name and class of the modules that are running inside of the `with` block, innermost last."""
+    """Name and class of the modules that are running inside the `with` block, innermost last."""
     running = []
     names = {module: (name, type(module).__name__) for name, module in model.named_modules()}
     call = nn.Module.__call__
@@ -125,13 +125,13 @@ def _layers(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
         finally:
             running.pop()
 
-    # No hooks: a layer that has one may cost more (`terrazzo.backbones._bare`), and what it costs is asked for.
+    # No hooks: a hook can raise a layer's cost (`terrazzo.backbones._bare`), and the cost is what we measure.
     with mock.patch.object(nn.Module, "__call__", named):
         yield running
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every operation that moves data, with what `flops`, the mode around this one, counts for it."""
+    """Keeps every operation that moves data, with the count of `flops`, the mode around this one."""
 
     def __init__(self, layers: Sequence[tuple[str, str]], flops: FlopCounterMode):
         super().__init__()
@@ -145,10 +145,11 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         if not func._schema.is_mutable:
-            # Told by memory, not by the schema: that of _unsafe_view does not say that it is a view.
+            # Views are found by their memory and not by the schema: _unsafe_view's schema does not say that it is a
+            # view.
             owned = {x.untyped_storage()._cdata for x in inputs}
             outputs = [x for x in outputs if x.untyped_storage()._cdata not in owned]
-        if outputs and self.layers:  # what no module runs only prepares the pass
+        if outputs and self.layers:  # operations outside all modules only prepare the pass
             layer, kind = self.layers[-1]
             counted = func._overloadpacket in flop_registry
             self.operations.append(
@@ -172,7 +173,7 @@ def _tensors(tree: object) -> list[torch.Tensor]:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of what lies in memory: a tensor that is given twice, and an axis that was expanded, are there once."""
+    """Bytes in memory: a repeated tensor and an expanded axis count once."""
     distinct = {id(x): x for x in tensors}.values()
     return sum(
         x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride()) if stride) for x in distinct

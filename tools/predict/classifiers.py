@@ -1,4 +1,4 @@
-"""What a model says about one picture: as JSON, and drawn on it. Here the shared form, and classifiers."""
+"""Predictions of classifiers, and the form that all predictors share."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ class ClassPredictor:
 
     Args:
         model: from a normalised (1, 3, H, W) to logits (1, classes).
-        transform: from a picture to what the model takes, without the batch dimension.
+        transform: from a picture to the model's input, without the batch dimension.
         names: class names; None for numbers.
         device: where to compute.
     """
@@ -45,7 +45,7 @@ def timm_predictor(model: nn.Module, device: torch.device) -> ClassPredictor:
 
 
 def timm_class_names(model: nn.Module) -> list[str] | None:
-    """The class names of a timm classifier: those of its weights, or ImageNet's for 1000 classes; None if not known."""
+    """The class names of a timm classifier: from its weights, or ImageNet's for 1000 classes; None if not known."""
     given = model.pretrained_cfg.get("label_names")
     if given:
         return list(given)

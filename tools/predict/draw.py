@@ -11,7 +11,7 @@ _INK = (240, 240, 240)
 _PAPER = (28, 28, 32)
 _BAR = (78, 121, 167)
 
-# Colours that are told apart by most eyes, for data sets that bring none.
+# Colours that most people can tell apart, for data sets without colours.
 _COLOURS: tuple[Colour, ...] = (
     (230, 159, 0),
     (86, 180, 233),
@@ -88,18 +88,18 @@ def box_overlay(
     colours: Sequence[Colour],
     masks: np.ndarray | None = None,
 ) -> Image.Image:
-    """The picture with boxes, tags and masks; a tag that would cover that of a surer box is left out.
+    """The picture with boxes, tags and masks; a tag that would cover the tag of a surer box is left out.
 
     Args:
         image: H x W.
         boxes: (N, 4) left, top, right, bottom.
-        texts: N tags, those of the surest boxes first.
+        texts: N tags, the surest boxes first.
         colours: N colours.
         masks: (N, H, W) booleans, or None.
     """
     canvas = np.array(image)
     if masks is not None:
-        # Small things are drawn last, so that they stay in sight.
+        # Small things are drawn last, so that they stay visible.
         for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
             canvas[masks[index]] = (0.5 * canvas[masks[index]] + 0.5 * np.array(colours[index])).astype(np.uint8)
             canvas[outlines(masks[index]) & masks[index]] = colours[index]

@@ -1,7 +1,8 @@
 """What an exported file says about one picture: the same records and drawings as from PyTorch, without the model.
 
-A file is for images of one size (or of any, where it was exported so): a classifier's picture is resized and cropped as
-timm does for the model; any other is stretched to that size, and what was found is brought back to its own.
+A file is for images of one size, or of any size if it was exported that way. A classifier's picture is resized and
+cropped as timm does for the model. Any other picture is stretched to the file's size, and the results are scaled back
+to the picture's size.
 """
 
 import json
@@ -27,7 +28,7 @@ from terrazzo.tools.predict.prediction import (
 )
 from terrazzo.tools.runtimes import open_file
 
-# mmdet's INSTANCE_OFFSET, which panoptic segments count things by.
+# mmdet's INSTANCE_OFFSET: panoptic segments number things with it.
 INSTANCE_OFFSET = 1000
 
 
@@ -56,14 +57,14 @@ def predictor(
     size: tuple[int, int] | None,
     min_score: float = 0.3,
 ) -> "FilePredictor":
-    """The predictor of a file, or of an engine, that is a function of tensors already; as `FilePredictor`.
+    """The predictor of an opened file or engine; as `FilePredictor`.
 
     Raises:
-        InputError: there is nothing to predict, as from feature maps.
+        InputError: the file predicts nothing, for example because it gives feature maps.
     """
     kind = _PREDICTORS.get(facts["task"])
     if kind is None:
-        raise InputError(f"the file gives {facts['outputs']}, of which there is nothing to draw; export it with a head")
+        raise InputError(f"the file gives {facts['outputs']}, which cannot be drawn; export it with a head")
     return kind(run, facts, size, min_score)
 
 
@@ -73,7 +74,7 @@ class FilePredictor:
     Args:
         run: the file as a function of (1, 3, H, W), float RGB in 0..255.
         facts: what it says about itself.
-        size: H, W that it takes; None for any.
+        size: the H, W that it takes; None for any size.
         min_score: detections below this score are left out of predictions.
     """
 
@@ -94,9 +95,9 @@ class FilePredictor:
         """What the file finds in a picture, in the picture's own pixels.
 
         Returns:
-            Of a classifier `scores` (classes); of a segmentor `labels` (H, W); of a panoptic one `segments` (H, W); of
-            a detector `boxes` (N, 4: x1, y1, x2, y2), `labels` and `scores` (N), highest first, and perhaps `masks`
-            (N, H, W).
+            For a classifier `scores` (classes); for a segmentor `labels` (H, W); for a panoptic segmentor `segments`
+            (H, W); for a detector `boxes` (N, 4: x1, y1, x2, y2), `labels` and `scores` (N), highest first, and perhaps
+            `masks` (N, H, W).
         """
         raise NotImplementedError
 
@@ -123,7 +124,7 @@ class FilePredictor:
 class _Classes(FilePredictor):
     def prepared(self, image: Image.Image) -> Tensor:
         size = self.size or (224, 224)
-        # The graph normalises: here pixels only get the size.
+        # The graph normalises: here pixels are only resized.
         crop = create_transform((3, *size), mean=(0, 0, 0), std=(1, 1, 1), **self.preparation)
         return 255 * crop(image.convert("RGB"))[None]
 
@@ -173,7 +174,7 @@ class _Boxes(FilePredictor):
         results["boxes"] = results["boxes"] * ratios.repeat(2)
         if "masks" in found:
             size = (image.height, image.width)
-            # a few at a time: four hundred of a large picture would not fit in memory as real numbers
+            # a few at a time: four hundred masks of a large picture would not fit in memory as floats
             parts = found["masks"][order].split(32) if len(order) else ()
             grown = [interpolate(part[None].float(), size, mode="bilinear")[0] > 0.5 for part in parts]
             results["masks"] = torch.cat([torch.zeros(0, *size, dtype=torch.bool), *grown])

@@ -53,20 +53,20 @@ def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, 
 
 
 _READ = {"color_type": ("color",), "imdecode_backend": ("cv2", "pillow", "turbojpeg", None)}
-"""The ways of reading in mmcv's loader that give what `terrazzo._pictures` reads; the first is the default."""
+"""The modes of mmcv's loader that read like `terrazzo._pictures`; the first is the default."""
 
 
 def _kind(step: dict) -> str:
-    """The name of a pipeline's step, which may stand for itself, with its package, or as the class."""
+    """The name of a pipeline's step: a type with or without its package, or the class."""
     kind = step["type"]
     return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
 
 
 class _Prepare:
-    """A config's test pipeline, fed with a picture from memory and without annotations.
+    """A config's test pipeline, for a picture in memory without annotations.
 
     Raises:
-        InputError: the pipeline reads pictures in another way than in colour and upright.
+        InputError: the pipeline does not read pictures in colour and upright.
     """
 
     def __init__(self, pipeline: Sequence[dict]):
@@ -77,7 +77,7 @@ class _Prepare:
         if asked:
             raise InputError(
                 f"the config's test pipeline reads pictures with {', '.join(asked)}, but infer reads them upright "
-                "and in colour: its model would see something else; train one with the plain LoadImageFromFile"
+                "and in colour: its model would see other pictures; train a model with the plain LoadImageFromFile"
             )
         self.to_float32 = any(step.get("to_float32") for step in loading.values())
         self.steps = Compose([step for step in pipeline if _kind(step) not in loading])
@@ -115,7 +115,7 @@ class SegmentPredictor:
 
 
 class PanopticPredictor:
-    """Divides a picture into segments: each thing is one, and so is all stuff of a class.
+    """Divides a picture into segments: each thing is a segment, and so is all stuff of a class.
 
     Args:
         model: an mmdet panoptic segmentor.

@@ -1,4 +1,4 @@
-"""What a model found, as a record and drawn on the picture: for every runtime the same."""
+"""What a model found, as a record and drawn on the picture; the same for every runtime."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +75,8 @@ def panoptic_prediction(
 
     Args:
         image: the picture.
-        values: (H, W) class + offset * number of the thing; classes beyond the names are no segment.
-        offset: as `values` has it.
+        values: (H, W) class + offset * number of the thing; classes beyond the names have no segment.
+        offset: the offset in `values`.
         things: how many of the first classes are things.
         names, colours: of every class.
     """
@@ -111,9 +111,9 @@ def box_prediction(
         boxes: (N, 4), x1 y1 x2 y2 in pixels.
         labels, scores: N of each; scores fall.
         masks: (N, H, W) of bool, or None.
-        names: class names; those that are missing become numbers.
+        names: class names; missing names become numbers.
         colours: taken in turn.
-        min_score: what was left out, for the record.
+        min_score: the threshold that was applied, for the record.
     """
     things = []
     for index, (box, label, score) in enumerate(zip(boxes, labels, scores)):
@@ -137,7 +137,7 @@ def class_names(names: Sequence[str] | None, count: int) -> list[str]:
 
 
 def _shares(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """The part of the picture that each class in it fills, largest first; indices beyond the names count for none."""
+    """The part of the picture that each class in it fills, largest first; indices beyond the names do not count."""
     counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
     order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
     return {names[index]: round(float(counts[index] / labels.size), 6) for index in order}

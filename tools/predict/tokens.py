@@ -1,4 +1,4 @@
-"""Which tokens a reducing ViT merged and dropped on the way, drawn on what it saw of a picture."""
+"""Draws which tokens a reducing ViT merged and dropped, on the picture as the ViT saw it."""
 
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ class Stage(NamedTuple):
 
     Attributes:
         block: counted from 0.
-        tokens: patches' tokens that are left.
-        of: (H, W), for each patch the number of its token, -1 for a dropped one.
+        tokens: number of patch tokens that are left.
+        of: (H, W), for each patch the number of its token, -1 if it was dropped.
     """
 
     block: int
@@ -33,10 +33,10 @@ class Stage(NamedTuple):
 
 
 class TokenWatch:
-    """Remembers the images that reach the reducing ViT of a predictor, and finds out what it does with their tokens.
+    """Remembers the images that reach a predictor's reducing ViT, and finds what the ViT does with their tokens.
 
     Raises:
-        InputError: the predictor's model has no such ViT.
+        InputError: the predictor's model has no reducing ViT.
     """
 
     def __init__(self, predictor: Predictor):
@@ -46,8 +46,8 @@ class TokenWatch:
         ]
         if not found:
             raise InputError(
-                "the model merges and drops no tokens, so there are none to show; "
-                "those of MCTF and AS-ViT do: see terrazzo list 'mctf*' and 'asvit*'"
+                "the model merges and drops no tokens, so there is nothing to show; "
+                "MCTF and AS-ViT do: see terrazzo list 'mctf*' and 'asvit*'"
             )
         self.host = found[0]
         self.images: torch.Tensor | None = None
@@ -59,7 +59,7 @@ class TokenWatch:
 
     @torch.inference_mode()
     def stages(self) -> list[Stage]:
-        """Of the first of the last images that were seen; the first stage has all tokens."""
+        """The stages of the first image in the last batch; the first stage has all tokens."""
         images, found = self.images[:1], []
 
         def note(reducer: Reducer, arguments: tuple, output: torch.Tensor) -> None:
@@ -81,7 +81,7 @@ class TokenWatch:
         return found
 
     def draw(self) -> Image.Image:
-        """A panel for every stage: patches of one token in their mean colour, within one outline; dropped ones dark."""
+        """A panel for every stage: patches of one token share a colour and an outline; dropped patches are dark."""
         stages = self.stages()
         pixels = self.images[0].float().cpu().permute(1, 2, 0).numpy() * self.std + self.mean
         drawn = [_panel(pixels.clip(0, 1), stage.of) for stage in stages]
@@ -91,9 +91,9 @@ class TokenWatch:
 
 
 def _normalised_by(predictor: Predictor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation, of three colours each, by which a model's colours of 0 to 1 were normalised."""
+    """Mean and deviation, three colours each, that normalised a model's colours of 0 to 1."""
     prepare = getattr(predictor.model, "data_preprocessor", None)
-    if prepare is not None:  # of OpenMMLab, in colours of 0 to 255
+    if prepare is not None:  # OpenMMLab's, for colours of 0 to 255
         found = (getattr(prepare, "mean", torch.zeros(3)) / 255, getattr(prepare, "std", torch.full((3,), 255.0)) / 255)
     else:
         steps = [step for step in predictor.transform.transforms if isinstance(step, Normalize)]
@@ -103,7 +103,7 @@ def _normalised_by(predictor: Predictor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _panel(pixels: np.ndarray, of: np.ndarray) -> Image.Image:
-    """(h, w, 3) of 0 to 1, under the tokens of its patches."""
+    """The picture (h, w, 3), 0 to 1, under the tokens of its patches."""
     scale = -(-_SIDE // min(pixels.shape[:2]))
     canvas = pixels.repeat(scale, 0).repeat(scale, 1)
     rows, columns = (

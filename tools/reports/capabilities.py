@@ -22,18 +22,18 @@ CAPABILITIES = {
     "fp16": "`terrazzo export --fp16`: random weights' outputs within 1 %, most layers lowered, TensorRT's operators",
     "int8": "`terrazzo export --int8`: the same within 10 %",
 }
-"""What can be asked of every family, and what exactly is tested: `test_NAME` of tests/support/capabilities.py."""
+"""The capabilities, and what exactly is tested for each: `test_NAME` in tests/support/capabilities.py."""
 
 YES, NO = "yes", "no"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a test found of one capability of one family.
+    """What a test found about one capability of one family.
 
     Attributes:
         supported: `YES` or `NO`.
-        reason: what the failure says, where there is one.
+        reason: the error's text if it failed, else empty.
         model: the family's model that was tested.
         test: what pytest calls the test.
     """
@@ -54,7 +54,7 @@ def read() -> dict[tuple[str, str], Cell]:
 
 
 def store(cell: Cell) -> None:
-    """Put a cell into the file, in place of the one that was there."""
+    """Put a cell into the file, in place of the old cell."""
     cells = read() | {(cell.family, cell.capability): cell}
     order = list(CAPABILITIES)
     results.write(PATH, sorted(cells.values(), key=lambda cell: (cell.family, order.index(cell.capability))), Cell)
@@ -72,10 +72,10 @@ def table(cells: Sequence[Cell]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 
 
 def family_table(cells: Sequence[Cell], family: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and lines: a line for each capability of one family, of which these are the cells.
+    """Head and lines: a line for each capability of one family, from its cells.
 
     Raises:
-        InputError: There are none.
+        InputError: There are no cells.
     """
     if not cells:
         raise InputError(f"{PATH} has no rows of {family!r}; run `pytest tests/backbones --write-capabilities`")

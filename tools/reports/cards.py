@@ -1,6 +1,6 @@
 """The tables of README.md, docs/ and the model cards, made from the registry and the result files.
 
-A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; what is between them is replaced.
+A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; the text between them is replaced.
 """
 
 import re
@@ -69,7 +69,7 @@ def _counts(family: str | None = None) -> dict[str, dict[str, float | str]]:
 
 
 def _variants(family: str) -> str:
-    """Every variant of a family: what was counted here, what its authors published."""
+    """Every variant of a family: what was counted here, and what its authors published."""
     from terrazzo.tools.models import NO_WEIGHTS, pretrained_cfg, published_top1
 
     lines = []
@@ -114,7 +114,7 @@ def _families(_: None) -> str:
 
 
 def _range(values: list[float]) -> str:
-    """The least and the largest, to one decimal."""
+    """The smallest and the largest, to one decimal."""
     if not values:
         return "-"
     return " to ".join(dict.fromkeys((f"{min(values):.1f}", f"{max(values):.1f}")))
@@ -123,7 +123,7 @@ def _range(values: list[float]) -> str:
 def _bench(name: str) -> str:
     """The speed of an operator or a family, from its result file, with the machine it was measured on.
 
-    `name` means the rows of a CPU; with `_gpu` behind it those of a GPU.
+    `name` means the rows of a CPU; `name` with the suffix `_gpu` means the rows of a GPU.
     """
     from terrazzo.tools.bench.registry import BENCHMARKS, module_of
 
@@ -155,7 +155,7 @@ def _machines(rows: list[results.Row]) -> str:
 
 
 def _spread(row: results.Row) -> str:
-    """The median, and where runs differ the 20th and 80th percentile."""
+    """The median, and the 20th and 80th percentile if runs differ."""
     return f"{row.p50:.3g}" + (f" ({row.p20:.3g} to {row.p80:.3g})" if row.p20 < row.p80 else "")
 
 
@@ -173,7 +173,7 @@ def _zoo(argument: str | None) -> str:
 
 
 def _capabilities(family: str | None) -> str:
-    """What every family can do, or one of them: as the tests found it."""
+    """What every family, or one family, can do, as the tests found it."""
     cells = [cell for cell in capability_results.read().values() if family in (None, cell.family)]
     table = capability_results.table(cells) if family is None else capability_results.family_table(cells, family)
     return _markdown(*table) + "\n" + "\n".join(capability_results.notes(cells)) + "\n"
@@ -201,11 +201,11 @@ TABLES: dict[str, Callable[[str | None], str]] = {
 
 
 def render(text: str, above: str = "") -> str:
-    """`text` with every table made anew.
+    """`text` with every table made again.
 
     Args:
         text: A page.
-        above: The way from the page's folder to the root, such as "../": tables link to files from the root.
+        above: The path from the page's folder to the root, such as "../": tables link to files from the root.
 
     Raises:
         InputError: A table of an unknown kind.

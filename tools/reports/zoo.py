@@ -27,7 +27,7 @@ class Finding:
 
     Attributes:
         status: one of `STATUSES`.
-        reason: one line; the names of packages or operators, comma-separated, where such are wanting; else empty.
+        reason: one line; for missing packages or operators, their names, comma-separated; may be empty.
     """
 
     status: str

@@ -1,7 +1,8 @@
-"""Exported files, opened: each becomes a function of tensors, whoever runs it.
+"""Exported files, opened: each becomes a function of tensors, whatever runtime runs it.
 
 A module opens the files of one runtime and imports that runtime: `onnx` (ONNX Runtime), `openvino`, `program`
-(torch.export) and `package` (AOTInductor). Exporters compare a new file through them; predictions come from them alone.
+(torch.export) and `package` (AOTInductor). Exporters compare a new file through these modules; predictions use only
+them.
 """
 
 import contextlib
@@ -39,18 +40,18 @@ def open_file(runtime: str, path: Path) -> Opened:
 
 
 def as_tuple(value: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What a program gave, as a tuple."""
+    """A program's result, as a tuple."""
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 @contextlib.contextmanager
 def loading(path: Path, reader: str) -> Iterator[None]:
-    """Turn whatever PyTorch says and raises about a file that it cannot load into an InputError of one line."""
+    """Turn PyTorch's messages and errors about a file that it cannot load into an InputError of one line."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
-    except Exception as error:  # what is no archive, of another kind or of another version fails in many ways
+    except Exception as error:  # a wrong kind of file or version fails in many ways
         raise InputError(f"{reader} cannot load {path.name}: {first_line(error)}") from error
     finally:
         logging.disable(before)

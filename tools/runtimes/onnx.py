@@ -15,7 +15,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Opened:
 
     Args:
         path: the file.
-        threads: how many work on an operation; None leaves that to ONNX Runtime.
+        threads: number of threads per operation; None leaves it to ONNX Runtime.
 
     Raises:
         InputError: ONNX Runtime cannot load it.

@@ -14,7 +14,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools.runtimes import Opened
 from terrazzo.tools.runtimes.scan_loops import loops_for_scans
 
-# Of itself OpenVINO takes bfloat16 where a processor can, which costs two digits.
+# By default OpenVINO takes bfloat16 where a processor can, which costs two digits.
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
@@ -22,15 +22,15 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 def core() -> openvino.Core:
     """The one core of this process.
 
-    A core gives the thread a stack for signals, and puts back the one before when it is destroyed. Of two cores the
-    one made first is destroyed first, the other puts back a stack that is gone, and the next signal that Python handles
-    (a child's end, Ctrl-C) kills the process.
+    A core gives the thread a signal stack, and restores the previous stack when it is destroyed. With two cores, the
+    first core is destroyed first, the second restores a stack that is gone, and the next signal that Python handles (a
+    child's end, Ctrl-C) kills the process.
     """
     return openvino.Core()
 
 
 def readable(path: Path) -> Path | bytes:
-    """A model's file, or what is to be read in its place: OpenVINO knows ONNX's Loop, not its Scan."""
+    """A model's file, or the bytes to read in its place: OpenVINO knows ONNX's Loop, but not its Scan."""
     if path.suffix == ".onnx":
         graph = onnx.load(path)
         if loops_for_scans(graph):
@@ -42,8 +42,8 @@ def open_openvino(path: Path, settings: Mapping[str, Any] = FLOAT32) -> Opened:
     """A file in OpenVINO on the CPU; see `Opened`.
 
     Args:
-        path: an IR, or an ONNX file, which OpenVINO reads, too.
-        settings: OpenVINO's own for the CPU.
+        path: an IR or an ONNX file; OpenVINO reads both.
+        settings: OpenVINO's settings for the CPU.
 
     Raises:
         InputError: OpenVINO cannot load it.

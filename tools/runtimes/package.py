@@ -14,7 +14,7 @@ def open_package(path: Path) -> Opened:
     """A package of AOTInductor; see `Opened`.
 
     Raises:
-        InputError: it is no package that can be loaded here.
+        InputError: it is not a package that can be loaded here.
     """
     with loading(path, "AOTInductor"):
         module = aoti_load_package(str(path))
@@ -22,7 +22,7 @@ def open_package(path: Path) -> Opened:
     size = tuple(map(int, facts["size"].split("x"))) if "size" in facts else None
 
     def run(*arguments: Tensor) -> tuple[Tensor, ...]:
-        # The library takes the strides of the example for granted.
+        # The library assumes the strides of the example.
         with torch.no_grad():
             return as_tuple(module(*(value.contiguous() for value in arguments)))
 

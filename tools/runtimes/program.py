@@ -19,7 +19,7 @@ def open_program(path: Path) -> Opened:
     """
     if zipfile.is_zipfile(path) and any("aotinductor" in name for name in zipfile.ZipFile(path).namelist()):
         raise InputError(f"{path.name} was exported with --format aoti; run it with --runtime aoti")
-    facts = {"task": ""}  # PyTorch fills it with all that there is, but only where it is not empty
+    facts = {"task": ""}  # PyTorch fills it with all facts, but only if it is not empty
     with loading(path, "torch.export"):
         program = torch.export.load(path, extra_files=facts)
     module, image = program.module(), program.graph_signature.user_inputs[0]

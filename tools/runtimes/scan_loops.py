@@ -15,7 +15,7 @@ def loops_for_scans(model: onnx.ModelProto) -> int:
         How many were replaced.
 
     Raises:
-        InputError: a Scan goes over another axis than the first, or writes its output from the end.
+        InputError: a Scan runs over another axis than the first, or writes its output from the end.
     """
     nodes = list(model.graph.node)
     found = [_loop(node) if node.op_type == "Scan" else [node] for node in nodes]
@@ -28,7 +28,9 @@ def _loop(scan: onnx.NodeProto) -> list[onnx.NodeProto]:
     """The Loop and what it needs: one step gathers its slice of every scanned input."""
     values = {attribute.name: helper.get_attribute_value(attribute) for attribute in scan.attribute}
     if any(any(values.get(name, ())) for name in (*_FIRST_AXIS, "scan_output_directions")):
-        raise InputError(f"the Scan {scan.name!r} is not over the first axis, forward: a Loop for it is not written")
+        raise InputError(
+            f"the Scan {scan.name!r} does not run forward over the first axis, and only these Scans can become Loops"
+        )
     body, name = values["body"], scan.output[0]
     count = len(scan.input) - values["num_scan_inputs"]  # of states
     scanned = scan.input[count:]
@@ -54,7 +56,7 @@ def _loop(scan: onnx.NodeProto) -> list[onnx.NodeProto]:
         if direction:
             index = f"{target.name}_index"
             last = constant(-1, (), f"{target.name}_last")
-            # The last step, less this one, counted from the end: -1 - step.
+            # The last step minus this step, counted from the end: -1 - step.
             inside += [last, helper.make_node("Sub", [last.output[0], step], [index])]
         inside.append(helper.make_node("Gather", [source, index], [target.name], axis=0))
     still = f"{going_on}_still"

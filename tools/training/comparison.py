@@ -10,7 +10,7 @@ from terrazzo._files import written_whole
 from terrazzo.tools import results
 
 DONE = "final.json"
-"""Written into the folder of a run when it has ended: a second call of the command goes on with the others."""
+"""Written into the folder of a finished run: a second call of the command goes on with the other runs."""
 
 
 def train(cfg, work_dir: Path, seed: int) -> dict:
@@ -30,13 +30,13 @@ def train(cfg, work_dir: Path, seed: int) -> dict:
     if (work_dir / DONE).is_file():
         return json.loads((work_dir / DONE).read_text())
     cfg = cfg.copy()
-    cfg.train_cfg.val_interval = 10**9  # mmengine validates after the last iteration whatever the interval
+    cfg.train_cfg.val_interval = 10**9  # mmengine validates after the last iteration, whatever the interval
     cfg.default_hooks.checkpoint.pop("save_best", None)
     runner = build_runner(cfg, work_dir, resume=True, seed=seed, purpose="train")
     keeper = Keeper()
     runner.register_hook(keeper)
     runner.train()
-    metrics = keeper.metrics or runner.val()  # a run that was interrupted while it validated has nothing left to train
+    metrics = keeper.metrics or runner.val()  # a run that was interrupted during validation has nothing left to train
     final = {
         "metrics": {key: float(value) for key, value in metrics.items() if isinstance(value, numbers.Real)},
         "losses": _losses(work_dir),
@@ -102,7 +102,7 @@ def draw(done: dict[str, list[dict]], path: Path) -> None:
     for index, (name, runs) in enumerate(done.items()):
         for seed, run in enumerate(runs):
             if run["losses"]:
-                # Points, too: a line through one would not be seen.
+                # Points, too: a line through a single point would be invisible.
                 axes.plot(*zip(*run["losses"]), marker=".", color=f"C{index}", label=None if seed else name)
     axes.grid(alpha=0.3)
     if axes.lines:

@@ -1,4 +1,4 @@
-"""The whole way in minutes, offline: make data, train, evaluate, draw, export, check."""
+"""All steps in minutes, offline: make data, train, evaluate, draw, export, check."""
 
 import contextlib
 import json
@@ -44,11 +44,11 @@ class Outcome:
 
     Attributes:
         miou: mean intersection over union of the trained segmentor, in percent.
-        constant_miou: the same for naming every pixel by the commonest class.
+        constant_miou: the same if every pixel gets the most common class.
         parity: largest relative error of the ONNX file's logits.
         exported: whether the ONNX file passed its check.
         seconds: duration of each step.
-        files: what was written, by what it is.
+        files: the written files, by their content.
     """
 
     miou: float
@@ -120,10 +120,10 @@ def run_demo(
 
 
 def constant_miou(root: Path) -> float:
-    """mIoU in percent, on the validation floors, of naming every pixel by the training floors' commonest class."""
+    """mIoU in percent, on the validation floors, if every pixel gets the training floors' most common class."""
     common = np.argmax(_class_counts(root / "labels" / "train"))
     counts = _class_counts(root / "labels" / "val")
-    # The one class that is named has an IoU of its share of the pixels; the other classes that occur have 0.
+    # The chosen class has an IoU of its share of the pixels; the other classes that occur have 0.
     return 100 * float(counts[common] / counts.sum()) / int((counts > 0).sum())
 
 

@@ -13,7 +13,7 @@ from terrazzo.tools.console import progress
 
 
 class Evaluation(NamedTuple):
-    """What a test gave."""
+    """The result of a test."""
 
     metrics: dict[str, Any]
     """The metrics, numbers rounded to four decimals."""
@@ -38,7 +38,7 @@ def evaluate(cfg, checkpoint: Path) -> Evaluation:
     if not cfg.get("test_dataloader") or not cfg.get("test_evaluator"):
         raise InputError(f"config {cfg.filename} has no test_dataloader and test_evaluator; there is nothing to test")
     with mm.quiet():
-        # mmengine loads what fits and goes on: this is where a checkpoint that does not fit is refused.
+        # mmengine loads what fits and goes on, so a checkpoint that does not fit is refused here.
         mm.build_model(cfg, checkpoint)
         cfg = copy.deepcopy(cfg)
         mm.without_weights(cfg.model)
@@ -69,7 +69,7 @@ def plain_metric(value: Any) -> Any:
 
 
 def without_nan(value: Any) -> Any:
-    """Plain data with None for the numbers that JSON does not have: NaN and infinity."""
+    """Plain data with None for the numbers that JSON lacks: NaN and infinity."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -78,7 +78,7 @@ def without_nan(value: Any) -> Any:
 
 
 def _notes(evaluated: list, metrics: Mapping, pictures: int) -> Iterator[str]:
-    """What to say of metrics that wrote files, and of a test without any metric."""
+    """Notes about metrics that wrote files, and about a test without any metric."""
     written = False
     for metric in evaluated:
         if getattr(metric, "format_only", False):
@@ -88,15 +88,15 @@ def _notes(evaluated: list, metrics: Mapping, pictures: int) -> Iterator[str]:
             written = True
     if not metrics and not written:
         yield (
-            f"no metrics: the model found nothing in the {pictures} pictures of the test data; see whether the "
-            "checkpoint is a trained one and how high the model's test_cfg sets its score_thr"
+            f"no metrics: the model found nothing in the {pictures} pictures of the test data; check that the "
+            "checkpoint is trained, and that the score_thr in the model's test_cfg is not too high"
         )
 
 
 def _written(place: str | None) -> str:
     """The files whose names begin with a prefix, or the folder of that name."""
     if place is None:
-        return "a place of its own"
+        return "a folder that it chose"
     path = Path(place)
     if path.is_dir():
         return str(path)
@@ -105,7 +105,7 @@ def _written(place: str | None) -> str:
 
 
 def _drawings_folder(cfg) -> Path:
-    """Where the drawings of a test go that the config's visualization hook makes."""
+    """The folder for the drawings of the config's visualization hook in a test."""
     return Path(cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename).stem) / "test"
 
 

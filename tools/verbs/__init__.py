@@ -1,1 +1,1 @@
-"""The verbs of the `terrazzo` command: each file holds a click command and nothing that another verb needs."""
+"""The verbs of the `terrazzo` command: each file holds a click command, and no verb needs another verb."""

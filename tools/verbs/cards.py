@@ -8,12 +8,12 @@ from terrazzo.tools.reports import cards
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit with 1 where a page is stale.")
-@click.option("--count", is_flag=True, help="First count every model's parameters and multiply-adds anew.")
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 if a page is stale.")
+@click.option("--count", is_flag=True, help="First count every model's parameters and multiply-adds again.")
 def command(check: bool, count: bool) -> int:
     """Regenerate the tables of README.md, docs/ and the model cards from the result files."""
     if not (results.ROOT / "README.md").exists():
-        raise InputError("the pages stand in a source checkout of terrazzo; this is an installed copy")
+        raise InputError("the pages are in a source checkout of terrazzo; this is an installed copy")
     if count and not check:
         results.write(cards.MODELS, cards.measure_models())
     stale = []

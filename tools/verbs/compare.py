@@ -23,11 +23,11 @@ _NO_NAME = re.compile(r"[^\w.]+")
     multiple=True,
     required=True,
     metavar="NAME[,KEY=VALUE...]",
-    help="A timm model and arguments of it; give several.",
+    help="A timm model and its arguments; repeatable.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, seeds 0, 1, ...")
-@click.option("--max-iters", type=click.IntRange(min=1), help="Train so many iterations.")
-@click.option("--max-epochs", type=click.IntRange(min=1), help="Train so many epochs.")
+@click.option("--max-iters", type=click.IntRange(min=1), help="Number of iterations to train.")
+@click.option("--max-epochs", type=click.IntRange(min=1), help="Number of epochs to train.")
 @click.option("--out", type=UserPath(), required=True, help="Folder of the runs, curves and rows.")
 def command(
     config: str,
@@ -61,7 +61,7 @@ def command(
     check_data(cfg, ("train", "val"))
     check_folder(out)
     done: dict[str, list[dict]] = {name: [] for name in backbones}
-    for seed in range(seeds):  # in turns, so that an interrupted comparison has as much of each
+    for seed in range(seeds):  # in turns, so that an interrupted comparison has as many runs of each backbone
         for name in backbones:
             done[name].append(comparison.train(configs[name], out / f"{_NO_NAME.sub('-', name)}-{seed}", seed))
             click.echo(f"{name}, seed {seed}: {comparison.line(done[name][-1]['metrics'])}")

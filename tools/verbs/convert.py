@@ -14,13 +14,15 @@ from terrazzo.tools.options import UserPath
 @click.argument("checkpoint", type=UserPath())
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--ema", is_flag=True, help="Take ema_state_dict, which EMAHook set aside, or state_dict_ema, model_ema or ema."
+    "--ema",
+    is_flag=True,
+    help="Take the averaged weights: ema_state_dict, as EMAHook saves it, or state_dict_ema, model_ema or ema.",
 )
 def command(checkpoint: Path, out: Path, ema: bool) -> None:
     """Write the weights of CHECKPOINT to OUT: a .safetensors file, or a .pth file that loads with weights_only.
 
-    CHECKPOINT may be mmengine's, timm's, ours or a .safetensors file; its weights may be under state_dict, model or
-    another usual key. What could run code is refused and named.
+    CHECKPOINT may be a file of mmengine, timm or terrazzo, or a .safetensors file; its weights may be under state_dict,
+    model or another usual key. A file that could run code is refused, and the message says why.
     """
     from terrazzo.openmmlab.checkpoint import load_file, save_checkpoint
 
@@ -40,7 +42,7 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without the rest of a larger one that it is a part of, which a file would keep; tied ones stay tied."""
+    """A tensor without the rest of its storage, which a file would keep; tied tensors stay tied."""
     tensor = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

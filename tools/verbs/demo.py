@@ -1,4 +1,4 @@
-"""`terrazzo demo`: the whole way in minutes, offline: make data, train, evaluate, draw, export, check."""
+"""`terrazzo demo`: all steps in minutes, offline: make data, train, evaluate, draw, export, check."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ EXIT_TOO_WEAK = 1
 def command(out: Path, seed: int) -> int:
     """Train a DiNAT segmentor on made-up terrazzo floors, evaluate it, draw what it sees, and export it.
 
-    A run replaces what an earlier one left in its folder. The exit code is 1 if the segmentor is not clearly better
-    than naming every pixel by the commonest class, or if the exported file does not compute the same.
+    A run replaces what an earlier run left in its folder. The exit code is 1 if the segmentor is not clearly better
+    than a constant prediction of the most common class, or if the exported file does not compute the same.
     """
     outcome = run_demo(out, seed)
     print_table([(step, f"{seconds:.1f} s") for step, seconds in outcome.seconds.items()], ("step", "time"), right=(1,))
@@ -32,7 +32,7 @@ def command(out: Path, seed: int) -> int:
     if outcome.passed:
         return 0
     reason = (
-        f"mIoU {outcome.miou:.1f} % is below {TIMES_BETTER:g} times that of a constant prediction"
+        f"mIoU {outcome.miou:.1f} % is below {TIMES_BETTER:g} times the mIoU of a constant prediction"
         if outcome.exported
         else "the exported file does not compute what PyTorch does"
     )

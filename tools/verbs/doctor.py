@@ -1,4 +1,4 @@
-"""`terrazzo doctor`: what of another project works here; one subject, one module of this package."""
+"""`terrazzo doctor`: which parts of another project work here; each subject is a module of `tools.doctor`."""
 
 import importlib
 
@@ -32,6 +32,6 @@ class SubjectGroup(click.Group):
 @click.group(cls=SubjectGroup, invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Examine what another project brings, and say what works here."""
+    """Examine another project, and say what works here."""
     if ctx.invoked_subcommand is None:
         ctx.fail(f"name what to examine: {', '.join(SUBJECTS)}")

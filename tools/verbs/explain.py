@@ -1,4 +1,4 @@
-"""`terrazzo explain`: which backend each operator of a model runs on, why not the others, and what it all costs."""
+"""`terrazzo explain`: which backend each operator of a model runs on, why the others do not, and what it costs."""
 
 import json
 
@@ -20,7 +20,9 @@ EXIT_REFUSED = 1
 
 @click.command()
 @click.argument("model")
-@click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: that of the published weights].")
+@click.option(
+    "--size", type=int, nargs=2, metavar="H W", help="Image size [default: the size of the published weights]."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Number of images.")
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
 @click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True, help="Of weights and images.")
@@ -29,16 +31,16 @@ EXIT_REFUSED = 1
     type=click.Choice(backends.BACKENDS),
     default="auto",
     show_default=True,
-    help=f"What to ask for; auto heeds {backends.ENVIRONMENT}.",
+    help=f"The backend to ask for; auto follows {backends.ENVIRONMENT}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str, size: tuple[int, int] | None, batch: int, device: str | None, dtype: str, backend: str, as_json: bool
 ) -> int:
-    """Say which backend runs each operator of MODEL here, why the others do not, and what they and the rest cost.
+    """Say which backend runs each operator of MODEL here, why the others do not, and what the model costs.
 
-    Nothing is downloaded or computed: the shapes alone are run through the model. The exit code is 1 where a backend
-    was asked for that cannot run.
+    Nothing is downloaded or computed: only shapes run through the model. The exit code is 1 if the requested backend
+    cannot run.
     """
     require_model(model)
     target = pick_device(device)

@@ -24,16 +24,18 @@ FORMATS = ("onnx", "tensorrt", "openvino", "pt2", "aoti")
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="onnx", show_default=True, help="File format.")
 @click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: the model's own].")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images a run.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per run.")
 @click.option(
     "--dynamic", type=click.Choice(("batch", "hw")), multiple=True, help="Leave batch, or height and width, open."
 )
-@click.option("--features", is_flag=True, help="A timm model's feature maps, an output for each, not its logits.")
+@click.option(
+    "--features", is_flag=True, help="Export a timm model's feature maps, an output for each, instead of its logits."
+)
 @click.option("--no-loops", is_flag=True, help="Unroll scans, for runtimes without Scan and Loop; one size.")
 @click.option("--opset", type=int, help="ONNX operator set [default: PyTorch's choice].")
-@click.option("--image", type=UserPath(), metavar="FILE", help="Compare on it, not on a drawn one.")
-@click.option("--fp16", "precision", flag_value="fp16", help="Half precision, where the model bears it.")
-@click.option("--int8", "precision", flag_value="int8", help="INT8, where the model bears it.")
+@click.option("--image", type=UserPath(), metavar="FILE", help="Compare on this picture instead of a drawn picture.")
+@click.option("--fp16", "precision", flag_value="fp16", help="Half precision, for all layers that tolerate it.")
+@click.option("--int8", "precision", flag_value="int8", help="INT8, for all layers that tolerate it.")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
@@ -71,25 +73,25 @@ def command(
 ) -> int:
     """Export a timm classifier, or the segmentor or detector of an OpenMMLab config, from raw pixels to results.
 
-    CHECKPOINT is a file of weights; a config needs it, a timm model without it has random weights or --pretrained ones.
+    CHECKPOINT is a file of weights. A config needs it; without it, a timm model has random or --pretrained weights.
 
     The input is float RGB in 0..255, (batch, 3, H, W); normalisation is in the graph. The outputs are `logits` and, for
     a segmentor, `labels`, both at the input's size; for a detector, `boxes`, `scores`, `labels` and `masks` as its
     config keeps them, non-maximum suppression included; for --features, `stride4` and so on.
 
-    The format pt2 is a torch.export program; aoti compiles that to machine code, where there is a C++ compiler.
+    The format pt2 is a torch.export program; aoti compiles this program to machine code, which needs a C++ compiler.
 
-    The file's results (by ONNX Runtime, OpenVINO in float32, or PyTorch) are compared with PyTorch's, a detector's with
-    those of mmdet's own code: where they differ by too much, the exit code is 1 and the file keeps the suffix .failed.
-    The format tensorrt is an engine for this machine's GPU, compared and timed. Without a GPU or the package tensorrt
-    it is an ONNX file of which every node is looked up in TensorRT's documented operators, and the command to build the
-    engine elsewhere; the suffix of FILE follows what is written, .engine or .onnx.
+    The file's results (from ONNX Runtime, OpenVINO in float32, or PyTorch) are compared with PyTorch's results, and a
+    detector's results with mmdet's own code. If they differ too much, the exit code is 1 and the file keeps the suffix
+    .failed. The format tensorrt is an engine for this machine's GPU, compared and timed. Without a GPU or the package
+    tensorrt it is an ONNX file: every node is looked up in TensorRT's documented operators, and the command to build
+    the engine elsewhere is printed. The suffix of FILE is .engine or .onnx accordingly.
 
-    --fp16 and --int8 write an ONNX file in lower precision: with a config's test data at hand (--data-root), as many
-    layers stay in float32 as its metric asks for; a table of both figures and of each layer's error lies beside it.
+    --fp16 and --int8 write an ONNX file in lower precision. With a config's test data (--data-root), as many layers
+    stay in float32 as the metric requires; a table beside the file has both figures and each layer's error.
     """
     if opset is not None and form in ("pt2", "aoti"):
-        raise InputError(f"--opset is of ONNX; {form} files have none: leave it out")
+        raise InputError(f"--opset is for ONNX; {form} files have no opset: leave it out")
     if no_loops and "hw" in dynamic:
         raise InputError("--no-loops unrolls a scan of known length: leave --dynamic hw out")
     if no_loops:
@@ -104,12 +106,15 @@ def command(
     picture = None if image is None else Picture(image, image.name).read()
     ready = exportable_of(model_or_config, checkpoint, pretrained, num_classes, size, features, data_root, overrides)
     if ready.single and (batch > 1 or dynamic):
-        raise InputError(f"{ready.source} is a detector: one image a run, of one size; leave --batch and --dynamic out")
+        raise InputError(
+            f"{ready.source} is a detector: one image per run, of one size; leave --batch and --dynamic out"
+        )
     height, width = ready.size
     stride = coarsest_stride(ready.module)
     if min(ready.size) < stride:
         raise InputError(f"the image size is {height}x{width}; {ready.source} takes {stride}x{stride} and larger")
-    kind = "aoti" if form == "aoti" else precision  # pt2 has the suffix of aoti, and float32 that of the others
+    # pt2 and aoti share a suffix, and so do float32 and the lower precisions.
+    kind = "aoti" if form == "aoti" else precision
     ending = f"_{kind}{suffix}" if kind else suffix
     out = out or Path("exports") / f"{Path(ready.source).stem}_{height}x{width}{ending}"
     seen = ("floor", floor(ready.size, batch)) if picture is None else (image.name, photo(picture, ready.size, batch))

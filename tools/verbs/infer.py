@@ -55,18 +55,18 @@ def command(
     show_tokens: bool,
     device: str | None,
 ) -> None:
-    """Run a classifier, segmentor or detector on each IMAGE (a file, or a folder of them).
+    """Run a classifier, segmentor or detector on each IMAGE (a file or a folder of files).
 
-    MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name; with another --runtime than
-    torch it is a file that `terrazzo export` wrote in that format. For each picture there are
-    NAME.overlay.jpg (the result drawn), NAME.json, for a segmentor NAME.labels.png (a class index for each pixel), and
-    for a panoptic one NAME.segments.png (the number of a segment for each pixel; the JSON has its class). With
-    --show-tokens there is NAME.tokens.jpg.
+    MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name. If --runtime is not torch, it
+    is a file that `terrazzo export` wrote in that format. For each picture the command writes NAME.overlay.jpg (the
+    result drawn) and NAME.json; for a segmentor also NAME.labels.png (a class index for each pixel), for a panoptic
+    segmentor also NAME.segments.png (the number of a segment for each pixel; the JSON has its class), and with
+    --show-tokens also NAME.tokens.jpg.
     """
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
     if runtime != "torch" and (checkpoint or pretrained or num_classes or device):
-        raise InputError("an exported file has its weights, and runs on the CPU: leave the other options out")
+        raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
     chosen = pick_device(device)
     pictures = find_pictures(images)
     check_folder(out)
@@ -99,7 +99,9 @@ def _predictor(name, checkpoint, pretrained, num_classes, min_score, device):
         from terrazzo.tools.predict.classifiers import timm_predictor
 
         if checkpoint is None and not pretrained:
-            click.echo(f"note: {name} has random weights; name some with --checkpoint FILE or --pretrained", err=True)
+            click.echo(
+                f"note: {name} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
+            )
         return timm_predictor(load_timm_model(name, checkpoint, pretrained, num_classes), device)
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
@@ -107,7 +109,7 @@ def _predictor(name, checkpoint, pretrained, num_classes, min_score, device):
 
     cfg = load_config(name)
     if pretrained or num_classes is not None:
-        raise InputError("--pretrained and --num-classes are for timm models; a config takes --checkpoint FILE alone")
+        raise InputError("--pretrained and --num-classes are for timm models; a config takes only --checkpoint FILE")
     if checkpoint is None:
         raise InputError(f"the config {name} needs weights; name a file that its training wrote with --checkpoint FILE")
     with mm.quiet():
@@ -123,7 +125,7 @@ def _write(out: Path, picture: Picture, record: dict, prediction, tokens: Image.
         if pixels is not None:
             with written_whole(out / f"{picture.name}.{kind}.png") as temporary:
                 Image.fromarray(pixels).save(temporary)
-    # The JSON comes last: where it is, the rest is.
+    # The JSON comes last: if it exists, the other files exist.
     with written_whole(out / f"{picture.name}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 

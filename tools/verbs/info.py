@@ -10,13 +10,15 @@ from terrazzo.tools.inspect.description import describe
 
 @click.command()
 @click.argument("model")
-@click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: that of the published weights].")
+@click.option(
+    "--size", type=int, nargs=2, metavar="H W", help="Image size [default: the size of the published weights]."
+)
 @click.option("--in-chans", type=click.IntRange(min=1), default=3, show_default=True, help="Channels of the image.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(model: str, size: tuple[int, int] | None, in_chans: int, as_json: bool) -> None:
     """Describe MODEL: parameters, multiply-adds, activations, feature pyramid, and where its weights come from.
 
-    Nothing is downloaded or computed: the shapes alone are run through the model.
+    Nothing is downloaded or computed: only shapes run through the model.
     """
     facts = describe(model, size, in_chans)
     if as_json:

@@ -1,4 +1,4 @@
-"""`terrazzo list`: the models, a row each."""
+"""`terrazzo list`: one row per model."""
 
 import fnmatch
 
@@ -38,7 +38,7 @@ def command(pattern: str | None, family: str | None) -> None:
 
 
 def _row(name: str, family: str, params: int | None) -> tuple:
-    """A model's facts; its parameters are counted where nobody did, which takes a moment for each."""
+    """A model's facts; parameters that are not stored are counted, which takes a moment per model."""
     cfg = pretrained_cfg(name)
     if params is None:
         params = sum(p.numel() for p in build_on_meta(name).parameters())

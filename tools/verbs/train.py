@@ -14,17 +14,17 @@ from terrazzo.tools.options import UserPath, config_options
 @click.option("--work-dir", type=UserPath(), help="Logs and checkpoints [default: work_dirs/CONFIG].")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the work dir.")
 @click.option("--amp", type=click.Choice(["fp16", "bf16"]), help="Automatic mixed precision.")
-@click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Batches for one step of the optimizer.")
+@click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Batches per step of the optimizer.")
 @click.option("--auto-scale-lr", is_flag=True, help="Scale the learning rate by the batch size.")
 @click.option(
     "--launcher",
     type=click.Choice(["none", "pytorch", "slurm", "mpi"]),
     default="none",
-    help="What started this process as one of several.",
+    help="The launcher that started several processes.",
 )
 @click.option("--fsdp", is_flag=True, help="Divide the model among the processes (fully sharded data parallel).")
-@click.option("--max-iters", type=click.IntRange(min=1), help="Train so many iterations; schedules scale along.")
-@click.option("--max-epochs", type=click.IntRange(min=1), help="Train so many epochs; schedules scale along.")
+@click.option("--max-iters", type=click.IntRange(min=1), help="Number of iterations to train; schedules scale along.")
+@click.option("--max-epochs", type=click.IntRange(min=1), help="Number of epochs to train; schedules scale along.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of weights, order and augmentation.")
 def command(
     config: str,

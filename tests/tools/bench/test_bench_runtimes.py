@@ -98,7 +98,7 @@ def test_table_and_verdict(tmp_path, monkeypatch):
         "| images | dinat_tiny, eager, ms | torch.compile takes | ONNX Runtime takes | OpenVINO in float32 takes |"
         in text
     )
-    assert "OpenVINO as it comes (bfloat16) takes" in text
+    assert "OpenVINO by default (bfloat16) takes" in text
     assert "| 1x3x224x224 | 100.0 | not run | 0.72 x | not run | 0.40 x |" in text
     unit = "x the time of eager PyTorch (1x3x224x224); target at most 1"
     assert bench_runtimes.verdicts(found, "cpu") == [f"dinat_tiny, onnxruntime: 0.72 {unit}: met"]

@@ -126,8 +126,8 @@ IN_ALL_SPLITS = [
     (every("annotations", bbox=[8, 10, 0, 4]), "it has no box of the config's classes that can be used, among 6"),
     (every("annotations", bbox=[8, 10, 4, -4]), "it has no box"),
     (every("annotations", bbox=[500, 10, 4, 4]), "it has no box"),
-    (lambda content: [content], "it holds a list at its top"),
-    (lambda content: 7, "it holds a number at its top"),
+    (lambda content: [content], "its top level is a list"),
+    (lambda content: 7, "its top level is a number"),
 ]
 
 
@@ -154,13 +154,13 @@ def test_only_the_splits_in_use_are_looked_at(check, cells, tmp_path, change, wo
         (first("annotations", segmentation=[]), "there is none, but masks are read"),
         (first("annotations", segmentation=[[1, 1, 9, 9]]), "a polygon has 4 numbers"),
         (first("annotations", segmentation=[[1, 1, 9, 9, 9, 1, 4]]), "a polygon has 7 numbers"),
-        (first("annotations", segmentation=[1, 1, 9, 9, 9, 1]), "each a list of its own"),
-        (first("annotations", segmentation=[["1", "1", "9", "9", "9", "1"]]), "no finite number"),
+        (first("annotations", segmentation=[1, 1, 9, 9, 9, 1]), "each polygon a list"),
+        (first("annotations", segmentation=[["1", "1", "9", "9", "9", "1"]]), "not a finite number"),
         (first("annotations", segmentation="mask.png"), "must be a list of polygons"),
         (first("annotations", segmentation={"size": [96, 64], "counts": [6144]}), "its size is [96, 64]"),
         (first("annotations", segmentation={"size": [64, 96], "counts": [9, 9]}), "add up to 18 pixels"),
-        (first("annotations", segmentation={"size": [64, 96], "counts": "~~~"}), "no run lengths"),
-        (first("annotations", segmentation={"size": [64, 96]}), "no run lengths"),
+        (first("annotations", segmentation={"size": [64, 96], "counts": "~~~"}), "not run lengths"),
+        (first("annotations", segmentation={"size": [64, 96]}), "not run lengths"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -213,7 +213,7 @@ def test_a_test_set_without_annotations_is_for_writing_results_down(check, cells
 
 def test_a_filter_that_leaves_no_picture_is_named(check, cells):
     said = check(BOXES, cells, "train", **{"train_dataloader.dataset.filter_cfg.min_size": 65})
-    assert "it has no picture that filter_cfg leaves" in said
+    assert "filter_cfg drops every picture" in said
     assert "min_size is 65" in said
 
 
@@ -240,11 +240,11 @@ def test_classes_of_the_data_set_s_own_class(cells, check):
     [
         (b"", "it is empty"),
         (b" \n", "it is empty"),
-        (b'{"images": [', "no JSON that can be read, perhaps cut short"),
+        (b'{"images": [', "not readable JSON, and may be cut short"),
         ('{"images": "\u00e9"}'.encode("latin-1"), "it is not in UTF-8"),
         ("{}".encode("utf-16"), "it is not in UTF-8"),
-        (b"[" * 100000, "no JSON that can be read"),
-        (b"null", "it holds a null at its top"),
+        (b"[" * 100000, "not readable JSON"),
+        (b"null", "its top level is a null"),
     ],
 )
 def test_files_that_are_no_annotations_are_refused(check, cells, tmp_path, split, content, words):

@@ -51,7 +51,7 @@ def colours():
         (lambda: Image.fromarray(labels(second=11)), "has class 11, but the config has 11 classes, 0 to 10"),
         (lambda: Image.fromarray(labels((48, 64))), "has 48x64 pixels, but its picture has 96x64"),
         (lambda: Image.fromarray(labels((64, 96))), "has 64x96 pixels"),
-        (colours, "no map of class numbers: it is of Pillow's mode RGB, 3 channels"),
+        (colours, "not a map of class numbers: it has Pillow's mode RGB, 3 channels"),
         (lambda: colours().convert("RGBA"), "mode RGBA, 4 channels"),
         (lambda: Image.fromarray(labels()).convert("LA"), "mode LA, 2 channels"),
         (lambda: Image.fromarray(labels(second=256, dtype=np.uint16)), "has class 256"),  # 0 in 8 bits
@@ -86,7 +86,7 @@ def test_maps_of_other_modes_that_mmseg_reads_rightly(check, copy, make):
 def test_opencv_reads_palettes_as_colours(check, copy):
     as_palette().save(copy / "labels" / "train" / "5.png")
     step = {"train_dataloader.dataset.pipeline.1.imdecode_backend": "cv2"}
-    assert "5.png is no map of class numbers: cv2 reads it as 3 channels" in check(CAMVID, copy, "train", **step)
+    assert "5.png is not a map of class numbers: cv2 reads it as 3 channels" in check(CAMVID, copy, "train", **step)
 
 
 @pytest.mark.parametrize(

@@ -46,4 +46,4 @@ def test_pretraining_has_nothing_to_export(run, tmp_path):
     (tmp_path / "weights.pth").touch()
     result = run("export", "roma-tiny_1xb64-100e_eurosat64", tmp_path / "weights.pth", "--size", 64, 64)
     assert result.exit_code == 2
-    assert "RoMAPretraining, is for none of: classification" in result.output
+    assert "RoMAPretraining, is for none of these tasks: classification" in result.output

@@ -194,8 +194,8 @@ def test_refusals(refused, tiny, tmp_path):
     arguments = ("export", config, checkpoint, "--out", tmp_path / "out" / "a.onnx")
     assert "--size H W" in refused(*arguments)
     sized = (*arguments, "--size", *SIZE)
-    assert "one image a run" in refused(*sized, "--batch", 2)
-    assert "one image a run" in refused(*sized, "--dynamic", "batch")
+    assert "one image per run" in refused(*sized, "--batch", 2)
+    assert "one image per run" in refused(*sized, "--dynamic", "batch")
     assert "does not exist" in refused(*sized, "--image", tmp_path / "none.png")
     assert not (tmp_path / "out").exists()
 

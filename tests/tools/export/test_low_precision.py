@@ -176,7 +176,7 @@ def test_int8_leaves_stacks_of_matrices(tmp_path):
 
 
 def test_int8_needs_images_and_products(graph, tmp_path):
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="there are no images"):
         Int8(graph, [])
     norm = exported(nn.Sequential(nn.LayerNorm(24)), tmp_path)
     with pytest.raises(InputError, match="nothing to put into INT8"):

@@ -94,7 +94,7 @@ def test_refusals(run, refused, picture, tmp_path):
     (tmp_path / "broken.pt2").write_bytes(b"not a graph")
     for runtime in ("pt2", "aoti"):
         assert "cannot load broken.pt2" in refused("infer", "--runtime", runtime, tmp_path / "broken.pt2", picture)
-    assert "has its weights" in refused(*call, tmp_path / "broken.onnx", picture, "--device", "cpu")
+    assert "holds its weights" in refused(*call, tmp_path / "broken.onnx", picture, "--device", "cpu")
     features = tmp_path / "features.onnx"
     assert run("export", "resnet10t", "--features", "--size", 32, 32, "--out", features).exit_code == 0
-    assert "nothing to draw" in refused(*call, features, picture)
+    assert "which cannot be drawn" in refused(*call, features, picture)

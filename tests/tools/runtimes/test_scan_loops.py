@@ -65,7 +65,7 @@ def test_openvino_reads_a_file_with_a_scan(tmp_path):
 
 @pytest.mark.parametrize("more", [", scan_input_axes = [0, 1]", ", scan_output_directions = [1]"])
 def test_what_is_not_written(more):
-    with pytest.raises(InputError, match="not over the first axis, forward"):
+    with pytest.raises(InputError, match="does not run forward over the first axis"):
         loops_for_scans(parsed(more=more))
 
 

@@ -180,7 +180,7 @@ def test_refusals(refused, trained, tmp_path):
     assert "no config file" in refused("export", tmp_path / "none.py", *out)
     assert "takes 32x32 and larger" in refused("export", *trained, "--size", 16, 96, *out)
     for form in ("pt2", "aoti"):
-        assert f"{form} files have none" in refused("export", "resnet10t", "--format", form, "--opset", 20, *out)
+        assert f"{form} files have no opset" in refused("export", "resnet10t", "--format", form, "--opset", 20, *out)
     assert "must end in .xml" in refused("export", "resnet10t", "--format", "openvino", "--size", 32, 32, *out)
     assert "--features is for timm models" in refused("export", config, "--features", *out)
     assert not (tmp_path / "out").exists()

@@ -228,5 +228,7 @@ def test_refusals(refused, trained, picture, tmp_path):
 def test_checkpoint_of_another_model(refused, trained, detector, picture, tmp_path):
     config, _ = trained
     _, foreign = detector
-    assert "not of this config" in refused("infer", config, picture, "--checkpoint", foreign, "--out", tmp_path / "out")
+    assert "does not fit this config" in refused(
+        "infer", config, picture, "--checkpoint", foreign, "--out", tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
-"""Neighborhood attention against what else computes it, forward and with backward.
+"""Neighborhood attention against other implementations, forward and with backward.
 
-On a CPU the portable form meets gathering and dense attention with a mask; on a GPU the fused form meets
-FlexAttention, NATTEN, dense attention and the portable form (bench_neighborhood_attention_gpu.py).
+On a CPU the portable form is compared with gathering and with dense attention under a mask. On a GPU the fused form is
+compared with FlexAttention, NATTEN, dense attention and the portable form (gpu.py).
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ def _forms(case: Case, inputs: list[torch.Tensor], training: bool, plan: Plan) -
     query, key, value, rpb = inputs
 
     def dense() -> torch.Tensor:
-        """What a user without the operator would write, its mask made each time."""
+        """The code of a user without the operator; it makes the mask each time."""
         return peers.dense(query, key, value, peers.dense_mask(rpb, case.window, query.dtype))
 
     forms = {
@@ -52,7 +52,7 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
     """Check and time every form on a case.
 
     Returns:
-        The rows, and of each form that has none the reason.
+        The rows, and a reason for each form without rows.
     """
     forms_of, about = _forms, results.about(plan.device)
     rows, reasons = [], {}
@@ -68,7 +68,7 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
     timer = kernel_timer(plan.device)
     for metric in plan.passes or (FORWARD, TRAINING):
         training = metric == TRAINING
-        # FlexAttention has no forward pass on a CPU of what might want gradients.
+        # On a CPU, FlexAttention has no forward pass for tensors that may require gradients.
         given = inputs if training else [x.detach() for x in inputs]
         forms = forms_of(case, given, training, plan)
         if training:
@@ -96,5 +96,5 @@ def table(rows: list[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 
 def verdicts(rows: list[results.Row], device: str) -> list[str]:
-    """What is promised, and whether it is kept: of a GPU only."""
+    """The targets, and whether they are met; only a GPU has targets."""
     return [verdict(*found) for found in gpu.promises(rows)] if gpu.is_gpu(rows) else []

@@ -1,4 +1,4 @@
-"""Problems of neighborhood attention: what they are called, their inputs, and whether a form solves them."""
+"""Problems of neighborhood attention: their names, their inputs, and whether a form solves them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from terrazzo.tools.inspect.timing import Function
 NAME = "neighborhood_attention"
 # Dense attention needs a table of tokens squared per head; past this it is left out, and the table says so.
 DENSE_TOKENS = 64 * 64
-# What a peer's result may differ from that of the portable form in float32, relative to its norm.
+# How far a peer's result may differ from the portable form's in float32, relative to its norm.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -66,12 +66,12 @@ class Case:
 
 
 def attend(case: Case, backend: str, query, key, value, rpb=None) -> torch.Tensor:
-    """Ours."""
+    """Our operator, with a backend."""
     return neighborhood_attention(query, key, value, case.kernel, case.dilation, rpb, backend=backend)
 
 
 def gradients(form: Function, inputs: Sequence[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of the output that `form` computes, by each of the inputs."""
+    """The gradients of `form`'s output by each of the inputs."""
     return torch.autograd.grad(form(), inputs, grad)
 
 
@@ -91,7 +91,7 @@ def expected(case: Case, inputs: list[torch.Tensor], grad: torch.Tensor, trainin
 
 
 def fault(case: Case, wanted: list[torch.Tensor], found: torch.Tensor | tuple[torch.Tensor, ...]) -> str | None:
-    """What is wrong with a form's output or gradients: a peer that computes something else is none."""
+    """What is wrong with a form's output or gradients: a peer must compute the same."""
     found = _one_head(found if isinstance(found, tuple) else (found,))
     for name, a, b in zip(("query", "key", "value", "bias") if len(found) > 1 else ("output",), found, wanted):
         error = ((a - b).norm() / b.norm()).item()

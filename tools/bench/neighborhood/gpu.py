@@ -1,7 +1,7 @@
-"""The GPU's side of the benchmark of neighborhood attention: shapes, peers, the floor that memory sets, targets.
+"""The GPU's side of the benchmark of neighborhood attention: shapes, peers, the memory floor, targets.
 
-The floor of a forward pass is the time in which the GPU copies as many bytes as query, key, value and output have,
-each once, at the bandwidth of a large copy that was measured beside it.
+The memory floor of a forward pass is the time in which the GPU moves query, key, value and output once, at the
+bandwidth of a large copy that is measured beside it.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ _AWKWARD = [
     ((84, 19), (7, 3), (5, 1)),
     ((19, 29), (8, 8), (2, 3)),
 ]
-_WIDE = Case(1, (256, 256), 24, (80, 80), dim=128, bias=False)  # an image generator's, which has no bias
+_WIDE = Case(1, (256, 256), 24, (80, 80), dim=128, bias=False)  # from an image generator, which has no bias
 
 # One of each kind: a large and a small map, dilated, grid attention, dense prediction, an odd size.
 QUICK = [
@@ -61,8 +61,8 @@ QUICK = [
     *_square(2, [(2, (200, 320), 1), (2, (200, 320), 28), (4, 64, 8)]),
     *_square(1, _ODD[:1]),
 ]
-# The Tiny, Base and Large models at 224, 384 and at the sizes of dense prediction. (NATTEN's own profiler takes a batch
-# of 128 with 16 heads on 14 x 14, which is among the Base model's.)
+# The Tiny, Base and Large models at 224, 384 and at the sizes of dense prediction. (NATTEN's own profiler takes batch
+# 128 with 16 heads on 14 x 14, which is one of the Base model's shapes.)
 FULL = [
     *(case for wider in (1, 2, 3) for case in _square(128, _AT_224, wider=wider)),
     *_square(32, _AT_384),
@@ -75,7 +75,7 @@ FULL = [
 
 
 def cases(quick: bool) -> list[Case]:
-    """With a bias, and the quick ones without one too, which is all that NATTEN computes."""
+    """Cases with a bias; the quick cases also without a bias, which is all that NATTEN computes."""
     plain = [dataclasses.replace(case, bias=False) for case in QUICK]
     if quick:
         return [dataclasses.replace(case, dtype=torch.bfloat16) for case in (*QUICK, *plain[:1], *plain[3:4])]
@@ -85,9 +85,9 @@ def cases(quick: bool) -> list[Case]:
 
 
 def forms(case: Case, inputs: list[torch.Tensor], training: bool, plan: Plan) -> dict[str, Function]:
-    """The forms by name: each computes the output of these inputs, or raises what it lacks."""
+    """The forms by name: each computes the output of these inputs, or raises an error that says what it lacks."""
     if plan.compiles:
-        torch.compiler.reset()  # or a peer would run uncompiled once as many shapes as Dynamo keeps have passed
+        torch.compiler.reset()  # otherwise a peer would run uncompiled after as many shapes as Dynamo caches
     found = {
         OURS: partial(attend, case, "fused", *inputs),
         "flex": _flex(case, inputs, plan),
@@ -103,7 +103,7 @@ def forms(case: Case, inputs: list[torch.Tensor], training: bool, plan: Plan) ->
 
 
 def _is_quick(case: Case) -> bool:
-    """Compiling the portable form takes longer than all else, so it is done for some shapes only."""
+    """Whether to compile the portable form, which takes longest and is done for some shapes only."""
     return case.dtype == torch.bfloat16 and dataclasses.replace(case, dtype=torch.float32) in QUICK
 
 
@@ -140,7 +140,7 @@ def _flex(case: Case, inputs: list[torch.Tensor], plan: Plan) -> Function:
 
 
 def _dense(case: Case, inputs: list[torch.Tensor], training: bool) -> Function:
-    """With its mask made once for inference; each time where the bias learns."""
+    """Dense attention; its mask is made once for inference, and each time if the bias learns."""
     query, key, value, *tables = inputs
     rpb = tables[0] if tables else torch.zeros(case.heads, *(2 * k - 1 for k in case.kernel), device=query.device)
     ready = None
@@ -162,7 +162,7 @@ def bandwidth(row: Callable[..., results.Row], device: torch.device) -> results.
 
 
 def is_gpu(rows: list[results.Row]) -> bool:
-    """Whether rows are of this side of the benchmark."""
+    """Whether rows belong to this side of the benchmark."""
     return any(row.backend == COPY for row in rows)
 
 
@@ -185,7 +185,7 @@ class _Measured:
         return math.prod(map(int, self.shape.split("x")[:3]))
 
     def slower(self, peer: str) -> float | None:
-        """How many times as long as ours a peer takes."""
+        """The ratio of a peer's time to ours."""
         ours, theirs = self.times.get(OURS), self.times.get(peer)
         return None if ours is None or theirs is None else theirs / ours
 
@@ -220,7 +220,7 @@ def table(rows: list[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 
 def promises(rows: list[results.Row]) -> Iterator[tuple[str, dict[str, float], float, bool, str]]:
-    """What is held against a target: arguments of `verdict`."""
+    """The ratios that have a target: arguments of `verdict`."""
     found = list(_measured(rows))
     ours = {(str(one), one.metric): one.times[OURS] for one in found if OURS in one.times}
     large = [one for one in found if one.tokens >= FROM_TOKENS and one.variant.startswith(_WINDOW)]

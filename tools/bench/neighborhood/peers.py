@@ -1,6 +1,6 @@
 """Neighborhood attention as users of other libraries have it: dense attention with a mask, FlexAttention, NATTEN.
 
-All take query, key and value as (B, H, W, heads, D), and return that.
+All take query, key and value as (B, H, W, heads, D), and return the same shape.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from terrazzo.kernels.neighborhood_attention.reference import axis_neighbors
 
-# Of one axis: are these keys within the windows of these queries, and where in the bias table?
+# For one axis: are these keys within the windows of these queries, and where in the bias table?
 _Axis = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -47,13 +47,13 @@ def dense_mask(rpb: torch.Tensor, window: Window, dtype: torch.dtype) -> torch.T
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One dense attention with what `dense_mask` made."""
+    """One dense attention with the result of `dense_mask`."""
     out = F.scaled_dot_product_attention(*map(_merged, (query, key, value)), mask)
     return out.transpose(1, 2).reshape(query.shape)
 
 
 def _axis(length: int, kernel: int, dilation: int) -> _Axis:
-    """The definition along one axis, in arithmetic that FlexAttention can put into its kernels."""
+    """The definition along one axis, in arithmetic that FlexAttention can compile into its kernels."""
 
     def inside(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         residue, member = query % dilation, query // dilation
@@ -61,7 +61,7 @@ def _axis(length: int, kernel: int, dilation: int) -> _Axis:
         start = torch.minimum((member - kernel // 2).clamp(min=0), members - kernel)
         other = key // dilation
         within = (key % dilation == residue) & (other >= start) & (other < start + kernel)
-        # FlexAttention reads the bias outside of the window too, before it masks.
+        # FlexAttention also reads the bias outside the window, before it masks.
         return within, (other - member + kernel - 1).clamp(0, 2 * kernel - 2)
 
     return inside
@@ -92,7 +92,7 @@ def flex_bias(window: Window, rpb: torch.Tensor) -> Callable[..., torch.Tensor]:
 def flex_blocks(window: Window, device: torch.device, block: int = 128):
     """FlexAttention's `BlockMask`, from the windows themselves.
 
-    `create_block_mask` looks at every pair of tokens, of which a map of 800 x 1200 has 10^12.
+    `create_block_mask` looks at every pair of tokens, and a map of 800 x 1200 has 10^12 pairs.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -116,19 +116,19 @@ def flex_blocks(window: Window, device: torch.device, block: int = 128):
 
 
 def flex(query, key, value, attend: Callable, blocks, score_mod: Callable | None) -> torch.Tensor:
-    """FlexAttention; `attend` is `flex_attention`, or that compiled."""
+    """FlexAttention; `attend` is `flex_attention`, plain or compiled."""
     out = attend(*map(_merged, (query, key, value)), score_mod=score_mod, block_mask=blocks)
     return out.transpose(1, 2).reshape(query.shape)
 
 
 NATTEN = ("hopper-fna", "blackwell-fna", "cutlass-fna", "flex-fna")
-"""The backends of NATTEN, of which each GPU has its own; the last is FlexAttention."""
+"""The backends of NATTEN; each is for some GPUs. The last is FlexAttention."""
 
 
 def natten(query, key, value, window: Window, backend: str) -> torch.Tensor:
     """NATTEN 0.20 or later, which has no bias."""
     attend = importlib.import_module("natten").na2d
-    # Without being compiled FlexAttention holds all pairs of tokens.
+    # Without compilation, FlexAttention holds all pairs of tokens.
     return attend(
         query,
         key,

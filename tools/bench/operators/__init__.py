@@ -1,1 +1,1 @@
-"""Benchmarks of operators: an entry each, with its shapes and its plain PyTorch peer; `benchmark` measures them all."""
+"""Benchmarks of operators: one entry per operator, with shapes and a plain PyTorch peer; `benchmark` measures them."""

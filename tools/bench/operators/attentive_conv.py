@@ -13,7 +13,7 @@ _TAPS = 9
 
 
 def inputs(sizes: tuple[int, ...], device: torch.device) -> Sequence[torch.Tensor]:
-    """What the operator takes; maps channels last, as a layer norm leaves them."""
+    """The operator's inputs; maps are channels last, as a layer norm leaves them."""
     batch, channels, height, width = sizes
     scales = {(channels, channels): channels**-0.5, (_TAPS, _TAPS): _TAPS**-0.5}
     shapes = ((channels, channels), (channels,), (_TAPS, _TAPS), (_TAPS,), (channels,))
@@ -22,7 +22,7 @@ def inputs(sizes: tuple[int, ...], device: torch.device) -> Sequence[torch.Tenso
 
 
 def plain(x, value, weight, bias, mixing, mixing_bias, inhibition) -> torch.Tensor:
-    """What a user without the operator writes, and the authors do.
+    """The code of a user without the operator, and of the authors.
 
     The whole map is projected and pooled as a sequence; one convolution has a group for each channel of each image.
     """
@@ -46,7 +46,7 @@ ATTENTIVE_CONV = Operator(
     axes="B x C x H x W",
     arguments=("x", "value", "weight", "bias", "mixing", "mixing_bias", "inhibition"),
     inputs=inputs,
-    # The four stages of AttNet-XXS at 224, and three of its own and one of AttNet-T2 at larger sizes.
+    # The four stages of AttNet-XXS at 224, and three of its stages and one of AttNet-T2 at larger sizes.
     at_224=((32, 56, 56), (64, 28, 28), (128, 14, 14), (240, 7, 7)),
     larger=((32, 128, 128), (64, 64, 64), (32, 200, 336), (64, 200, 336)),
 )

@@ -1,6 +1,6 @@
 """Operators against the plain PyTorch that computes them, eager and compiled: one entry for each, in `OPERATORS`.
 
-(Neighborhood attention, whose peers are other packages, has a benchmark of its own.)
+(Neighborhood attention has a separate benchmark, because its peers are other packages.)
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ OPERATORS = {
     for operator in (ATTENTIVE_CONV, SELECTIVE_SCAN, STRIP_ATTENTION, TOKEN_REDUCTION, VARLEN_ATTENTION)
 }
 COMPILED = " compiled"
-# What a form's result may differ from that of the portable form in float32, relative to its norm.
+# How far a form's result may differ from the portable form's in float32, relative to its norm.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -58,7 +58,7 @@ class Case:
 
 
 def _leaves(inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Inputs in that dtype that require gradients; those that are whole numbers stay as they are."""
+    """Inputs in that dtype that require gradients; integer inputs stay as they are."""
     return [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
@@ -78,7 +78,7 @@ def _forms(operator: Operator, inputs: list[torch.Tensor], plan: Plan) -> dict[s
     functions = {name: partial(operator.run, backend=name) for name in (("fused",) if gpu else ()) + ("portable",)}
     functions |= {**operator.peers, **(operator.gpu_peers if gpu else {})}
     if plan.compiles:
-        torch.compiler.reset()  # or it would run uncompiled once as many shapes as Dynamo keeps have passed
+        torch.compiler.reset()  # otherwise it would run uncompiled after as many shapes as Dynamo caches
         functions |= {name + COMPILED: make() for name, make in operator.compiled.items()}
     return {name: partial(function, *inputs) for name, function in functions.items()}
 
@@ -111,7 +111,7 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
     """Check and time every form on a case.
 
     Returns:
-        The rows, and of each form that has none the reason.
+        The rows, and a reason for each form without rows.
     """
     operator, rows, reasons = case.operator, [], {}
     about = results.about(plan.device, *(("triton",) if plan.device.type == "cuda" else ()))
@@ -146,7 +146,7 @@ def _times(rows: list[results.Row]) -> dict[tuple[str, str, str], dict[str, floa
 
 
 def _peers(operator: Operator) -> list[str]:
-    """Every name of a peer, those that are compiled behind what they are made from."""
+    """The names of all peers; a compiled form comes after its eager form."""
     return [
         found
         for name in (*operator.peers, *operator.gpu_peers)
@@ -167,7 +167,7 @@ def table(rows: list[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 
 def verdicts(rows: list[results.Row], device: str) -> list[str]:
-    """What is promised, and whether it is kept: of a GPU, that no plain form is faster."""
+    """The targets, and whether they are met: on a GPU, no plain form may be faster."""
     if device != "cuda":
         return []
     found = [(", ".join(case), times) for case, times in _times(rows).items()]

@@ -1,4 +1,4 @@
-"""What the benchmark of an operator has to know of it."""
+"""What the benchmark has to know about an operator."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,20 +8,21 @@ import torch
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator, the plain forms that it is measured against, and the inputs on which they are.
+    """An operator, the plain forms that it is compared with, and their inputs.
 
     Attributes:
         name: as in `terrazzo.kernels`.
         run: the operator; takes the inputs and `backend`.
         peers: other functions of the inputs that compute the same, by name; measured as they are.
-        compiled: what makes the form by `torch.compile` of a peer that is measured so, too; called anew for each case.
-        variant: of the rows.
+        compiled: for peers that are also measured under `torch.compile`, what makes the compiled form; called for each
+            case.
+        variant: the variant of the rows.
         axes: what the numbers of a size are, the batch first.
         arguments: names of the inputs that have gradients.
-        inputs: from a size and a device to the inputs, random float32, and behind them those of whole numbers.
-        at_224: sizes without the batch of the layers of a small model at 224 x 224, which a quick look measures.
+        inputs: from a size and a device to the inputs, first random float32 tensors, then integer tensors.
+        at_224: sizes, without the batch, of a small model's layers at 224 x 224; a quick run measures only these.
         larger: further sizes.
-        gpu_peers: as `peers`; those that PyTorch has for GPUs alone.
+        gpu_peers: as `peers`, for peers that PyTorch has only for GPUs.
     """
 
     name: str

@@ -11,7 +11,7 @@ from terrazzo.tools.bench.operators.operator import Operator
 
 
 def inputs(sizes: tuple[int, ...], device: torch.device) -> Sequence[torch.Tensor]:
-    """u, delta, A, B, C: steps as a trained model's, decays as Mamba begins with."""
+    """u, delta, A, B, C: steps like a trained model's, decays like Mamba's initial ones."""
     batch, channels, length, states = sizes
     u, delta = (torch.randn(batch, channels, length, device=device) for _ in range(2))
     B, C = (torch.randn(batch, states, length, device=device) for _ in range(2))
@@ -42,7 +42,7 @@ SELECTIVE_SCAN = Operator(
     name="selective_scan",
     run=run,
     peers={"loop": loop},
-    # The step, not the loop: that of 196 steps takes minutes to compile, and each length is compiled anew.
+    # The step and not the loop: a loop of 196 steps takes minutes to compile, and each length compiles again.
     compiled={"loop": lambda: partial(loop, step=torch.compile(step, dynamic=False))},
     variant="a sequence",
     axes="B x D x L x N",

@@ -17,13 +17,13 @@ def inputs(sizes: tuple[int, ...], device: torch.device) -> Sequence[torch.Tenso
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What a user without the operator would write: all weights in memory, heads in front."""
+    """The code of a user without the operator: all weights in memory, heads in front."""
     score = query.transpose(1, 2).unsqueeze(-1) * key.transpose(1, 2).unsqueeze(-2)
     return (score.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2)
 
 
 def padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Fused dense attention, which wants queries and keys as long as values: padded with zeros."""
+    """Fused dense attention; it needs queries and keys as long as values, so zeros pad them."""
     query, key = (F.pad(x.transpose(1, 2).unsqueeze(-1), (0, value.shape[-1] - 1)) for x in (query, key))
     return F.scaled_dot_product_attention(query, key, value.transpose(1, 2), scale=1.0).transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""What a block of MCTF does beside its layers, and the plain PyTorch that computes it."""
+"""The operations of an MCTF block beside its layers, and the plain PyTorch that computes them."""
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ def inputs(sizes: tuple[int, ...], device: torch.device) -> Sequence[torch.Tenso
 
 
 def run(x, query, key, value, backend: str = "auto") -> torch.Tensor:
-    """Attention, its mean for each key, the merging of tokens and of what attention gave them, and the way back.
+    """Attention, its mean for each key, the merging of tokens and of their attention outputs, and the way back.
 
-    Tokens are compared by similarity alone: importances that forms round differently would choose others now and then.
+    Tokens are compared by similarity alone: forms round importances differently, and would sometimes choose other
+    tokens.
     """
     with use_backend(backend):
         importance, attend = attention(query, key)
@@ -34,11 +35,11 @@ def run(x, query, key, value, backend: str = "auto") -> torch.Tensor:
 
 
 def plain(x, query, key, value) -> torch.Tensor:
-    """What a user without the operator writes: all weights and all attractions in memory, a sort, scattered sums."""
+    """The code of a user without the operator: all weights and similarities in memory, a sort, scattered sums."""
     weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
     out = (weights @ value).transpose(1, 2).flatten(2)
     importance = weights.detach().mean((1, 2)).unsqueeze(-1)
-    # Behind the class token even positions are sources, odd ones destinations.
+    # After the class token, even positions are sources and odd positions are destinations.
     metric = F.normalize(x.detach(), dim=-1)
     best, into = (metric[:, 2::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
     gone = best.argsort(-1, descending=True)[:, : int(x.shape[1] * _PART)]

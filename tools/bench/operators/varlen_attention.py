@@ -1,4 +1,4 @@
-"""Attention within sequences that lie one after another, and PyTorch's own ways to it."""
+"""Attention within packed sequences, and PyTorch's own ways to compute it."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from terrazzo.tools.bench.operators.operator import Operator
 
 
 def inputs(sizes: tuple[int, ...], device: torch.device) -> Sequence[torch.Tensor]:
-    """Query, key, value, cu_seqlens, and on the host the longest sequence's length; others have half of it or more."""
+    """Query, key, value, cu_seqlens, and max_seqlen on the host; other sequences have at least half of that length."""
     batch, sequences, max_seqlen, heads, dim = sizes
     lengths = [max_seqlen - i * 37 % (max_seqlen // 2 + 1) for i in range(batch * sequences)]
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
@@ -23,7 +23,7 @@ def run(query, key, value, cu_seqlens, max_seqlen, backend: str = "auto") -> tor
 
 
 def padded(query, key, value, cu_seqlens, max_seqlen) -> torch.Tensor:
-    """Sequences filled up to the longest, with a mask of keys."""
+    """Sequences padded to the longest, with a mask of keys."""
     real = torch.arange(int(max_seqlen), device=query.device) < cu_seqlens.diff().unsqueeze(1)
     query, key, value = (
         x.new_zeros(*real.shape, *x.shape[1:]).masked_scatter(real[..., None, None], x).transpose(1, 2)
@@ -33,7 +33,7 @@ def padded(query, key, value, cu_seqlens, max_seqlen) -> torch.Tensor:
 
 
 def jagged(query, key, value, cu_seqlens, max_seqlen) -> torch.Tensor:
-    """PyTorch's nested tensors, for which it has FlashAttention; in float32 they look for a GPU even on a CPU."""
+    """PyTorch's nested tensors, which use FlashAttention; in float32 they look for a GPU even on a CPU."""
     query, key, value = (
         torch.nested.nested_tensor_from_jagged(
             x, cu_seqlens.long(), min_seqlen=1, max_seqlen=int(max_seqlen)

@@ -1,9 +1,10 @@
 """Whether the data that a config names is right, before anything is created, trained, tested or compared.
 
-`check_data` walks the data sets of the splits in use. What reads a data set decides what is checked: `coco`,
-`label_maps` or `folders`; of other kinds, that their files are there. Each of these finds out facts about single files
-(`pictures`, `label_maps.read_map`, `coco.examine`) through `remembered.look`, which does it by threads and keeps the
-facts until a file changes, and judges the facts by the config each time. Messages name the file, the entry and the key.
+`check_data` walks the data sets of the splits in use. The class of a data set decides what is checked: `coco`,
+`label_maps` or `folders`; for other classes, only that the files exist. Each of these modules collects facts about
+single files (`pictures`, `label_maps.read_map`, `coco.examine`) through `remembered.look`, which uses threads and
+caches the facts until a file changes. It compares the facts with the config each time. Messages name the file, the
+entry and the key.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
 
     Args:
         cfg: the config.
-        splits: of "train", "val" and "test", those that will be read.
+        splits: the splits that will be read: any of "train", "val" and "test".
 
     Raises:
         InputError: a folder or file is missing, empty or damaged, or does not fit the config or the other files.
@@ -71,7 +72,7 @@ def _check_source(cfg: Config, source: Source) -> None:
     if issubclass(kind, (ImageFolderDataset, RotatedImages)):
         check_folders(source)
     elif hasattr(kind, "COCOAPI"):
-        # A class that reads the file in a way of its own, as for LVIS, needs what only it knows.
+        # A class with its own way of reading the file, such as LVIS, needs what only it knows.
         if {kind.load_data_list.__module__, kind.parse_data_info.__module__} <= set(_COCO_MODULES):
             check_coco(cfg, source)
     elif issubclass(kind, BaseDataset) and (source.settings.get("data_prefix") or {}).get("seg_map_path") is not None:

@@ -26,14 +26,14 @@ _POINTS_OF_A_BOX = 4
 
 @dataclass(frozen=True)
 class Needs:
-    """What is read of an annotation file.
+    """What is read from an annotation file.
 
     Attributes:
         classes: the names of the config's classes, in order; empty for all.
-        labels: whether boxes are needed at all; not where results are only written down.
+        labels: whether boxes are needed; they are not if results are only written to files.
         masks: whether the masks of the boxes that are kept are read.
-        all_masks: whether those of all boxes are, as in the evaluation of masks.
-        crowds: whether every annotation must say `iscrowd`, as COCO's evaluation asks.
+        all_masks: whether the masks of all boxes are read, as the evaluation of masks does.
+        crowds: whether every annotation must have `iscrowd`, as COCO's evaluation requires.
         panoptic: whether annotations are segments of panoptic pictures.
         drop_empty: whether pictures without boxes are dropped.
         min_size: pictures with a shorter side are dropped.
@@ -50,7 +50,7 @@ class Needs:
 
 
 class AnnotationFacts(NamedTuple):
-    """What is known of an annotation file.
+    """What is known about an annotation file.
 
     Attributes:
         fault: what is wrong with it; empty for nothing.
@@ -114,7 +114,7 @@ def check_coco(cfg: Config, source: Source) -> None:
 
 
 def examine(needs: Needs, path: Path) -> AnnotationFacts:
-    """The facts about an annotation file, of which certain things are needed."""
+    """The facts about an annotation file; `needs` says what it must have."""
     try:
         content = read_json(path)
         images = _images(content)
@@ -136,7 +136,7 @@ def examine(needs: Needs, path: Path) -> AnnotationFacts:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file in UTF-8, with a byte-order mark or without; InputError says what else it is."""
+    """The object in a JSON file in UTF-8, with a byte-order mark or without; InputError says what is wrong."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -148,10 +148,10 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"it is no JSON that can be read, perhaps cut short: {first_line(error)}") from None
+        raise InputError(f"it is not readable JSON, and may be cut short: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(
-            f"it holds a {_kind(content)} at its top; COCO's is an object with images, annotations and categories"
+            f"its top level is a {_kind(content)}; COCO's JSON is an object with images, annotations and categories"
         )
     return content
 
@@ -166,7 +166,7 @@ def _facts(path: Path, needs: Needs, key: str) -> AnnotationFacts:
 
 
 def _filter(source: Source) -> dict:
-    """What mmdet drops of training data, but not in `test_mode`."""
+    """What mmdet drops from training data, but not in `test_mode`."""
     settings = source.settings.get("filter_cfg") or {}
     if source.settings.get("test_mode"):
         return {}
@@ -174,7 +174,7 @@ def _filter(source: Source) -> dict:
 
 
 def _measuring(reading: Needs, metrics: Sequence[dict]) -> Needs:
-    """Needs, and those of metrics that read the file themselves."""
+    """`reading`, plus the needs of metrics that read the file themselves."""
     kinds = [settings.get("metric") or "bbox" for settings in metrics]
     names = [name for kind in kinds for name in ([kind] if isinstance(kind, str) else kind)]
     return Needs(**{**vars(reading), "crowds": bool(metrics), "all_masks": "segm" in names and not reading.panoptic})
@@ -247,7 +247,7 @@ def _order(categories: dict[Any, str], needs: Needs) -> str:
 
 
 def _annotations(content: dict, images: dict, categories: dict, needs: Needs) -> None:
-    """Check every annotation, and that something is left to train on or to measure with."""
+    """Check every annotation, and that some are left to train or evaluate with."""
     wanted = {identifier for identifier, name in categories.items() if not needs.classes or name in needs.classes}
     seen: set = set()
     kept, filled = 0, set()
@@ -286,13 +286,12 @@ def _annotations(content: dict, images: dict, categories: dict, needs: Needs) ->
     ]
     if not left:
         raise InputError(
-            f"it has no picture that filter_cfg leaves: filter_empty_gt is {needs.drop_empty}, and min_size is "
-            f"{needs.min_size}"
+            f"filter_cfg drops every picture: filter_empty_gt is {needs.drop_empty}, and min_size is {needs.min_size}"
         )
 
 
 def _box(entry: object, annotation: dict, image: dict) -> bool:
-    """Check a box and its area; whether mmdet uses it: it drops what is empty or outside of the picture."""
+    """Check a box and its area, and say whether mmdet uses it; it drops boxes that are empty or outside the picture."""
     box = annotation.get("bbox")
     if "bbox" not in annotation:
         raise InputError(f"{entry} has no bbox; it must have [x, y, width, height]")
@@ -318,7 +317,7 @@ def _segments(entry: object, annotation: dict, categories: dict, wanted: set, ne
             raise InputError(f"{place} is a {_kind(segment)}; it must be an object")
         _identifier(place, segment, "id")
         if _reference(place, segment, "category_id", categories, "category") not in wanted:
-            raise InputError(f"{place} is of a category that is no class of the config")
+            raise InputError(f"{place} has a category that is not a class of the config")
         if needs.crowds and segment.get("iscrowd") not in (0, 1):
             raise InputError(f"{place} {_lacks(segment, 'iscrowd')}; the panoptic metric reads 0 or 1 there")
         _box(place, segment, {"width": math.inf, "height": math.inf})
@@ -326,7 +325,7 @@ def _segments(entry: object, annotation: dict, categories: dict, wanted: set, ne
 
 
 class _Entry(NamedTuple):
-    """An object in a list of the file; as text, what messages call it."""
+    """An object in a list of the file; `str` gives its name in messages."""
 
     key: str
     index: int
@@ -343,7 +342,7 @@ def _entries(content: dict, key: str) -> Iterator[tuple[_Entry, dict]]:
     if not isinstance(found, list):
         have = ", ".join(map(str, list(content)[:_NAMES_SAID])) or "nothing"
         raise InputError(
-            f"it has no list of {key}; its top holds {have}"
+            f"it has no list of {key}; its top level has {have}"
             + ("" if key != "annotations" else "; for a test set without annotations, set the metric's format_only")
         )
     for index, item in enumerate(found):

@@ -1,4 +1,4 @@
-"""Whether folders of pictures, one a class or without labels, hold pictures that can be read."""
+"""Whether folders of pictures, one per class or without labels, hold pictures that can be read."""
 
 from pathlib import Path
 

@@ -18,16 +18,16 @@ from terrazzo.tools.data.checks.remembered import look
 from terrazzo.tools.data.checks.source import Source, and_more, evaluators, near
 
 COLOURS = "colours"
-"""In place of a backend of mmcv: a panoptic map, whose colours number its segments and say nothing of classes."""
+"""Stands for a backend of mmcv: a panoptic map. Its colours number segments and say nothing about classes."""
 _VALUES_KEPT, _VALUES_SAID = 256, 8
 _IGNORED = 255
 """What OpenMMLab ignores unless a head says otherwise, and what `reduce_zero_label` makes of 0."""
 
 
 class MapFacts(NamedTuple):
-    """What is known of a label map: size, EXIF's orientation, the values in it in order, and what is wrong.
+    """What is known about a label map: size, EXIF's orientation, its sorted values, and what is wrong.
 
-    Of very many values, the lowest are kept and the highest.
+    If there are very many values, only the lowest and the highest are kept.
     """
 
     width: int
@@ -38,7 +38,7 @@ class MapFacts(NamedTuple):
 
 
 def check_segmentation(cfg: Config, source: Source) -> None:
-    """Check the pictures and label maps of a data set in the manner of mmseg's.
+    """Check the pictures and label maps of a data set that is read like mmseg's.
 
     Raises:
         InputError: a picture or map is missing, damaged, of another size or turned, or a map has other classes.
@@ -75,13 +75,13 @@ def check_label_maps(
         source: the data set.
         backend: what the pipeline decodes maps with, or `COLOURS`.
         maps: the files.
-        pictures: the facts about the picture of each; None where they are not known.
+        pictures: the facts about the picture of each map; None if they are not known.
 
     Returns:
         The facts about each map.
 
     Raises:
-        InputError: one is missing, damaged, of another size than its picture or turned another way.
+        InputError: a map is missing, damaged, of another size than its picture or turned another way.
     """
     facts = look(f"label maps: {backend}", partial(read_map, backend), MapFacts, maps)
     missing = [path for path, fact in zip(maps, facts) if fact is None]
@@ -108,9 +108,9 @@ def check_values(
         cfg: the config.
         source: the data set.
         maps: its label maps.
-        facts: about each of them.
+        facts: the facts about each label map.
         reduced: whether 0 means to ignore, and every class counts one less.
-        renamed: new numbers of classes by the old ones, after that; None for no change.
+        renamed: from old to new class numbers, applied after `reduced`; None for no change.
 
     Raises:
         InputError: a map has a class beyond the config's, or all pixels are ignored.
@@ -151,7 +151,7 @@ def check_values(
 
 
 def read_map(backend: str, path: Path) -> MapFacts:
-    """The facts about a label map, read as a pipeline reads it with a backend of mmcv; of `COLOURS`, no values."""
+    """The facts about a label map, read as a pipeline reads it with a backend of mmcv; without values for `COLOURS`."""
     picture = read_ends(path)
     if picture.fault:
         return MapFacts(0, 0, 1, [], f"{picture.fault}; replace it")
@@ -175,10 +175,10 @@ def read_map(backend: str, path: Path) -> MapFacts:
 
 
 def _pillow_values(image: Image.Image) -> tuple[str, list[int]]:
-    """What is wrong with a map, and the values in it; of a palette picture the indices, as NumPy sees them."""
+    """What is wrong with a map, and its values; for a palette picture these are the indices, as NumPy sees them."""
     if image.mode in ("L", "P"):
         return "", [value for value, count in enumerate(image.histogram()) if count]
-    return _array_values(np.asarray(image), f"it is of Pillow's mode {image.mode},")
+    return _array_values(np.asarray(image), f"it has Pillow's mode {image.mode},")
 
 
 def _array_values(array: np.ndarray, how: str) -> tuple[str, list[int]]:
@@ -186,19 +186,19 @@ def _array_values(array: np.ndarray, how: str) -> tuple[str, list[int]]:
     if array.ndim != 2:
         channels = array.shape[-1] if array.ndim else 1
         return (
-            f"is no map of class numbers: {how} {channels} channels; save class numbers as a picture of one channel "
+            f"is not a map of class numbers: {how} {channels} channels; save class numbers as a picture of one channel "
             "of 8 bits",
             [],
         )
     values = np.unique(array)
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.round(values)).all()):
-        return f"is no map of class numbers: {how} fractions; save class numbers as 8 bits", []
+        return f"is not a map of class numbers: {how} fractions; save class numbers as 8 bits", []
     whole = [int(value) for value in values]
     return "", whole if len(whole) <= _VALUES_KEPT else [*whole[:_VALUES_KEPT], whole[-1]]
 
 
 def _check_pair(source: Source, path: Path, fact: MapFacts, picture: PictureFacts) -> None:
-    """Refuse a map of another size than its picture, or with another orientation: both are turned by their own."""
+    """Refuse a map with another size or orientation than its picture: each is turned by its own EXIF tag."""
     what = f"the {source.split} label map {path}"
     if fact.orientation != picture.orientation:
         turned = f"by EXIF orientation {picture.orientation if picture.orientation != 1 else fact.orientation}"

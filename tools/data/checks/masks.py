@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 _LEAST = 6
-"""Numbers of the smallest polygon, a triangle."""
+"""How many numbers the smallest polygon, a triangle, has."""
 _BOX = 4
-"""Numbers of what pycocotools takes for a box, if it comes first."""
+"""How many numbers pycocotools reads as a box, if they come first."""
 
 
 def mask_fault(mask: Any, height: int, width: int) -> str:
@@ -27,9 +27,9 @@ def mask_fault(mask: Any, height: int, width: int) -> str:
         return "it must be a list of polygons, or an object with size and counts"
     for polygon in mask:
         if not isinstance(polygon, list):
-            return "it must be a list of polygons, each a list of its own: [[x, y, x, y, x, y]]"
+            return "it must be a list of polygons, and each polygon a list: [[x, y, x, y, x, y]]"
         if not set(map(type, polygon)) <= {int, float} or not all(map(math.isfinite, polygon)):
-            return "a polygon has something that is no finite number"
+            return "a polygon has a value that is not a finite number"
     if len(mask[0]) <= _BOX or not any(len(polygon) >= _LEAST and len(polygon) % 2 == 0 for polygon in mask):
         return f"a polygon has {len(mask[0])} numbers; it must have x and y of at least three points"
     return ""
@@ -42,14 +42,14 @@ def _runs_fault(mask: dict, height: int, width: int) -> str:
     if isinstance(counts, str):
         counts = _unpacked(counts)
     if not isinstance(counts, list) or not set(map(type, counts)) <= {int} or min(counts, default=0) < 0:
-        return "its counts are no run lengths: neither a list of whole numbers nor COCO's packed text"
+        return "its counts are not run lengths: neither a list of whole numbers nor COCO's packed text"
     if sum(counts) != height * width:
         return f"its counts add up to {sum(counts)} pixels, but the picture has {height * width}"
     return ""
 
 
 def _unpacked(text: str) -> list[int] | None:
-    """The run lengths in COCO's packed text: five bits a character, a sign, and from the third on differences."""
+    """The run lengths in COCO's packed text: five bits per character, a sign, differences from the third on."""
     counts: list[int] = []
     value = shift = 0
     for character in text:

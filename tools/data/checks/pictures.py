@@ -13,8 +13,8 @@ from terrazzo.errors import InputError, first_line
 from terrazzo.tools.data.checks.remembered import look
 from terrazzo.tools.data.checks.source import Source, and_more, near
 
-# Data sets of up to so many files and bytes are decoded in full, which takes seconds; of larger ones the header and the
-# end of each file are read.
+# Data sets up to these numbers of files and bytes are decoded in full, which takes seconds. For larger data sets, only
+# the header and the end of each file are read.
 _DECODED_FILES, _DECODED_BYTES = 4000, 512 << 20
 # An encoder's end mark lies this near to the end of the file, unless a camera has appended something.
 _TAIL_BYTES = 64 << 10
@@ -24,7 +24,7 @@ _QUARTER_TURNS = (5, 6, 7, 8)
 
 
 class PictureFacts(NamedTuple):
-    """What is known of a picture: its size as it is stored, EXIF's orientation (1 is upright), and what is wrong."""
+    """What is known about a picture: its stored size, EXIF's orientation (1 is upright), and what is wrong."""
 
     width: int
     height: int
@@ -38,7 +38,7 @@ class PictureFacts(NamedTuple):
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height as a pipeline gets to see them."""
+        """Width and height as a pipeline sees them."""
         return self.stored[::-1] if self.orientation in _QUARTER_TURNS else self.stored
 
 
@@ -48,9 +48,9 @@ class Sample:
 
     Attributes:
         path: the file.
-        entry: what names it, for messages; empty if its folder does.
+        entry: the entry that names it, for messages; empty if the folder does.
         size: width and height by the annotations; None if they do not say.
-        labelled: whether boxes or masks are told in its coordinates.
+        labelled: whether boxes or masks use its coordinates.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Sample:
 
 
 def check_pictures(source: Source, samples: Sequence[Sample]) -> list[PictureFacts]:
-    """Make sure that pictures can be read and fit what the annotations say of them.
+    """Make sure that pictures can be read and match the annotations.
 
     Args:
         source: the data set.
@@ -70,7 +70,7 @@ def check_pictures(source: Source, samples: Sequence[Sample]) -> list[PictureFac
         The facts about each.
 
     Raises:
-        InputError: one is missing, damaged, of another size or turned.
+        InputError: a picture is missing, damaged, of another size or turned.
     """
     paths = [sample.path for sample in samples]
     if _is_small(paths):
@@ -99,7 +99,7 @@ def check_pictures(source: Source, samples: Sequence[Sample]) -> list[PictureFac
 
 
 def read_ends(path: Path) -> PictureFacts:
-    """The facts about a picture by its header and its last bytes; it is decoded only if these leave a doubt."""
+    """The facts about a picture by its header and its last bytes; it is decoded only if these leave doubt."""
     return _examine(path, whole=False)
 
 
@@ -126,7 +126,7 @@ def _examine(path: Path, whole: bool) -> PictureFacts:
 
 
 def _ends_well(path: Path) -> bool:
-    """Whether a JPEG or PNG has its end mark near its end, as it has unless it was cut short."""
+    """Whether a JPEG or PNG has its end mark near its end; a file that was cut short has not."""
     with path.open("rb") as file:
         mark = _END_MARKS.get(file.read(2), b"")
         size = file.seek(0, os.SEEK_END)
@@ -147,7 +147,7 @@ def _is_small(paths: Sequence[Path]) -> bool:
 
 
 def _reads_upright(source: Source) -> bool:
-    """Whether the pipeline turns pictures as EXIF says, which is done unless a flag forbids it."""
+    """Whether the pipeline turns pictures as EXIF says, which it does unless a flag forbids it."""
     return not str((source.step("LoadImageFromFile") or {}).get("color_type")).endswith("_ignore_orientation")
 
 

@@ -1,4 +1,4 @@
-"""What was found out about files, in parallel, and kept in the user's cache folder until a file changes."""
+"""Facts about files, collected in parallel and kept in the user's cache folder until a file changes."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ Facts = TypeVar("Facts", bound=tuple)
 
 # Files a thread looks at before the progress bar moves; few, so that Ctrl-C does not wait for long.
 _CHUNK = 16
-# A file that was written so shortly ago could change again without another time or size.
+# A file that was written this recently could change again and keep its time and size.
 _SETTLED_NS = 2_000_000_000
 
 
 def cache_folder() -> Path:
-    """The folder that terrazzo keeps what it can find out anew: `$XDG_CACHE_HOME/terrazzo`, or `~/.cache/terrazzo`."""
+    """The folder for everything that terrazzo can recompute: `$XDG_CACHE_HOME/terrazzo`, or `~/.cache/terrazzo`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "terrazzo"
 
 
@@ -34,7 +34,8 @@ def look(
     """The facts about files, by threads: Pillow decodes outside of the interpreter's lock.
 
     Args:
-        what: what is found out; it names the progress bar. Facts of another name are others, of the same files, too.
+        what: name of the facts, for the progress bar and the cache. Facts with another name are stored apart, even for
+            the same files.
         examine: finds out the facts about a file. It raises nothing: that a file is bad is a fact.
         restore: makes facts from the parts of a tuple that went through JSON; the class of a named tuple does.
         paths: the files.

@@ -1,4 +1,4 @@
-"""A data set as a config names it: where its parts lie, what reads them, and which keys a user would change."""
+"""A data set as a config names it: where its parts are, which class reads them, and which keys a user would change."""
 
 import os
 from collections.abc import Iterator
@@ -31,11 +31,11 @@ class Source:
 
     @property
     def evaluated(self) -> bool:
-        """Whether the split is there to be measured with, rather than trained on."""
+        """Whether the split is for evaluation and not for training."""
         return self.split != "train"
 
     def path(self, part: str) -> Path:
-        """Where a part lies that the settings name relative to `data_root`, or absolutely."""
+        """The path of a part that the settings name, relative to `data_root` or absolute."""
         return Path(self.settings.get("data_root") or "") / part
 
     def prefix(self, name: str) -> Path:
@@ -44,7 +44,7 @@ class Source:
         return self.path((prefixes.get(name) if isinstance(prefixes, dict) else None) or "")
 
     def classes(self) -> list[str]:
-        """The names of the classes: those that the config gives, or else those of the data set's class."""
+        """The names of the classes: from the config, or else from the data set's class."""
         metainfo = self.settings.get("metainfo") or {}
         given = metainfo.get("classes") if isinstance(metainfo, dict) else None
         names = given if given is not None else (getattr(self.kind, "METAINFO", None) or {}).get("classes")
@@ -70,7 +70,7 @@ def sources(cfg: Config, split: str) -> Iterator[Source]:
     """The innermost data sets of a split.
 
     Raises:
-        InputError: no registry knows the type of one.
+        InputError: no registry knows the type of a data set.
     """
     for key, settings in placed_datasets(cfg, split):
         kind = registered_class(DATASETS, settings, cfg)
@@ -97,7 +97,7 @@ def metric_name(settings: dict) -> str:
 
 
 def near(path: Path) -> str:
-    """What to say of a missing file: which one lies there whose name differs in case or in the suffix only."""
+    """What to say about a missing file: the file beside it with a name that differs only in case or suffix."""
     if "\\" in path.name:
         return "its name has backslashes, as on Windows; write slashes"
     try:

@@ -1,7 +1,7 @@
 """Whole mmdet detectors as one graph from raw pixels to boxes, scores, labels and masks.
 
-mmdet's own way from features to results branches on the numbers it finds, so it cannot be exported. What is here gives
-the same results without such branches; the networks themselves are mmdet's.
+mmdet's code from features to results branches on the numbers it finds, so it cannot be exported. The code here gives
+the same results without these branches; the networks themselves are mmdet's.
 """
 
 import torch
@@ -24,13 +24,13 @@ class RawDetector(nn.Module):
         size: H, W that the graph is for.
 
     Raises:
-        InputError: the detector is of a kind that has no form without branches here.
+        InputError: there is no code without branches for this kind of detector.
     """
 
     def __init__(self, detector: nn.Module, size: tuple[int, int]):
         super().__init__()
         preprocessor = detector.data_preprocessor
-        # in a tuple it is no part of this module, whose copy of it has other forms of some layers
+        # In a tuple it is not a submodule: this module has a copy of it, with other forms of some layers.
         self._original, self.size = (detector,), size
         self.detector = with_fixed_maps(detector)
         self.reader = _reader(self.detector, size)
@@ -45,7 +45,7 @@ class RawDetector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """From (1, 3, H, W), float RGB in 0..255, to the outputs that `output_names` names."""
-        # The preprocessor is told to turn BGR files into RGB, or else the network wants BGR.
+        # If the preprocessor does not turn BGR files into RGB, the network wants BGR.
         image = image.flip(1) if self.swap else image
         image = (image - self.mean) / self.std if self.normalise else image
         image = pad(image, self.padding, value=self.pad_value) if any(self.padding) else image
@@ -53,7 +53,7 @@ class RawDetector(nn.Module):
 
     @torch.no_grad()
     def reference(self, image: Tensor) -> tuple[Tensor, ...]:
-        """What mmdet's own, unchanged way to results makes of the same pixels; as `forward`."""
+        """The results of mmdet's own, unchanged code for the same pixels; as `forward`."""
         from mmdet.structures import DetDataSample
 
         meta = {"img_shape": self.size, "ori_shape": self.size, "scale_factor": (1.0, 1.0)}
@@ -71,7 +71,7 @@ class RawDetector(nn.Module):
 
 
 def _reader(detector: nn.Module, size: tuple[int, int]) -> nn.Module:
-    """What turns the detector's feature maps into detections; InputError if nothing here does."""
+    """The module that turns the detector's feature maps into detections; InputError if there is none."""
     from mmdet.models.detectors import DetectionTransformer, MaskFormer, SingleStageDetector, TwoStageDetector
 
     readers = {
@@ -84,4 +84,4 @@ def _reader(detector: nn.Module, size: tuple[int, int]) -> nn.Module:
         if isinstance(detector, kind) and type(detector).predict is kind.predict:
             return reader(detector, size)
     names = ", ".join(kind.__name__ for kind in readers)
-    raise InputError(f"a detector of the type {type(detector).__name__} cannot be exported; those of {names} can")
+    raise InputError(f"a detector of the type {type(detector).__name__} cannot be exported; {names} can")

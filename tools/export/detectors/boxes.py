@@ -11,10 +11,10 @@ _NMS_SETTINGS = {"type", "iou_threshold", "class_agnostic", "split_thr"}
 
 
 def decoded(coder: nn.Module, priors: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes from what a head predicts, as `coder.decode` gives them.
+    """Boxes from a head's predictions, as `coder.decode` gives them.
 
     Args:
-        coder: one that `check_coder` accepts.
+        coder: a coder that `check_coder` accepts.
         priors: N x 4 boxes, or N x 2 points of a `DistancePointBBoxCoder`.
         offsets: N x 4.
         size: H, W of the image; boxes are cut off there if the coder says so.
@@ -49,7 +49,7 @@ def check_coder(coder: nn.Module) -> None:
     """InputError unless `decoded` knows how boxes are coded."""
     known = ("DeltaXYWHBBoxCoder", "DistancePointBBoxCoder")
     if type(coder).__name__ not in known:
-        raise InputError(f"boxes coded by {type(coder).__name__} cannot be exported; those by {' or '.join(known)} can")
+        raise InputError(f"boxes coded by {type(coder).__name__} cannot be exported; {' or '.join(known)} can be")
 
 
 def check_nms(settings: dict) -> None:
@@ -63,9 +63,9 @@ def check_nms(settings: dict) -> None:
 
 
 def kept(boxes: Tensor, scores: Tensor, groups: Tensor, settings: dict) -> Tensor:
-    """Non-maximum suppression within groups, as mmcv's `batched_nms`: groups are moved apart, then seen at once.
+    """Non-maximum suppression within groups, as mmcv's `batched_nms`: groups are moved apart and run at once.
 
-    Above `split_thr` boxes mmcv goes group by group, which finds the same boxes, in another order only in ties.
+    Above `split_thr` boxes mmcv runs group by group, which finds the same boxes; only ties are in another order.
 
     Args:
         boxes: N x 4; N may be 0.
@@ -77,7 +77,7 @@ def kept(boxes: Tensor, scores: Tensor, groups: Tensor, settings: dict) -> Tenso
         Indices of the kept boxes, by descending score.
     """
     if not settings.get("class_agnostic", False):
-        # without boxes there is no largest coordinate, and an operator that looks for it must see something
+        # without boxes there is no largest coordinate, and the operator that looks for it needs an element
         largest = torch.cat([boxes.flatten(), boxes.new_full((1,), -math.inf)]).max()
         boxes = boxes + (groups.to(boxes.dtype) * (largest + 1))[:, None]
     keep = torch.ops.torchvision.nms(boxes, scores, float(settings["iou_threshold"]))
@@ -86,7 +86,7 @@ def kept(boxes: Tensor, scores: Tensor, groups: Tensor, settings: dict) -> Tenso
 
 
 def coordinates(condition: Tensor) -> Tensor:
-    """Indices (N, axes) where a condition holds, asked of real numbers: TensorRT has the operator for those only."""
+    """Indices (N, axes) where a condition holds, computed on floats: TensorRT has the operator only for floats."""
     return condition.float().nonzero()
 
 
@@ -101,10 +101,10 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def divided(numbers: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """The whole parts and the rests of numbers that are not negative, of any size that a place in a map has.
+    """Quotients and remainders of non-negative numbers, up to the size of any index into a map.
 
-    `//` becomes a comparison of truth values in ONNX, which TensorRT does not have. This becomes a division of float32,
-    whose whole part may be off by one, and is then put right.
+    `//` becomes a comparison of booleans in ONNX, which TensorRT does not have. This becomes a division in float32. Its
+    whole part may be off by one, and is then corrected.
     """
     whole = torch.div(numbers, by, rounding_mode="trunc")
     rest = numbers - whole * by

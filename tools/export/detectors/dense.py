@@ -1,4 +1,4 @@
-"""Detections of one-stage heads that decode as mmdet's `BaseDenseHead` does: RetinaNet, ATSS, FCOS and their like."""
+"""Detections of one-stage heads that decode as mmdet's `BaseDenseHead` does: RetinaNet, ATSS, FCOS and others."""
 
 import torch
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
@@ -18,7 +18,7 @@ class DenseReader(nn.Module):
         size: H, W of the image.
 
     Raises:
-        InputError: the head decodes in a way of its own.
+        InputError: the head decodes in its own way.
     """
 
     output_names = ("boxes", "scores", "labels")
@@ -58,13 +58,13 @@ class DenseReader(nn.Module):
         return boxes[keep], scores[keep], labels[keep]
 
     def _candidates(self, priors: Tensor, logits: Tensor, offsets: Tensor, factors: Tensor | None = None) -> tuple:
-        """Of the `nms_pre` best pairs of place and class on a level: priors, offsets, scores, their factors, labels."""
+        """Priors, offsets, scores, factors and labels of the `nms_pre` best pairs of place and class on a level."""
         head, limit = self.head, self.head.test_cfg.get("nms_pre", -1)
         logits = logits.reshape(-1, head.cls_out_channels)
         scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[:, :-1]
         classes = scores.shape[1]
         scores = scores.flatten()
-        # mmdet drops what is below the threshold first; the order of the two steps makes no difference
+        # mmdet applies the threshold first; the order of the two steps makes no difference
         scores, chosen = best(scores, limit if limit >= 0 else scores.shape[0])
         place, labels = divided(chosen, classes)
         factors = scores.new_ones(scores.shape) if factors is None else factors.reshape(-1).sigmoid()[place]

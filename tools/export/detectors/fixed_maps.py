@@ -1,6 +1,6 @@
-"""Deformable attention over maps whose sizes are known, so that its graph does not depend on them.
+"""Deformable attention over maps of known sizes, so that its graph does not depend on them.
 
-mmdet hands the sizes of maps around as tensors, and cuts and reshapes by their values. In a graph those values would be
+mmdet passes the sizes of maps as tensors, and slices and reshapes by their values. In a graph these values would be
 unknown; here they are plain numbers.
 """
 
@@ -18,7 +18,7 @@ Shapes = Sequence[tuple[int, int]]
 
 
 def with_fixed_maps(model: nn.Module) -> nn.Module:
-    """A copy of a model, with the same parameters, whose deformable attention takes `Shapes` for sizes.
+    """A copy of a model, with the same parameters, in which deformable attention takes `Shapes` for sizes.
 
     A model without deformable attention is returned as it is.
     """
@@ -39,7 +39,7 @@ class FixedAttention(nn.Module):
     """mmcv's `MultiScaleDeformableAttention` at inference, with sizes that are plain numbers.
 
     Args:
-        attention: whose layers are used.
+        attention: the module that provides the layers.
     """
 
     def __init__(self, attention: MultiScaleDeformableAttention):
@@ -58,7 +58,7 @@ class FixedAttention(nn.Module):
         spatial_shapes: Shapes = (),
         **ignored,
     ) -> Tensor:
-        """The arguments are those of `MultiScaleDeformableAttention.forward`, but for `spatial_shapes`."""
+        """As `MultiScaleDeformableAttention.forward`, except for `spatial_shapes`."""
         own = self.attention
         value = query if value is None else value
         identity = query if identity is None else identity
@@ -86,7 +86,7 @@ class FixedPixelDecoder(nn.Module):
     """mmdet's `MSDeformAttnPixelDecoder` with sizes that are plain numbers.
 
     Args:
-        decoder: whose layers are used.
+        decoder: the module that provides the layers.
     """
 
     def __init__(self, decoder: MSDeformAttnPixelDecoder):

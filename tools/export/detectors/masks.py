@@ -1,4 +1,4 @@
-"""Masks inside an exported graph: from the small masks of boxes to masks of the image, and from those to boxes."""
+"""Masks inside an exported graph: from the small masks of boxes to masks of the image, and from masks to boxes."""
 
 import torch
 from torch import Tensor
@@ -36,18 +36,18 @@ def _weights(start: Tensor, end: Tensor, pixels: int, cells: int) -> Tensor:
 
 
 def as_bytes(inside: Tensor) -> Tensor:
-    """Truth values as 0 and 1 of one byte, by way of real numbers: TensorRT makes bytes of those only."""
+    """Booleans as bytes 0 and 1, by way of floats: TensorRT converts only floats to bytes."""
     return inside.float().to(torch.uint8)
 
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """The smallest boxes (N, 4), x1 y1 x2 y2 in pixels, around masks (N, H, W) of truth values; 0 for an empty mask."""
+    """The smallest boxes (N, 4), x1 y1 x2 y2 in pixels, around boolean masks (N, H, W); 0 for an empty mask."""
     (x1, x2), (y1, y2) = (_ends(masks.any(dim=axis)) for axis in (1, 2))
     return torch.stack([x1, y1, x2, y2], dim=1).to(torch.float32)
 
 
 def _ends(line: Tensor) -> tuple[Tensor, Tensor]:
-    """The first true place of each line (N, L) and the place after the last; both 0 without any."""
+    """The first true index of each line (N, L) and the index after the last; both 0 without any."""
     line = line.to(torch.int64)
     length = line.shape[1]
     count = torch.arange(1, length + 1, device=line.device)

@@ -69,13 +69,13 @@ class MaskQueryReader(nn.Module):
     def _segments(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Class + INSTANCE_OFFSET x number of the thing, or the number of classes where nothing is, for each pixel.
 
-        mmdet looks at the kept queries one after the other; but each pixel belongs to one query, so that all can be
-        looked at at once.
+        mmdet looks at the kept queries one after the other; but each pixel belongs to one query, so this handles all at
+        once.
         """
         settings, classes = self.fusion.test_cfg, self.fusion.num_classes
         scores, labels = logits.softmax(-1).max(-1)
         keep = (labels != classes) & (scores > settings.get("object_mask_thr", 0.8))
-        # The largest of score x sigmoid, found by its logarithm: runtimes flatten the far end of the sigmoid, which
+        # The largest score x sigmoid is found by its logarithm: runtimes flatten the far end of the sigmoid, which
         # would give ties far from all things.
         share = scores.log()[:, None, None] - softplus(-masks)
         owner = torch.where(keep[:, None, None], share, -math.inf).argmax(0)  # H W
@@ -83,10 +83,10 @@ class MaskQueryReader(nn.Module):
         area = (owner == numbers[:, None, None]).sum((1, 2)).double()
         sure = masks >= 0  # half of the sigmoid
         whole = sure.sum((1, 2)).double()
-        # an area divided by 0 is not compared, as that query is left out by the conditions before
+        # an area divided by 0 is not compared, because the conditions before leave that query out
         valid = keep & (area > 0) & (whole > 0) & (area / whole.clamp(min=1) >= settings.get("iou_thr", 0.8))
         thing = valid & (labels < self.fusion.num_things_classes)
-        instance = thing.float().cumsum(0).long()  # of real numbers, as TensorRT has no other sums
+        instance = thing.float().cumsum(0).long()  # in floats, because TensorRT has no other sums
         values = labels + thing * instance * INSTANCE_OFFSET
         mine = valid[owner]
         if settings.get("filter_low_score", False):
@@ -113,7 +113,7 @@ class BoxQueryReader(nn.Module):
         own = type(head)._predict_by_feat_single is not DETRHead._predict_by_feat_single
         if type(detector) is not DINO or own or not head.loss_cls.use_sigmoid:
             raise InputError(
-                f"a {type(detector).__name__} with {type(head).__name__} cannot be exported; of the detectors with box "
+                f"a {type(detector).__name__} with {type(head).__name__} cannot be exported; among detectors with box "
                 "queries, DINO can"
             )
         divisor = detector.data_preprocessor.pad_size_divisor

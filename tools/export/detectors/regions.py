@@ -22,7 +22,7 @@ class RegionReader(nn.Module):
         size: H, W of the image.
 
     Raises:
-        InputError: a part of it is of a type that is not covered.
+        InputError: a part of it has a type that is not covered.
     """
 
     def __init__(self, detector: nn.Module, size: tuple[int, int]):
@@ -32,7 +32,7 @@ class RegionReader(nn.Module):
         _check_type(self.rpn, RPNHead)
         _check_type(roi, StandardRoIHead, CascadeRoIHead)
         if roi.with_shared_head:
-            raise InputError("a roi_head with a shared_head cannot be exported; one without can")
+            raise InputError("a roi_head with a shared_head cannot be exported; a roi_head without it can")
         self.box_heads = _stages(roi.bbox_head)
         self.box_extractors = _stages(roi.bbox_roi_extractor)
         self.mask_heads = _stages(roi.mask_head) if roi.with_mask else nn.ModuleList()
@@ -111,8 +111,8 @@ def pooled(extractor: nn.Module, maps: tuple[Tensor, ...], boxes: Tensor) -> Ten
     """Features of boxes, each from the map that suits its size, as mmdet's `SingleRoIExtractor` takes them.
 
     Args:
-        extractor: with RoIAlign for each map.
-        maps: 1 C H W each; the first of them are looked at.
+        extractor: has RoIAlign for each map.
+        maps: 1 C H W each; only the first maps are used.
         boxes: N x 4 in pixels of the image.
 
     Returns:
@@ -131,7 +131,7 @@ def pooled(extractor: nn.Module, maps: tuple[Tensor, ...], boxes: Tensor) -> Ten
 
 
 def _of_label(values: Tensor, labels: Tensor) -> Tensor:
-    """Of values (N, classes, ...) those of the labels (N); of values (N, 1, ...) the only ones."""
+    """The values of the labels (N) among values (N, classes, ...); the only values if they are (N, 1, ...)."""
     if values.shape[1] == 1:
         return values[:, 0]
     return values[torch.arange(values.shape[0], device=values.device), labels]
@@ -145,14 +145,14 @@ def _stages(parts: nn.Module) -> nn.ModuleList:
 def _check_type(part: nn.Module, *kinds: type) -> None:
     if type(part) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"a detector with {type(part).__name__} cannot be exported; one with {names} can")
+        raise InputError(f"a detector with {type(part).__name__} cannot be exported; a detector with {names} can")
 
 
 def _check_extractor(extractor: nn.Module) -> None:
     _check_type(extractor, SingleRoIExtractor)
     for layer in extractor.roi_layers:
         if type(layer).__name__ != "RoIAlign" or layer.pool_mode != "avg":
-            raise InputError(f"regions pooled by {layer} cannot be exported; those by RoIAlign with pool_mode avg can")
+            raise InputError(f"regions pooled by {layer} cannot be exported; RoIAlign with pool_mode avg can be")
 
 
 def _check_box_head(head: nn.Module) -> None:

@@ -19,8 +19,8 @@ from terrazzo.tools.runtimes.package import open_package
 class CompiledForm:
     """A package of AOTInductor, for `aoti_load_package` or C++: NAME.pt2, a shared library with the weights inside.
 
-    It needs PyTorch, but neither terrazzo nor a compiler, and a processor with the instructions of the one that it was
-    compiled on.
+    It needs PyTorch, but neither terrazzo nor a compiler, and a processor that has the instructions of the processor it
+    was compiled on.
 
     Raises:
         InputError: there is no C++ compiler.
@@ -34,8 +34,8 @@ class CompiledForm:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
             raise InputError(
-                "AOTInductor needs a C++ compiler and finds none: install g++, name one in the variable CXX, or export "
-                "with --format pt2, which needs none"
+                "AOTInductor needs a C++ compiler and finds none: install g++, set the variable CXX, or export "
+                "with --format pt2, which needs no compiler"
             ) from error
 
     def write(self, task: Task, path: Path) -> str:
@@ -45,7 +45,8 @@ class CompiledForm:
             facts["size"] = "x".join(map(str, task.arguments[0].shape[-2:]))
         settings = {"aot_inductor.metadata": facts}
         if any(free_unbacked_symbols(node.meta.get("val")) for node in program.graph.nodes):
-            # Of convolutions in a row on as many images as were found, PyTorch 2.15 mixes up the order in memory.
+            # PyTorch 2.15 mixes up the memory order of consecutive convolutions if their batch is the number of boxes
+            # found.
             settings["layout_optimization"] = False
         try:
             with torch.no_grad():

@@ -32,7 +32,7 @@ class OnnxForm:
         newest = onnx.defs.onnx_opset_version()
         if opset is not None and not OLDEST_OPSET <= opset <= newest:
             raise InputError(
-                f"the opset is {opset}; PyTorch writes {OLDEST_OPSET} to {newest}: name one of them or none"
+                f"the opset is {opset}; PyTorch writes {OLDEST_OPSET} to {newest}: name one of these or leave it out"
             )
         self.opset = opset
         self.program: torch.onnx.ONNXProgram | None = None
@@ -40,7 +40,7 @@ class OnnxForm:
     def write(self, task: Task, path: Path) -> str:
         self.program = self._trace(task)
         opset = self.program.model.opset_imports[""]
-        if self.opset not in (None, opset):  # where the conversion fails, PyTorch goes on without it
+        if self.opset not in (None, opset):  # if the conversion fails, PyTorch goes on without it
             name = type(task.module).__name__
             raise InputError(f"{name} cannot be exported to opset {self.opset}, only to {opset}; leave the opset out")
         self.program.model.metadata_props.update(task.metadata)
@@ -74,5 +74,5 @@ class OnnxForm:
 def export_onnx(
     module: nn.Module, example: Tensor | tuple[Tensor, ...], path: str | Path, *, opset: int | None = None, **options
 ) -> Report:
-    """`checked_export` to ONNX, compared by ONNX Runtime; `options` are its."""
+    """`checked_export` to ONNX, compared by ONNX Runtime; it takes the `options`."""
     return checked_export(OnnxForm(opset), module, example, path, **options)

@@ -26,7 +26,7 @@ class OpenVinoForm:
         model = core().read_model(readable(graph))
         for key, text in task.metadata.items():
             model.set_rt_info(text, ["terrazzo", key])
-        # Weights stay in float32: halving them is for the user to ask, with its own figures.
+        # Weights stay in float32: only a user's request lowers the precision, and then its cost is measured.
         openvino.save_model(model, path, compress_to_fp16=False)
         graph.unlink()
         return f"IR of OpenVINO {openvino.__version__.split('-')[0]}"

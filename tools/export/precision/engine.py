@@ -1,7 +1,7 @@
-"""A TensorRT engine of a file in lower precision, held against what its float32 file finds.
+"""A TensorRT engine of a file in lower precision, compared with its float32 file.
 
-Which layers are in lower precision stands in the file; the engine is strongly typed and obeys it. So this is where the
-choice, made by arithmetic on a CPU, is proven on the GPU. Not run on a GPU yet, as the engines.
+The file says which layers are in lower precision; the engine is strongly typed and obeys it. So this proves on the GPU
+the choice that arithmetic on a CPU made. It has not run on a GPU yet.
 """
 
 from pathlib import Path
@@ -28,15 +28,15 @@ def lowered_engine(
     metric: Metric | None,
     tolerance: float,
 ) -> bool:
-    """Build, measure and time the engine; whether it loses little enough. If not, it is named `.failed`.
+    """Build, measure and time the engine; say whether it loses little enough. If not, it is named `.failed`.
 
     Args:
         result: the file in lower precision.
         plain: the same file in float32.
         out: the engine's path.
-        shapes: by input the smallest, the one to be fast at, and the largest.
-        samples: the graph's inputs for images, one tuple an image.
-        metric: measures it; None where there is no data, and the largest error of an output decides.
+        shapes: for each input, the smallest, the optimal and the largest shape.
+        samples: the graph's inputs for images, one tuple per image.
+        metric: measures it; None without data, then the largest error of an output decides.
         tolerance: how many points may be lost.
 
     Raises:
@@ -52,7 +52,7 @@ def lowered_engine(
             float(np.abs(mine.numpy() - theirs.numpy()).max() / (np.abs(mine.numpy()).max() or 1.0))
             for mine, theirs in zip(exact(*samples[0]), engine(*samples[0]), strict=True)
         )
-        # the limit is of mean errors; the largest of one element is some times that
+        # the limit is for mean errors; the largest error of one element is several times the mean
         passed = error <= 10 * {kind.name: kind.limit for kind in (Half, Int8)}[name]
         click.echo(f"the engine's outputs differ from float32 by {error:.1e} at most, relative to the largest value")
     else:

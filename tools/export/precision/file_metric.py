@@ -1,7 +1,7 @@
-"""The metrics of an exported file on a config's test data: those of `terrazzo test`, of the file instead of the model.
+"""The metrics of an exported file on a config's test data: the metrics of `terrazzo test`, but for the file.
 
-Pictures go to the file as `terrazzo infer --runtime` sends them, so this is what a user of the file gets: where a
-config pads pictures of many shapes and the file stretches them, the figures are not those of the model.
+Pictures go to the file as `terrazzo infer --runtime` sends them, so this is what a user of the file gets. If a config
+pads pictures of many shapes and the file stretches them, the file's figures differ from the model's.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from terrazzo.tools import mm
 from terrazzo.tools.console import progress
 from terrazzo.tools.predict.files import FilePredictor
 
-# What decides about a file, by task: the first group of which an evaluator gives anything. AP counts to 1.
+# The metrics that decide about a file, by task: the first group of which an evaluator gives a metric. AP is at most 1.
 DECISIVE = {
     "classification": (("accuracy/top1",),),
     "segmentation": (("mIoU",),),
@@ -44,13 +44,15 @@ class FileMetric:
 
     def __init__(self, cfg: Config):
         if not cfg.get("test_dataloader") or not cfg.get("test_evaluator"):
-            raise InputError(f"config {cfg.filename} has no test_dataloader and test_evaluator; nothing decides")
+            raise InputError(
+                f"config {cfg.filename} has no test_dataloader and test_evaluator, so there is no metric to decide by"
+            )
         self.cfg, self.task = cfg, mm.task_of(cfg)
         with mm.quiet():
             self.dataset = DATASETS.build(cfg.test_dataloader.dataset)
 
     def __call__(self, predictor: FilePredictor) -> dict[str, float]:
-        """The points, from 0 to 100, of each decisive metric; none where a detector finds nothing at all.
+        """The points, from 0 to 100, of each decisive metric; empty if a detector finds nothing at all.
 
         Raises:
             InputError: the config's evaluator gives none of these metrics.
@@ -104,7 +106,7 @@ def training_pictures(cfg: Config, count: int) -> list[Path]:
 
 
 def _fill(sample, results: dict[str, torch.Tensor]) -> None:
-    """Put what was found into a sample as the models of mmdet, mmseg and ours do."""
+    """Put the results into a sample as the models of mmdet, mmseg and terrazzo do."""
     if "scores" in results and "boxes" not in results:
         sample |= {"scores": results["scores"], "pred_label": int(results["scores"].argmax())}
     elif "labels" in results and "boxes" not in results:

@@ -1,8 +1,8 @@
-"""Nodes of an ONNX graph in half precision, the others untouched.
+"""Puts chosen nodes of an ONNX graph into half precision, and leaves the others untouched.
 
-ONNX Runtime's converter, which is the common one, rounds what passes between two nodes that are to stay in float32 as
-well: boxes of a detector to half pixels and more. Here a value has the type of the node that gives it, and is cast,
-once, where a node of the other kind takes it.
+ONNX Runtime's common converter also rounds values between two nodes that stay in float32: it rounds a detector's boxes
+to half pixels and more. Here a value has the type of the node that computes it, and is cast once if nodes of the other
+type take it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, defs, helper, numpy_helper
 
 _LARGEST = float(np.finfo(np.float16).max)
-# What only moves values about; those that were rounded stay so.
+# Operators that only move values; rounded values stay rounded.
 _MOVES = frozenset(
     ("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice")
     + ("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where")
@@ -21,7 +21,7 @@ _MOVES = frozenset(
 
 
 def lowerable(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """The nodes whose operator takes and gives half precision, by its schema, wherever it now has float32."""
+    """The nodes with an operator that, by its schema, takes and gives half precision wherever it now has float32."""
     version = _version(model)
     local = {(function.domain, function.name) for function in model.functions}
     for node in model.graph.node:
@@ -38,7 +38,7 @@ def lowerable(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 def in_half_precision(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
-    """A copy of a model in which the nodes of these names compute in half precision; its inputs and outputs stay.
+    """A copy of a model in which the nodes of these names compute in half precision; inputs and outputs stay.
 
     Args:
         model: with the types of all values, as PyTorch's exporter writes them.
@@ -51,10 +51,10 @@ def in_half_precision(model: onnx.ModelProto, names: Collection[str]) -> onnx.Mo
 
 
 def rounded(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
-    """A copy that computes in float32 what `in_half_precision` computes, by rounding what these nodes take and give.
+    """A copy that computes in float32 what `in_half_precision` computes, by rounding these nodes' inputs and outputs.
 
-    It shows on a CPU what half precision costs. ONNX Runtime has few kernels for it there: it computes in float32, and
-    leaves out the rounding between two nodes. Casts that stand in a graph in float32 it keeps (from 1.17 on).
+    It shows on a CPU what half precision costs. On a CPU, ONNX Runtime has few half-precision kernels: it computes in
+    float32 and omits the rounding between two nodes. It keeps casts in a float32 graph (from 1.17 on).
 
     Args:
         model: with the types of all values, as PyTorch's exporter writes them.
@@ -102,8 +102,8 @@ class _Converter:
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.real = _real(self.graph)
         self.outputs = {value.name for value in self.graph.output}
-        self.half: set[str] = set()  # values that lowered nodes give
-        self.casts: dict[str, onnx.NodeProto] = {}  # by the name that they give
+        self.half: set[str] = set()  # outputs of lowered nodes
+        self.casts: dict[str, onnx.NodeProto] = {}  # by the name of their output
         self.added: dict[str, TensorProto] = {}
 
     def convert(self) -> None:
@@ -121,7 +121,7 @@ class _Converter:
                     if name in self.half and name in self.outputs:
                         node.output[index] = _half(name)
                         nodes.append(_cast(_half(name), name, TensorProto.FLOAT))
-                        # nodes in float32 take the output, the others what it was cast from
+                        # nodes in float32 take the cast's output, the others its input
                         self.half.discard(name)
                         self.half.add(_half(name))
         del self.graph.node[:]
@@ -196,13 +196,13 @@ def _rounding(source: str, target: str) -> list[onnx.NodeProto]:
 
 
 def _kinds(schema: defs.OpSchema) -> dict[str, list[str]]:
-    """The types that each type variable of an operator can be, where float32 is one of them."""
+    """The types that each type variable of an operator can have, for variables that allow float32."""
     found = {entry.type_param_str: entry.allowed_type_strs for entry in schema.type_constraints}
     return {name: kinds for name, kinds in found.items() if "tensor(float)" in kinds}
 
 
 def _formals(names: Sequence[str], formals: Sequence[defs.OpSchema.FormalParameter]) -> Iterator[tuple[int, Any]]:
-    """What an operator says of each input, or output, that a node has; the last is repeated where it is variadic."""
+    """The operator's description of each input, or output, of a node; a variadic last description is repeated."""
     for index, name in enumerate(names):
         if name:
             yield index, formals[min(index, len(formals) - 1)]
@@ -217,14 +217,14 @@ def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
 
 
 def _rounded(tensor: TensorProto, name: str) -> TensorProto:
-    """In half precision; what is finite stays so."""
+    """The tensor in half precision; finite values stay finite."""
     values = numpy_helper.to_array(tensor)
     clipped = np.where(np.isfinite(values), np.clip(values, -_LARGEST, _LARGEST), values)
     return numpy_helper.from_array(clipped.astype(np.float16), name)
 
 
 def _replace_inputs(node: onnx.NodeProto, replacement: Callable[[str], str]) -> None:
-    """Rename what a node takes, inside of its subgraphs too."""
+    """Rename the inputs of a node, also inside its subgraphs."""
     for index, name in enumerate(node.input):
         node.input[index] = replacement(name)
     for attribute in node.attribute:
@@ -234,7 +234,7 @@ def _replace_inputs(node: onnx.NodeProto, replacement: Callable[[str], str]) -> 
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph, and those of the graphs inside of them."""
+    """The nodes of a graph and of all its subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:

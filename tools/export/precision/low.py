@@ -1,7 +1,7 @@
-"""ONNX graphs in half precision or INT8, layer by layer: what is in lower precision is written into the graph itself.
+"""ONNX graphs in half precision or INT8, layer by layer: the graph itself says what is in lower precision.
 
-Only what the calls of a model's submodules do is lowered. What a whole model does around them (normalisation of pixels,
-decoding of boxes, non-maximum suppression, labels) stays in float32.
+Only the operations of a model's submodules are lowered. The operations of the whole model around them (normalisation of
+pixels, decoding of boxes, non-maximum suppression, labels) stay in float32.
 """
 
 import ast
@@ -28,9 +28,9 @@ from torch import Tensor
 from terrazzo.errors import InputError
 from terrazzo.tools.export.precision.half import in_half_precision, lowerable, rounded
 
-# How PyTorch's exporter writes down which calls of modules, from the outermost in, a node comes from.
+# Where PyTorch's exporter stores the module calls, from the outermost in, that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
-# What INT8 has in ONNX Runtime and TensorRT and gains by: products with weights.
+# Operators that ONNX Runtime and TensorRT have in INT8 and that gain by it: products with weights.
 _QUANTISED = ("Conv", "MatMul", "Gemm")
 # Half precision cannot tell neighbouring pixels apart in an image of a thousand and more.
 _COORDINATES = ("RoiAlign", "NonMaxSuppression")
@@ -40,10 +40,10 @@ class Precision(Protocol):
     """A lower precision of one graph.
 
     Attributes:
-        name: what users call it.
+        name: the name that users give.
         model: the graph in float32.
-        layers: the names of the nodes that it can lower, by the layer that they belong to, in the graph's order.
-        limit: the error of outputs up to which a file is taken to be sound where no data set decides.
+        layers: the names of the nodes that it can lower, by their layer, in the graph's order.
+        limit: the largest error of outputs that passes if no data set decides.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Precision(Protocol):
     limit: float
 
     def lower(self, kept: Collection[str] = ()) -> onnx.ModelProto:
-        """The graph with all layers in lower precision but for those `kept`; its inputs and outputs stay in float32."""
+        """The graph with all layers except `kept` in lower precision; its inputs and outputs stay in float32."""
 
     def measurable(self, kept: Collection[str] = ()) -> onnx.ModelProto:
         """A graph that ONNX Runtime computes on a CPU as an accelerator computes `lower`."""
@@ -85,12 +85,12 @@ class Half:
 
 
 class Int8:
-    """Symmetric INT8 of weights (per channel) and of what they are multiplied with, as QuantizeLinear and its inverse.
+    """Symmetric INT8 of weights (per channel) and of their inputs, as QuantizeLinear and its inverse.
 
     Args:
         model: the graph in float32.
-        samples: the graph's inputs for a number of real images, one tuple an image: the least and the largest values
-            that they lead to inside of the graph are the ranges.
+        samples: the graph's inputs for a number of real images, one tuple per image: the smallest and the largest
+            values that they cause inside the graph are the ranges.
 
     Raises:
         InputError: there is no sample, or no product with weights.
@@ -101,7 +101,7 @@ class Int8:
 
     def __init__(self, model: onnx.ModelProto, samples: Sequence[tuple[Tensor, ...]]):
         if not samples:
-            raise InputError("INT8 needs images to set its ranges by, and there is none")
+            raise InputError("INT8 needs images to set its ranges by, and there are no images")
         weights = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
         products = {node.name for node in model.graph.node if _is_product_with_weights(node, weights)}
         found = {layer: tuple(name for name in names if name in products) for layer, names in layers(model).items()}
@@ -132,7 +132,7 @@ class Int8:
                     "ActivationSymmetric": True,
                     "WeightSymmetric": True,
                     "QuantizeBias": False,
-                    # Rounding what comes out of a product as well would gain nothing.
+                    # Rounding the outputs of a product as well would gain nothing.
                     "OpTypesToExcludeOutputQuantization": list(_QUANTISED),
                 },
             )
@@ -144,10 +144,10 @@ class Int8:
 
 
 def _is_product_with_weights(node: onnx.NodeProto, dims: Mapping[str, int]) -> bool:
-    """Whether INT8 can have it: ONNX Runtime refuses a scale per channel where weights are a stack of matrices.
+    """Whether INT8 is possible: ONNX Runtime refuses a scale per channel for batched weight matrices.
 
     Args:
-        dims: how many dimensions each constant has, by name.
+        dims: the number of dimensions of each constant, by name.
     """
     found = [dims[name] for name in node.input[:2] if name in dims]
     return node.op_type in _QUANTISED and bool(found) and (node.op_type == "Conv" or max(found) <= 2)
@@ -156,8 +156,8 @@ def _is_product_with_weights(node: onnx.NodeProto, dims: Mapping[str, int]) -> b
 def layers(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     """The nodes of each layer of an exported graph, in the graph's order.
 
-    A layer is a submodule, with what it does itself and not what those below it do. What belongs to no submodule but
-    to the whole is left out, and so is what the modules around a RoIAlign do themselves: it is about coordinates.
+    A layer is a submodule with its own operations, without the operations of its submodules. Operations of the whole
+    model are left out, and so are the own operations of the modules around a RoIAlign: they compute coordinates.
     """
     found, outside = defaultdict(list), set()
     for node in model.graph.node:
@@ -170,7 +170,7 @@ def layers(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 
 def layer_of(node: onnx.NodeProto) -> str | None:
-    """The path of the submodule that a node comes from; empty for the whole, None where the exporter did not say."""
+    """The path of the submodule that a node comes from; empty for the whole model, None if the exporter did not say."""
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             scopes = ast.literal_eval(entry.value)
@@ -199,7 +199,7 @@ class _Reader(CalibrationDataReader):
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Converters change what they are given."""
+    """A copy, because converters change their input."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy

@@ -1,7 +1,7 @@
 """`terrazzo export --fp16` and `--int8`: files in lower precision, and what that costs, layer by layer.
 
-Where a config has test data its metric decides, before and after, on the files themselves: errors of outputs say little
-(a detector can lose boxes that a classifier's logits do not show).
+If a config has test data, its metric decides, measured on the files before and after. Errors of outputs say little: a
+detector can lose boxes that a classifier's logits do not show.
 """
 
 import tempfile
@@ -24,7 +24,8 @@ from terrazzo.tools.export.targets import Exportable, floor, noise, photo
 from terrazzo.tools.predict.files import FilePredictor, file_predictor
 from terrazzo.tools.results import Row, about, write
 
-# Pictures that ranges of INT8 are set by, at most, and those of them that values inside of the graph are compared on.
+# The largest number of pictures that set the ranges of INT8, and of pictures that values inside the graph are compared
+# on.
 _CALIBRATION, _COMPARED = 64, 4
 SUFFIX = ".precision.csv"
 
@@ -37,12 +38,12 @@ class LoweredFile:
     """A file in lower precision.
 
     Attributes:
-        path: where it is; it ends in `.failed` where it loses too much.
+        path: where it is; it ends in `.failed` if it loses too much.
         table: the CSV beside it: points before and after, and every layer's error.
         lowered: the graph, and which layers stay.
-        layers: how many there are.
+        layers: the number of layers.
         before, after: points from 0 to 100 of the metrics that decide, by name; empty without data.
-        error: of the outputs, as of 0..1.
+        error: the relative error of the outputs, 0..1.
     """
 
     path: Path
@@ -55,12 +56,12 @@ class LoweredFile:
 
 
 def evidence(ready: Exportable, name: str, pictures: Path | None) -> tuple[list[tuple[Tensor, ...]], Metric | None]:
-    """What a lower precision is judged by: inputs for real images, and what measures a file; None without a config.
+    """What decides about a lower precision: inputs for real images, and the metric of a file; None without a config.
 
     Args:
         ready: the model.
         name: "fp16" or "int8".
-        pictures: a folder; None for the config's training data, or else drawn ones.
+        pictures: a folder; None for the config's training data, or else for drawn pictures.
 
     Raises:
         InputError: the data is not there, or INT8 has no pictures to set its ranges by.
@@ -77,7 +78,7 @@ def evidence(ready: Exportable, name: str, pictures: Path | None) -> tuple[list[
     elif ready.config is not None:
         found = [Picture(path, path.name) for path in training_pictures(ready.config, _CALIBRATION)]
     elif name == "int8":
-        raise InputError("--int8 sets its ranges by pictures: name a folder of them with --pictures DIR")
+        raise InputError("--int8 sets its ranges by pictures: name a folder of pictures with --pictures DIR")
     else:
         return [(floor(ready.size, 1),), (noise(ready.size, 1),)], None
     return [(photo(picture.read(), ready.size, 1),) for picture in found], metric
@@ -92,19 +93,19 @@ def lower_file(
     tolerance: float,
     variant: str,
 ) -> LoweredFile:
-    """Write a file in lower precision, with as many layers in it as the tolerance allows.
+    """Write a file with as many layers in lower precision as the tolerance allows.
 
     Args:
         file: an ONNX file in float32 that is known to be right.
         name: "fp16" or "int8".
-        out: what to write; `.failed` is added where no choice of layers is good enough.
-        samples: the graph's inputs for real images, one tuple an image.
-        points: measures a file; None where there is no data, and the error of the outputs decides.
+        out: the file to write; `.failed` is added if no choice of layers is good enough.
+        samples: the graph's inputs for real images, one tuple per image.
+        points: measures a file; None without data, then the error of the outputs decides.
         tolerance: how many points may be lost.
-        variant: what the file is, for the table.
+        variant: the file's name in the table.
 
     Raises:
-        InputError: there is nothing to lower, no image to set ranges by, or nothing found in the test data.
+        InputError: there is nothing to lower or no image to set ranges by, or the model finds nothing in the test data.
     """
     model = onnx.load(file)
     precision: Precision = Half(model) if name == "fp16" else Int8(model, samples)
@@ -125,7 +126,7 @@ def lower_file(
             before = dict(points(file))
             if not before:
                 raise InputError(
-                    f"{variant} finds nothing in the test data, in float32 either; give it trained weights"
+                    f"{variant} finds nothing in the test data, not even in float32; give it trained weights"
                 )
             lowered = lower(precision, compared, cost, tolerance)
     entry = lowered.model.metadata_props.add()
@@ -141,22 +142,22 @@ def lower_file(
 
 
 def lost(before: Points, after: Points) -> float:
-    """How many points the worst of the metrics lost; what is not there any more lost all."""
+    """How many points the worst metric lost; a metric that is missing afterwards lost all its points."""
     return max(value - after.get(metric, 0.0) for metric, value in before.items())
 
 
 def measure(metric: Metric | None) -> Callable[[Path], Points] | None:
-    """A metric of predictors as one of ONNX files."""
+    """A metric of predictors as a metric of ONNX files."""
     return None if metric is None else lambda path: metric(file_predictor("onnx", path))
 
 
 def tell(result: LoweredFile) -> bool:
-    """Say what lower precision costs; whether that is little enough."""
+    """Say what lower precision costs, and return whether that is little enough."""
     lowered, name = result.lowered, result.lowered.precision
     if result.before:
         tell_points(result.before, result.after, name)
     else:
-        click.echo("no test data decides: name a config with its data, for classification alone says little")
+        click.echo("there is no test data to decide by: name a config with its data")
     worst = sorted(lowered.errors.items(), key=lambda item: item[1], reverse=True)[:5]
     print_table([(layer, f"{error:.1e}") for layer, error in worst], ("most changed layers", "error"), right=(1,))
     click.echo(f"the outputs change by {result.error:.1e}; {len(lowered.kept)} of {result.layers} layers in float32")
@@ -178,7 +179,7 @@ def tell_points(before: Points, after: Points, name: str) -> None:
 
 
 def _rows(result: LoweredFile, variant: str, shape: str, volume: int) -> list[Row]:
-    """The table of a file: its metrics, its size, and the error of each layer with what became of it."""
+    """The table of a file: its metrics, its size, and the error and the precision of each layer."""
     lowered = result.lowered
     last = about(torch.device("cpu"), "onnx", "onnxruntime")
 

@@ -1,4 +1,4 @@
-"""Which layers bear a lower precision: how far each goes astray, and which must stay in float32."""
+"""Which layers tolerate a lower precision: the error of each layer, and which must stay in float32."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from terrazzo.tools.console import progress
 from terrazzo.tools.export.precision.half import all_nodes
 from terrazzo.tools.export.precision.low import Precision, layers
 
-# Values that are asked for in one run; all of a large model's at once would not fit in memory.
+# Values that one run returns; all values of a large model at once would not fit in memory.
 _AT_ONCE = 48
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph of which as many layers are in lower precision as the loss allows.
+    """A graph with as many layers in lower precision as the loss allows.
 
     Attributes:
         model: the graph.
@@ -26,10 +26,10 @@ class Lowered:
         loss: what the lower precision costs, in the unit of the limit.
         passed: whether that is within the limit.
         kept: layers that stay in float32, the most sensitive first.
-        errors: by layer, how far its values are from float32's: rms of the difference / rms. What layers before it
-            add is in it.
-        alone: by layer, the error of the outputs where this layer alone is in lower precision; empty where none had to
-            stay.
+        errors: for each layer, the error of its values, including errors from earlier layers: rms of the difference to
+            float32 / rms.
+        alone: for each layer, the error of the outputs if only this layer is in lower precision; empty if no layer had
+            to stay.
     """
 
     model: onnx.ModelProto
@@ -47,12 +47,13 @@ def lower(
     loss: Callable[[onnx.ModelProto], float],
     limit: float,
 ) -> Lowered:
-    """Lower all layers, or all but the fewest of 1, 2, 4, ... most sensitive ones with which the loss is in its limit.
+    """Lower all layers, or all but the 1, 2, 4, ... most sensitive: the fewest that keep the loss within its limit.
 
     Args:
-        precision: of the graph.
-        samples: inputs to compare values on, one tuple a run.
-        loss: what a graph costs, such as points of a metric; it is given those that `Precision.measurable` makes.
+        precision: the lower precision of the graph.
+        samples: inputs to compare values on, one tuple per run.
+        loss: the cost of a graph, such as points of a metric; it is called with graphs that `Precision.measurable`
+            makes.
         limit: the largest loss to accept.
     """
     model, kept, alone = precision.measurable(), (), {}
@@ -71,7 +72,7 @@ def lower(
 
 
 def output_error(precision: Precision, samples: Sequence[tuple[Tensor, ...]]) -> Callable[[onnx.ModelProto], float]:
-    """A loss for where no data is: the mean error of what the layers hand to the rest of the graph, as of 0..1 each."""
+    """A loss without data: the mean relative error, 0..1, of the values that layers pass to the rest of the graph."""
     names = frontier(precision.model)
     expected = [_values(precision.model, names, sample) for sample in samples]
 
@@ -84,7 +85,7 @@ def output_error(precision: Precision, samples: Sequence[tuple[Tensor, ...]]) ->
 
 
 def lowered_alone(precision: Precision, samples: Sequence[tuple[Tensor, ...]]) -> dict[str, float]:
-    """For each layer, `output_error` of the graph where it alone is in lower precision."""
+    """For each layer, `output_error` of the graph with only this layer in lower precision."""
     loss, errors = output_error(precision, samples), {}
     with progress("layers alone") as bar:
         bar.update(bar.task_ids[0], total=len(precision.layers))
@@ -114,7 +115,7 @@ def layer_errors(
 
 
 def frontier(model: onnx.ModelProto) -> list[str]:
-    """Values of real numbers that layers hand to the rest of the graph, which stays in float32, or to its outputs."""
+    """Real values that layers pass to the rest of the graph, which stays in float32, or to its outputs."""
     inside = {name for names in layers(model).values() for name in names}
     taken = {name for node in all_nodes(model.graph) if node.name not in inside for name in node.input}
     taken |= {value.name for value in model.graph.output}
@@ -137,14 +138,14 @@ def _real(model: onnx.ModelProto) -> set[str]:
 
 
 def _values(model: onnx.ModelProto, names: Sequence[str], sample: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
-    """What is computed inside of a graph under these names."""
+    """The values with these names inside a graph."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     given = {value.name for value in copy.graph.output}
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Of many graphs each runs a few times: what costs is opening them.
+    # Each of many graphs runs only a few times, so opening them is the main cost.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feeds = {value.name: x.numpy() for value, x in zip(session.get_inputs(), sample, strict=True)}
@@ -152,7 +153,7 @@ def _values(model: onnx.ModelProto, names: Sequence[str], sample: tuple[Tensor, 
 
 
 def _error(mine: np.ndarray, theirs: np.ndarray) -> float:
-    """Root of the mean square of the difference, over that of `mine`; infinite for another shape or no number."""
+    """rms of the difference / rms of `mine`; infinite for another shape or a NaN."""
     if mine.shape != theirs.shape:
         return float("inf")
     if not mine.size:

@@ -1,10 +1,10 @@
 """TensorRT engines, built from an ONNX file and run by TensorRT's Python API on this machine's GPU.
 
 The network is strongly typed: each tensor has the type that the ONNX file gives it, so that a file of mixed precision
-keeps its float32 layers (TensorRT 10.12 deprecated the flags that let it choose, and 11 has none). TF32 is off, since
-it would cost a float32 file the agreement with PyTorch.
+keeps its float32 layers (TensorRT 10.12 deprecated the flags that let TensorRT choose, and 11 does not have them). TF32
+is off, because with it a float32 file would not agree with PyTorch.
 
-Written for TensorRT 10 and 11, whose own bindings have every name used here; it was not run on a GPU yet.
+The code is for TensorRT 10 and 11. Their bindings have every name used here; it has not run on a GPU yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ class EngineForm:
         return self.onnx.divergence(task, limit)
 
     def speed(self) -> str:
-        """How long a run of the example takes the engine last loaded, in words."""
+        """The time that the last loaded engine takes for the example, in words."""
         fast, median, slow = (f"{1e3 * seconds:.3f}" for seconds in self.engine.seconds(*self.example))
         shape = _by(self.example[0].shape)
         return f"a run of {shape} takes {median} ms on the GPU, the median ({fast} to {slow} from p20 to p80)"
@@ -86,7 +86,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 class _Log(trt.ILogger):
-    """Keeps what TensorRT says is an error, in place of printing all that it says."""
+    """Keeps TensorRT's error messages and prints none of its messages."""
 
     def __init__(self):
         trt.ILogger.__init__(self)
@@ -105,7 +105,7 @@ def build(path: Path, shapes: dict[str, tuple[Shape, Shape, Shape]]) -> bytes:
 
     Args:
         path: the ONNX file.
-        shapes: by input the smallest, the one to be fast at, and the largest.
+        shapes: for each input, the smallest, the optimal and the largest shape.
 
     Raises:
         InputError: TensorRT cannot read the file, or cannot build an engine of it here.
@@ -129,7 +129,7 @@ def build(path: Path, shapes: dict[str, tuple[Shape, Shape, Shape]]) -> bytes:
 
 
 def _unparsed(errors: list) -> str:
-    """One line for what TensorRT's parser found wrong: every node once, the first with the reason."""
+    """One line for the errors of TensorRT's parser: every node once, the first with the reason."""
     nodes = list(dict.fromkeys(f"{error.node_operator()} ({error.node_name()})" for error in errors))
     if not nodes:
         return f"TensorRT {trt.__version__} cannot read the ONNX file, and does not say why"
@@ -138,7 +138,7 @@ def _unparsed(errors: list) -> str:
 
 
 class _Output(trt.IOutputAllocator):
-    """Memory for one output, of a size that may be known only when it is computed."""
+    """Memory for one output; its size may be known only when it is computed."""
 
     def __init__(self, dtype: torch.dtype):
         trt.IOutputAllocator.__init__(self)
@@ -156,9 +156,9 @@ class _Output(trt.IOutputAllocator):
         self.shape = tuple(shape)
 
     def tensor(self) -> Tensor:
-        """What was written, copied to the CPU."""
+        """The output, copied to the CPU."""
         count = torch.Size(self.shape).numel() * self.dtype.itemsize
-        if not count:  # nothing was found, and so nothing asked for
+        if not count:  # nothing was found, so no memory was requested
             return torch.empty(self.shape, dtype=self.dtype)
         return self.memory[:count].cpu().view(self.dtype).reshape(self.shape)
 
@@ -167,7 +167,7 @@ class Engine:
     """A deserialised engine on this machine's GPU; called with tensors on the CPU, it gives tensors on the CPU.
 
     Args:
-        serialised: what `build` gave.
+        serialised: an engine from `build`.
         inputs: their names, in the order of the arguments.
         outputs: their names, in the order of the results.
 
@@ -182,7 +182,7 @@ class Engine:
         if self._engine is None:
             raise InputError(f"TensorRT {trt.__version__} cannot load the engine: {self._log.last()}")
         self._context = self._engine.create_execution_context()
-        self.stream = cuda.Stream()  # on the default one TensorRT would synchronise too much
+        self.stream = cuda.Stream()  # on the default stream TensorRT would synchronise too much
         self.inputs = tuple(inputs)
         self.outputs = {name: _Output(self._dtype(name)) for name in outputs}
 
@@ -190,7 +190,7 @@ class Engine:
         """The outputs, in order.
 
         Raises:
-            InputError: the engine is not for such shapes, or could not run.
+            InputError: the engine does not take these shapes, or could not run.
         """
         with cuda.stream(self.stream):
             images = self._set(arguments)
@@ -212,7 +212,7 @@ class Engine:
         return quantiles
 
     def _set(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """Tell TensorRT where everything is; the inputs on the GPU, which must outlive the run."""
+        """Give TensorRT all addresses; return the inputs on the GPU, which must outlive the run."""
         images = []
         for name, value in zip(self.inputs, arguments, strict=True):
             images.append(value.to(DEVICE, self._dtype(name)).contiguous())

@@ -1,9 +1,8 @@
 """Whether TensorRT documents support for every node of an ONNX graph: an answer that needs neither TensorRT nor a GPU.
 
-The table `operators.csv` and the rules below hold what `docs/operators.md` of
-github.com/onnx/onnx-tensorrt says for the version named here, and of bytes TensorRT's own `DataType`. A graph that
-passes has only documented operators, types and attributes; whether an engine builds, and how fast it is, only a GPU
-tells.
+The table `operators.csv` and the rules below hold what `docs/operators.md` of github.com/onnx/onnx-tensorrt says for
+the version named here; for bytes they follow TensorRT's own `DataType`. A graph that passes has only documented
+operators, types and attributes; only a GPU shows whether an engine builds, and how fast it is.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ _TYPES = {
     "UINT8": "UINT8",
     "BOOL": "BOOL",
 }
-# The input whose type the table means, where it is not the first; None where types do not matter.
+# The input that the table's type means, if it is not the first; None if types do not matter.
 _TYPED_INPUT = {"Where": 1, "OneHot": 2, "ConstantOfShape": None, "Constant": None}
 # Inputs that must be known when the engine is built.
 _CONSTANT_INPUTS = {"CumSum": {1: "axis"}, "OneHot": {1: "depth"}, "Squeeze": {1: "axes"}, "Unsqueeze": {1: "axes"}}
@@ -60,18 +59,19 @@ class Problem:
 
 @lru_cache(maxsize=1)
 def operators() -> dict[str, frozenset[str]]:
-    """Every operator that the document lists, with the types it takes; none where it is not supported."""
+    """Every operator that the document lists, with the types it takes; no types if it is not supported."""
     text = resources.files(__package__).joinpath("operators.csv").read_text()
     return {row["operator"]: frozenset(row["types"].split()) for row in csv.DictReader(text.splitlines())}
 
 
 def problems(model: onnx.ModelProto) -> list[Problem]:
-    """What in a model is beyond TensorRT's documented support, subgraphs and functions included; none if empty."""
+    """The nodes of a model, its subgraphs and functions that TensorRT does not document."""
     found = []
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx") and not OPSETS[0] <= opset.version <= OPSETS[1]:
             found.append(Problem("model", "opset", f"version {opset.version} is not in {OPSETS[0]} to {OPSETS[1]}"))
-    # It refuses operators of other domains, and models beyond 2 GB: then types that are not written down go unchecked.
+    # Shape inference refuses operators of other domains and models over 2 GB: then types that the file lacks are not
+    # checked.
     with contextlib.suppress(onnx.shape_inference.InferenceError, ValueError):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     local = {(function.domain, function.name) for function in model.functions}
@@ -86,7 +86,7 @@ def problems(model: onnx.ModelProto) -> list[Problem]:
 
 
 class _Scope:
-    """The nodes of a graph or function, and what is known of its values: types, ranks and constants."""
+    """The nodes of a graph or function, and what is known about its values: types, ranks and constants."""
 
     def __init__(self, graph: onnx.GraphProto | onnx.FunctionProto, outer: "_Scope | None"):
         self.nodes, self.outer = graph.node, outer
@@ -114,7 +114,7 @@ class _Scope:
         return self.outer.constant(name) if self.outer else None
 
     def type_of(self, name: str) -> str | None:
-        """As the table writes it, or the ONNX name if the table has none; None if it is not known."""
+        """The type as the table writes it, or ONNX's name if the table has none; None if it is not known."""
         if name in self.constants:
             code = self.constants[name].data_type
         elif name in self.types:
@@ -162,7 +162,7 @@ def _reasons(node: onnx.NodeProto, scope: _Scope) -> Iterator[str]:
 
 
 def _cast(node, attributes, scope) -> Iterator[str]:
-    """A byte is converted to and from real numbers alone."""
+    """A byte is converted only to and from floats."""
     real = ("FP16", "FP32")
     kinds = [scope.type_of(node.input[0]), _TYPES.get(onnx.TensorProto.DataType.Name(attributes["to"]))]
     if "UINT8" in kinds and any(kind not in (None, "UINT8", *real) for kind in kinds):

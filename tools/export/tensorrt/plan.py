@@ -1,4 +1,4 @@
-"""How TensorRT is to build an engine of an ONNX file, and whether it can here: answers that need no TensorRT."""
+"""How TensorRT should build an engine of an ONNX file, and whether it can here; this needs no TensorRT."""
 
 import importlib.util
 from collections.abc import Collection, Sequence
@@ -10,7 +10,8 @@ from terrazzo.tools.export.checked import LARGER
 Shape = tuple[int, ...]
 
 BATCHES, SIDES = 4, 2
-"""An engine of open sizes takes up to so many times the example's batch, and sides from 1/SIDES to SIDES times its."""
+"""An engine with open sizes takes up to BATCHES times the example's batch, and sides from 1/SIDES to SIDES times
+its."""
 
 SMALLEST_SIDE = 32
 """Height and width that every backbone takes."""
@@ -28,12 +29,12 @@ def why_no_engine() -> str | None:
 def ranges(
     names: Sequence[str], shapes: Sequence[Sequence[int]], dynamic: Collection[str]
 ) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """The shapes that an engine is for: by input the smallest, the one to be fast at, and the largest.
+    """The shapes that an engine is for: for each input the smallest, the optimal and the largest.
 
     Args:
         names: of the inputs.
-        shapes: of the example, B C H W each.
-        dynamic: which of "batch" and "hw" are open; with none of them the three shapes are the same.
+        shapes: the shapes of the example, B C H W each.
+        dynamic: which of "batch" and "hw" are open; if neither is, the three shapes are equal.
     """
     found = {}
     for name, (batch, channels, *sides) in zip(names, shapes, strict=True):
@@ -53,7 +54,7 @@ def trtexec(onnx: str, engine: str, shapes: dict[str, tuple[Shape, Shape, Shape]
     Args:
         onnx: name of the ONNX file.
         engine: name of the engine.
-        shapes: what `ranges` gave.
+        shapes: the result of `ranges`.
     """
     words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={engine}", "--stronglyTyped", "--noTF32"]
     if any(smallest != largest for smallest, _, largest in shapes.values()):
