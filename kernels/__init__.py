@@ -1,4 +1,4 @@
-"""Operators: what each means (reference), a portable form that runs everywhere, and where there is one a fused form."""
+"""Operators: each has a reference that defines it, a portable form that runs everywhere, and a fused form in Triton."""
 
 from terrazzo.kernels.attentive_conv import attentive_conv as attentive_conv
 from terrazzo.kernels.dispatch.backend import use_backend as use_backend

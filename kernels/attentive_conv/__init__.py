@@ -1,4 +1,4 @@
-"""Attentive convolution: depthwise convolution with kernels that are made from the map, for each sample its own."""
+"""Attentive convolution: depthwise convolution with kernels that are computed from the map, for each sample."""
 
 import torch
 
@@ -17,7 +17,7 @@ def _check(x, value, weight, bias, mixing, mixing_bias, inhibition) -> None:
     arguments.check_tensors({**given, "inhibition": inhibition})
     if x.dim() != 4 or x.shape != value.shape:
         raise InputError(f"x and value must have one shape (B, C, H, W), got {tuple(x.shape)} and {tuple(value.shape)}")
-    # Not where calls are traced: an open size would be told from 0.
+    # Not while tracing: the comparison would add a guard that an open size is not 0.
     if not torch.compiler.is_compiling() and arguments.any_empty(*value.shape[1:]):
         raise InputError(f"x and value must have at least one channel and one position, got {tuple(value.shape)}")
     channels, taps = value.shape[1], mixing.shape[0] if mixing.dim() else 0
@@ -44,15 +44,15 @@ def attentive_conv(
     inhibition: torch.Tensor,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Depthwise convolution of `value` with kernels that are made from `x`, for each sample and channel its own.
+    """Depthwise convolution of `value` with kernels that are computed from `x`, for each sample and channel.
 
-    `x` is projected and averaged over as many bins as a kernel has taps: intervals of the map flattened row by row, so
-    horizontal bands, whose borders depend on both sides of the map. The bins of a channel become its kernel by GELU and
-    one linear map that all channels share; lateral inhibition then takes sigmoid(inhibition) of its mean from a kernel.
-    Beyond the map is zero.
+    `x` is projected and averaged over bins, one bin for each tap of a kernel. Bins are intervals of the map flattened
+    row by row: horizontal bands with borders that depend on both sides of the map. GELU and a linear map, which all
+    channels share, turn the bins of a channel into its kernel. Lateral inhibition then subtracts sigmoid(inhibition)
+    times the kernel's mean. Outside the map the value is zero.
 
     Args:
-        x, value: (B, C, H, W), any strides, B may be 0; fastest with channels last, as the result is.
+        x, value: (B, C, H, W), any strides, B may be 0; fastest with channels last, the layout of the result.
         weight, bias: (C, C) and (C,), the projection of `x`.
         mixing, mixing_bias: (K * K, K * K) and (K * K,), the linear map; kernel K is 3, 5, 7 or 9, its taps in rows.
         inhibition: (C,), a logit.
@@ -65,7 +65,7 @@ def attentive_conv(
         InputError: A shape or dtype that the definition does not allow.
         BackendError: `backend` names a form that cannot run here.
 
-    Source: Attentive Convolution, arXiv 2510.20092; the projections of the value and of the result are not in it.
+    Source: Attentive Convolution, arXiv 2510.20092, without the projections of the value and of the result.
     """
     _check(x, value, weight, bias, mixing, mixing_bias, inhibition)
     return op.run(x, value, weight, bias, mixing, mixing_bias, inhibition, backend)

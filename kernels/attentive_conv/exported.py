@@ -1,7 +1,7 @@
-"""Attentive convolution as an exporter traces it, for sizes known or open.
+"""Attentive convolution as an exporter traces it, for fixed or open sizes.
 
-One product pools, and the convolution is a sum of shifted slices: TensorRT takes no convolution whose weight is
-computed.
+One product pools, and the convolution is a sum of shifted slices, because TensorRT does not take a convolution with a
+computed weight.
 """
 
 import math
@@ -14,9 +14,9 @@ from terrazzo.kernels.dispatch.dtypes import accumulator
 
 
 def _bin_weights(length: int, taps: int, like: torch.Tensor) -> torch.Tensor:
-    """(taps, L): what each position adds to each bin's mean, in operations that also take a symbolic length.
+    """(taps, L): the weight of each position in each bin's mean, in operations that also take a symbolic length.
 
-    Position l and bin t meet where the intervals [l, l + 1) / length and [t, t + 1) / taps do.
+    Position l belongs to bin t if the intervals [l, l + 1) / length and [t, t + 1) / taps overlap.
     """
     position = taps * torch.arange(length, device=like.device)
     number = length * torch.arange(taps, device=like.device)[:, None]
@@ -33,7 +33,7 @@ def forward(
     mixing_bias: torch.Tensor,
     inhibition: torch.Tensor,
 ) -> torch.Tensor:
-    """Arguments and result are those of `reference.attentive_conv`."""
+    """Attentive convolution; arguments and result as in `reference.attentive_conv`."""
     taps = len(mixing)
     side = math.isqrt(taps)
     height, width = value.shape[2:]

@@ -1,8 +1,8 @@
-"""Attentive convolution in Triton: what can run, how a call is cut into blocks, and the launches.
+"""Attentive convolution in Triton: which calls can run, how a call is cut into blocks, and the launches.
 
 The kernels are in fused_pool.py, fused_generate.py and fused_convolve.py, which import triton; this file does so at the
 first launch. Every launch is decided by shapes and types alone, and nothing is summed by atomics, so the same call
-gives the same bits. The projection of the bins, `taps` rows for each image, is a product of PyTorch's.
+gives the same bits. PyTorch computes the projection of the bins, `taps` rows for each image.
 """
 
 import torch
@@ -13,10 +13,10 @@ from terrazzo.kernels.triton_host.machine import is_amd, on_device
 _KERNEL = 3
 _TAPS = _KERNEL * _KERNEL
 _BLOCK_T = 16
-# A program of the convolution owns TILE x TILE positions, of the bins' kernels BLOCK_L; see README.md.
+# Positions of a program: _TILE x _TILE in the convolution, _BLOCK_L at a time in fused_pool.py; see README.md.
 _TILE = 8
 _BLOCK_L = 32
-# Positions whose mean one program computes.
+# The most positions that one program averages.
 _SPLIT = 512
 
 
@@ -25,22 +25,22 @@ def misfit(taps: int) -> str | None:
 
 
 def block_c(channels: int) -> int:
-    """Channels of a program: 64, or 32 where that leaves fewer of them idle."""
+    """Channels of a program: 64, or 32 if this leaves fewer lanes idle."""
     return 32 if 0 < channels % 64 <= 32 else 64
 
 
 def warps(channels: int, amd: bool = False) -> int:
-    """Of every kernel: 16 numbers of a tile for each thread, so that no GPU puts registers aside (README.md)."""
+    """Warps of every kernel: 16 numbers of a tile for each thread, so that no GPU spills registers (README.md)."""
     return block_c(channels) // (16 if amd else 8)
 
 
 def _sequence(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) as a contiguous (B, H, W, C): as it lies where channels come last."""
+    """(B, C, H, W) as a contiguous (B, H, W, C): a view of a channels-last map, else a copy."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _cuts(shape: torch.Size) -> tuple[int, int, dict[str, int]]:
-    """Tiles down and across a map (B, H, W, C), and what its kernels are compiled for."""
+    """Tiles down and across a map (B, H, W, C), and the constants that its kernels are compiled with."""
     _, height, width, channels = shape
     constants = dict(CHANNELS=channels, BLOCK_C=block_c(channels), num_warps=warps(channels, is_amd()))
     return -(-height // _TILE), -(-width // _TILE), constants

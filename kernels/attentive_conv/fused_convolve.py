@@ -1,7 +1,7 @@
-"""Triton kernels of the depthwise convolution whose kernels are each image's own, and of its gradients.
+"""Triton kernels of the depthwise convolution with separate kernels for each image, and of its gradients.
 
 Maps are (B, H, W, C), contiguous; kernels (B, taps, C), float32. A program owns a tile of positions and a block of
-channels, and reads every tap's shifted tile: what tiles share comes from the caches.
+channels, and reads the shifted tile of every tap. The caches serve the overlap of the tiles.
 Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
 """
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(width, tiles_h, tiles_w, CHANNELS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image of this program, the rows and columns of its tile, its channels."""
+    """The image of a program, the rows and columns of its tile, and its channels."""
     program = tl.program_id(0)
     o_tile = tl.arange(0, TILE * TILE)
     rows = (program // tiles_w % tiles_h) * TILE + o_tile // TILE
@@ -29,14 +29,14 @@ def inside(rows, columns, o_c, height, width, CHANNELS: tl.constexpr):
 
 @triton.jit
 def offsets(image, rows, columns, o_c, height, width, CHANNELS: tl.constexpr):
-    """Into a map. Those of what does not exist lie anywhere."""
+    """Offsets into a map. Positions and channels that do not exist get arbitrary offsets."""
     o_position = (image * height + rows) * width + columns
     return o_position[:, None] * CHANNELS + o_c[None, :]
 
 
 @triton.jit
 def shift(tap, KERNEL: tl.constexpr):
-    """Where a tap looks, in rows and columns from the position that it serves."""
+    """The rows and columns from an output position to the position that a tap reads."""
     return tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
 
 
@@ -57,7 +57,7 @@ def convolve(
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of the output."""
+    """Compute a tile of the output."""
     image, rows, columns, o_c = locate(width, tiles_h, tiles_w, CHANNELS, TILE, BLOCK_C)
     p_kernels += image * (KERNEL * KERNEL * CHANNELS)
     b_out = tl.zeros([TILE * TILE, BLOCK_C], tl.float32)
@@ -89,9 +89,10 @@ def convolve_backward(
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of the value's gradient, and what its positions add to the kernels': partial (B, tiles, taps, C).
+    """A tile of the value's gradient, and its part of the kernels' gradient: partial (B, tiles, taps, C).
 
-    A tap took a position's value to the output that lies the other way; both gradients need that output's alone.
+    A tap takes the value at a position to the output in the opposite direction. Both gradients need only the gradient
+    of this output.
     """
     image, rows, columns, o_c = locate(width, tiles_h, tiles_w, CHANNELS, TILE, BLOCK_C)
     p_kernels += image * (KERNEL * KERNEL * CHANNELS)

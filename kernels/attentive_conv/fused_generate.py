@@ -12,7 +12,7 @@ ROOT_OF_TWO_PI = tl.constexpr(2.5066282746310002)
 
 @triton.jit
 def normal_below(b_x):
-    """How much of a standard normal distribution lies below."""
+    """The cumulative distribution function of the standard normal distribution."""
     return 0.5 * (1.0 + tl.erf(b_x * ROOT_HALF))
 
 
@@ -72,9 +72,9 @@ def generate_backward(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of one image and block of channels, to be summed over images, and the mixing's over blocks too.
+    """Gradients of one image and block of channels. They must be summed over images, the mixing's over blocks, too.
 
-    Partial sums: mixing (B * blocks, TAPS, TAPS + 1), whose last column is the bias; inhibition (B, C).
+    Partial sums: mixing (B * blocks, TAPS, TAPS + 1) with the bias in the last column; inhibition (B, C).
     """
     image = tl.program_id(0).to(tl.int64)
     o_image = image * TAPS * CHANNELS

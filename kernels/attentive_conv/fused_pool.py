@@ -1,4 +1,4 @@
-"""Triton kernels of the bins: the mean of each, and the gradient of the map from those of the means.
+"""Triton kernels of the bins: the mean of each bin, and the gradient of the map from the gradients of the means.
 
 Bin t of `length` positions is [floor(t length / TAPS), ceil((t + 1) length / TAPS)); neighbours may share a position.
 Names: pointers `p_`, blocks `b_`, offsets `o_`. Maps are (B, L, C), contiguous. Addresses are 64-bit.
@@ -29,7 +29,7 @@ def pool(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One of `splits` parts of the mean of one bin, image and block of channels: partial (B, TAPS, splits, C)."""
+    """Compute one of `splits` parts of a bin's mean, for one image and block of channels: (B, TAPS, splits, C)."""
     program = tl.program_id(0)
     item = program // splits
     number = item % TAPS
@@ -61,7 +61,7 @@ def spread(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_L of the `blocks` * BLOCK_L positions of one image: the gradient of each mean to its bin's positions."""
+    """Spread the gradient of each mean over its bin, at BLOCK_L of the `blocks` * BLOCK_L positions of one image."""
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
     o_l = (program % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)

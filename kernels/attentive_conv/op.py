@@ -45,14 +45,14 @@ def _forward(
     inhibition: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output, channels last, and (B, taps, C) each: the bins' means, these projected, the kernels."""
+    """The output, channels last, and three tensors (B, taps, C): the bins' means, their projection, the kernels."""
     form = fused if backend == "fused" else portable
-    with without_autocast(value):  # it would round the means and the kernels
+    with without_autocast(value):  # autocast would round the means and the kernels
         return form.forward(x, value, weight, bias, mixing, mixing_bias, inhibition)
 
 
 def _empty_map(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, C, H, W), channels last."""
+    """An empty (B, C, H, W), channels last."""
     batch, channels, height, width = like.shape
     return like.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
@@ -65,7 +65,7 @@ def _fake_gradients(grad, value, pooled, projected, kernels, weight, mixing, mix
 def _backward_flops(
     grad, value, pooled, projected, kernels, weight, mixing, mixing_bias, inhibition, *args, **kwargs
 ) -> int:
-    """Twice the forward pass: each product has gradients of both factors."""
+    """Twice the forward pass: both factors of each product have gradients."""
     return 2 * _flops(value, value, weight, None, mixing, mixing_bias, inhibition, None)
 
 
@@ -108,7 +108,7 @@ opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 def run(x, value, weight, bias, mixing, mixing_bias, inhibition, backend) -> torch.Tensor:
-    """Attentive convolution, arguments checked."""
+    """Run attentive convolution; arguments are checked."""
     arguments = (x, value, weight, bias, mixing, mixing_bias, inhibition)
     form = OPERATOR.choose(backend, *arguments)
     if form == EXPORTED:

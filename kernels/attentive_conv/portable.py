@@ -1,7 +1,7 @@
 """Attentive convolution in standard PyTorch operations, and its gradients.
 
 Pooling is linear and its weights sum to one, so it goes before the projection: `taps` columns are projected, not the
-whole map. The kernels' path is computed in float32 at least. Kernels, and what leads to them, are (B, taps, C).
+whole map. Everything from the means to the kernels is computed in float32 at least, and has the shape (B, taps, C).
 """
 
 import math
@@ -29,7 +29,7 @@ def project(pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
 
 
 def _mix(projected: torch.Tensor, mixing: torch.Tensor, mixing_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters the kernels, and the kernels before inhibition."""
+    """The activations of the bins, and the kernels before inhibition."""
     active = F.gelu(projected)
     return active, mixing.to(projected.dtype) @ active + mixing_bias.to(projected.dtype)[:, None]
 
@@ -37,13 +37,13 @@ def _mix(projected: torch.Tensor, mixing: torch.Tensor, mixing_bias: torch.Tenso
 def generate(
     projected: torch.Tensor, mixing: torch.Tensor, mixing_bias: torch.Tensor, inhibition: torch.Tensor
 ) -> torch.Tensor:
-    """The kernels, from what was projected; all (B, taps, C)."""
+    """The kernels from the projected means, both (B, taps, C)."""
     _, raw = _mix(projected, mixing, mixing_bias)
     return raw - inhibition.to(raw.dtype).sigmoid() * raw.mean(1, keepdim=True)
 
 
 def _as_groups(value: torch.Tensor, kernels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Value, weight and number of groups of one convolution over the channels of all samples."""
+    """Input, weight and number of groups of a single convolution over the channels of all samples."""
     batch, taps, channels = kernels.shape
     side = math.isqrt(taps)
     groups = batch * channels
@@ -52,7 +52,7 @@ def _as_groups(value: torch.Tensor, kernels: torch.Tensor) -> tuple[torch.Tensor
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) whose channels are contiguous, also where a size of 1 leaves PyTorch a choice of strides."""
+    """Make the channels of (B, C, H, W) contiguous, even if a size of 1 leaves PyTorch a choice of strides."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -82,7 +82,7 @@ def forward(
 def convolution_gradients(
     grad: torch.Tensor, value: torch.Tensor, kernels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the value, like it but channels last, and of the kernels. Half precision is computed in float32."""
+    """Gradients of the value (channels last) and of the kernels. Half precision is computed in float32."""
     dtype = torch.promote_types(value.dtype, torch.float32)
     grouped, kernel, groups = _as_groups(value.to(dtype), kernels)
     padding = kernel.shape[-1] // 2
@@ -107,7 +107,7 @@ def convolution_gradients(
 def projection_gradients(
     grad_projected: torch.Tensor, pooled: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of what was pooled, of the weight and of the bias."""
+    """Gradients of the pooled means, of the weight and of the bias."""
     grad_pooled = grad_projected @ weight.to(pooled.dtype)
     return grad_pooled, grad_projected.flatten(0, 1).t() @ pooled.flatten(0, 1), grad_projected.sum((0, 1))
 
@@ -124,7 +124,7 @@ def backward(
     inhibition: torch.Tensor,
     x_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of `forward` by each of its arguments, given what it returned; for weights in float32 at least."""
+    """Gradients of all arguments of `forward`, given its outputs. Weights get gradients in float32 at least."""
     taps = len(mixing)
     grad_value, grad_kernels = convolution_gradients(grad, value, kernels)
     active, raw = _mix(projected, mixing, mixing_bias)

@@ -1,4 +1,4 @@
-"""Attentive convolution by its definition, in the authors' order: project, then pool. It wins every argument.
+"""Attentive convolution by its definition, in the authors' order: project, then pool. It is authoritative.
 
 Source: Attentive Convolution, arXiv 2510.20092, with the pooling of the released code: over the flattened map.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def bins(length: int, count: int) -> list[tuple[int, int]]:
     """First and last + 1 position of each of `count` bins over `length` positions, as in adaptive average pooling.
 
-    Where `count` does not divide the length, neighbouring bins share a position; below `count` positions bins repeat.
+    If `count` does not divide the length, neighbouring bins share a position. Below `count` positions bins repeat.
     """
     return [(number * length // count, -(-(number + 1) * length // count)) for number in range(count)]
 
@@ -41,13 +41,13 @@ def attentive_conv(
     mixing_bias: torch.Tensor,
     inhibition: torch.Tensor,
 ) -> torch.Tensor:
-    """Depthwise convolution with kernels of each sample's own.
+    """Depthwise convolution with separate kernels for each sample.
 
     Args:
         x, value: (B, C, H, W), any floating dtype.
         weight, bias: (C, C) and (C,), the projection of `x` before it is pooled.
         mixing, mixing_bias: (taps, taps) and (taps,), from the pooled bins of a channel to its kernel.
-        inhibition: (C,), the logit of the share of its mean that a kernel loses.
+        inhibition: (C,), logits of the share of its mean that is subtracted from a kernel.
 
     Returns:
         (B, C, H, W) in the dtype of `value`. Memory: `taps` times `value`.

@@ -1,4 +1,4 @@
-"""What every operator does with a call before any form of it computes.
+"""What every operator does with a call before a form computes it.
 
 A call is checked (`arguments`), then a form is chosen (`operator`, by the rules of `backend`). An exporter sees
 standard operations (`exporting`). Where PyTorch cannot look into a form, it sees one op with a gradient (`opaque`).

@@ -1,4 +1,4 @@
-"""What every operator asks of its arguments, whatever their shapes: one clear error for each that it cannot take."""
+"""Checks of arguments that all operators share. Each argument that an operator cannot take gets a clear error."""
 
 import math
 import operator
@@ -10,10 +10,10 @@ from terrazzo.errors import InputError
 
 
 def check_tensors(required: Mapping[str, object], **optional: object) -> None:
-    """Check that all are tensors of real numbers on one device; an optional one may be None.
+    """Check that all arguments are tensors of real numbers on one device; an optional argument may be None.
 
     Raises:
-        InputError: It names the first that is not.
+        InputError: An argument is not; the error names the first.
     """
     check_together(required, **optional)
     for name, x in (*required.items(), *optional.items()):
@@ -22,7 +22,7 @@ def check_tensors(required: Mapping[str, object], **optional: object) -> None:
 
 
 def check_together(required: Mapping[str, object], **optional: object) -> None:
-    """As `check_tensors`, of tensors of any dtype."""
+    """Like `check_tensors`, for tensors of any dtype."""
     where, device = "", None
     for name, x in (*required.items(), *optional.items()):
         if x is None and name in optional:
@@ -32,14 +32,14 @@ def check_together(required: Mapping[str, object], **optional: object) -> None:
         if device is None:
             where, device = name, x.device
         elif x.device != device:
-            raise InputError(f"{name} must be where {where} is, on {device}, and is on {x.device}")
+            raise InputError(f"{name} must be on the same device as {where}, {device}, and is on {x.device}")
 
 
 def check_one_dtype(**tensors: torch.Tensor) -> None:
-    """Check that all have one dtype.
+    """Check that all tensors have the same dtype.
 
     Raises:
-        InputError: They have not.
+        InputError: The dtypes differ.
     """
     dtypes = [x.dtype for x in tensors.values()]
     if any(dtype != dtypes[0] for dtype in dtypes):
@@ -49,7 +49,7 @@ def check_one_dtype(**tensors: torch.Tensor) -> None:
 
 
 def any_empty(*sizes: int) -> bool:
-    """Whether one of the sizes is 0. A plain bool also where a size is symbolic, which a comparison is not."""
+    """Whether one of the sizes is 0. The result is a plain bool even for symbolic sizes; a comparison's is not."""
     for size in sizes:  # noqa: SIM110
         if size < 1:
             return True
@@ -57,10 +57,10 @@ def any_empty(*sizes: int) -> bool:
 
 
 def whole(value: object, name: str, least: int | None = None) -> int:
-    """An int of any kind (of numpy, too) as Python's.
+    """Convert an integer of any type (numpy's, too) to a Python int.
 
     Raises:
-        InputError: It is no whole number, or less than `least`.
+        InputError: `value` is not a whole number, or is less than `least`.
     """
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         try:
@@ -73,28 +73,28 @@ def whole(value: object, name: str, least: int | None = None) -> int:
 
 
 def finite(value: object, name: str) -> float:
-    """A number as a float.
+    """Convert a number to a float.
 
     Raises:
-        InputError: It is no finite number, or a tensor whose gradient would be lost.
+        InputError: `value` is not a finite number, or is a tensor with a gradient, which would be lost.
     """
     if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise InputError(f"{name} must be a number, got a tensor that wants a gradient: multiply by it outside")
+        raise InputError(f"{name} must be a number, got a tensor that requires a gradient: multiply by it outside")
     try:
         found = float(None if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} must be a number, got {value!r}") from None
-    # A compiler may hold an open number here.
+    # Under a compiler the number may be symbolic.
     if not torch.compiler.is_compiling() and not math.isfinite(found):
         raise InputError(f"{name} must be a finite number, got {found}")
     return found
 
 
 def check_threshold(threshold: torch.Tensor | float) -> None:
-    """Check a limit that scores are compared with; one on a GPU is taken as it is: to look at it is to wait for it.
+    """Check the threshold that scores are compared with. A tensor on a GPU is not read, since that would synchronize.
 
     Raises:
-        InputError: It is NaN, which no score exceeds.
+        InputError: The threshold is NaN, which no score exceeds.
     """
     if torch.compiler.is_compiling():
         return

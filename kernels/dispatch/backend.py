@@ -1,8 +1,8 @@
-"""Which form of an operator runs: asked for by name, by context, by environment, or chosen.
+"""Which form of an operator runs: requested by argument, by context, by environment variable, or chosen.
 
 The order of precedence is the operator's own `backend=` argument (unless "auto"), the innermost `use_backend`, the
 environment variable TERRAZZO_BACKEND (unless empty), and then "auto": the first of fused, portable, reference that can
-run. In forward mode and within transforms of `torch.func` that is a form of standard operations, see `opaque`.
+run. In forward mode and within transforms of `torch.func`, "auto" picks a form of standard operations (see `opaque`).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _context: contextvars.ContextVar[str] = contextvars.ContextVar("terrazzo_backend
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs, and why: `reasons` maps each backend that was refused to one sentence."""
+    """The backend that runs, and why: `reasons` maps each refused backend to one sentence."""
 
     name: str
     asked_by: str
@@ -31,7 +31,7 @@ class Choice:
 
     @property
     def runs(self) -> bool:
-        """Whether it can run; False only for a backend that was asked for by name."""
+        """Whether the backend can run; False only for a backend that was requested by name."""
         return self.name not in self.reasons
 
 
@@ -39,10 +39,10 @@ def check_name(name: str, asked_by: str = "") -> str:
     """Return `name` if it is a backend.
 
     Args:
-        asked_by: Who gave the name, where the caller did not.
+        asked_by: Where the name came from, if not from the caller.
 
     Raises:
-        InputError: It is not one of `BACKENDS`.
+        InputError: `name` is not one of `BACKENDS`.
     """
     if name not in BACKENDS:
         by = f", asked for by {asked_by}," if asked_by else ""
@@ -52,7 +52,7 @@ def check_name(name: str, asked_by: str = "") -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Ask for one backend for every operator call inside the `with` block (this thread or task only).
+    """Request one backend for every operator call inside the `with` block (this thread or task only).
 
     Raises:
         InputError: `name` is not one of `BACKENDS`.
@@ -65,15 +65,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def consider(requested: str, refusals: Mapping[str, str], discouraged: Mapping[str, str] | None = None) -> Choice:
-    """Pick the backend of one call, a named one also where it cannot run.
+    """Pick the backend of one call. A backend requested by name is returned even if it cannot run.
 
     Args:
         requested: The call's own `backend` argument.
-        refusals: Why a backend cannot run this call ("fused" -> "needs a CUDA device"); one not named here can run.
-        discouraged: Why "auto" passes over a backend that can run when asked for by name.
+        refusals: Why a backend cannot run this call ("fused" -> "needs a CUDA device"). All other backends can run.
+        discouraged: Why "auto" skips a backend that can run when requested by name.
 
     Raises:
-        InputError: The name asked for is not one of `BACKENDS`.
+        InputError: The requested name is not one of `BACKENDS`.
     """
     asked_by = _ARGUMENT
     if requested == "auto":
@@ -98,11 +98,11 @@ def choose(
     """Pick the backend of one call; see `consider`.
 
     Args:
-        opaque: The backends that are an opaque op, and so cannot run a call that needs more derivatives than that has.
+        opaque: The backends that run as an opaque op. They cannot run a call that needs more than its one gradient.
 
     Raises:
-        BackendError: A backend was asked for by name and is among the refusals.
-        InputError: The name asked for is not one of `BACKENDS`.
+        BackendError: A backend was requested by name and is among the refusals.
+        InputError: The requested name is not one of `BACKENDS`.
     """
     if needs_more():
         refusals = {**dict.fromkeys(opaque, MORE), **refusals}

@@ -1,4 +1,4 @@
-"""In which precision operators compute, whatever autocast asks of others."""
+"""The precision in which operators compute, whether autocast is on or off."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ def accumulator(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Operations inside keep the dtypes that their tensors have; `x` says on which device."""
+    """Turn autocast off inside the `with` block, on the device of `x`: operations keep the dtypes of their tensors."""
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()

@@ -1,28 +1,29 @@
-"""Whether an exporter traces, for which operators are made of standard operations, and what it leaves open."""
+"""Whether an exporter is tracing, and which sizes it leaves open. Exported operators consist of standard operations."""
 
 import torch
 
 
 def is_exporting() -> bool:
-    """As `torch.compiler.is_exporting`, which torch 2.8 and 2.11 take for true in `torch.compile`, too.
+    """Whether an exporter is tracing; torch 2.8 and 2.11 say so in `torch.compile`, too.
 
-    Also where `torch.jit.trace` runs, and so the older ONNX exporter: both write down what they see at one size.
+    Adds `torch.jit.trace` to `torch.compiler.is_exporting`, and with it the older ONNX exporter. Both record the
+    operations of one size.
     """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_open(length: int) -> bool:
-    """Whether an exporter leaves a number open."""
+    """Whether an exporter leaves a size open."""
     return isinstance(length, torch.SymInt)
 
 
 def is_open_from_one(length: int) -> bool:
-    """Whether an exporter leaves a number open that is 1 in its example. torch then takes it for 1 in most reshapes."""
+    """Whether an exporter leaves a size open that is 1 in the example. Most reshapes then treat the size as 1."""
     return isinstance(length, torch.SymInt) and length.node.has_hint() and length.node.hint == 1
 
 
-# Dynamo takes their values when tracing, and does not read what is inside: there an open number is an int like others,
-# and would be fixed silently. A constant that depends on an open number it refuses.
+# Dynamo evaluates these functions while tracing and does not trace into them. Inside them an open size looks like any
+# int, and would silently become fixed. Dynamo refuses a constant that depends on an open size.
 is_exporting._dynamo_marked_constant = True
 is_open._dynamo_marked_constant = True
 is_open_from_one._dynamo_marked_constant = True

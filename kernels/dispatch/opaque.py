@@ -1,9 +1,9 @@
-"""What all opaque ops share, whatever they compute: which derivatives they have, and what they give for an empty batch.
+"""What all opaque ops share: which derivatives they have, and what they return for an empty batch.
 
-PyTorch does not see into an opaque op. Such an op has one gradient in reverse mode. It would take every tangent of
-forward mode for 0, `torch.func` cannot transform it, and its gradient has no gradient. So an operator asks
-`needs_more`, and then takes a form of standard operations, which have all derivatives. What still reaches an op in
-forward mode, or asks for a second gradient, is refused.
+PyTorch does not see into an opaque op. The op has one gradient, in reverse mode. In forward mode it would treat every
+tangent as 0, `torch.func` cannot transform it, and its gradient has no gradient. So an operator asks `needs_more`; if
+the answer is yes, it runs a form of standard operations, which have all derivatives. An op that is still called in
+forward mode, or asked for a second gradient, raises an error.
 """
 
 import functools
@@ -22,10 +22,10 @@ MORE = (
 
 
 def needs_more() -> bool:
-    """Whether a call may need other derivatives than one gradient in reverse mode.
+    """Whether a call may need derivatives other than one gradient in reverse mode.
 
-    That is in forward mode, and where `torch.func.grad`, `jvp` or what is made of them runs; `vmap` alone calls an op
-    once for each slice.
+    It may in forward mode, and inside `torch.func.grad`, `jvp` or a transform that is built from them. `vmap` alone
+    calls an op once for each slice.
     """
     if forward_ad._current_level >= 0:
         return True
@@ -33,8 +33,8 @@ def needs_more() -> bool:
     return stack is not None and any(level.key().name in ("Grad", "Jvp") for level in stack)
 
 
-# Dynamo takes the value when tracing, and guards the stack of transforms. A graph that it traced outside of forward
-# mode, and runs within it, holds ops, which refuse.
+# Dynamo takes the value while tracing, and guards the stack of transforms. A graph that was traced outside forward mode
+# and runs inside it contains the ops, which then raise an error.
 needs_more._dynamo_marked_constant = True
 
 
@@ -42,19 +42,19 @@ def _refuse(name: str) -> None:
     operator = name.removeprefix("terrazzo::").removesuffix("_backward")
     raise BackendError(
         f"{operator}: this backend has one gradient, in reverse mode, and no other derivative; "
-        'run the forward pass within use_backend("reference"), which has all'
+        'run the forward pass within use_backend("reference"), which has all derivatives'
     )
 
 
 def op(name: str, fake: Callable) -> Callable:
-    """As `torch.library.custom_op`, with a fake form; without a gradient, see `register_gradient`.
+    """Like `torch.library.custom_op`, with a fake form. `register_gradient` adds the gradient.
 
-    A call whose first tensor has no rows (an empty batch) gives zeros of the shapes that `fake` gives: outputs are
-    empty, and gradients of weights are 0.
+    If the first tensor has no rows (an empty batch), the op returns zeros in the shapes of `fake`: outputs are empty,
+    and gradients of weights are 0.
 
     Args:
-        name: "terrazzo::..."; its gradient's op ends in "_backward".
-        fake: what the op returns, with any content.
+        name: "terrazzo::..."; the name of its gradient's op ends in "_backward".
+        fake: the fake form: it returns tensors like the op's, with any content.
     """
 
     def define(function: Callable) -> torch.library.CustomOpDef:
@@ -76,7 +76,7 @@ def op(name: str, fake: Callable) -> Callable:
 
 
 def register_gradient(defined: torch.library.CustomOpDef, gradient: Callable, setup_context: Callable) -> None:
-    """As `defined.register_autograd`, for a gradient that is an opaque op, too."""
+    """Like `defined.register_autograd`, for a gradient that is itself an opaque op."""
 
     @functools.wraps(gradient)
     def checked(ctx, *grads):
@@ -88,7 +88,7 @@ def register_gradient(defined: torch.library.CustomOpDef, gradient: Callable, se
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that is not differentiated."""
+    """The identity on a gradient, with a backward pass that raises an error."""
 
     @staticmethod
     def forward(ctx, grad: torch.Tensor, name: str) -> torch.Tensor:
@@ -101,17 +101,17 @@ class _Once(torch.autograd.Function):
 
 
 def _refusing(name: str, grad: torch.Tensor | None) -> torch.Tensor | None:
-    """A hook: the gradient, which refuses to be differentiated where somebody may do so; None leaves it as it is."""
+    """A gradient hook: makes a second differentiation an error. None leaves the gradient as it is."""
     return None if grad is None or not grad.requires_grad else _Once.apply(grad, name)
 
 
 def attention(
     name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """PyTorch's attention, (B, H, N, D), whose kernels are opaque, too; its plain products where more is needed.
+    """PyTorch's attention on (B, H, N, D). Its kernels are opaque, too; calls that `needs_more` use plain products.
 
     Args:
-        name: the operator that a refusal names.
+        name: the operator that the error names.
     """
     if needs_more():
         from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,4 +1,4 @@
-"""One operator as all callers see it: which of its forms runs and why, what a call is, and its ops in PyTorch.
+"""One operator as all callers see it: which of its forms runs and why, the description of a call, its PyTorch ops.
 
 The op `terrazzo::y` belongs to the object `OPERATOR` of `terrazzo.kernels.y.op`: a new operator is found by its name.
 """
@@ -20,12 +20,12 @@ EXPORTED = "exported"
 
 
 class Needs(NamedTuple):
-    """What decides which forms can compute a call.
+    """The facts of a call that decide which forms can compute it.
 
     Attributes:
-        device: where its tensors are.
-        dtype: the dtype that the kernels would compute in.
-        misfit: why the kernels cannot hold its sizes; None where they can.
+        device: where the tensors are.
+        dtype: the dtype in which the kernels would compute.
+        misfit: why the kernels cannot take the call's sizes; None if they can.
     """
 
     device: torch.device
@@ -34,11 +34,11 @@ class Needs(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What `terrazzo explain` says of a call.
+    """What `terrazzo explain` prints about a call.
 
     Attributes:
         shape: size of each axis by name, in the operator's own layout.
-        parameters: what else decides the work, as text by name.
+        parameters: other parameters that decide the amount of work, as text by name.
     """
 
     shape: Mapping[str, int]
@@ -52,8 +52,8 @@ class Operator:
     Attributes:
         name: the package under `terrazzo.kernels`, and the op under `torch.ops.terrazzo`.
         opaque: the backends that run as an opaque op, which has one gradient only (see `opaque`).
-        needs: the arguments of the op to `Needs`; called with all of them, or without the last ones.
-        describe: the arguments of the op to a `Call`.
+        needs: maps the arguments of the op to `Needs`; trailing arguments may be missing.
+        describe: maps the arguments of the op to a `Call`.
     """
 
     name: str
@@ -66,11 +66,11 @@ class Operator:
 
         Args:
             requested: the call's own `backend` argument.
-            arguments: what `needs` takes.
+            arguments: the arguments of `needs`.
 
         Raises:
-            BackendError: a backend was asked for by name and cannot run the call.
-            InputError: the name asked for is no backend.
+            BackendError: a backend was requested by name and cannot run the call.
+            InputError: the requested name is not a backend.
         """
         if is_exporting():
             backends.check_name(requested)
@@ -79,14 +79,14 @@ class Operator:
         return _choose(self.name, self.opaque, requested, device, dtype, misfit)
 
     def why(self, requested: str, *arguments, device: torch.device | None = None, **more) -> backends.Choice:
-        """Which backend a call would run with outside of exporters, and why not with others.
+        """Which backend would run a call outside of exporters, and why the others would not.
 
         Args:
-            requested, arguments, more: as `choose` takes them. A backend that cannot run is no error here.
-            device: where the call would run; None where its tensors are, which may be the meta device.
+            requested, arguments, more: as in `choose`. A backend that cannot run is not an error here.
+            device: where the call would run. None: where its tensors are, which may be the meta device.
 
         Raises:
-            InputError: the name asked for is no backend.
+            InputError: the requested name is not a backend.
         """
         needs = self.needs(*arguments, **more)
         return backends.consider(requested, *machine.refusals(device or needs.device, needs.dtype, needs.misfit))
@@ -95,9 +95,9 @@ class Operator:
         """Register a function, by its annotations, as the opaque op `terrazzo::<name>`; see `opaque.op`.
 
         Args:
-            part: what follows the operator's name, as "backward"; the main op has none.
-            fake: shapes, dtypes and strides of what the function returns, from the same arguments.
-            flops: the count from the same arguments, with shapes in the place of tensors (`torch.utils.flop_counter`).
+            part: the suffix of the op's name, for example "backward"; empty for the main op.
+            fake: returns tensors with the shapes, dtypes and strides of the function's, from the same arguments.
+            flops: counts FLOPs from the same arguments, with shapes instead of tensors (`torch.utils.flop_counter`).
         """
         name = f"{self.name}_{part}" if part else self.name
 
@@ -121,13 +121,13 @@ def _choose(
     return backends.choose(name, requested, *machine.refusals(device, dtype, misfit), opaque=opaque_forms).name
 
 
-# Dynamo cannot trace what a choice reads (context, environment, device): it takes the name at its value when tracing.
-# This is what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton.
+# Dynamo cannot trace what a choice reads (context, environment, device), so it takes the name as a constant while
+# tracing. torch.compiler.assume_constant_result sets this flag; calling it would import torch._dynamo and triton.
 _choose._dynamo_marked_constant = True
 
 
 def find(function: torch._ops.OpOverload) -> Operator | None:
-    """The operator whose main op `function` is; None for any other operation, a gradient's included."""
+    """The operator that has `function` as its main op; None for any other operation, gradients included."""
     if function.namespace != "terrazzo":
         return None
     package = f"terrazzo.kernels.{function._opname}"

@@ -17,12 +17,12 @@ def _per_axis(value: int | tuple[int, ...] | list[int], name: str, axes: int, le
 
 
 def _hint(query: torch.Tensor, kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> str:
-    """What to do where the sizes would fit if the heads came in front, as older versions of NATTEN had them."""
+    """A hint for inputs whose sizes would fit with the heads in front, the layout of older versions of NATTEN."""
     axes = len(kernel_size)
     if any(length < kernel * step for length, kernel, step in zip(query.shape[2:-1], kernel_size, dilation)):
         return ""
     order = (0, *range(2, 2 + axes), 1, 2 + axes)
-    return f"; if axis 1 holds the heads, as in older versions of NATTEN, pass x.permute{order} of each"
+    return f"; if axis 1 holds the heads, as in older versions of NATTEN, pass x.permute{order} for each tensor"
 
 
 def _check(query, key, value, kernel_size, dilation, rpb) -> None:
@@ -61,7 +61,7 @@ def neighborhood_attention(
 ) -> torch.Tensor:
     """Attention of every position to the `kernel_size` nearest positions of its residue class, per axis.
 
-    Near a border the window is shifted inward: it keeps its size and sees no padding. With dilation d a position
+    Near a border the window is shifted inward: it keeps its size and contains no padding. With dilation d a position
     attends to positions that are congruent to it modulo d; d need not divide the map.
 
     Args:

@@ -15,9 +15,9 @@ def forward(
     dilation: tuple[int, int],
     scale: float,
 ) -> torch.Tensor:
-    """Neighborhood attention on a map; arguments and result are those of `reference.neighborhood_attention`."""
+    """Neighborhood attention on a map; arguments and result as in `reference.neighborhood_attention`."""
     mode = Traced
-    size = tuple(int(side) for side in query.shape[1:3])  # `torch.jit.trace` has tensors there
+    size = tuple(int(side) for side in query.shape[1:3])  # under `torch.jit.trace` sizes are tensors
     folding = mode.folding(size, dilation, query.device)
     groups = []
     for q, k, v, members in zip(*(fold(x, dilation, folding, mode) for x in (query, key, value)), folding.members):

@@ -1,4 +1,4 @@
-"""Neighborhood attention in Triton: what can run, how a call is cut into blocks, and the launches.
+"""Neighborhood attention in Triton: which calls can run, how a call is cut into blocks, and the launches.
 
 The kernels are in fused_forward.py and fused_backward.py, which import triton; this file does so at the first launch.
 Every launch is decided by shapes and types alone, never by timing, so the same call gives the same bits.
@@ -13,18 +13,18 @@ import torch
 from terrazzo.kernels.triton_host.machine import Limit, block_of, interpreted, is_amd, on_device, precision
 
 HEAD_DIM = Limit(8, 128, "needs a head_dim from 8 to 128")
-# A class of at most so many positions is one block of dense attention.
+# The largest class (in positions) that is one block of dense attention.
 _CLASS = 64
-# The bias' gradient is summed by bias row in registers: 2 kernel - 1 rows of at most this kernel.
+# The largest kernel whose bias gradient is summed by bias row in registers, 2 kernel - 1 rows.
 _KERNEL_WITH_BIAS_GRADIENT = 16
-# Programs, and bytes, that hold partial sums of the bias' gradient.
+# The most programs, and bytes, for partial sums of the bias' gradient.
 _PROGRAMS = 2048
 _PARTIAL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel is cut: a program's own tile, what it reads of the other side at a time, and how it is compiled."""
+    """How a kernel is cut and compiled: a program's tile, the block that it reads at a time, warps, stages."""
 
     tile_h: int
     tile_w: int
@@ -38,16 +38,16 @@ class Blocks:
         return -(-(self.tile_w + kernel - 1) // self.columns)
 
     def before(self, kernel: int) -> int:
-        """Columns from the first key that any query of a tile may need to the tile's first query."""
+        """Columns between the first key that a query of a tile may need and the tile's first query."""
         return max(kernel // 2, kernel - self.tile_w)
 
     def width(self, kernel: int) -> int:
-        """Columns from there to the end of the last chunk that any tile may read."""
+        """Columns between the first key that a query of a tile may need and the end of the last chunk that is read."""
         return self.before(kernel) + max(0, self.tile_w - kernel) + self.chunks(kernel) * self.columns
 
 
 def _lengths(kernel: str, block_d: int, itemsize: int) -> tuple[int, int, int]:
-    """Positions of a program's tile, positions that it reads at a time, warps: the most that registers hold.
+    """Positions of a program's tile, positions that it reads at a time, warps: the most that fit into registers.
 
     Found by compiling for compute capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing.
     """
@@ -62,11 +62,11 @@ def _lengths(kernel: str, block_d: int, itemsize: int) -> tuple[int, int, int]:
 def blocks(kernel: str, kernel_size: tuple[int, int], head_dim: int, itemsize: int, amd: bool = False) -> Blocks:
     """The blocks of one kernel ("forward", "queries", "keys"): a rule, not an autotuner.
 
-    Among the shapes of a tile, the one whose queries visit fewest keys, masked ones included.
+    The rule picks the tile shape whose queries visit the fewest keys, masked keys included.
     """
     block_d = block_of(head_dim)
     length, chunk, warps = _lengths(kernel, block_d, itemsize)
-    # An AMD warp has 64 threads, and 4 of them may use all registers of a compute unit.
+    # An AMD warp has 64 threads, and 4 warps may use all registers of a compute unit.
     compiled = dict(warps=4 if amd else warps, stages=3 if kernel == "forward" and itemsize * block_d <= 64 else 2)
     if kernel_size[0] == 1:
         cuts = [Blocks(1, length, 1, columns, **compiled) for columns in (chunk, 16)]
@@ -77,7 +77,7 @@ def blocks(kernel: str, kernel_size: tuple[int, int], head_dim: int, itemsize: i
             for columns in (16, 32)
             if columns <= chunk
         ]
-        # The product that sums the bias' gradient is over tile_h * rows: matrix units want 16, or 8 in float32.
+        # The product that sums the bias' gradient is over tile_h * rows: matrix units need 16, or 8 in float32.
         cuts = [cut for cut in cuts if cut.tile_h * cut.rows >= 32 // itemsize]
 
     def visited(cut: Blocks) -> int:
@@ -88,7 +88,7 @@ def blocks(kernel: str, kernel_size: tuple[int, int], head_dim: int, itemsize: i
 
 
 def class_warps(kernel: str, head_dim: int, itemsize: int, amd: bool = False) -> int | None:
-    """Warps of a kernel ("forward", "backward") that holds whole classes, or None where registers do not hold them."""
+    """Warps of a kernel ("forward", "backward") for whole classes, or None if registers cannot hold a class."""
     if block_of(head_dim) * (itemsize if kernel == "forward" else 4) > 128:
         return None
     return 4 if amd or itemsize == 2 else 8
@@ -108,7 +108,7 @@ class _Call:
     has_bias: bool
 
     def whole(self, kernel: str) -> int | None:
-        """Warps with which a kernel treats whole classes, where every class is one window; else None."""
+        """Warps of a kernel that treats whole classes, if every class is one window; else None."""
         wanted = tuple(length * step for length, step in zip(self.kernel_size, self.dilation))
         if self.size[2:] != wanted or math.prod(self.kernel_size) > _CLASS:
             return None
@@ -148,13 +148,13 @@ class _Call:
         return tile, dict(constants, num_warps=tile.warps, num_stages=tile.stages)
 
     def slices(self, items: int, partial: int) -> int:
-        """Programs per head where each keeps `partial` floats of partial sums."""
+        """Programs per head if each keeps `partial` floats of partial sums."""
         heads = self.size[1]
         return max(1, min(items, _PROGRAMS // heads, _PARTIAL_BYTES // (4 * heads * partial)))
 
 
 def _in_place(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Query, key and value with one set of strides: as they are where they share it (packed, or each contiguous)."""
+    """Query, key and value with equal strides: unchanged if they are (packed, or each contiguous), else copies."""
     strides = tensors[0].stride()
     if strides[-1] == 1 and all(x.stride() == strides for x in tensors):
         return tensors
@@ -163,7 +163,7 @@ def _in_place(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _call(query: torch.Tensor, rpb: torch.Tensor | None, kernel_size, dilation) -> _Call:
     batch, height, width, heads, head_dim = query.shape
-    # The stride of an axis of one position means nothing, and Triton would compile a stride of 1 as a constant.
+    # The stride of an axis of size 1 is arbitrary, and Triton would compile a stride of 1 as a constant.
     strides = tuple(0 if size == 1 else stride for size, stride in zip(query.shape[:4], query.stride()))
     return _Call(
         size=(batch, heads, height, width),
@@ -189,7 +189,7 @@ def forward(
     """Neighborhood attention on a map.
 
     Args:
-        query, key, value: (B, H, W, heads, head_dim); read in place where they share strides, as in a packed tensor.
+        query, key, value: (B, H, W, heads, head_dim); read in place if their strides agree, as in a packed tensor.
         rpb: (heads, 2 * kernel_h - 1, 2 * kernel_w - 1) or None.
 
     Returns:
@@ -203,7 +203,7 @@ def forward(
     heads = call.size[1]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(call.size, dtype=torch.float32, device=query.device)
-    # Without a bias a kernel is given some pointer that it does not read.
+    # Without a bias a kernel gets a pointer that it does not read.
     bias = lse if rpb is None else rpb.float().contiguous()
     if out.numel() == 0:
         return out, lse
@@ -236,7 +236,7 @@ def forward(
 
 
 def can_differentiate(rpb: torch.Tensor | None, kernel_size: tuple[int, int]) -> bool:
-    """Whether `backward` covers the call: registers hold a bias' gradient by its rows, which bounds the kernel."""
+    """Whether `backward` covers the call: registers must hold the bias rows' gradients, which limits the kernel."""
     return rpb is None or kernel_size[0] <= _KERNEL_WITH_BIAS_GRADIENT
 
 
@@ -252,7 +252,7 @@ def backward(
     dilation: tuple[int, int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of `forward` with respect to query, key, value and rpb, given what it returned. Deterministic."""
+    """Gradients of `forward` with respect to query, key, value and rpb, given its outputs. Deterministic."""
     query, key, value = _in_place(query, key, value)
     grad, out = grad.contiguous(), out.contiguous()
     call = _call(query, rpb, kernel_size, dilation)

@@ -1,8 +1,8 @@
 """Triton kernels of the backward pass: no atomics, so the same bits every time.
 
-`backward_queries` gives the gradient of the queries, the rows' `delta` and partial sums of the bias' gradient;
-`backward_keys` gathers the gradients of keys and values over the queries that see them; `backward_classes` does all of
-it at once where a class is one window. `reduce_*` add partial sums into the table.
+`backward_queries` computes the gradient of the queries, the rows' `delta` and partial sums of the bias' gradient.
+`backward_keys` sums the gradients of keys and values over the queries that see them. `backward_classes` computes all
+gradients at once if a class is one window. `reduce_*` add partial sums into the bias table.
 
 Source: FlashAttention-2, arXiv 2307.08691, for the recomputed weights.
 """
@@ -84,16 +84,16 @@ def backward_queries(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The tiles of one head whose number is this program's modulo `slices`; tiles as in the forward pass.
+    """Every `slices`-th tile of one head, from the program's slice on; tiles are as in the forward pass.
 
     The gradient of the scores is summed by bias row (one product with a 0/1 matrix per chunk of keys), query column and
-    key column relative to the tile, in `p_partial` (slices, heads, BINS, TILE_W, WIDTH), which starts as zeros: what is
-    left, diagonals of its last two axes, does not depend on the tile and waits for `reduce_tiles`. Column BEFORE_W of
-    WIDTH is the tile's own first.
+    key column relative to the tile, in `p_partial` (slices, heads, BINS, TILE_W, WIDTH), which starts as zeros. The
+    remaining sum is over diagonals of the last two axes; it does not depend on the tile, and `reduce_tiles` computes
+    it. Column BEFORE_W of WIDTH is the tile's first column.
     """
     EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
     PAIRS: tl.constexpr = TILE_H * ROWS
-    # Until Triton 3.6 a product is over 16 numbers at least: copies of the pairs, which count in no bin, fill them up.
+    # Up to Triton 3.6 a product needs an inner size of at least 16: copies of the pairs fill it and count in no bin.
     COPIES: tl.constexpr = 1 if PAIRS >= 16 else 16 // PAIRS
     program = tl.program_id(0)
     head = program % heads
@@ -127,7 +127,7 @@ def backward_queries(
             b_out = load_rows(p_out, o_out, b_own, HEAD_DIM, BLOCK_D)
             b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
             tl.store(p_delta + o_row, b_delta, mask=b_own)
-            # Rows that are not this tile's own have weight exp(-inf) = 0, so that they count nowhere.
+            # Rows that this tile does not own get the weight exp(-inf) = 0, so they do not count.
             b_lse = tl.load(p_lse + o_row, mask=b_own, other=float("inf"))
 
             b_grad_query = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
@@ -174,7 +174,7 @@ def backward_queries(
                     o_bins = tl.arange(0, BINS)[:, None] * TILE_W + (o_pair // COLUMNS)[None, :]
                     o_bins = o_bins * WIDTH + (column - origin_w + BEFORE_W + o_pair % COLUMNS)[None, :]
                     p_bins = p_partial + o_bins
-                    tl.debug_barrier()  # what other threads of this program stored for its tile before must be there
+                    tl.debug_barrier()  # other threads' stores for the program's previous tile must be visible
                     tl.store(p_bins, tl.load(p_bins) + b_bins)
             store_rows(p_grad_query, o_out, b_grad_query * scale, b_own, HEAD_DIM, BLOCK_D)
 
@@ -215,7 +215,7 @@ def backward_keys(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One tile of keys, against ROWS x COLUMNS of the queries that see it at a time; scores are keys by queries."""
+    """One tile of keys, against ROWS x COLUMNS of its queries at a time; scores are keys by queries."""
     EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
     program = tl.program_id(0)
     head = program % heads
@@ -239,7 +239,7 @@ def backward_keys(
         b_grad_key = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
         b_grad_value = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
         o_n = tl.arange(0, ROWS * COLUMNS)
-        # Only for keys of its own: a tile moved inward needs no more queries for those that it repeats.
+        # Only for keys that the tile owns: a tile moved inward needs no queries for the keys that it repeats.
         row_begin = first_query(first_h, K_H)
         row_end = last_query(tl.minimum(origin_h + TILE_H, members_h) - 1, members_h, K_H) + 1
         column_begin = first_query(first_w, K_W)
@@ -323,9 +323,9 @@ def backward_classes(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Every gradient of the classes of one head whose number is this program's modulo `slices`.
+    """All gradients of every `slices`-th class of one head, from the program's slice on.
 
-    The gradient of the scores, summed over those classes, goes to `p_partial` (slices, heads, LENGTH, LENGTH).
+    The gradient of the scores, summed over these classes, goes to `p_partial` (slices, heads, LENGTH, LENGTH).
     """
     EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
     program = tl.program_id(0)
@@ -389,7 +389,7 @@ def reduce_tiles(
     K_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Diagonals of (heads, BINS, TILE_W, WIDTH): one program per head, bias row and BLOCK bias columns."""
+    """Sum the diagonals of (heads, BINS, TILE_W, WIDTH): one program per head, bias row and BLOCK bias columns."""
     head = tl.program_id(0).to(tl.int64)
     bias_h = tl.program_id(1)
     bias_w = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -407,7 +407,7 @@ def reduce_tiles(
 def reduce_classes(
     p_partial, p_grad_bias, K_H: tl.constexpr, K_W: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sums of (heads, LENGTH, LENGTH) by key minus query: one program per head."""
+    """Sum (heads, LENGTH, LENGTH) by key minus query: one program per head."""
     head = tl.program_id(0).to(tl.int64)
     o_bias = tl.arange(0, BLOCK)
     apart_h = o_bias // (2 * K_W - 1) - (K_H - 1)

@@ -31,7 +31,7 @@ from terrazzo.kernels.triton_host.fused_tiles import (
     store_rows,
 )
 
-# Sizes of maps change from call to call: no kernel is compiled anew for those that happen to divide by 16.
+# Map sizes change from call to call. Without specialization, Triton does not recompile a kernel for multiples of 16.
 _SIZES = ["height", "width", "dilation_h", "dilation_w", "tiles_h", "tiles_w", "heads"]
 
 
@@ -77,7 +77,7 @@ def forward_tiles(
     batch, first_h, first_w, origin_h, origin_w = locate_tile(
         item, tiles_h, tiles_w, members_h, members_w, TILE_H, TILE_W
     )
-    if (first_h < members_h) & (first_w < members_w):  # a shorter class may have a tile less
+    if (first_h < members_h) & (first_w < members_w):  # a shorter class may have one tile less
         o_m = tl.arange(0, TILE_H * TILE_W)
         query_h, query_w, b_own = tile_members(o_m, first_h, first_w, origin_h, origin_w, members_h, members_w, TILE_W)
         start_h = query_window(query_h, members_h, K_H)

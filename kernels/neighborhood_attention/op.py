@@ -21,7 +21,7 @@ def _describe(query, key, value, rpb, kernel_size, dilation, scale, backend) -> 
 
 
 def _per_axis(values: Sequence[int]) -> str:
-    """One number where the axes agree: 7, else 7x5."""
+    """One number if the axes agree (7), else a product (7x5)."""
     return "x".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
@@ -52,7 +52,7 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the logarithm of each softmax's sum (B, heads, H, W), which only the fused form gives."""
+    """The output, and the logarithm of each softmax's sum (B, heads, H, W); the sums are empty in the portable form."""
     arguments = (query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
     if backend == "fused":
         return fused.forward(*arguments)
@@ -67,7 +67,7 @@ def _fake_gradients(grad, query, key, value, rpb, out, lse, kernel_size, dilatio
 def _backward_flops(
     grad, query, key, value, rpb, out, lse, kernel_size, dilation, scale, backend, *args, **kwargs
 ) -> int:
-    """Five products: the scores again, and one for each gradient and the weights'."""
+    """Five products: the scores again, the weights' gradient, and one for each of query, key and value."""
     return _flops(query, key, value, rpb, kernel_size, dilation, scale, backend) * 5 // 2
 
 
@@ -90,7 +90,7 @@ def _backward(
         grads = fused.backward(grad, query, key, value, rpb, out, lse, *window)
     else:
         grads = portable.backward(grad, query, key, value, rpb, *window)
-    # An op returns tensors only: without a bias its gradient is empty.
+    # An op returns tensors only, so without a bias the bias' gradient is an empty tensor.
     return *(x.contiguous() for x in grads[:3]), query.new_empty(0) if rpb is None else grads[3].contiguous()
 
 
@@ -99,7 +99,7 @@ def _setup_context(ctx, inputs, output):
     out, lse = output
     # A gradient with respect to the sums is not defined, and nothing asks for one.
     ctx.mark_non_differentiable(lse)
-    # The backward pass takes the form of the forward pass, whatever is asked for by then.
+    # The backward pass takes the form of the forward pass, even if another backend is requested by then.
     ctx.save_for_backward(query, key, value, rpb, out if ctx.backend == "fused" else None, lse)
 
 
@@ -114,7 +114,7 @@ opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 def run(query, key, value, rpb, kernel_size, dilation, scale, backend) -> torch.Tensor:
-    """Neighborhood attention on a map, arguments checked and complete."""
+    """Run neighborhood attention on a map; arguments are checked and complete."""
     arguments = (query, key, value, rpb, kernel_size, dilation, scale)
     form = OPERATOR.choose(backend, query)
     if form == EXPORTED:

@@ -1,11 +1,11 @@
 """Neighborhood attention in standard PyTorch operations: the forward and the backward pass on real tensors.
 
-Forward, tiles are strided views. Residue classes, tiles and halos are all steps of one view of the map as it lies in
-memory (a packed qkv included), so each kind of tile (tiling.py) costs one copy of its queries, keys and values, and its
-result goes to its place with one more. Tiles go piece by piece, so memory beside the result does not grow with the map.
+In the forward pass, tiles are strided views. Residue classes, tiles and halos are all axes of one view of the map in
+memory (a packed qkv included). So each kind of tile (tiling.py) costs one copy of its queries, keys and values, and one
+more copy puts its result in place. Tiles are computed piece by piece, so extra memory does not grow with the map.
 
-Backward, tiles are gathered by index tables (tables.py) and the weights are computed again tile by tile, so nothing but
-the inputs is kept.
+In the backward pass, tiles are gathered by index tables (tables.py) and the weights are recomputed tile by tile, so
+only the inputs are kept.
 """
 
 import itertools
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from terrazzo.kernels.neighborhood_attention.tables import Eager, Tiles, additive, fold, in_order, unfold
 from terrazzo.kernels.neighborhood_attention.tiling import Fold, Kind, folds, kinds
 
-# Up to so many weights stay in two cores' caches and plain products win; beyond it, attention that never stores them.
+# The most weights that fit into two cores' caches, where plain products win. For more, attention that never stores them
+# is faster.
 _CACHED = 1 << 19
-# Elements of keys copied at once: larger copies are fresh memory each time, which costs more than the arithmetic.
+# Elements of keys copied at once. Larger copies allocate fresh memory each time, which costs more than the arithmetic.
 _PIECE = 1 << 18
-# Weights alive at once in the backward pass; about what two cores' caches hold (README.md).
+# Weights alive at once in the backward pass: about as many as two cores' caches hold (README.md).
 _CHUNK = 1 << 19
 
 
@@ -33,9 +34,9 @@ class _Side:
     """Queries or keys of one kind of tile along an axis, in positions of the map.
 
     Attributes:
-        first: The first one.
-        tiles, tile_step: How many tiles, and from one to the next.
-        length: Positions in a tile; they are a dilation apart.
+        first: The first position.
+        tiles, tile_step: The number of tiles, and the distance between neighbouring tiles.
+        length: Positions in a tile; neighbours are a dilation apart.
     """
 
     first: int
@@ -46,7 +47,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis of one kind of tile, for all residue classes of one length; these are one position apart."""
+    """One axis of one kind of tile, for all residue classes of one length. The classes are one position apart."""
 
     classes: int
     dilation: int
@@ -56,7 +57,7 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Call:
-    """One kind of tile: both axes, and for each query and key the index into the bias, past its end if outside."""
+    """One kind of tile: both axes, and each pair's index into the bias (past its end if the key is outside)."""
 
     rows: _Axis
     columns: _Axis
@@ -81,8 +82,8 @@ def _axis(fold: Fold, kind: Kind, dilation: int) -> _Axis:
 
 
 def _indices(kind: Kind, kernel: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of an axis, for each query and key: whether the key is in the window, and key minus query plus kernel - 1."""
-    length = sum(kind.real[0])  # repeats that fill a last tile for the index tables are left out
+    """Along an axis, for each query and key: whether the key is in the window, and key minus query plus kernel - 1."""
+    length = sum(kind.real[0])  # without the repeats that fill a last tile for the index tables
     start = torch.tensor(kind.start[:length])[:, None]
     slot = torch.arange(kind.halo)[None]
     offset = torch.tensor(kind.offset[:length])[:, None] + slot + kernel - 1
@@ -112,7 +113,7 @@ def _plan(
 
 
 def _view(x: torch.Tensor, call: _Call, side: str) -> torch.Tensor:
-    """(B, H, W, heads, D) seen as (heads, B, classes and tiles of both axes (4 of them), tile_h, tile_w, D)."""
+    """View (B, H, W, heads, D) as (heads, B, classes_h, classes_w, tiles_h, tiles_w, tile_h, tile_w, D)."""
     batch, _, _, heads, dim = x.shape
     step_b, step_h, step_w, step_n, step_d = x.stride()
     rows, columns = getattr(call.rows, side), getattr(call.columns, side)
@@ -126,7 +127,7 @@ def _view(x: torch.Tensor, call: _Call, side: str) -> torch.Tensor:
 
 
 def _bias_table(rpb: torch.Tensor | None, heads: int, like: torch.Tensor) -> torch.Tensor:
-    """(heads, entries + 1): the bias, or a zero where there is none, and -inf at the end for keys outside."""
+    """(heads, entries + 1): the bias, or a single zero without a bias, and -inf at the end for keys outside."""
     table = like.new_zeros(heads, 1) if rpb is None else rpb.flatten(1).to(like.dtype)
     return F.pad(table, (0, 1), value=float("-inf"))
 
@@ -140,7 +141,7 @@ def forward(
     dilation: tuple[int, int],
     scale: float,
 ) -> torch.Tensor:
-    """Neighborhood attention on a map; arguments and result are those of `reference.neighborhood_attention`."""
+    """Neighborhood attention on a map; arguments and result as in `reference.neighborhood_attention`."""
     heads, dim = query.shape[3:]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     table = _bias_table(rpb, heads, query)
@@ -162,7 +163,7 @@ def forward(
 
 
 def _pieces(shape: torch.Size) -> Iterator[tuple[slice, ...]]:
-    """Slices of the leading axes (heads, images, classes, tiles: 6), each piece of `_PIECE` elements or one tile."""
+    """Slices of the 6 leading axes (heads, images, classes, tiles); a piece has `_PIECE` elements, or is one tile."""
     for axis in range(6):
         rest = math.prod(shape[axis + 1 :])
         if rest <= _PIECE or axis == 5:
@@ -174,12 +175,12 @@ def _pieces(shape: torch.Size) -> Iterator[tuple[slice, ...]]:
 
 
 def _stays_cached(tile_q: torch.Tensor, key_count: int) -> bool:
-    """Half precision goes the other way, which sums in float32."""
+    """Whether plain products are faster. Never for half precision, which PyTorch's attention sums in float32."""
     return tile_q[..., 0].numel() * key_count <= _CACHED and tile_q.dtype in (torch.float32, torch.float64)
 
 
 def _cached(query, key, value, bias, scale):
-    """Attention by plain products: (heads, P, M, D), (heads, P, N, D) and an bias (heads, 1, M, N) or None."""
+    """Attention by plain products: (heads, P, M, D), (heads, P, N, D) and a bias (heads, 1, M, N) or None."""
     heads, tiles, length, dim = query.shape
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     if bias is not None and tiles == 1:
@@ -192,7 +193,7 @@ def _cached(query, key, value, bias, scale):
 
 
 def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, rows: tuple[int, ...], call: Tiles) -> None:
-    """Add tiles' halos (P, tiles_h, tiles_w, halo_h, halo_w, D) into their map (P, H, W, D), axis by axis.
+    """Add the halos of tiles (P, tiles_h, tiles_w, halo_h, halo_w, D) into their map (P, H, W, D), axis by axis.
 
     `rows` holds the first key of each row of tiles. (`add_`, since `a[i] += b` would also copy the sum onto itself.)
     """
@@ -202,7 +203,7 @@ def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, rows: tuple[int, ...]
         for number, top in enumerate(rows):
             total[:, top : top + call.rows.halo, first : first + columns.halo].add_(tiles[:, number, 0])
         return
-    # Tiles of a kind lie side by side, so pieces of one tile's length from all of them go in with one addition each.
+    # Tiles of a kind lie side by side, so one addition adds a piece of one tile's length from all tiles.
     count, step, first = len(columns.keys), len(columns.start), columns.keys[0]
     pieces = -(-columns.halo // step)
     strips = tiles.new_zeros(*tiles.shape[:2], call.rows.halo, total.shape[2] + pieces * step, total.shape[3])
@@ -217,7 +218,7 @@ def _overlap_add(total: torch.Tensor, tiles: torch.Tensor, rows: tuple[int, ...]
 
 
 def _parts(heads: int, batch: int, rows: int, size: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut (heads, batch, rows of tiles) into contiguous parts of about `_CHUNK` weights, `size` to a row of tiles."""
+    """Cut (heads, batch, rows of tiles) into contiguous parts of about `_CHUNK` weights; a row of tiles has `size`."""
 
     def steps(count: int, weights: int) -> Iterator[slice]:
         step = max(1, _CHUNK // weights)
@@ -235,9 +236,9 @@ def _parts(heads: int, batch: int, rows: int, size: int) -> Iterator[tuple[slice
 
 
 def _call_backward(call, table, q, k, v, grad, grad_q, total_k, total_v):
-    """One kind of tile: fills `grad_q`, adds to the totals, returns the gradient of `table`.
+    """Backward pass of one kind of tile: fill `grad_q`, add to the totals, return the gradient of `table`.
 
-    Tiles are gathered, used and added back part by part, so that what is in flight stays in the caches.
+    Tiles are gathered, used and added back part by part, so that intermediate tensors stay in the caches.
 
     Args:
         q, k, v, grad: (heads, B, N, D).

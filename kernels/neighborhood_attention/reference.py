@@ -1,4 +1,4 @@
-"""Neighborhood attention by its definition: gather every query's neighbors, then softmax. Slow; it wins every argument.
+"""Neighborhood attention by its definition: gather every query's neighbors, then softmax. Slow, but authoritative.
 
 Source: Neighborhood Attention Transformer (arXiv 2204.07143, section 3.1) and Dilated Neighborhood Attention
 Transformer (arXiv 2209.15001, section 3), with the window arithmetic of their released operators.
@@ -43,7 +43,7 @@ def neighborhood_attention(
         query, key, value: (B, H, W, heads, head_dim), any floating dtype.
         rpb: (heads, 2 * kernel_h - 1, 2 * kernel_w - 1) or None; added unscaled, at key minus query.
         kernel_size, dilation: per axis; the map must hold kernel * dilation positions per axis.
-        scale: multiplies query times key.
+        scale: factor of the product of query and key.
 
     Returns:
         (B, H, W, heads, head_dim). Memory: kernel_h * kernel_w times key and value.

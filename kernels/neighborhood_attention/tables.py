@@ -1,9 +1,9 @@
-"""Index tables of neighborhood attention: for what an exporter traces, and for the backward pass.
+"""Index tables of neighborhood attention, for the exported form and for the backward pass.
 
 Residue classes are folded into the batch. Each class is cut into query tiles with a halo of keys (tiling.py). Each kind
-of tile has an additive table that holds the bias, or -inf outside of the window. Where the map is kernel x dilation, a
-class is one tile without a mask: plain dense attention.
-(The forward pass on real tensors needs no tables, see portable.py.)
+of tile has an additive table that holds the bias, or -inf outside the window. If the map is kernel x dilation, a class
+is one tile without a mask: plain dense attention.
+(The forward pass on real tensors needs no tables; see portable.py.)
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ class Tiles:
 
     Attributes:
         rows, columns: The kinds of the two axes.
-        queries: (tiles * M,) positions, or None where the class is one tile.
-        real: (tiles * M, 1) 0 where a query is a repeat that only fills its tile, or None where there is none.
-        keys: (tiles * N,) positions, or None where the class is one tile.
-        outside: (M, N) True where a key is outside the window, or None where no key is.
+        queries: (tiles * M,) positions, or None if the class is one tile.
+        real: (tiles * M, 1) 0 where a query is a repeat that only fills its tile, or None if no query is.
+        keys: (tiles * N,) positions, or None if the class is one tile.
+        outside: (M, N) True where a key is outside the window, or None if no key is.
         bias: (M * N,) index into the flattened bias table.
     """
 
@@ -47,14 +47,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every call of a class's map, and where each position's query sits in their concatenation (None: in order)."""
+    """All calls of a class's map, and where each position's query sits in their concatenation (None: in order)."""
 
     calls: tuple[Tiles, ...]
     order: torch.Tensor | None
 
 
 def _outer(rows: torch.Tensor, columns: torch.Tensor, stride: int) -> torch.Tensor:
-    """Flat indices of the products of (tiles, length) rows and columns: (tiles_h * tiles_w * length_h * length_w,)."""
+    """Flat indices of all pairs of (tiles, length) rows and columns: (tiles_h * tiles_w * length_h * length_w,)."""
     return (rows[:, None, :, None] * stride + columns[None, :, None, :]).flatten()
 
 
@@ -69,7 +69,7 @@ def _axis_tables(kind: Kind, kernel: int, device: torch.device) -> tuple[torch.T
 
 
 def _slots(axis: tuple[Kind, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per position of an axis: which kind holds its query, in which of the kind's tiles, and where in the tile."""
+    """Per position of an axis: the kind that holds its query, the tile within the kind, the place in the tile."""
     tile = len(axis[0].start)
     homes = sorted((number, k, t) for k, kind in enumerate(axis) for t, number in enumerate(kind.tiles))
     count = sum(sum(map(sum, kind.real)) for kind in axis)
@@ -129,12 +129,12 @@ def _class_positions(rows: Fold, columns: Fold, dilation: tuple[int, int], width
 
 @dataclass(frozen=True)
 class Folding:
-    """How a map falls into groups of residue classes of equal size.
+    """The groups of equally large residue classes of a map.
 
     Attributes:
         members: Per group, the size of a class's map.
-        positions: Per group, the flattened map's positions class by class; None where reshaping does it.
-        order: Where each position sits in the concatenation of the groups; None where reshaping does it.
+        positions: Per group, the flattened map's positions class by class; None if a reshape is enough.
+        order: Where each position sits in the concatenation of the groups; None if a reshape is enough.
     """
 
     members: tuple[tuple[int, int], ...]
@@ -156,7 +156,7 @@ def _folded_places(
 ) -> torch.Tensor:
     """Where each position of a map sits in the concatenation of the groups: (H * W,).
 
-    By arithmetic and not by sorting the groups' positions, which in an exported graph would be done at every run.
+    Computed by arithmetic, because an exported graph would sort the groups' positions at every run.
     """
     y, x = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
     row_class, column_class = y % dilation[0], x % dilation[1]
@@ -173,26 +173,26 @@ def _folded_places(
 
 
 class Traced:
-    """How export runs the form: tables become constants of the graph, and gathers keep the batch symbolic."""
+    """Tables and gathers for exporters: tables become constants of the graph, and gathers keep the batch symbolic."""
 
     plan: Callable[..., Plan] = staticmethod(build_plan)
     folding: Callable[..., Folding] = staticmethod(build_folding)
 
     @staticmethod
     def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(heads, B, N, D) at positions of N."""
+        """Take (heads, B, N, D) at positions along N."""
         return x.index_select(2, positions)
 
 
 class Eager(Traced):
-    """How real tensors run it: tables are kept from call to call. Tracing must not use it: it would keep fake ones."""
+    """Tables and gathers for real tensors. Tables are cached, so tracing must not use them: they would be fake."""
 
     plan = staticmethod(lru_cache(maxsize=128)(build_plan))
     folding = staticmethod(lru_cache(maxsize=128)(build_folding))
 
     @staticmethod
     def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        # On CPU index_select copies whole rows along the first axis only; elsewhere it is up to 30 times slower.
+        # On CPU index_select copies whole rows along the first axis only; along others it is up to 30 times slower.
         heads, batch, count, dim = x.shape
         first = torch.arange(0, heads * batch * count, count, device=x.device)[:, None]
         return x.reshape(-1, dim).index_select(0, (first + positions).flatten()).view(heads, batch, -1, dim)
@@ -201,11 +201,11 @@ class Eager(Traced):
 def fold(x: torch.Tensor, dilation: tuple[int, int], folding: Folding, mode: type[Traced]) -> list[torch.Tensor]:
     """(B, H, W, heads, D) -> per group (heads, B * classes, N, D): heads first, so that one mask serves all tiles."""
     heads, dim = x.shape[3:]
-    # Nowhere is the batch given as a number: exporters may see one of 1, and would fix it.
+    # The batch is never given as a number: an exporter may see a batch of 1, and would fix it.
     if folding.positions is None:
         (rows, columns), (step_h, step_w) = folding.members[0], dilation
         x = x.reshape(-1, rows, step_h, columns, step_w, heads, dim).permute(5, 0, 2, 4, 1, 3, 6)
-        # Contiguous now, or every gather from it would copy it again.
+        # Made contiguous here; otherwise every gather would copy the tensor again.
         return [x.reshape(heads, -1, rows * columns, dim).contiguous()]
     x = x.permute(3, 0, 1, 2, 4).flatten(2, 3)
     return [
@@ -217,7 +217,7 @@ def fold(x: torch.Tensor, dilation: tuple[int, int], folding: Folding, mode: typ
 def unfold(
     groups: list[torch.Tensor], shape: torch.Size, dilation: tuple[int, int], folding: Folding, mode: type[Traced]
 ) -> torch.Tensor:
-    """The inverse of `fold`; `shape` is that of the map."""
+    """The inverse of `fold`; `shape` is the shape of the map."""
     _, height, width, heads, dim = shape
     height, width = int(height), int(width)
     if folding.positions is None:
@@ -238,7 +238,7 @@ def take(x: torch.Tensor, positions: torch.Tensor | None, length: int, mode: typ
 
 
 def additive(rpb: torch.Tensor | None, call: Tiles, like: torch.Tensor) -> torch.Tensor | None:
-    """What is added to the scores of a tile: (heads or 1, 1, M, N), or None where nothing is."""
+    """The table that is added to the scores of a tile: (heads or 1, 1, M, N), or None if nothing is added."""
     shape = (-1, 1, call.query_count, call.key_count)
     if rpb is not None:
         table = rpb.flatten(1).index_select(1, call.bias).view(shape).to(like.dtype)
@@ -250,7 +250,7 @@ def additive(rpb: torch.Tensor | None, call: Tiles, like: torch.Tensor) -> torch
 
 
 def in_order(calls: list[torch.Tensor], group: torch.Tensor, plan: Plan, mode: type[Traced]) -> torch.Tensor:
-    """Every call's tiles (heads, B * tiles, M, D) -> (heads, B, N, D), each query in its place."""
+    """The tiles of all calls (heads, B * tiles, M, D) -> (heads, B, N, D), each query in its place."""
     heads, _, _, dim = group.shape
     counts = [len(call.rows.tiles) * len(call.columns.tiles) * call.query_count for call in plan.calls]
     parts = [part.reshape(heads, -1, count, dim) for part, count in zip(calls, counts)]

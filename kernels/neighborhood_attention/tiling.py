@@ -1,15 +1,15 @@
 """How the portable form cuts one axis into residue classes and query tiles. Integers only.
 
-A residue class of a dilated axis is an undilated problem of its own, and classes of equal length share everything, so
-an axis falls into at most two `Fold`s. Within a class of `members` positions a tile of `tile` queries attends inside a
-halo of `min(tile + kernel - 1, members)` keys, clamped into the class. Tiles whose window mask and bias offsets agree
-form one `Kind`: all interior tiles are one kind, so the mask of a map of any size stays as small as a tile's.
+A residue class of a dilated axis is a separate undilated problem. Classes of equal length share all tables, so an axis
+has at most two `Fold`s. Within a class of `members` positions a tile of `tile` queries attends to a halo of
+`min(tile + kernel - 1, members)` keys, clamped into the class. Tiles with equal window masks and bias offsets form one
+`Kind`. All interior tiles are one kind, so the mask of a map of any size stays as small as a tile's mask.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Measured on 2 CPU cores at kernel 7 (README.md): larger tiles waste work, smaller ones copy each key too often.
+# Measured on 2 CPU cores at kernel 7 (README.md): larger tiles waste work, smaller tiles copy each key too often.
 _TILES = (7, 8)
 _WHOLE = 16
 
@@ -34,11 +34,11 @@ class Kind:
     Attributes:
         tiles: Numbers of the tiles.
         queries: (tile,) per tile, the positions of its queries; past the end the last position repeats.
-        real: Per tile and query, False where the position is such a repeat.
+        real: Per tile and query, False if the position is a repeat.
         keys: First key of each tile's halo.
         halo: Number of keys.
         start: Per query, the first key of its window, relative to the halo.
-        offset: Per query, halo's first key minus the query.
+        offset: Per query, the halo's first key minus the query.
     """
 
     tiles: tuple[int, ...]
@@ -62,9 +62,9 @@ def folds(length: int, dilation: int) -> tuple[Fold, ...]:
 
 
 def tile_length(members: int, kernel: int) -> int:
-    """The query tile that costs least: keys visited by all queries; a short axis is one tile.
+    """The cheapest query tile, by the number of keys that all queries visit; a short axis is one tile.
 
-    A tile that does not divide the axis costs a tenth more, for the kinds of its own that its last tiles are.
+    A tile that does not divide the axis costs a tenth more, because its last tiles form an additional kind.
     """
     if members <= _WHOLE:
         return members

@@ -35,13 +35,13 @@ def selective_scan(
     backend: str = "auto",
     return_last_state: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The scan along a sequence, with the interface of mamba_ssm's `selective_scan_fn`.
+    """Selective scan along a sequence, with the interface of mamba_ssm's `selective_scan_fn`.
 
         dt_t = softplus(delta_t + delta_bias)
         h_t  = exp(dt_t A) h_{t-1} + dt_t u_t B_t
         y_t  = (C_t h_t + D u_t) silu(z_t)
 
-    Computed in float32 whatever the inputs, in float64 where one is float64.
+    The computation is in float32, or in float64 if an input is float64.
 
     Args:
         u, delta: (B, D, L), L at least 1.
@@ -50,14 +50,14 @@ def selective_scan(
         D: (D,), weight of the input in the output, or None.
         z: (B, D, L), gate, or None.
         delta_bias: (D,), or None.
-        delta_softplus: whether delta, with its bias, passes a softplus.
+        delta_softplus: whether delta, with its bias, goes through a softplus.
         reverse: scan from the last position to the first.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
         return_last_state: whether to return the last state, too. It costs N more steps.
 
     Returns:
-        (B, D, L) in the dtype of u. With `return_last_state` a pair of that and of h after the last step scanned,
-        (B, D, N) in the dtype of the computation. Here it has a gradient like any output, in mamba_ssm it has none.
+        (B, D, L) in the dtype of u. With `return_last_state`, a pair of this output and h after the last step scanned,
+        (B, D, N) in the dtype of the computation. Here the state has a gradient; in mamba_ssm it has none.
 
     Raises:
         InputError: A shape or dtype that the definition does not allow.
@@ -88,7 +88,7 @@ def selective_scan(
     if return_last_state:
         return _with_last_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
 
-    # Without annotations: Dynamo of torch 2.8 fails at those with "|".
+    # Without annotations, because Dynamo of torch 2.8 fails at annotations with "|".
     def of_maps(x):  # B D L to B L G D/G
         return None if x is None else x.transpose(1, 2).unflatten(2, (groups, -1))
 
@@ -118,7 +118,7 @@ def selective_scan(
 def _with_last_state(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`selective_scan` and its last state (B, D, N), which N more steps of size 0, which hold it, read out."""
+    """`selective_scan` and its last state (B, D, N). N more steps of size 0 hold the state and read it out."""
     dtype, length, states = accumulator(u, delta, A, B, C), u.shape[2], A.shape[1]
     delta = delta.to(dtype)
     if delta_bias is not None:
@@ -151,24 +151,25 @@ def selective_scan_2d(
     orders: Sequence[str] = CROSS,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """The sum of K scans over a map, each in its own order; the map is read in place, never permuted in memory.
+    """Sum of K selective scans over a map, one per order; the map is read in place, never permuted in memory.
 
-    Projections act on single pixels, so they commute with any order: what the scans take is computed once, by pixels.
+    Projections act on single pixels, so they commute with any order: the inputs of the scans are computed once, by
+    pixels.
 
     Args:
-        u: (B, H, W, D), or (B, H, W, K, D) where each scan has a map of its own.
+        u: (B, H, W, D), or (B, H, W, K, D) with a separate map for each scan.
         delta: (B, H, W, K, D).
         A: (K, D, N), at most 0, N at least 1.
         B, C: (B, H, W, K, N).
         D: (K, D), or None.
         delta_bias: (K, D), or None.
-        delta_softplus: whether delta, with its bias, passes a softplus.
-        orders: K names of "rows", "columns", "rows_reversed", "columns_reversed"; VMamba's cross-scan by default.
-        backend: as of `selective_scan`.
+        delta_softplus: whether delta, with its bias, goes through a softplus.
+        orders: K of the names "rows", "columns", "rows_reversed", "columns_reversed"; VMamba's cross-scan by default.
+        backend: as in `selective_scan`.
 
     Returns:
-        (B, H, W, D), summed over the scans, pixels in their places. float32 for half precision, whose range the sum may
-        leave.
+        (B, H, W, D), summed over the scans, pixels in their places. For half-precision inputs the output is float32,
+        because the sum may leave the range of half precision.
 
     Raises:
         InputError: A shape or dtype that the definition does not allow.

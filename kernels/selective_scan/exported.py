@@ -1,8 +1,8 @@
-"""The selective scan as an exported graph holds it: one higher-order scan, which ONNX knows as Scan.
+"""The selective scan in an exported graph: one higher-order scan, which ONNX calls Scan.
 
-All scans of a call are one axis of the state, so that one node serves them; only the recurrence is inside of it, and of
-scans with one state a channel not even the decays. The channels are innermost in the state: with the states innermost
-runtimes are 4 to 18 times slower. For runtimes that know no loops `without_loops` unrolls it.
+All scans of a call are one axis of the state, so that one node serves them. Only the recurrence is inside the node; if
+a channel has one state, the decays are outside, too. Channels are the innermost axis of the state: with the states
+innermost, runtimes are 4 to 18 times slower. For runtimes without loops, `without_loops` unrolls the scan.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("terrazzo_unrol
 
 @contextlib.contextmanager
 def without_loops() -> Iterator[None]:
-    """Within it, exporters find no loop in a selective scan: multiplications, additions and exponentials alone.
+    """Export selective scans without loops inside the `with` block: as products, sums and exponentials alone.
 
-    The graph grows with the square root of the length, which must be known.
+    The graph grows with the square root of the length. The length must be known.
     """
     token = _unrolled.set(True)
     try:
@@ -33,15 +33,15 @@ def without_loops() -> Iterator[None]:
 
 
 def _is_unrolled() -> bool:
-    return _unrolled.get() or torch.jit.is_tracing()  # TorchScript knows no such loop
+    return _unrolled.get() or torch.jit.is_tracing()  # TorchScript has no higher-order scan
 
 
-# Dynamo cannot trace a context variable: it takes its value when tracing.
+# Dynamo cannot trace a context variable, so it takes the value at tracing time as a constant.
 _is_unrolled._dynamo_marked_constant = True
 
 
 def _steps(x: torch.Tensor, orders: Sequence[int], width: int) -> torch.Tensor:
-    """(B, L, K, ...) by pixels, K 1 or one for each order, to (L, B, K, ...) by steps."""
+    """Reorder (B, L, K, ...) by pixels, K 1 or the number of orders, to (L, B, K, ...) by steps."""
     found = []
     for k, code in enumerate(orders):
         one = x[:, :, k if x.shape[2] > 1 else 0]
@@ -76,16 +76,16 @@ def _body(decays: torch.Tensor):
 
 
 def _looped(delta, x, B, C, decays) -> torch.Tensor:
-    """The recurrence as one node: (L, B, K, D), and B and C (L, B, K, N), to (L, B, K, D)."""
+    """The recurrence as one node: delta and x (L, B, K, D), B and C (L, B, K, N) to (L, B, K, D)."""
     from torch._higher_order_ops.scan import scan
 
-    start = (delta[0].unsqueeze(-2) * decays * 0).contiguous()  # of the graph's own sizes
+    start = (delta[0].unsqueeze(-2) * decays * 0).contiguous()  # zeros whose sizes come from the graph
     inputs = (delta.unsqueeze(-2), x.unsqueeze(-2), B.unsqueeze(-1), C.unsqueeze(-2))
     return scan(_body(decays), start, inputs)[1].squeeze(-2)
 
 
 def _one_state(delta, x, B, decays, orders, width) -> torch.Tensor:
-    """The states (B, L, K, D), by pixels, of scans with one for each channel: the loop only multiplies and adds."""
+    """The states (B, L, K, D), by pixels, of scans with one state per channel: the loop only multiplies and adds."""
     from torch._higher_order_ops.scan import scan
 
     def step(state, inputs):
@@ -99,23 +99,23 @@ def _one_state(delta, x, B, decays, orders, width) -> torch.Tensor:
 
 
 def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
-    """The same unrolled: as many runs as each has steps, all at once; first how each ends, then from where it starts.
+    """`_looped` unrolled: about sqrt(L) runs of sqrt(L) steps, all runs at once; first to find the ends of the runs.
 
     Source: Blelloch, "Prefix sums and their applications", 1990 (processors that rake over parts of a sequence).
     """
     length = int(delta.shape[0])
     steps = math.isqrt(length - 1) + 1
     runs = -(-length // steps)
-    # Steps past the last have delta 0: they hold the state.
+    # Steps past the last have delta 0, so they hold the state.
     pad = (0, 0, 0, 0, 0, 0, 0, steps * runs - length)
     delta, x, B, C = (F.pad(tensor, pad).unflatten(0, (runs, steps)) for tensor in (delta, x, B, C))
-    decay = torch.exp(delta.unsqueeze(-2) * decays).unbind(1)  # of each step runs B K N D
+    decay = torch.exp(delta.unsqueeze(-2) * decays).unbind(1)  # for each step: runs B K N D
     into = (x.unsqueeze(-2) * B.unsqueeze(-1)).unbind(1)
     end = into[0]
     for factor, more in zip(decay[1:], into[1:]):
         end = factor * end + more
     whole = torch.exp(delta.sum(1).unsqueeze(-2) * decays)
-    starts = [end[0] * 0]  # of the graph's own sizes
+    starts = [end[0] * 0]  # zeros whose sizes come from the graph
     for run in range(runs - 1):
         starts.append(whole[run] * starts[-1] + end[run])
     state, out = torch.stack(starts), []
@@ -126,13 +126,13 @@ def _unlooped(delta, x, B, C, decays) -> torch.Tensor:
 
 
 def forward(call: Scans) -> torch.Tensor:
-    """As `reference.selective_scan`; sizes may be symbolic."""
+    """Like `reference.selective_scan`; sizes may be symbolic."""
     dtype = call.dtype
     x, delta, B, C = (tensor.to(dtype) for tensor in (call.u, call.delta, call.B, call.C))
     if call.delta_bias is not None:
         delta = delta + call.delta_bias.to(dtype)
     if call.delta_softplus:
-        # ONNX Runtime's Softplus computes the same and takes three times as long.
+        # The same as ONNX Runtime's Softplus, which takes three times as long.
         delta = F.relu(delta) + torch.log(1 + torch.exp(-delta.abs()))
     decays = call.A.to(dtype).transpose(1, 2).contiguous()  # K N D
     if call.A.shape[2] == 1 and not _is_unrolled():

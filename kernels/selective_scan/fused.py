@@ -1,4 +1,4 @@
-"""The selective scan in Triton: what can run, how a call is cut into blocks, and the launches.
+"""The selective scan in Triton: which calls can run, how a call is cut into blocks, and the launches.
 
 The kernels are in fused_kernels.py, which imports triton; this file does so at the first launch. Every launch is
 decided by shapes and types alone, never by timing, so the same call gives the same bits.
@@ -12,18 +12,18 @@ import torch
 from terrazzo.kernels.selective_scan.scans import Scans
 from terrazzo.kernels.triton_host.machine import Limit, on_device
 
-# Steps of a chunk: those that the backward pass has in registers at once. The state before each chunk is kept.
+# Steps of a chunk: as many as the backward pass holds in registers at once. The state before each chunk is kept.
 CHUNK = 32
 STATES = Limit(0, 64, "holds at most 64 states of a channel in registers")
-# Programs of one warp that fill a large GPU: where one each for all steps of some channels are fewer, and steps are
-# many, chunks get programs of their own.
+# The number of one-warp programs that fill a large GPU, and the length of a long sequence. With fewer programs for a
+# long sequence, each chunk becomes a separate program.
 _PROGRAMS = 2048
 _LONG = 256
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel is cut: channels at a time, and how many warps."""
+    """How a kernel is cut: channels at a time, and the number of warps."""
 
     channels: int
     warps: int
@@ -32,13 +32,13 @@ class Blocks:
 def blocks(kernel: str, states: int, heavy: bool = False) -> Blocks:
     """The blocks of one kernel ("forward", "ends", "carry", "backward"): a rule, not an autotuner.
 
-    One warp each, for scans and sums between warps cost more than they bring. Found by compiling for compute
+    A kernel has one warp, because scans and sums between warps cost more than they gain. Found by compiling for compute
     capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing.
 
     Args:
-        heavy: of "backward", with a gate or with channels that are not contiguous, which takes more registers.
+        heavy: whether there is a gate or channels are not contiguous; "backward" then takes more registers.
     """
-    if kernel == "forward":  # 16 numbers of state for each thread, 2 where a channel has but one
+    if kernel == "forward":  # 16 numbers of state for each thread, 2 if a channel has one state
         return Blocks(max(8, min(64, 512 // power(states))), 1)
     if kernel == "backward":
         return Blocks(8 if heavy else 16, 1)
@@ -46,10 +46,10 @@ def blocks(kernel: str, states: int, heavy: bool = False) -> Blocks:
 
 
 def splits(programs: int, length: int) -> bool:
-    """Whether chunks get programs of their own in the forward pass.
+    """Whether each chunk is a separate program in the forward pass.
 
     Args:
-        programs: blocks of channels of all images and scans.
+        programs: the number of blocks of channels of all images and scans.
     """
     return programs < _PROGRAMS and length > _LONG
 
@@ -60,9 +60,9 @@ def power(size: int) -> int:
 
 
 def _strides(*tensors: tuple[torch.Tensor | None, int]) -> list[int]:
-    """Of all tensors one after another, each given with its axes: 0 where an axis is one long, as one u for all scans.
+    """Strides of all tensors, each given with its number of axes; 0 for an axis of size 1 (one u for all scans).
 
-    A tensor may be None, which has none but as many.
+    A tensor may be None; its strides are 0.
     """
     found = []
     for x, axes in tensors:
@@ -94,7 +94,7 @@ class _Launches:
 
     @property
     def strides(self) -> list[int]:
-        """Of what a call takes, in its order."""
+        """Strides of a call's tensors, in the order of its arguments."""
         call = self.call
         maps = (call.u, 4), (call.delta, 4), (call.A, 3), (call.B, 4), (call.C, 4)
         return _strides(*maps, (call.D, 2), (call.z, 4), (call.delta_bias, 2))
@@ -103,7 +103,7 @@ class _Launches:
         return torch.empty(shape, dtype=dtype, device=self.call.u.device)
 
     def cut(self, kernel: str) -> tuple[Blocks, int]:
-        """The blocks of a kernel, and how many hold all channels."""
+        """The blocks of a kernel, and the number of blocks that hold all channels."""
         found = blocks(kernel, self.states, self.heavy)
         return found, -(-self.channels // found.channels)
 
@@ -116,7 +116,7 @@ class _Launches:
         strides: Sequence[int],
         constants: Mapping[str, object],
     ) -> None:
-        """One kernel, for so many blocks of channels of all images and scans."""
+        """Launch one kernel, with `programs` programs for each block of channels of all images and scans."""
         from terrazzo.kernels.selective_scan import fused_kernels
 
         cut, count = self.cut(kernel)
@@ -124,12 +124,12 @@ class _Launches:
         constants = {**self.constants, **constants, "BLOCK_D": cut.channels}
         constants = {name: value for name, value in constants.items() if name in function.arg_names}
         grid = (self.batch * self.scans * count * programs,)
-        dummy = self.call.u  # for what a call does not have
+        dummy = self.call.u  # stands in for tensors that the call does not have
         pointers = [dummy if x is None else x for x in pointers]
         function[grid](*pointers, *sizes, count, *strides, **constants, num_warps=cut.warps, num_stages=1)
 
     def carry(self, into: torch.Tensor, x: torch.Tensor, B: torch.Tensor, backward: bool) -> None:
-        """The first state of each chunk into (B, chunks, K, N, D), or the gradient of its last state from behind."""
+        """Fill (B, chunks, K, N, D): the first state of each chunk, or the gradient that its last state receives."""
         call = self.call
         sums = self.new(self.batch, self.chunks, self.scans, self.channels)
         if self.chunks > 1:
@@ -152,9 +152,9 @@ class _Launches:
 
 
 def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, see `Scans`, and the state before each chunk, (B, chunks, K, N, D) float32.
+    """The output (see `Scans`), and the state before each chunk, (B, chunks, K, N, D) float32.
 
-    Tensors are read in place whatever their strides. The scans' outputs are added up afterwards, in float32.
+    Tensors of any strides are read in place. The scans' outputs are added up afterwards, in float32.
     """
     on = _Launches(call)
     out = on.new(*call.delta.shape, dtype=torch.float32 if call.merge else call.u.dtype)
@@ -178,9 +178,10 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def backward(call: Scans, grad: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias, None of what a call does not have.
+    """Gradients of u, delta, A, B, C, D, z and delta_bias; None for a tensor that the call does not have.
 
-    What several programs add to they write in parts, which are added up afterwards in float32: deterministic.
+    Several programs contribute to some gradients: they write parts, which are added up afterwards in float32. So the
+    result is deterministic.
     """
     on = _Launches(call)
     if grad.numel() == 0:

@@ -1,11 +1,11 @@
-"""Triton kernels of the selective scan: chunks of steps, each by programs of their own.
+"""Triton kernels of the selective scan, with separate programs for chunks of steps.
 
-`forward` steps along time with the states of its channels in registers. The others work on a whole chunk at once, steps
-by channels, one state after another. Decays are exp2 of products that are at most 0, and are only ever multiplied or
-added up in the exponent, so nothing overflows. An order is a map from step to pixel, computed here.
+`forward` steps along time with the states of its channels in registers. The other kernels work on a whole chunk at
+once, steps by channels, one state after another. Decays are exp2 of products that are at most 0, and are only
+multiplied, or added up in the exponent, so nothing overflows. An order is a map from step to pixel, computed here.
 
-Sources: Mamba, arXiv 2312.00752, section 3.3 (states computed again in the backward pass); Blelloch, "Prefix sums and
-their applications", 1990, for the pairs that `combine` takes.
+Sources: Mamba, arXiv 2312.00752, section 3.3 (states recomputed in the backward pass); Blelloch, "Prefix sums and their
+applications", 1990, for the pairs of `combine`.
 Names: pointers `p_`, blocks `b_`, offsets `o_`; B, L, K, D, N as in reference.py. Addresses are 64-bit.
 """
 
@@ -14,12 +14,12 @@ import triton.language as tl
 
 from terrazzo.kernels.triton_host.fused_tiles import LOG2_E
 
-# No kernel is compiled anew for those sizes that happen to be 1 or to divide by 16.
+# Not specialized: Triton does not recompile a kernel if one of these sizes is 1 or a multiple of 16.
 _ANY = ["length", "width", "scans", "channels", "chunks", "blocks", "images"]
-# ln 2 in two numbers, of which the first has 15 bits.
+# ln 2 as a sum of two numbers; the first has 15 bits.
 _LN2_HIGH, _LN2_LOW = tl.constexpr(0.693145751953125), tl.constexpr(1.4286068203094173e-06)
-# Neighbouring channels that a thread of `backward` takes: fewer than could be loaded at once leave more lanes to
-# channels and so fewer to steps, across which a scan costs shuffles.
+# Neighbouring channels of a thread of `backward`. Fewer than a vector load could take leave more lanes to channels and
+# fewer to steps; a scan across the lanes of steps costs shuffles.
 _VECTOR = tl.constexpr(2)
 # Chunks that `carry` scans at once.
 _CHUNKS = tl.constexpr(16)
@@ -27,13 +27,13 @@ _CHUNKS = tl.constexpr(16)
 
 @triton.jit
 def combine(decay_left, x_left, decay_right, x_right):
-    """Two stretches of h_t = decay_t h_(t-1) + x_t as one."""
+    """Combine two consecutive stretches of h_t = decay_t h_(t-1) + x_t into one."""
     return decay_left * decay_right, decay_right * x_left + x_right
 
 
 @triton.jit
 def order_of(scan, ORDERS: tl.constexpr, SCANS: tl.constexpr):
-    """The code of a scan's order: two bits each in ORDERS; SCANS is 1 where all are alike."""
+    """The code of a scan's order: ORDERS has two bits for each scan; SCANS is 1 if all orders are equal."""
     code = scan * 0 + (ORDERS & 3)
     for k in tl.static_range(1, SCANS):
         code = tl.where(scan == k, (ORDERS >> (2 * k)) & 3, code)
@@ -50,7 +50,7 @@ def pixel_of(step, code, length, width):
 
 @triton.jit
 def exponential(b_x):
-    """exp(x) to a unit in the last place for x of at most 0, where x log2(e) is rounded by more: x = k ln 2 + rest."""
+    """exp(x) to a unit in the last place, for x <= 0, by x = k ln 2 + rest; rounding x log2(e) would err by more."""
     b_whole = tl.floor(b_x * LOG2_E + 0.5)
     b_rest = b_x - b_whole * _LN2_HIGH - b_whole * _LN2_LOW  # the first product is exact
     return tl.exp2(b_whole) * tl.exp2(b_rest * LOG2_E)
@@ -58,9 +58,9 @@ def exponential(b_x):
 
 @triton.jit
 def step_size(b_x, HAS_SOFTPLUS: tl.constexpr):
-    """softplus(x), linear above 20: max(x, 0) + log(1 + exp(-|x|)), the logarithm by its series in e / (2 + e).
+    """softplus(x), linear above 20: max(x, 0) + log(1 + e), e = exp(-|x|), the logarithm by a series in e / (2 + e).
 
-    A logarithm of 1 + e would lose what e is small by.
+    Adding 1 to a small e would lose digits of e.
     """
     if not HAS_SOFTPLUS:
         return b_x
@@ -76,7 +76,7 @@ def step_size(b_x, HAS_SOFTPLUS: tl.constexpr):
     b_sum = 1 / 5 + b_square * b_sum
     b_sum = 1 / 3 + b_square * b_sum
     b_log = 2 * b_ratio * (1 + b_square * b_sum)
-    return tl.where(b_x > 20, b_x, (b_x + b_size) * 0.5 + b_log)  # a NaN stays one, which a maximum would hide
+    return tl.where(b_x > 20, b_x, (b_x + b_size) * 0.5 + b_log)  # a NaN stays a NaN; a maximum would hide it
 
 
 @triton.jit
@@ -89,19 +89,19 @@ def step_size_slope(b_x, HAS_SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def sigmoid(b_x):
-    """1 / (1 + exp(-x)); where exp(-x) overflows, 0."""
+    """1 / (1 + exp(-x)); 0 where exp(-x) overflows."""
     return 1 / (1 + tl.exp2(-b_x * LOG2_E))
 
 
 @triton.jit
 def numbers(p_base, o_x, b_real):
-    """Loaded in float32, zero where not real."""
+    """Load numbers in float32, zero where not real."""
     return tl.load(p_base + o_x, mask=b_real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def steps(p_delta, o_delta, b_real, b_bias, HAS_SOFTPLUS: tl.constexpr):
-    """Step sizes, zero where not real."""
+    """Load step sizes, zero where not real."""
     return tl.where(b_real, step_size(numbers(p_delta, o_delta, b_real) + b_bias, HAS_SOFTPLUS), 0.0)
 
 
@@ -113,13 +113,13 @@ def at(image, scan, stride_b, stride_k):
 
 @triton.jit
 def tile(o_rows, o_d, stride_l, stride_d):
-    """Offsets, steps by channels."""
+    """Offsets of a tile, steps by channels."""
     return o_rows.to(tl.int64)[:, None] * stride_l + o_d.to(tl.int64)[None, :] * stride_d
 
 
 @triton.jit
 def locate(program, blocks, scans, chunks):
-    """Image, chunk, scan and block of a program: what reads the same pixels comes together."""
+    """Image, chunk, scan and block of a program; programs that read the same pixels are neighbours."""
     block, program = program % blocks, program // blocks
     scan, program = program % scans, program // scans
     return program // chunks, program % chunks, scan, block
@@ -184,7 +184,8 @@ def forward(
 ):
     """Output of one scan of one image for BLOCK_D channels, step by step with BLOCK_N x BLOCK_D states in registers.
 
-    SPLIT: of one chunk, whose first state is there; else of all steps, and the state before each chunk is kept.
+    With SPLIT, the steps of one chunk, from its given first state. Otherwise all steps; the state before each chunk is
+    kept.
     """
     if SPLIT:
         image, chunk, scan, block = locate(tl.program_id(0), blocks, scans, chunks)
@@ -233,11 +234,11 @@ def forward(
     if HAS_Z:
         b_z = numbers(p_z, pixel * stride_zl, b_d)
     for step in range(first, last):
-        if not SPLIT:  # noqa: SIM102 (decided when compiling; the next one when running)
+        if not SPLIT:  # noqa: SIM102 (decided at compile time; the next condition at run time)
             if step % CHUNK == 0:
                 tl.store(p_states, b_state, mask=b_both)
                 p_states += stride_states
-        # The next step's numbers are asked for before this one's are used; the last step's own instead of a next one's.
+        # The next step's numbers are loaded before this step's are used; the last step loads its own numbers again.
         here = pixel
         after = pixel + tl.where(step + 1 < last, stride, 0)
         after = tl.where(after >= length, after - (length - 1), after)
@@ -306,10 +307,10 @@ def ends(
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What one chunk alone gives to the next one's first state, and the sum of its step sizes, which tells its decay.
+    """What one chunk alone adds to the next chunk's first state, and the sum of its step sizes, which gives its decay.
 
-    BACKWARD: what it alone gives to the gradient of its first state; x is then the output's gradient and B is C. Either
-    is kept where the chunk that takes it is: (B, chunks, K, N, D) and (B, chunks, K, D).
+    With BACKWARD, what the chunk alone adds to the gradient of its first state; x is then the output's gradient, and B
+    is C. Both results are stored at the chunk that receives them: (B, chunks, K, N, D) and (B, chunks, K, D).
     """
     image, chunk, scan, block = locate(tl.program_id(0), blocks, scans, chunks - 1)
     into = chunk + 1
@@ -339,7 +340,7 @@ def ends(
         b_apart = tl.cumsum(b_dt, 0)  # from the chunk's start
     else:
         b_x *= b_dt
-        # To the chunk's end, without the step itself: not a difference of sums, which would round.
+        # To the chunk's end, without the step itself. A difference of two sums would lose digits.
         o_after = pixel_of(o_t + 1, code, length, width)
         b_after = (tl.arange(0, CHUNK) < CHUNK - 1)[:, None] & b_d[None, :]
         b_apart = steps(p_delta, tile(o_after, o_d, stride_dl, stride_dd), b_after, b_bias, HAS_SOFTPLUS)
@@ -372,9 +373,9 @@ def carry(
     BACKWARD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """From what each chunk alone gives, what all before it give, or BACKWARD all behind it.
+    """Turn the contribution of each chunk alone into the sum over all chunks before it (BACKWARD: behind it).
 
-    One state, _CHUNKS chunks at a time. The first state of all is 0.
+    One state, _CHUNKS chunks at a time. The very first state is 0.
     """
     block = tl.program_id(0) % blocks
     state = tl.program_id(0) // blocks % N
@@ -476,8 +477,8 @@ def backward(
     """All gradients of one chunk of one scan of one image for BLOCK_D channels, one state after another.
 
     With a the decays and dy the gradient of y, g_t = a_(t+1) g_(t+1) + C_t dy_t runs from the chunk's end to its start.
-    Results that other programs add to are their own parts of a sum: those of B and C (blocks, B, K, N, L), of A
-    (B, chunks, K, N, D), of D and the bias (B, chunks, K, D).
+    Gradients to which several programs contribute are written as parts of a sum: for B and C (blocks, B, K, N, L), for
+    A (B, chunks, K, N, D), for D and the bias (B, chunks, K, D).
     """
     image, chunk, scan, block = locate(tl.program_id(0), blocks, scans, chunks)
     o_t = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -501,7 +502,7 @@ def backward(
         b_bias = numbers(p_bias + scan.to(tl.int64) * stride_bk, o_d * stride_bd, b_d)
     b_bias = b_bias[None, :]
     o_delta = tile(o_pixel, o_d, stride_dl, stride_dd)
-    b_dt = steps(p_delta, o_delta, b_both, b_bias, HAS_SOFTPLUS)  # 0 holds the state where a step is not real
+    b_dt = steps(p_delta, o_delta, b_both, b_bias, HAS_SOFTPLUS)  # a step that is not real has size 0, holds the state
     b_x = b_dt * numbers(p_u, tile(o_pixel, o_d, stride_ul, stride_ud), b_both)
     b_dt_after = steps(p_delta, tile(o_after, o_d, stride_dl, stride_dd), b_after_both, b_bias, HAS_SOFTPLUS)
     b_x_before = steps(p_delta, tile(o_before, o_d, stride_dl, stride_dd), b_before_both, b_bias, HAS_SOFTPLUS)
@@ -531,7 +532,7 @@ def backward(
         b_C = numbers(p_C, o_pixel.to(tl.int64) * stride_Cl, b_t)[:, None]
         b_start = tl.load(p_states + o_state + n * channels, mask=b_d, other=0.0)[None, :]
         b_end = tl.load(p_after + o_state + n * channels, mask=b_d, other=0.0)[None, :]
-        # What each step keeps of the state before: a difference of states would lose where it is little.
+        # The part of the previous state that each step keeps. A difference of states would lose digits of a small part.
         b_decay = tl.exp2(b_dt * (b_A * LOG2_E))
         b_given = b_decay * tl.where(b_first, b_start, b_x_before * b_B_before)
         _, b_flow = tl.associative_scan((b_decay, b_given), 0, combine)
@@ -552,7 +553,7 @@ def backward(
         p_grad_B += length
         p_grad_C += length
 
-    # What the loop need not hold is loaded again.
+    # Tensors that the loop does not need are loaded again, to save registers in the loop.
     o_out = ((image.to(tl.int64) * length + o_pixel) * scans + scan)[:, None] * channels + o_d[None, :]
     o_sum = o_kept * channels + o_d
     b_u = numbers(p_u, tile(o_pixel, o_d, stride_ul, stride_ud), b_both)

@@ -13,7 +13,7 @@ from terrazzo.kernels.selective_scan.scans import Scans
 
 
 def _needs(u, delta, A, B, C, *_) -> Needs:
-    """The dtype is that of u, which the kernels read; float64 where any tensor is float64."""
+    """The dtype is u's, which the kernels read, or float64 if any tensor is float64."""
     dtype = torch.float64 if accumulator(u, delta, A, B, C) == torch.float64 else u.dtype
     return Needs(u.device, dtype, fused.STATES.misfit(A.shape[-1]))
 
@@ -38,7 +38,7 @@ def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, me
 
 
 def _flops(u, delta, A, *args, out_shape=None, **kwargs) -> int:
-    """Nine multiply-adds for each step, channel and state, which is how published figures count a scan."""
+    """Nine multiply-adds for each step, channel and state, as published figures count a scan."""
     batch, length, scans, channels = delta
     return 2 * 9 * batch * length * scans * channels * A[2]
 
@@ -59,7 +59,7 @@ def _forward(
     merge: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the state in front of every chunk of steps, (B, chunks, K, N, D). `run` has chosen `backend`."""
+    """The output, and the state before every chunk of steps, (B, chunks, K, N, D). `run` has chosen `backend`."""
     form = fused if backend == "fused" else portable
     return form.forward(Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge))
 
@@ -93,9 +93,9 @@ def _backward(
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias; of one that is None an empty tensor.
+    """Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor for an input that is None.
 
-    The backward pass takes the form of the forward pass, whatever is asked for by then.
+    The backward pass takes the form of the forward pass, even if another backend is requested by then.
     """
     form = fused if backend == "fused" else portable
     call = Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge)
@@ -121,7 +121,7 @@ opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 def run(call: Scans, backend: str) -> torch.Tensor:
-    """The output of a call whose arguments were checked."""
+    """Run a call; its arguments are checked."""
     form = OPERATOR.choose(backend, *call)
     if form == EXPORTED:
         return exported.forward(call)

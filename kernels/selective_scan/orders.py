@@ -13,14 +13,14 @@ BOTH = ("rows", "rows_reversed")
 
 
 def codes(orders: tuple[str, ...]) -> list[int]:
-    """The position of each order in `ORDERS`: bit 0 says columns, bit 1 reversed.
+    """The position of each order in `ORDERS`: bit 0 means columns, bit 1 reversed.
 
     Raises:
-        InputError: None is given, or one is not among them.
+        InputError: `orders` is empty, or has a name that is not in `ORDERS`.
     """
     wrong = [order for order in orders if order not in ORDERS]
     if wrong or not orders:
-        raise InputError(f"orders must be of {', '.join(ORDERS)}, got {wrong[0] if wrong else 'none'}")
+        raise InputError(f"orders must be among {', '.join(ORDERS)}, got {wrong[0] if wrong else 'none'}")
     return [ORDERS.index(order) for order in orders]
 
 
@@ -36,9 +36,10 @@ def pixels(code: int, steps: torch.Tensor, length: int, width: int) -> torch.Ten
     """The pixel, counted by rows, that each step of an order reads.
 
     Args:
-        code: of the order.
-        steps: any shape, integers of 0 .. length - 1.
-        length: of the map, height x width.
+        code: code of the order.
+        steps: integers from 0 to length - 1, any shape.
+        length: pixels of the map, height x width.
+        width: width of the map.
     """
     if is_reversed(code):
         steps = length - 1 - steps

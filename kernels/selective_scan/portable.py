@@ -1,9 +1,8 @@
-"""The selective scan in standard operations: pieces of some hundred steps that stay in the caches, both ways.
+"""The selective scan in standard operations: pieces of some hundred steps that stay in the caches, in both passes.
 
-Everything that is not the recurrence is done for a whole piece at once. The recurrence h_t = a_t h_(t-1) + b_t is one
-fused multiply-add for each step; where a step has few numbers, a piece is cut into runs that step together, once to
-find how each run ends and once more from where the one before ended. Decays are only ever multiplied, so nothing
-overflows (README.md).
+Everything but the recurrence is computed for a whole piece at once. The recurrence h_t = a_t h_(t-1) + b_t is one fused
+multiply-add for each step. If a step has few numbers, a piece is cut into runs that step together: first to find how
+each run ends, then again from the end of the run before. Decays are only multiplied, so nothing overflows (README.md).
 """
 
 import itertools
@@ -15,20 +14,20 @@ import torch.nn.functional as F
 from terrazzo.kernels.selective_scan.orders import pixels
 from terrazzo.kernels.selective_scan.scans import Scans
 
-# States kept for the backward pass: one in so many steps.
+# Steps between two states that are kept for the backward pass.
 CHUNK = 64
 # Numbers of state in a piece, and in a step of all its runs: on a CPU as many as the caches hold, elsewhere few enough
 # for any memory.
 _PIECE, _STEP = 1 << 19, 1 << 14
 _PIECE_ELSEWHERE, _STEP_ELSEWHERE = 1 << 25, 1 << 22
-# Smaller powers of e are no normal numbers in float32, with which processors are slow.
+# Smaller powers of e are subnormal in float32, and processors are slow with subnormal numbers.
 _LEAST_EXPONENT = -87.0
-# Channels that are worth a pass of their own.
+# The fewest channels that are worth a separate pass.
 _LEAST_CHANNELS = 64
 
 
 def _channels_last(call: Scans) -> Scans:
-    """The same with the channels of every pixel side by side."""
+    """The call with contiguous channels in all its maps."""
     given = {name: getattr(call, name) for name in ("u", "delta", "B", "C", "z")}
     return call._replace(**{name: None if x is None else _side_by_side(x) for name, x in given.items()})
 
@@ -42,7 +41,7 @@ def _slices(total: int, size: int) -> list[slice]:
 
 
 def _parts(call: Scans) -> Iterator[tuple[slice, slice, slice]]:
-    """Images, scans and channels, until a chunk of steps of them has no more numbers of state than a piece."""
+    """Slices of images, scans and channels that are small enough for a chunk of steps to fit into a piece."""
     batch, _, scans, channels = call.delta.shape
     size = _PIECE if call.u.device.type == "cpu" else _PIECE_ELSEWHERE
     most = max(1, size // (CHUNK * call.A.shape[2]))  # images x scans x channels
@@ -53,9 +52,9 @@ def _parts(call: Scans) -> Iterator[tuple[slice, slice, slice]]:
 
 
 class _Part:
-    """Some images, scans and channels of a call, a piece of steps at a time: tensors have the steps in front.
+    """Some images, scans and channels of a call, a piece of steps at a time. Tensors have the steps in front.
 
-    Steps past the last have delta 0, which holds the state, so that runs of equal length can be cut.
+    Steps past the last have delta 0 and hold the state, so that all runs have equal lengths.
     """
 
     def __init__(self, call: Scans, images: slice, scans: slice, channels: slice):
@@ -67,16 +66,16 @@ class _Part:
         images_here = len(range(*images.indices(call.u.shape[0])))
         self.shape = (images_here, *self.decays.shape)
         self.steps, self.runs = self._cut(images_here * self.decays.numel())
-        # One memory for all pieces: fresh memory costs more than what is computed in it.
+        # One buffer for all pieces: fresh memory costs more than the computation in it.
         self.decay, self.state, self.grad = self.decays.new_empty(3, self.steps + 1, *self.shape).unbind(0)
         self.decay_steps, self.state_steps = self._by_step(self.decay[:-1]), self._by_step(self.state[:-1])
 
     def _by_step(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Of (steps, ...) each step of all runs, (runs, ...)."""
+        """Split (steps, ...) into one tensor (runs, ...) for each step of a run."""
         return list(x.unflatten(0, (self.runs, -1)).unbind(1))
 
     def _cut(self, numbers: int) -> tuple[int, int]:
-        """Steps of a piece, and the runs it is cut into, for so many numbers of state in a step."""
+        """The steps of a piece and its number of runs, for `numbers` numbers of state in a step."""
         on_cpu = self.call.u.device.type == "cpu"
         piece, step = (_PIECE, _STEP) if on_cpu else (_PIECE_ELSEWHERE, _STEP_ELSEWHERE)
         most = CHUNK * max(1, piece // (numbers * CHUNK))
@@ -89,15 +88,15 @@ class _Part:
         return -(-steps // unit) * unit, runs
 
     def pieces(self) -> range:
-        """The first step of each."""
+        """The first step of each piece."""
         return range(0, self.call.length, self.steps)
 
     def of_channels(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        """Of (K, D)."""
+        """The scans and channels of this part, from (K, D)."""
         return None if x is None else x[self.scans, self.channels].to(self.call.dtype)
 
     def take(self, x: torch.Tensor, first: int, channels: slice | None = None) -> torch.Tensor:
-        """(B, L, K, ...) or (B, L, 1, ...) by pixels to (steps, B, K, ...), zero past the last step."""
+        """Read (B, L, K, ...) or (B, L, 1, ...) by pixels as (steps, B, K, ...), zero past the last step."""
         channels = self.channels if channels is None else channels
         real = min(self.steps, self.call.length - first)
         out = self.decays.new_empty(self.steps, self.shape[0], len(self.orders), x[..., channels].shape[-1])
@@ -112,27 +111,27 @@ class _Part:
         return out
 
     def put(self, out: torch.Tensor, x: torch.Tensor, first: int) -> None:
-        """The inverse of `take` for channels; added up where several scans share `out`, (B, L, 1, D)."""
+        """The inverse of `take` for channels; scans are added up if they share `out`, (B, L, 1, D)."""
         shared = out.shape[2] < len(self.call.orders)
         for k, index in enumerate(self.pixels):
             into = out[self.images, :, 0 if shared else self.scans.start + k, self.channels]
             self._put(into, index[first : first + self.steps], x[:, :, k], add=shared)
 
     def add_states(self, out: torch.Tensor, x: torch.Tensor, first: int) -> None:
-        """Add (steps, B, K, N) in their places of (B, L, K, N); other channels do so, too."""
+        """Add (steps, B, K, N) to their places in (B, L, K, N); the other channels are added, too."""
         for k, index in enumerate(self.pixels):
             into = out[self.images, :, self.scans.start + k]
             self._put(into, index[first : first + self.steps], x[:, :, k], add=True)
 
     @staticmethod
     def _put(into: torch.Tensor, index: torch.Tensor, x: torch.Tensor, add: bool) -> None:
-        """x (steps, B, ...) into (B, L, ...)."""
+        """Write x (steps, B, ...) into (B, L, ...)."""
         value = x[: len(index)].transpose(0, 1)
         value = value + into.index_select(1, index) if add else value.to(into.dtype)
         into.index_copy_(1, index, value)
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
-        """Those of this part, of (B, chunks, K, N, D)."""
+        """The states of this part, from (B, chunks, K, N, D)."""
         return x[self.images, :, self.scans, :, self.channels]
 
     def inputs(self, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,7 +163,8 @@ class _Part:
 
         Args:
             dt, dy: (steps, B, K, D), the sizes of the steps that follow, and the gradients of the output.
-            after: of the state after the first of the steps behind, whose decay is the last of `decay`.
+            after: the gradient of the state after the first step behind the piece. The last entry of `decay` is the
+                decay of this step.
         """
         torch.mul(dy.unsqueeze(-2), C.unsqueeze(-1), out=self.grad[:-1])
         steps = (self._by_step(x)[::-1] for x in (self.decay[1:], self.grad[:-1]))
@@ -179,13 +179,13 @@ def recurrence(
     whole: torch.Tensor,
     reverse: bool = False,
 ) -> None:
-    """x_t = decay_t x_(t-1) + x_t from x_(-1) = start, in place, for several runs of steps, one behind the other.
+    """x_t = decay_t x_(t-1) + x_t from x_(-1) = start, in place, for several consecutive runs of steps.
 
     Args:
-        decay, x: of each step (runs, ...).
+        decay, x: (runs, ...) for each step.
         start: (...).
         whole: (runs, ...), the product of all decays of each run.
-        reverse: the last run comes first; its steps are given in that order.
+        reverse: the last run comes first; the steps are given in reverse order.
     """
     if len(whole) == 1:
         state = start.unsqueeze(0)
@@ -214,7 +214,7 @@ def _over_channels(states: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, see `Scans`, and the state before each chunk of steps, (B, chunks, K, N, D)."""
+    """The output (see `Scans`), and the state before each chunk of steps, (B, chunks, K, N, D)."""
     call = _channels_last(call)
     batch, length, scans, channels = call.delta.shape
     if call.merge:
@@ -243,7 +243,7 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Gradients:
-    """Of everything a call takes, in the dtype that it computes in; None for what it does not have."""
+    """Gradients of a call's tensors, in the dtype of the computation; None for a tensor that the call does not have."""
 
     def __init__(self, call: Scans):
         given = (call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias)
@@ -256,10 +256,10 @@ class _Gradients:
 
 
 def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias, given those of the output and the states that were kept.
+    """Gradients of u, delta, A, B, C, D, z and delta_bias, given the output's gradient and the kept states.
 
-    The states within a piece are computed again. With g_t the gradient of the state, g_t = a_(t+1) g_(t+1) + C_t dy_t
-    runs from the last step to the first; the rest is done for a piece at once (README.md).
+    The states within a piece are recomputed. With g_t the gradient of the state, g_t = a_(t+1) g_(t+1) + C_t dy_t runs
+    from the last step to the first; the rest is computed for a whole piece at once (README.md).
     """
     call = _channels_last(call)
     grads = _Gradients(call)
@@ -292,7 +292,7 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
                 du += skip * dy
                 grads.D[scans, channels] += (dy * x).sum((0, 1))
             part.put(grads.u, du, first)
-            # What of the state came from the one before, times its gradient: a h_(t-1) g.
+            # The part of the state that came from the state before, times the state's gradient: a h_(t-1) g.
             flow = part.decay[:-1]
             flow[0] *= start
             flow[1:] *= states[:-1]

@@ -1,4 +1,4 @@
-"""The selective scan by its definition: one step after another, in any floating dtype. Wins every argument.
+"""The selective scan by its definition: one step after another, in any floating dtype. It is authoritative.
 
 Source: Mamba, arXiv 2312.00752, algorithm 2, with the input matrix dt B ("simplified Euler").
 """
@@ -31,7 +31,7 @@ def sequence(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Ten
 
 
 def selective_scan(call: Scans) -> torch.Tensor:
-    """Every scan of a call, in float32, in float64 where an input is float64."""
+    """Compute all scans of a call in float32, or in float64 if an input is float64."""
     x, delta, A, B, C = (tensor.to(call.dtype) for tensor in (call.u, call.delta, call.A, call.B, call.C))
     if call.delta_bias is not None:
         delta = delta + call.delta_bias.to(call.dtype)

@@ -1,4 +1,4 @@
-"""What every form of the selective scan takes: K scans of one map, each in its own order."""
+"""The input of every form of the selective scan: K scans of one map, each with an order."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,11 +19,11 @@ class Scans(NamedTuple):
         D: (K, D), weight of the input in the output, or None.
         z: (B, L, K, D), gate, or None.
         delta_bias: (K, D), or None.
-        delta_softplus: whether delta passes a softplus, linear above 20.
-        orders: K codes, see `orders`.
-        width: of the map.
-        merge: whether the scans' outputs are summed: (B, L, D) in the dtype of the computation. Else the output is (B,
-            L, K, D) in the dtype of u. Pixels are by rows, whatever the orders.
+        delta_softplus: whether delta goes through a softplus, linear above 20.
+        orders: K codes; see `orders`.
+        width: width of the map.
+        merge: whether the scans' outputs are summed: (B, L, D) in the dtype of the computation. Otherwise the output is
+            (B, L, K, D) in the dtype of u. Pixels are by rows for all orders.
     """
 
     u: torch.Tensor

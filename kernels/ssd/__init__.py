@@ -57,7 +57,7 @@ def ssd(
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T
         y_t = (h_t^T C_t + D x_t) silu(z_t)
 
-    Computed in float32 whatever the inputs, in float64 where one is float64.
+    The computation is in float32, or in float64 if an input is float64.
 
     Args:
         x: (B, L, H, P), L at least 1.
@@ -67,7 +67,7 @@ def ssd(
         D: (H,) or (H, P), weight of the input in the output, or None.
         z: (B, L, H, P), gate, or None.
         dt_bias: (H,), or None.
-        dt_softplus: whether dt, with its bias, passes a softplus.
+        dt_softplus: whether dt, with its bias, goes through a softplus.
         reverse: scan from the last position to the first.
         chunk: steps whose outputs are one matrix product in the portable form. The result does not depend on it;
             memory grows with it, and with the square of L / chunk.
@@ -75,8 +75,8 @@ def ssd(
         return_final_states: whether to return the last state, too, as mamba_ssm does.
 
     Returns:
-        (B, L, H, P) in the dtype of x. With `return_final_states` a pair of that and of h after the last step scanned,
-        (B, H, P, N) in the dtype of the computation, which has a gradient like any output.
+        (B, L, H, P) in the dtype of x. With `return_final_states`, a pair of this output and h after the last step
+        scanned, (B, H, P, N) in the dtype of the computation. The state has a gradient like any output.
 
     Raises:
         InputError: A shape that the definition does not allow.
@@ -106,7 +106,7 @@ def ssd(
 
 
 def _scan_with_states(x, dt, A, B, C, reverse, chunk, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """`op.run`, and the last state (B, H, P, N), which N more steps of size 0, which hold it, read out."""
+    """`op.run`, and the last state (B, H, P, N). N more steps of size 0 hold the state and read it out."""
     length, (groups, states) = x.shape[1], B.shape[2:]
     behind = (0, states) if not reverse else (states, 0)
     x, B = (F.pad(tensor, (0, 0, 0, 0, *behind)) for tensor in (x, B))

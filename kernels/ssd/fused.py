@@ -1,4 +1,4 @@
-"""The state space dual in Triton: what can run, how a call is cut, and the launches.
+"""The state space dual in Triton: which calls can run, how a call is cut, and the launches.
 
 The kernels are in fused_kernels.py, which imports triton; this file does so at the first launch. Every launch is
 decided by shapes and types alone, and nothing is added up by atomics, so the same call gives the same bits.
@@ -15,12 +15,12 @@ _CARRIED = 256  # numbers of a state that one program carries over the chunks
 
 
 def chunk(itemsize: int) -> int:
-    """Steps of a program. Found by compiling (README.md), not by timing: more of them spill in the gradients."""
+    """Steps of a program. Found by compiling (README.md), not by timing: with more steps `gradients` spills."""
     return 32 if itemsize == 2 else 16
 
 
 def warps(itemsize: int, amd: bool) -> int:
-    """As `chunk`; a warp of AMD has 64 threads."""
+    """Warps of a program, found like `chunk`; an AMD warp has 64 threads."""
     return 4 if amd and itemsize == 2 else 8
 
 
@@ -88,12 +88,12 @@ def _call(x, dt, A, B, C, reverse: bool) -> _Call:
 def forward(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments as in `op.run`.
+    """The state space dual; arguments as in `op.run`.
 
     Returns:
         out: (B, L, H, P).
-        states: (B, chunks, H, N, P) float32, in front of each chunk, and whole: (B, chunks, H) float32, the product of
-            each chunk's decays; both for `backward`.
+        states: (B, chunks, H, N, P) float32, the state in front of each chunk, for `backward`.
+        whole: (B, chunks, H) float32, the product of each chunk's decays, for `backward`.
     """
     from terrazzo.kernels.ssd import fused_kernels
 
@@ -123,7 +123,7 @@ def backward(
     whole: torch.Tensor,
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, dt, A, B and C, given what `forward` returned. Deterministic."""
+    """Gradients of x, dt, A, B and C, given the outputs of `forward`. Deterministic."""
     from terrazzo.kernels.ssd import fused_kernels
 
     call = _call(x, dt, A, B, C, reverse)

@@ -1,8 +1,8 @@
 """Triton kernels of the state space dual: a program owns a chunk of steps of one head.
 
-`states` makes what a chunk adds to the state, or to its gradient; `carry` runs over the chunks; `outputs` and
-`gradients` work on a chunk between the states that bound it. Decays of steps between two others are exponentials of
-sums made of those steps alone, as in the portable form.
+`states` computes what a chunk adds to the state, or to its gradient; `carry` runs over the chunks; `outputs` and
+`gradients` work on a chunk between the states that bound it. The decay between two steps is the exponential of a sum
+over the steps between them alone, as in the portable form.
 
 Source: Mamba-2, arXiv 2405.21060, section 6. Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
 """
@@ -18,14 +18,14 @@ _ANY = ["length", "heads", "group", "chunks"]
 
 @triton.jit
 def locate(heads, chunks):
-    """Image, head and chunk of a program; heads of one chunk share B and C, so they come first."""
+    """Image, head and chunk of a program. Heads vary fastest, because the heads of a chunk share B and C."""
     program = tl.program_id(0)
     return program // heads // chunks, program % heads, program // heads % chunks
 
 
 @triton.jit
 def positions(chunk, length, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
-    """Where the steps of a chunk stand in memory, and which of them are real."""
+    """Where the steps of a chunk are in memory, and which of them are real."""
     o_steps = chunk * CHUNK + tl.arange(0, CHUNK)
     b_real = o_steps < length
     if REVERSE:
@@ -35,26 +35,26 @@ def positions(chunk, length, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def step_sizes(p_dt, p_decay, batch, head, heads, length, o_steps, b_real):
-    """dt of the steps and the exponents of their decays, 0 where a step is not real: such a step holds the state."""
+    """dt of the steps and the exponents of their decays; 0 where a step is not real, so that it holds the state."""
     b_dt = tl.load(p_dt + (batch.to(tl.int64) * length + o_steps) * heads + head, mask=b_real, other=0.0).to(tl.float32)
     return b_dt, b_dt * tl.load(p_decay + head).to(tl.float32)
 
 
 @triton.jit
 def row_offsets(batch, row, rows, length, o_steps, WIDTH: tl.constexpr):
-    """Of vectors in contiguous (B, L, rows, WIDTH)."""
+    """Offsets of vectors in a contiguous (B, L, rows, WIDTH)."""
     return ((batch.to(tl.int64) * length + o_steps) * rows + row) * WIDTH
 
 
 @triton.jit
 def state_offset(batch, chunk, head, heads, chunks, SIZE: tl.constexpr):
-    """Of a state in contiguous (B, chunks, H, SIZE)."""
+    """Offset of a state in a contiguous (B, chunks, H, SIZE)."""
     return ((batch.to(tl.int64) * chunks + chunk) * heads + head) * SIZE
 
 
 @triton.jit
 def between(b_exponent, CHUNK: tl.constexpr):
-    """(t, s): the product of the decays of the steps behind s up to t; 0 where s is behind t."""
+    """(t, s): the product of the decays of the steps after s up to t; 0 where s is after t."""
     o_t = tl.arange(0, CHUNK)[:, None]
     o_s = tl.arange(0, CHUNK)[None, :]
     b_sum = tl.cumsum(tl.where(o_t > o_s, b_exponent[:, None], 0.0), 0)
@@ -63,7 +63,7 @@ def between(b_exponent, CHUNK: tl.constexpr):
 
 @triton.jit
 def to_end(b_exponent):
-    """The product of the decays behind each step up to the chunk's last."""
+    """The product of the decays after each step, up to the last step of the chunk."""
     return tl.exp(tl.cumsum(b_exponent, 0, reverse=True) - b_exponent)
 
 
@@ -97,8 +97,8 @@ def states(
 ):
     """What a chunk adds to the state behind it, and the product of its decays.
 
-    With GRADIENT, `p_x` is the output's gradient and `p_rows` C: what the chunk adds to the gradient of the state in
-    front of it.
+    With GRADIENT, `p_x` is the output's gradient and `p_rows` is C; the result is what the chunk adds to the gradient
+    of the state in front of it.
     """
     batch, head, chunk = locate(heads, chunks)
     o_steps, b_real = positions(chunk, length, REVERSE, CHUNK)
@@ -123,7 +123,7 @@ def states(
 
 @triton.jit(do_not_specialize=_ANY)
 def carry(p_state, p_whole, heads, chunks, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-    """In place: what each chunk adds becomes the state in front of it (its gradient: behind it)."""
+    """Replace each chunk's addition by the state in front of the chunk (BACKWARD: the gradient behind it), in place."""
     program = tl.program_id(0)
     item = program // parts
     batch = item // heads
@@ -212,9 +212,10 @@ def gradients(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A chunk's gradients from the state in front of it and the gradient of the one behind it.
+    """A chunk's gradients from the state in front of it and the gradient of the state behind it.
 
-    Those of B and C are of one head, (B, L, H, N) in float32; that of the decays' exponents goes out, too.
+    The gradients of B and C are separate for each head, (B, L, H, N) in float32. The gradient of the decays' exponents
+    is an output, too.
     """
     batch, head, chunk = locate(heads, chunks)
     o_steps, b_real = positions(chunk, length, REVERSE, CHUNK)
@@ -229,18 +230,18 @@ def gradients(
     b_until = to_end(b_exponent)
     b_zero = tl.zeros([CHUNK, CHUNK], tl.float32)
 
-    # Of a pair of steps: its weight is C_t B_s and the decays between them; b_pair is the weight's gradient.
+    # For each pair of steps: the weight is C_t B_s times the decays between them; b_pair is the weight's gradient.
     b_between = between(b_exponent, CHUNK)
     b_weight = product(b_c, tl.trans(b_b), b_zero, PRECISION, INTERPRETED) * b_between
     b_pair = product(b_grad, tl.trans(b_x), b_zero, PRECISION, INTERPRETED) * b_dt[None, :]
     b_product = (b_pair * b_between).to(b_x.dtype)
 
-    # A decay counts for the pairs between whose steps it lies. Sums of what counts, never differences of larger sums.
+    # A decay counts for the pairs of steps around it. They are summed directly, never by differences of larger sums.
     o_t = tl.arange(0, CHUNK)
     b_later = tl.cumsum(b_pair * b_weight, 0, reverse=True)
     b_grad_exponent = tl.sum(tl.where(o_t[:, None] > o_t[None, :], b_later, 0.0), 1)
 
-    # The state behind: inputs made it, and so did the state in front.
+    # The state behind depends on the inputs and on the state in front.
     b_behind = load_state(p_grad_state, o_state, N, P, BLOCK_N, BLOCK_P)
     b_zero = tl.zeros([CHUNK, BLOCK_N], tl.float32)
     b_made = product(b_x, tl.trans(b_behind).to(b_x.dtype), b_zero, PRECISION, INTERPRETED) * (b_until * b_dt)[:, None]
@@ -255,7 +256,7 @@ def gradients(
     store_rows(p_grad_x, o_x, b_into * b_dt[:, None], b_real, P, BLOCK_P)
     b_grad_dt = tl.sum(b_into * b_x.to(tl.float32), 1)
 
-    # The state in front: outputs read it, and it goes on into the one behind.
+    # The state in front contributes to the outputs and to the state behind.
     b_state = load_state(p_state, o_state, N, P, BLOCK_N, BLOCK_P)
     b_grad_exponent += tl.sum(b_state * b_behind) * tl.exp(tl.sum(b_exponent, 0))
     b_zero = tl.zeros([CHUNK, BLOCK_N], tl.float32)

@@ -72,7 +72,7 @@ def _backward(
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.reverse = inputs
     _, states, whole = output
-    # Gradients with respect to what is kept are not defined, and nothing asks for one.
+    # Gradients with respect to the kept tensors are not defined, and nothing asks for them.
     ctx.mark_non_differentiable(states, whole)
     ctx.save_for_backward(*tensors, states, whole)
 
@@ -94,14 +94,14 @@ def run(
     chunk: int,
     backend: str,
 ) -> torch.Tensor:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = h_t^T C_t; dt is final, else see `terrazzo.kernels.ssd`.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = h_t^T C_t, with the final dt; see `terrazzo.kernels.ssd`.
 
     Returns:
-        (B, L, H, P), from the kernels in the dtype of x, else in that of the computation.
+        (B, L, H, P); the fused form returns the dtype of x, the other forms the dtype of the computation.
     """
     form = OPERATOR.choose(backend, x, dt, A, B)
     if form == "fused":
-        # The kernels' products want one dtype; step sizes and decays stay in float32.
+        # The kernels' products need one dtype; step sizes and decays stay in float32.
         return _forward(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), reverse)[0]
     if form == "reference":
         return reference.ssd(x, dt, A, B, C, reverse)

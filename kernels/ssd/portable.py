@@ -1,8 +1,8 @@
-"""The state space dual in matrix products over chunks of steps: standard operations, which any device and export takes.
+"""The state space dual in matrix products over chunks of steps: standard operations, for any device and exporter.
 
-Inside of a chunk every output is a masked product of its inputs (attention with decays in the place of a softmax);
-what chunks pass on is their state. Exponents are differences of sums within one chunk, or sums that run over chunks
-without a difference, and at most 0, so nothing overflows and long sequences lose no digits (README.md).
+Inside a chunk every output is a masked product of the inputs (attention with decays instead of a softmax). Chunks pass
+on their states. Exponents are sums within one chunk or sums over chunks, never differences of sums. They are at most 0,
+so nothing overflows, and long sequences lose no digits (README.md).
 """
 
 import torch
@@ -14,7 +14,7 @@ from terrazzo.kernels.dispatch.dtypes import accumulator
 def _sums_between(x: torch.Tensor) -> torch.Tensor:
     """(..., T) to (..., T, T): at [i, j] the sum of x over j < k <= i, -inf where j > i.
 
-    Each sum is made of its own numbers: a difference of two running sums would lose the digits they share.
+    Each sum is computed from its terms. A difference of two running sums would lose the digits that they share.
     """
     length = x.shape[-1]
     rows = torch.arange(length, device=x.device)
@@ -32,7 +32,7 @@ def forward(
     reverse: bool,
     chunk: int,
 ) -> torch.Tensor:
-    """Arguments and result as in `op.run`; sizes may be symbolic.
+    """The state space dual; arguments and result as in `op.run`, sizes may be symbolic.
 
     Source: Mamba-2, arXiv 2405.21060, section 6 (block decomposition).
     """
@@ -43,8 +43,8 @@ def forward(
     inputs = [values * dt.unsqueeze(-1), (dt * A.to(dtype)).unsqueeze(-1), B, C]
     if reverse:
         inputs = [tensor.flip(1) for tensor in inputs]
-    # Steps past the last have decay 1 and no input: they change nothing. Padding and cutting by symbolic sizes would
-    # have exporters prove what they cannot, so steps are picked.
+    # Steps past the last have decay 1 and no input, so they change nothing. Steps are picked by index, because
+    # exporters cannot prove the sizes of padding and slicing by symbolic sizes.
     steps = torch.arange((length + chunk - 1) // chunk * chunk, device=x.device).unflatten(0, (-1, chunk))
     real = (steps < length)[:, :, None, None]
     inputs = [torch.where(real, tensor[:, steps.clamp(max=length - 1)], 0) for tensor in inputs]
@@ -54,7 +54,7 @@ def forward(
     between = _sums_between(decay).exp()
     out = ((C @ B.transpose(-1, -2)) * between) @ into
 
-    # What each chunk adds to the state at its end, and the states there, of all chunks before and itself.
+    # What each chunk adds to the state at its end, and the states there, which sum the chunk and all chunks before.
     added = (B * between[..., -1, :, None]).transpose(-1, -2) @ into  # B chunks G H/G N P
     passed = _sums_between(decay.sum(-1).movedim(1, -1)).exp()  # B G H/G chunks chunks
     states = (passed @ added.movedim(1, 3).flatten(-2)).unflatten(-1, added.shape[-2:]).movedim(3, 1)

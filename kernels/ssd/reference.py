@@ -1,4 +1,4 @@
-"""The state space dual by its definition: one step after another, in any floating dtype. Wins every argument.
+"""The state space dual by its definition: one step after another, in any floating dtype. It is authoritative.
 
 Source: Mamba-2, arXiv 2405.21060, equation 1 with a scalar decay for each head.
 """
@@ -16,7 +16,7 @@ def of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def ssd(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
 ) -> torch.Tensor:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = h_t^T C_t, in float32, in float64 where an input is float64.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = h_t^T C_t, in float32, or float64 if an input is float64.
 
     Args: as in `op.run`.
     """

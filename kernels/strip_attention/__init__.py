@@ -23,7 +23,7 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
             f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     if key.shape[1] < 1:
-        raise InputError("there must be at least 1 key, got 0: a softmax over none is not defined")
+        raise InputError("there must be at least 1 key, got 0: a softmax over no keys is not defined")
     if arguments.any_empty(*value.shape[2:]):
         raise InputError(f"there must be at least 1 head and a head_dim of at least 1, got {tuple(value.shape)}")
     arguments.check_one_dtype(query=query, key=key, value=value)
@@ -32,8 +32,8 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
 def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """Attention of every query to every key, where both are one number per head: softmax(query x key) value.
 
-    The scale is 1, the square root of one channel. What a query gets depends on that one number alone, so row maxima
-    are known beforehand: the product with the largest key, or with the smallest for a negative query.
+    The scale is 1, the square root of one channel. The output of a query depends on this number alone, so row maxima
+    are known beforehand: the product with the largest key, or with the smallest key for a negative query.
 
     Args:
         query: (B, N, heads), any strides.

@@ -1,4 +1,4 @@
-"""Strip attention in Triton: what can run, how a call is cut into blocks, and the launches.
+"""Strip attention in Triton: which calls can run, how a call is cut into blocks, and the launches.
 
 The kernels are in fused_kernels.py, which imports triton; this file does so at the first launch. Every launch is
 decided by shapes and types alone, never by timing, so the same call gives the same bits.
@@ -11,7 +11,7 @@ import torch
 from terrazzo.kernels.triton_host.blocks import Blocks
 from terrazzo.kernels.triton_host.machine import on_device
 
-# Programs that fill a large GPU a few times over: where there are fewer blocks of keys, their queries are split.
+# The number of programs that fill a large GPU a few times over. With fewer blocks of keys, the queries are split.
 _PROGRAMS = 512
 _LEAST_ROWS = 256
 
@@ -27,10 +27,10 @@ def blocks(kernel: str, itemsize: int) -> Blocks:
 
 
 def splits(programs: int, queries: int) -> tuple[int, int]:
-    """Into how many parts the queries of a block of keys are cut, and the queries of each.
+    """The number of parts into which the queries of a block of keys are cut, and the queries of a part.
 
     Args:
-        programs: blocks of keys of all images and heads.
+        programs: the number of blocks of keys of all images and heads.
     """
     count = max(1, min(_PROGRAMS // programs, queries // _LEAST_ROWS))
     rows = -(-queries // count)
@@ -62,7 +62,7 @@ class _Call:
 
     @property
     def items(self) -> int:
-        """Heads of all images."""
+        """The number of heads of all images."""
         return self.query.shape[0] * self.query.shape[2]
 
     def cut(self, kernel: str) -> tuple[Blocks, dict[str, object]]:
@@ -74,7 +74,7 @@ class _Call:
 
 
 def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Call:
-    """Queries and keys are read in place whatever their strides; values where the vectors are contiguous."""
+    """Prepare a call: queries and keys of any strides are read in place; values are copied if not contiguous."""
     return _Call(query, key, value if value.stride(-1) == 1 else value.contiguous())
 
 
@@ -87,8 +87,8 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tupl
 
     Returns:
         out: (B, N, heads, D), contiguous.
-        sums: (B, heads, N) float32, the sum of each row's exponentials of query * key less the row's largest, for
-            `backward`.
+        sums: (B, heads, N) float32, for `backward`: the sum of the exponentials of each row, with query * key minus the
+            row's maximum as exponents.
     """
     from terrazzo.kernels.strip_attention import fused_kernels
 
@@ -114,7 +114,7 @@ def backward(
     value: torch.Tensor,
     sums: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `forward` with respect to query, key and value, given the sums it returned. Deterministic."""
+    """Gradients of `forward` with respect to query, key and value, given its `sums`. Deterministic."""
     from terrazzo.kernels.strip_attention import fused_kernels
 
     call = _call(query, key, value)
@@ -133,7 +133,7 @@ def backward(
         cut, constants = call.cut("keys")
         parts = -(-keys // cut.keys)
         count, rows = splits(call.items * parts, queries)
-        # What several programs sum over their queries is added up afterwards, in float32.
+        # If the queries are split, the programs' sums are added up afterwards, in float32.
         partial = [
             x.unsqueeze(0) if count == 1 else torch.empty(count, *x.shape, dtype=torch.float32, device=x.device)
             for x in grads[1:]

@@ -1,10 +1,10 @@
-"""Triton kernels of strip attention: scores are products of two numbers, so no matrix product makes them.
+"""Triton kernels of strip attention: scores are products of two numbers, so they need no matrix product.
 
-A row's exponents are query * (key - best), where `best` is the key with which its product is largest: the largest of
-all keys, or the smallest for a negative query. They are at most 0 from the start, so there is no running maximum, and
-subtracting keys before multiplying rounds less than subtracting products.
+A row's exponents are query * (key - best), where `best` is the key with the largest product: the largest key, or the
+smallest key for a negative query. Exponents are at most 0 from the start, so there is no running maximum. Subtracting
+keys before multiplying rounds less than subtracting products.
 
-Source: FlashAttention-2, arXiv 2307.08691, for blocks of queries and for weights computed again in the backward pass.
+Source: FlashAttention-2, arXiv 2307.08691, for blocks of queries and for weights recomputed in the backward pass.
 Names: pointers `p_`, blocks `b_`, offsets `o_`; N counts queries, L keys. Addresses are 64-bit.
 """
 
@@ -13,27 +13,27 @@ import triton.language as tl
 
 from terrazzo.kernels.triton_host.fused_tiles import LOG2_E, load_rows, product, store_rows
 
-# Lengths change from call to call, and queries and keys are read one number at a time: no kernel is compiled anew for
-# those sizes and strides that happen to be 1 or to divide by 16.
+# Not specialized: Triton does not recompile a kernel if one of these sizes or strides is 1 or a multiple of 16. Lengths
+# change from call to call, and queries and keys are read one number at a time.
 _ANY = ["queries", "keys", "heads", "blocks", "images", "splits", "rows"]
 _ANY += [f"stride_{name}" for name in ("qb", "qn", "qh", "kb", "kl", "kh")]
 
 
 @triton.jit
 def locate(program, blocks, heads):
-    """Image, block and head of a program; heads come first, for those of one row share cache lines."""
+    """Image, block and head of a program. Heads vary fastest, because the heads of a row share cache lines."""
     return program // heads // blocks, program // heads % blocks, program % heads
 
 
 @triton.jit
 def best_key(b_query, low, high):
-    """The key with which a query's product is largest."""
+    """The key that has the largest product with a query."""
     return tl.where(b_query >= 0, high, low)
 
 
 @triton.jit
 def weights(b_query, b_key, b_best, b_real):
-    """exp(query * key - the row's maximum), zero where a pair is not real; all broadcast against each other."""
+    """exp(query * key - the row's maximum), zero where a pair is not real; the arguments broadcast."""
     return tl.where(b_real, tl.exp2((b_query * LOG2_E) * (b_key - b_best)), 0.0)
 
 
@@ -46,20 +46,20 @@ def extrema(p_low, p_high, batch, head, heads):
 
 @triton.jit
 def numbers(p_base, batch, head, o_rows, b_real, stride_b, stride_n, stride_h):
-    """Queries or keys of one image and head in float32, zero where a row is not real."""
+    """Load queries or keys of one image and head in float32, zero where a row is not real."""
     p_base += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     return tl.load(p_base + o_rows.to(tl.int64) * stride_n, mask=b_real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def vector_offsets(batch, head, heads, o_rows, rows, HEAD_DIM: tl.constexpr):
-    """Of vectors in contiguous (B, rows, heads, D)."""
+    """Offsets of vectors in a contiguous (B, rows, heads, D)."""
     return ((batch.to(tl.int64) * rows + o_rows) * heads + head) * HEAD_DIM
 
 
 @triton.jit
 def row_offsets(batch, head, heads, o_rows, rows):
-    """Of numbers in contiguous (B, heads, rows)."""
+    """Offsets of numbers in a contiguous (B, heads, rows)."""
     return (batch.to(tl.int64) * heads + head) * rows + o_rows
 
 
@@ -146,10 +146,10 @@ def backward_queries(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Gradient of BLOCK_N queries of one image and head, and delta = <grad, out> of each for `backward_keys`.
+    """Gradient of BLOCK_N queries of one image and head, and each query's delta = <grad, out> for `backward_keys`.
 
-    A query's gradient is the covariance, under its weights, of the keys and of their values' products with `grad`. Both
-    means are summed here, in float32: taken from the output they would carry its rounding.
+    A query's gradient is a covariance under its weights: of the keys, and of the products of the values with `grad`.
+    Both means are summed here, in float32; if they were computed from the output, they would carry its rounding.
     """
     batch, block, head = locate(tl.program_id(0), blocks, heads)
     o_n = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -36,7 +36,7 @@ def _flops(query, key, value, backend, *args, out_shape=None, **kwargs) -> int:
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the sum of each row's exponentials (B, heads, N), which only the fused form gives."""
+    """The output, and the sum of each row's exponentials (B, heads, N); the sums are empty in the portable form."""
     if backend == "fused":
         return fused.forward(query, key, value)
     return portable.forward(query, key, value).contiguous(), query.new_empty(0, dtype=torch.float32)
@@ -47,7 +47,7 @@ def _fake_gradients(grad, query, key, value, sums):
 
 
 def _backward_flops(grad, query, key, value, sums, *args, **kwargs) -> int:
-    """The scores again, the weights' gradient and the values', and one product each for queries and keys."""
+    """The scores again, the gradients of weights and values, and one product each for queries and keys."""
     batch, keys, heads, dim = value
     return 2 * batch * heads * query[1] * keys * (3 + 2 * dim)
 
@@ -60,7 +60,7 @@ def _backward(
     value: torch.Tensor,
     sums: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # The backward pass takes the form of the forward pass, whatever is asked for by then.
+    # The backward pass takes the form of the forward pass, even if another backend is requested by then.
     if sums.numel():
         return fused.backward(grad, query, key, value, sums)
     return portable.backward(grad, query, key, value)
@@ -69,7 +69,7 @@ def _backward(
 def _setup_context(ctx, inputs, output):
     query, key, value, _ = inputs
     _, sums = output
-    # A gradient with respect to the sums is not defined, and nothing asks for one.
+    # The gradient with respect to the sums is not defined, and nothing asks for it.
     ctx.mark_non_differentiable(sums)
     ctx.save_for_backward(query, key, value, sums)
 
@@ -82,21 +82,21 @@ opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
-    """Strip attention, arguments checked."""
+    """Run strip attention; arguments are checked."""
     form = OPERATOR.choose(backend, query, key, value)
     if form == "reference":
         return reference.strip_attention(query, key, value)
-    # A compiler sees one op, whatever the sizes.
+    # A compiler sees one op for all sizes.
     if form == EXPORTED or (form == "portable" and not torch.compiler.is_compiling() and _is_small(query, value)):
         return exported.forward(query, key, value)
     return _forward(query, key, value, form)[0]
 
 
-# To keep so few weights costs less than the op, which computes them again in the backward pass.
+# Up to this number of weights, keeping them costs less than the op, which recomputes them in the backward pass.
 _SMALL = 1 << 18
 
 
 def _is_small(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a call is done at once: on a CPU, and not in half precision, which `portable.forward` does exactly."""
+    """Whether a call is computed at once: on a CPU, and not in half precision (`portable.forward` uses float32)."""
     weights = query.numel() * value.shape[1]
     return value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64) and weights <= _SMALL

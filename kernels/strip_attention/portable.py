@@ -1,6 +1,6 @@
 """Strip attention in standard operations: pieces of weights that stay in the caches, forward and backward.
 
-`forward` and `backward` run inside of the op, on real tensors.
+`forward` and `backward` run inside the op, on real tensors.
 """
 
 import math
@@ -14,7 +14,7 @@ _PIECE_ELSEWHERE = 1 << 25
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(B, N, heads) or (B, L, heads, D) with images and heads as one axis in front; half precision in float32."""
+    """(B, N, heads) or (B, L, heads, D) with images and heads as one axis in front; half precision as float32."""
     x = x.transpose(1, 2).flatten(0, 1)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -25,7 +25,7 @@ def _restored(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _pieces(groups: int, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Slices of the groups (images and heads) and of their queries: several whole groups, or queries of one."""
+    """Slices of the groups (images and heads) and of their queries: several whole groups, or queries of one group."""
     size = _PIECE if device.type == "cpu" else _PIECE_ELSEWHERE
     rows = max(1, min(queries, size // keys))
     count = max(1, min(groups, size // (rows * keys))) if rows == queries else 1
@@ -35,14 +35,14 @@ def _pieces(groups: int, queries: int, keys: int, device: torch.device) -> Itera
 
 
 class _Weights:
-    """The weights of one piece after another, in memory that all share: fresh memory costs more than a softmax."""
+    """The weights of one piece after another, in a shared buffer: fresh memory costs more than a softmax."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor):
         self.query, self.key = query, key
         self.memory: torch.Tensor | None = None
 
     def __call__(self, group: slice, row: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(groups, queries, keys), and as much memory for any use. The first piece is the largest."""
+        """The weights (groups, queries, keys), and a free buffer of that shape. The first piece is the largest."""
         query, key = self.query[group, row].unsqueeze(2), self.key[group].unsqueeze(1)
         shape = (*query.shape[:2], key.shape[2])
         if self.memory is None:
@@ -53,11 +53,11 @@ class _Weights:
 
 
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Arguments and result as in `reference.strip_attention`."""
+    """Strip attention; arguments and result as in `reference.strip_attention`."""
     q, k, v = map(_heads_first, (query, key, value))
     out, weights = q.new_empty(*q.shape, v.shape[2]), _Weights(q, k)
     for group, row in _pieces(*q.shape, k.shape[1], q.device):
-        # A piece is contiguous in `out`, so the product is written where it belongs.
+        # A piece is contiguous in `out`, so the product is written in place.
         torch.bmm(weights(group, row)[0], v[group], out=out[group, row])
     return _restored(out, query)
 
@@ -65,7 +65,7 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 def backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients with respect to query, key and value; the weights are computed again, nothing else is kept."""
+    """Gradients with respect to query, key and value. The weights are recomputed; only the inputs are kept."""
     q, k, v, g = map(_heads_first, (query, key, value, grad))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     weights = _Weights(q, k)

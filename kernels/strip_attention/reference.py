@@ -1,4 +1,4 @@
-"""Strip attention by its definition: each pair's product, a softmax over keys, a mean of values. Wins every argument.
+"""Strip attention by its definition: each pair's product, a softmax over keys, a mean of values. It is authoritative.
 
 Source: S2AFormer, arXiv 2505.22195, strip self-attention: attention whose queries and keys have one channel per head.
 """
@@ -7,7 +7,7 @@ import torch
 
 
 def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of scalar queries to scalar keys, heads apart.
+    """Attention of scalar queries to scalar keys, separately for each head.
 
     Args:
         query: (B, N, heads), any floating dtype.

@@ -1,4 +1,4 @@
-"""Token reduction that can be undone: which tokens become one, their mean, and the way back to every position."""
+"""Token reduction that can be undone: plans of merged tokens, their means, and the way back to every position."""
 
 from terrazzo.kernels.token_reduction.importance import attention, column_mean
 from terrazzo.kernels.token_reduction.merging import compose, merge, prop_bias, unmerge

@@ -1,4 +1,4 @@
-"""Token reduction in Triton: what can run, how a call is cut into blocks, and the launches.
+"""Token reduction in Triton: which calls can run, how a call is cut into blocks, and the launches.
 
 The kernels are in fused_match.py, fused_pool.py and fused_columns.py, which import triton; this file does so at the
 first launch. Every launch is decided by shapes and types alone, and nothing is added up by atomics, so the same call
@@ -16,14 +16,14 @@ from terrazzo.kernels.token_reduction.portable import factors
 from terrazzo.kernels.triton_host import blocks as shared
 from terrazzo.kernels.triton_host.machine import block_of, interpreted, on_device, precision
 
-# Tokens of a program that counts, and of one that pools.
+# Tokens of a program that counts, and groups or tokens of a program that pools or spreads.
 _COUNTED = 64
 _POOLED = 16
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel is cut: its own rows, rows and channels that it reads at a time, and how it is compiled."""
+    """How a kernel is cut and compiled: rows of a program, rows and channels that it reads at a time, warps, stages."""
 
     own: int
     other: int
@@ -38,14 +38,14 @@ def match_blocks(itemsize: int) -> Blocks:
 
 
 def column_blocks(itemsize: int, head_dim: int) -> shared.Blocks:
-    """As `match_blocks`, of both passes."""
+    """Blocks of `row_sums` and `column_sums`, found like `match_blocks`."""
     if itemsize == 2:
         return shared.Blocks(64, 64, 4, 2)
     return shared.Blocks(32, 32, 4 if head_dim <= 64 else 8, 2)
 
 
 def block_c(channels: int) -> int:
-    """Channels of a program that pools."""
+    """Channels of a program that pools or spreads."""
     return min(128, block_of(channels))
 
 
@@ -63,14 +63,14 @@ def plan(
     bidirectional: bool,
     grid: tuple[int, int] | None,
 ) -> torch.Tensor:
-    """Maps of all images, (B, N); arguments as of `portable.plan`, but that `metric` may be in half precision."""
+    """Maps of all images, (B, N); arguments as in `portable.plan`, except that `metric` may be in half precision."""
     from terrazzo.kernels.token_reduction import fused_match
 
     batch, count, width = metric.shape
     metric, device = metric.contiguous(), metric.device
     sources, targets = sizes(count - protect, protect, grid)
     forward = r // 2 if bidirectional else r
-    # Long vectors of float16 have norms that it does not hold.
+    # The norm of a long float16 vector may overflow float16.
     norm = torch.linalg.vector_norm(metric, dim=-1, dtype=torch.float32)
     factor = factors(size, importance, criteria)
     if size is not None:
@@ -82,7 +82,7 @@ def plan(
         return found
 
     def match(owners: int, rank: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ranks of the best partners' attractions, and who they are; with the sources' ranks, of destinations."""
+        """Ranks of the best attractions, and the best partners; of the destinations if the sources' `rank` is given."""
         best = torch.empty(batch, owners, dtype=torch.float32, device=device)
         into, ranks = (torch.empty(batch, owners, dtype=torch.int32, device=device) for _ in range(2))
         tiles = _tiles(owners, cut.own)
@@ -142,13 +142,13 @@ def plan(
 def pool(
     x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted means of groups, as `portable.pool`.
+    """Weighted means of groups, like `portable.pool`.
 
     Args:
         weight, size: (B, N) float32.
 
     Returns:
-        The means (B, count, C) in the dtype of x, and sums of sizes and of weights, (B, count) float32.
+        The means (B, count, C) in the dtype of x, the sums of sizes and the sums of weights, (B, count) float32.
     """
     from terrazzo.kernels.token_reduction import fused_pool
 
@@ -186,7 +186,7 @@ def pool(
 def pool_backward(
     grad: torch.Tensor, assignment: torch.Tensor, weight: torch.Tensor, total: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of x, given that of the means and the sums of weights."""
+    """The gradient of x, given the gradient of the means and the sums of weights."""
     from terrazzo.kernels.token_reduction import fused_pool
 
     grad, assignment, weight = grad.contiguous(), assignment.contiguous(), weight.contiguous()
@@ -214,7 +214,7 @@ def pool_backward(
 
 
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `portable.column_mean`, in float32; queries and keys are read in place where channels are contiguous."""
+    """Like `portable.column_mean`, in float32; queries and keys are read in place if their channels are contiguous."""
     from terrazzo.kernels.token_reduction import fused_columns
 
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))

@@ -1,4 +1,4 @@
-"""Triton kernels of what each key gets of the attention: the rows' sums first, then the columns', without the matrix.
+"""Triton kernels of the attention that each key receives: sums of rows, then of columns, without the whole matrix.
 
 A program owns some queries, or some keys, of one head; nothing is added up by atomics.
 Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
@@ -14,7 +14,7 @@ _ANY = ["heads", "count", "tiles"]
 
 @triton.jit
 def locate(heads, tiles):
-    """Image, head and tile of a program; tiles of one head share what they go over, so they come first."""
+    """Image, head and tile of a program. Tiles vary fastest, because the tiles of a head read the same tensors."""
     program = tl.program_id(0)
     return (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64), program % tiles
 
@@ -43,7 +43,7 @@ def row_sums(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The logarithm of the sum of exponentials of BLOCK_N queries' rows, (B, H, count)."""
+    """The logarithm of the sum of exponentials in the rows of BLOCK_N queries, (B, H, count)."""
     EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
     image, head, tile = locate(heads, tiles)
     o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,7 +105,7 @@ def column_sums(
         o_n = first + tl.arange(0, BLOCK_N)
         b_real = o_n < count
         b_query = load_rows(p_query, o_n.to(tl.int64) * stride_qn, b_real, HEAD_DIM, BLOCK_D)
-        # Keys in front: in float32 the product would hold all of its second factor in registers over the whole loop.
+        # Keys are the first factor: in float32 a product keeps its whole second factor in registers over the loop.
         b_score = masked_scores(b_key, b_query, b_real, scale, PRECISION, INTERPRETED)
         if HAS_BIAS:
             b_score += b_bias[:, None]

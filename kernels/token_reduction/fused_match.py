@@ -1,8 +1,8 @@
 """Triton kernels of a plan: each token's best partner, ranks by counting, and the map.
 
-A program owns some tokens of one image and goes over all that they are compared with; nothing of the size of all pairs
-is stored. Of equals the lowest index wins: within a tile by the smallest index, between tiles because only a larger
-value replaces one.
+A program owns some tokens of one image and compares them with all others, a tile at a time; no tensor of all pairs is
+stored. Among equals, the lowest index comes first: within a tile the smallest index is taken, and between tiles only a
+larger value replaces the best.
 
 Source: MCTF, arXiv 2403.10030, section 3.2. Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
 """
@@ -18,10 +18,11 @@ _ANY = ["count", "sources", "targets", "protect", "rows", "columns", "forward", 
 
 @triton.jit
 def source_at(o_number, protect, rows, columns, CELLS: tl.constexpr):
-    """Where sources stand in the sequence, as `partition.order` lists them."""
+    """Positions of sources in the sequence, in the order of `partition.order`."""
     if not CELLS:
         return protect + protect % 2 + 2 * o_number
-    # Two rows of the grid have an upper part, beside the destinations, and a lower one. A last odd row is all sources.
+    # In a pair of grid rows, the upper row has sources beside destinations, and the lower row has only sources. A last
+    # odd row has only sources, too.
     upper = columns - columns // 2
     pair = o_number // (upper + columns)
     rest = o_number % (upper + columns)
@@ -34,7 +35,7 @@ def source_at(o_number, protect, rows, columns, CELLS: tl.constexpr):
 
 @triton.jit
 def target_at(o_number, protect, columns, CELLS: tl.constexpr):
-    """Where destinations stand in the sequence."""
+    """Positions of destinations in the sequence."""
     if not CELLS:
         return protect + 1 - protect % 2 + 2 * o_number
     across = columns // 2
@@ -43,7 +44,7 @@ def target_at(o_number, protect, columns, CELLS: tl.constexpr):
 
 @triton.jit
 def load_part(p_base, o_rows, b_real, first, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_D channels of rows from `first` on, zero past the last."""
+    """Load BLOCK_D channels of rows from channel `first` on, zero past the last."""
     o_d = first + tl.arange(0, BLOCK_D)
     return tl.load(
         p_base + o_rows[:, None] * DIM + o_d[None, :], mask=b_real[:, None] & (o_d < DIM)[None, :], other=0.0
@@ -57,7 +58,7 @@ def inverse_norm(p_norm, o_rows, b_real):
 
 @triton.jit
 def similarity(b_cosine, exponent, POWER: tl.constexpr):
-    """((cos + 1) / 2)^exponent; POWER: 0 leaves it out, 1 has no exponent."""
+    """((cos + 1) / 2)^exponent; without the similarity if POWER is 0, without the exponent if POWER is 1."""
     if POWER == 0:
         return tl.full(b_cosine.shape, 1.0, tl.float32)
     b_half = tl.maximum((b_cosine + 1) / 2, 0.0)
@@ -94,10 +95,10 @@ def match(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """BLOCK sources of one image: the best of all destinations, and its attraction.
+    """The best destination of BLOCK sources of one image, and its attraction.
 
-    With BACKWARD BLOCK destinations: the best of the sources that stay, whose rank is at least `forward`. A factor
-    below 0 is that of padding.
+    With BACKWARD, the best source of BLOCK destinations, among the sources that stay (rank at least `forward`). Padding
+    has a factor below 0.
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o_own = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
@@ -144,7 +145,7 @@ def match(
         b_weight = tl.where(b_real[None, :], b_weight, -3.0)
         b_high = tl.max(b_weight, 1)
         b_first = tl.min(tl.where(b_weight == b_high[:, None], o_other[None, :], others), 1)
-        b_better = b_high > b_best  # never of NaN, so an index is always one of a token
+        b_better = b_high > b_best  # false for NaN, so the index is always a token's
         b_into = tl.where(b_better, b_first, b_into)
         b_best = tl.where(b_better, b_high, b_best)
     tl.store(p_best + image * owners + o_own, b_best, mask=b_own)
@@ -153,7 +154,7 @@ def match(
 
 @triton.jit(do_not_specialize=_ANY)
 def ranks(p_score, p_rank, count, tiles, BLOCK: tl.constexpr):
-    """(B, count) to the place of each in descending order: how many come before it."""
+    """(B, count) to each score's place in descending order: the number of scores before it."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o_own = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     p_score += image * count
@@ -187,10 +188,10 @@ def assign(
     CELLS: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """The map of BLOCK tokens of one image, listed as protected ones, sources, destinations.
+    """The map of BLOCK tokens of one image, listed as protected tokens, sources, destinations.
 
-    A source that stays comes behind those that stay in front of it; whoever is merged gets the place of whom it is
-    merged into. `merged` is r, `forward` those of it that are sources.
+    The sources that stay keep their order. A merged token gets the place of the token that it is merged into. `merged`
+    is r, `forward` the number of sources among the merged tokens.
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o_own = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)

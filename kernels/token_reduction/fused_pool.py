@@ -1,6 +1,6 @@
 """Triton kernels of pooling: tokens sorted by group, the groups' weighted means, and the gradient, which is a gather.
 
-A program owns some rows of what it writes: there are no atomics, and sums are in float32 in the order of the tokens.
+A program owns some rows of the output: there are no atomics, and sums are in float32 in the order of the tokens.
 Names: pointers `p_`, blocks `b_`, offsets `o_`. Addresses are 64-bit.
 """
 
@@ -14,16 +14,16 @@ _ANY = ["count", "groups", "tiles"]
 
 @triton.jit
 def share(b_weight, b_total):
-    """Which part of its group's weight a token has; 0 where a group, which is padding, has none."""
+    """A token's part of its group's weight; 0 if the group has no weight (padding)."""
     return b_weight / tl.maximum(b_total, TINY)
 
 
 @triton.jit(do_not_specialize=_ANY)
 def sort(p_map, p_order, p_begin, count, groups, tiles, BLOCK: tl.constexpr):
-    """Tokens by group and, within one, as they were (B, count), and where each group begins (B, groups + 1).
+    """Tokens sorted by group, in their order within a group (B, count), and where each group begins (B, groups + 1).
 
-    Of BLOCK entries, tokens and then groups: each goes behind as many tokens as are of lower groups, a token also
-    behind those of its own that come before it.
+    A program places BLOCK entries, tokens and then group starts. An entry comes after all tokens of lower groups; a
+    token also comes after the earlier tokens of its group.
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o_own = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def pool(
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Weighted means of BLOCK groups of one image, in BLOCK_C channels; their weights and sizes, too."""
+    """Weighted means of BLOCK groups of one image, in BLOCK_C channels, and the groups' weights and sizes."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o_group = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -107,7 +107,7 @@ def spread(
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """To BLOCK tokens of one image their part of their group's gradient, in BLOCK_C channels."""
+    """Give BLOCK tokens of one image their parts of their groups' gradients, in BLOCK_C channels."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o_own = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

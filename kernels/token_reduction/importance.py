@@ -1,4 +1,4 @@
-"""How much attention each token gets, and attention itself, without its matrix in memory."""
+"""The attention that each token receives, and attention itself, without the whole matrix in memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,14 +26,14 @@ def _check_queries(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | 
 def column_mean(
     query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """What each key gets of the attention, on average over heads and queries; it adds up to 1 and has no gradient.
+    """The attention that each key receives, averaged over heads and queries. It adds up to 1 and has no gradient.
 
-    The attention matrix is not kept: a tile of it is held at a time.
+    The attention matrix is not kept: one tile is held at a time.
 
     Args:
         query, key: (B, H, N, D).
         bias: (B, N), added to the logits of keys, or None.
-        backend: as of `plan`.
+        backend: as in `plan`.
 
     Returns:
         (B, N), in float32 at least.
@@ -49,10 +49,10 @@ def column_mean(
 def attention(
     query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """`column_mean`, and the function from values (B, H, N, D) to the attention's output of that shape.
+    """`column_mean`, and a function from values (B, H, N, D) to the attention's output of the same shape.
 
-    For those who choose values by that mean. On a GPU the mean is the kernels', and attention PyTorch's. Elsewhere
-    weights that are few are computed once for both; of more neither keeps more than a tile.
+    Callers can choose values by the mean. On a GPU the fused kernels compute the mean and PyTorch computes attention.
+    Elsewhere a small weight matrix is computed once for both; of a larger one neither keeps more than a tile.
     """
     _check_queries(query, key, bias)
     if op.ATTENTION.choose("auto", query) == "fused":

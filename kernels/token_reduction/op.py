@@ -1,6 +1,6 @@
 """The choice of a form, and the fused forms as PyTorch sees them: opaque custom ops, pooling with a gradient.
 
-The portable form is standard operations, which PyTorch differentiates, compiles and exports by itself.
+The portable form consists of standard operations, which PyTorch differentiates, compiles and exports by itself.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def _describe(metric, r, size, importance, protect, criteria, bidirectional, gri
 
 
 OPERATOR = Operator("token_reduction", ("fused",), _needs, _describe)
-# The mean of attention: the same operator to users, with limits of its own.
+# The mean of attention: to users it is the same operator, but its kernels have other limits.
 ATTENTION = dataclasses.replace(OPERATOR, needs=_attention_needs)
 
 
@@ -74,12 +74,12 @@ def plan(
     grid: tuple[int, int] | None,
     backend: str,
 ) -> torch.Tensor:
-    """The maps (B, N), arguments checked and as in `reference.match`, with a batch axis in front."""
+    """The maps (B, N). Arguments are checked; they are as in `reference.match`, with a batch axis in front."""
     form = OPERATOR.choose(backend, metric)
     if form == "fused" and r > 0:
         return _plan(metric, r, size, importance, protect, criteria, bidirectional, grid or ())
     chosen = reference if form == "reference" else portable
-    metric = metric.to(accumulator(metric))  # the kernels read half precision as it is
+    metric = metric.to(accumulator(metric))  # only the kernels read half precision directly
     return chosen.plan(metric, r, size, importance, protect, criteria, bidirectional, grid)
 
 
@@ -128,7 +128,7 @@ def pool(
     size: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of groups (B, count, C), with x's gradient alone, and their sizes (B, count) in the dtype of `size`."""
+    """Means of groups (B, count, C), and their sizes (B, count) in the dtype of `size`. Only x gets a gradient."""
     form, weight = OPERATOR.choose(backend, x), weight.detach()
     if form == "fused":
         out, found, _ = _pool(x, assignment, count, weight.float(), size.detach().float())
@@ -153,7 +153,7 @@ def _column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | No
 
 
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
-    """What each key gets of the attention (B, N), without a gradient; arguments checked."""
+    """The attention that each key receives (B, N), without a gradient; arguments are checked."""
     form = ATTENTION.choose(backend, query)
     if form == "fused":
         return _column_mean(query.detach(), key.detach(), None if bias is None else bias.detach())

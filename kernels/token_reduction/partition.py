@@ -1,10 +1,10 @@
-"""Which tokens may be merged (sources) and into which (destinations): static index arithmetic, no numbers of images."""
+"""Which tokens may be merged (sources) and into which (destinations): static index arithmetic, equal for all images."""
 
 import torch
 
 
 def sizes(count: int, protect: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """How many of `count` tokens are sources and destinations; arguments as of `is_destination`."""
+    """The numbers of sources and of destinations among `count` tokens; arguments as in `is_destination`."""
     if grid is None:
         destinations = (count + protect % 2) // 2
     else:
@@ -15,11 +15,11 @@ def sizes(count: int, protect: int, grid: tuple[int, int] | None) -> tuple[int, 
 def is_destination(
     count: int, protect: int, grid: tuple[int, int] | None, device: torch.device | None = None
 ) -> torch.Tensor:
-    """(count,), of the tokens behind the protected ones.
+    """Whether each of the `count` tokens behind the protected tokens is a destination, (count,).
 
-    Without a grid ("even_odd") destinations are the odd positions of the whole sequence, so the class token in front
-    counts as even. With one ("cell2x2") they are the upper left of each 2x2 cell of the raster; a last odd row or
-    column has none.
+    Without a grid ("even_odd"), destinations are the odd positions of the whole sequence, so the class token in front
+    counts as even. With a grid ("cell2x2"), destinations are the upper left tokens of the raster's 2x2 cells; a last
+    odd row or column has no destinations.
     """
     position = torch.arange(count, device=device)
     if grid is None:
@@ -32,7 +32,7 @@ def is_destination(
 def order(
     count: int, protect: int, grid: tuple[int, int] | None, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the sources, then of the destinations, both rising; and where each token stands in that order."""
+    """Indices of the sources, then of the destinations, both ascending, and the place of each token in this order."""
     target = is_destination(count, protect, grid, device)
     sources, _ = sizes(count, protect, grid)
     place = torch.where(target, sources + target.long().cumsum(0) - 1, (~target).long().cumsum(0) - 1)

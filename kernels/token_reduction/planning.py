@@ -1,4 +1,4 @@
-"""Which tokens of an image become one: the public side of plans."""
+"""Plans: which tokens of an image are merged. The public functions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from terrazzo.kernels.token_reduction.partition import sizes
 
 
 class Plan(NamedTuple):
-    """Which reduced token stands for each: `map` (B, N) int64, onto [0, M)."""
+    """Which reduced token stands for each token: `map` (B, N) int64, onto [0, M)."""
 
     map: torch.Tensor
     M: int
@@ -33,7 +33,7 @@ def limit(
         return 0
     if not bidirectional:
         return sources
-    # Of r, half go forward, and one source at least must be left for the other half to go back to.
+    # Half of r go forward, and at least one source must be left to receive the other half.
     return min(2 * sources - 1, 2 * destinations)
 
 
@@ -92,28 +92,30 @@ def plan(
     grid: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Plan:
-    """Choose r tokens of each image and the token that each is merged into.
+    """Choose r tokens of each image, and the token into which each of them is merged.
 
     Tokens are sources or destinations. Source i and destination j attract each other by
 
         ((cos(x_i, x_j) + 1) / 2)^(1/tau_sim) (1 / a_i a_j)^(1/tau_info) (1 / s_i s_j)^(1/tau_size)
 
-    with importance a and size s. The r sources with the strongest best destination are merged into it; two-way, half of
-    r go so, and the others are destinations that are merged, with all that they hold, into the best of the sources
-    left. Of equals the lowest index comes first. Afterwards come the protected tokens, the sources that stay, in order,
-    and the destinations that stay: in order, or two-way with the strongest attraction first. With r = 0 nothing moves.
+    with importance a and size s. Every source has a best destination; the r sources with the strongest attractions are
+    merged into theirs. Two-way, only half of r are sources. The other half are destinations, which are merged, together
+    with the tokens that they hold, into the best remaining source. Among equals, the lowest index comes first.
+
+    The result has the protected tokens first, then the remaining sources in order, then the remaining destinations: in
+    order, or two-way with the strongest attraction first. With r = 0 nothing moves.
 
     Args:
-        metric: (B, N, D), by whose cosine tokens are compared.
-        r: how many are merged, of each image, or of each window.
+        metric: (B, N, D), the features whose cosine similarity is compared.
+        r: the number of merged tokens of each image, or of each window.
         size: (B, N), patches that each token stands for; None for 1 each. A token of size 0 is padding: it attracts
             nothing.
         importance: (B, N), larger than 0; None leaves the factor out.
-        partition: "even_odd": sources are the even positions of the sequence, destinations the odd ones; "cell2x2":
-            destinations are the upper left tokens of the grid's 2x2 cells, sources all others.
-        protect: tokens in front that stay as they are, in their places.
+        partition: "even_odd": sources are the even positions of the sequence, destinations the odd positions.
+            "cell2x2": destinations are the upper left tokens of the grid's 2x2 cells, sources all other tokens.
+        protect: tokens in front that stay unchanged, in their places.
         criteria: tau_sim, tau_info, tau_size; 0 leaves a factor out.
-        window: merge within windows of so many tokens square; they come one after another afterwards.
+        window: merge within square windows of this side; the result lists the windows one after another.
         grid: rows and columns of the unprotected tokens, for "cell2x2" and windows.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
 
@@ -156,7 +158,7 @@ def _fold(x: torch.Tensor, grid: tuple[int, int], window: int) -> torch.Tensor:
 
 
 def _unfold(found: torch.Tensor, batch: int, grid: tuple[int, int], window: int, r: int, protect: int) -> Plan:
-    """The map of the whole grid, from those of its windows (B windows, window^2)."""
+    """The map of the whole grid, from the maps of its windows (B windows, window^2)."""
     rows, columns = grid[0] // window, grid[1] // window
     kept = window * window - r
     found = found.unflatten(0, (batch, rows * columns))

@@ -1,7 +1,7 @@
-"""Token reduction in standard operations on static shapes: what any device runs and what exported graphs hold.
+"""Token reduction in standard operations on static shapes, for all devices and for exported graphs.
 
-The number of merged tokens is a Python number, so every shape is known from the input's. Exported, ranks are
-comparisons and sums, and pooling is a product with a one-hot matrix: there is no sort and no scatter that reduces.
+The number of merged tokens is a Python number, so every shape follows from the input's. In exports, ranks are
+comparisons and sums, and pooling is a product with a one-hot matrix: there is no sort and no scatter with a reduction.
 """
 
 import math
@@ -16,14 +16,14 @@ from terrazzo.kernels.dispatch.dtypes import accumulator
 from terrazzo.kernels.dispatch.exporting import is_exporting
 from terrazzo.kernels.token_reduction.partition import order, sizes
 
-# Attention weights of a call that are held, and so computed once; of more, a tile at a time: on a CPU as many as the
-# caches hold (README.md).
+# The most attention weights of a call that are held at once, and so computed once. A larger call computes a tile of
+# weights at a time: on a CPU as many as the caches hold (README.md).
 _WHOLE = 1 << 24
 _TILE = 1 << 19
 
 
 def rank(score: torch.Tensor) -> torch.Tensor:
-    """(B, N) to the place of each in descending order, from 0; of equals the first comes first."""
+    """(B, N) to each score's place in descending order, from 0. Among equals, the lowest index comes first."""
     if not is_exporting():
         return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     position = torch.arange(score.shape[-1], device=score.device)
@@ -33,12 +33,12 @@ def rank(score: torch.Tensor) -> torch.Tensor:
 
 
 def running(flags: torch.Tensor) -> torch.Tensor:
-    """How many are set up to and with each: (B, N) to int64. In float32, since TensorRT sums no integers."""
+    """The running count of set flags, (B, N) to int64. Computed in float32, since TensorRT cannot sum integers."""
     return flags.float().cumsum(1).long()
 
 
 def _factor(values: torch.Tensor, tau: float) -> torch.Tensor:
-    """(1 / values)^(1 / tau), the largest of each image 1; 0 of padding, whose value is 0."""
+    """(1 / values)^(1 / tau), scaled so that the largest of each image is 1; 0 for padding (value 0)."""
     inverse = torch.where(values > 0, 1 / values, 0)
     return (inverse / inverse.amax(-1, keepdim=True)) ** (1 / tau)
 
@@ -46,7 +46,7 @@ def _factor(values: torch.Tensor, tau: float) -> torch.Tensor:
 def factors(
     size: torch.Tensor | None, importance: torch.Tensor | None, criteria: Sequence[float]
 ) -> torch.Tensor | None:
-    """What each token's importance and size (B, N) make of its attractions; None where neither counts."""
+    """The factor of each token's attractions by its importance and size, (B, N); None if neither counts."""
     found = None
     for values, tau in ((importance, criteria[1]), (size, criteria[2])):
         if values is not None and tau != 0:
@@ -71,7 +71,7 @@ def _attraction(metric: torch.Tensor, factor: torch.Tensor | None, tau: float, s
 
 
 def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) -> torch.Tensor:
-    """Maps of all images (B, N); arguments as of `reference.match`, with a batch axis in front."""
+    """Maps of all images (B, N); arguments as in `reference.match`, with a batch axis in front."""
     batch, count = metric.shape[:2]
     if r == 0:
         return torch.arange(count, device=metric.device).expand(batch, -1)
@@ -91,7 +91,7 @@ def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) ->
     merged = rank(best) < forward
     staying = protect - 1 + running(~merged)  # new place of each source that stays
     if bidirectional:
-        # Sources that are gone are no destinations; attractions are at least -1.
+        # Merged sources receive nothing: -2 is below all attractions, which are at least -1.
         best, back = torch.where(merged.unsqueeze(2), -2, weight).max(1)
         ranks = rank(best)
         behind = protect + sources - r + ranks  # protect + (sources - forward) + (rank - (r - forward))
@@ -107,7 +107,7 @@ def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) ->
 
 
 def add_up(x: torch.Tensor, assignment: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums over the groups: (B, N) or (B, N, C) to (B, count) or (B, count, C)."""
+    """Sum over groups: (B, N) or (B, N, C) to (B, count) or (B, count, C)."""
     if is_exporting():
         groups = torch.arange(count, device=x.device)
         onehot = (assignment.unsqueeze(1) == groups[:, None]).to(x.dtype)  # B M N
@@ -119,7 +119,7 @@ def add_up(x: torch.Tensor, assignment: torch.Tensor, count: int) -> torch.Tenso
 
 
 def pool(x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor) -> torch.Tensor:
-    """As `reference.pool`; half precision is summed in float32."""
+    """Like `reference.pool`; half precision is summed in float32."""
     dtype = accumulator(x)
     weight = weight.to(dtype)
     total = add_up(weight, assignment, count).gather(1, assignment)
@@ -136,14 +136,14 @@ def _scores(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def is_whole(query: torch.Tensor) -> bool:
-    """Whether the weights of (B, H, N, D) are few enough to be held at once; in an exported graph they always are."""
+    """Whether the weights of (B, H, N, D) are computed at once: if they are few, and always in exports."""
     batch, heads, count = query.shape[:3]
     return is_exporting() or batch * heads * count * count <= _WHOLE
 
 
 @torch.no_grad()
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `reference.column_mean`, a tile of weights at a time: some images, or some queries of all heads of one."""
+    """Like `reference.column_mean`, a tile of weights at a time: some images, or some queries of one image."""
     batch, heads, count = query.shape[:3]
     if is_whole(query):
         return _scores(query, key, bias).mean((1, 2))
@@ -171,7 +171,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, va
 def attention(
     query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """What each key gets on average, and the function from values to the attention's output."""
+    """The attention that each key receives on average, and a function from values to the attention's output."""
     if is_whole(query):
         weights = _scores(query, key, bias)
         return weights.detach().mean((1, 2)), partial(_attend_whole, weights)

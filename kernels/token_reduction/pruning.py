@@ -1,4 +1,4 @@
-"""Tokens that are dropped by a score: a fixed number of them, or all below a threshold."""
+"""Pruning: tokens are dropped by a score, a fixed number of them or all that do not exceed a threshold."""
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,16 @@ def prune(
     threshold: torch.Tensor | float | None = None,
     protect: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keep the protected tokens in front and, in order, k others, or those whose score is larger than a threshold.
+    """Keep the protected tokens in front and, in order, the k best others, or all others scored above a threshold.
 
     Args:
-        x: (B, N, C); with a threshold B is 1, since images keep unlike numbers: see `prune_packed`.
-        score: (B, N); of equals the first is kept. Those of protected tokens are not read.
-        k: kept tokens beside the protected ones.
+        x: (B, N, C). With a threshold B must be 1, because images keep different numbers of tokens: see `prune_packed`.
+        score: (B, N). Among equals, the lowest index comes first. Scores of protected tokens are not read.
+        k: the number of kept tokens in addition to the protected tokens.
+        threshold: the score that unprotected tokens must exceed.
 
     Returns:
-        Tokens (B, protect + k, C), the map (B, N), -1 where a token is parked, and the indices of those, (B, N - ...).
+        Tokens (B, protect + k, C), the map (B, N) with -1 for parked tokens, and the indices of the parked tokens.
 
     Raises:
         InputError: Not one of `k` and `threshold`, a batch with a threshold, or a number out of range.
@@ -37,7 +38,9 @@ def prune(
     if threshold is not None:
         arguments.check_threshold(threshold)
         if batch != 1:
-            raise InputError(f"images keep unlike numbers of tokens by a threshold, got a batch of {batch}: pack them")
+            raise InputError(
+                f"with a threshold, images keep different numbers of tokens, got a batch of {batch}: pack them"
+            )
     position = torch.arange(count, device=x.device)
     front = position < protect
     if k is not None:
@@ -52,7 +55,7 @@ def prune(
         kept = int(keep.sum())
         parked = count - kept
     place = torch.where(keep, keep.long().cumsum(1) - 1, -1)
-    # Kept ones first, in order: a permutation, whatever the image.
+    # Kept tokens first, in order. This is a permutation of the tokens of each image.
     order = torch.where(keep, place, kept + (~keep).long().cumsum(1) - 1).argsort(1)
     index, rest = order.split([kept, parked], 1)
     return unmerge(x, index), place, rest
@@ -63,7 +66,7 @@ def _check_scores(x: torch.Tensor, score: torch.Tensor, axes: int) -> None:
     arguments.check_tensors({"x": x, "score": score})
     if x.dim() != axes or score.shape != x.shape[:-1]:
         raise InputError(
-            f"x must be {'(B, N, C)' if axes == 3 else '(T, C)'} and score that without channels, "
+            f"x must be {'(B, N, C)' if axes == 3 else '(T, C)'} and score the same without channels, "
             f"got {tuple(x.shape)} and {tuple(score.shape)}"
         )
 
@@ -71,11 +74,12 @@ def _check_scores(x: torch.Tensor, score: torch.Tensor, axes: int) -> None:
 def prune_packed(
     x: torch.Tensor, score: torch.Tensor, threshold: torch.Tensor | float, cu_seqlens: torch.Tensor, protect: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each image keep the protected tokens in front and those whose score is larger than the threshold, in order.
+    """Keep each image's protected tokens in front and its tokens with a score above the threshold, in order.
 
     Args:
         x: (sum of T, C), the tokens of all images one after another.
-        score: (sum of T,). Those of protected tokens are not read.
+        score: (sum of T,). Scores of protected tokens are not read.
+        threshold: the score that unprotected tokens must exceed.
         cu_seqlens: (B + 1,) int32, where each image begins.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Token reduction by its definition: one image and one token after another, in any floating dtype. Wins every argument.
+"""Token reduction by its definition: one image and token after another, in any floating dtype. It is authoritative.
 
 Source: MCTF, arXiv 2403.10030, section 3; ToMe, arXiv 2210.09461, section 3.
 """
@@ -11,7 +11,7 @@ from terrazzo.kernels.token_reduction.partition import is_destination
 
 
 def _attraction(metric: torch.Tensor, size, importance, criteria, i: int, j: int) -> float:
-    """How strongly tokens i and j of one image attract each other: at least 0, or -1 where one is padding."""
+    """How strongly tokens i and j of one image attract each other: at least 0, or -1 if i or j is padding."""
     if size is not None and (size[i] == 0 or size[j] == 0):
         return -1.0
     cosine = torch.nn.functional.cosine_similarity(metric[i], metric[j], 0, eps=1e-24).item()
@@ -27,7 +27,7 @@ def _attraction(metric: torch.Tensor, size, importance, criteria, i: int, j: int
 
 
 def _best(scores: dict[int, float]) -> tuple[int, float]:
-    """The key with the largest value, the lowest of several."""
+    """The key with the largest value (the lowest key among equals), and the value."""
     key = max(sorted(scores), key=scores.get)
     return key, scores[key]
 
@@ -44,7 +44,7 @@ def match(
 ) -> torch.Tensor:
     """The map of one image: (N,) in [0, N - r).
 
-    Args: `metric` (N, D), `size` and `importance` (N,); the rest as of `terrazzo.kernels.token_reduction.plan`, with a
+    Args: `metric` (N, D), `size` and `importance` (N,); the rest as in `terrazzo.kernels.token_reduction.plan`, with a
     grid for the partition "cell2x2" and None for "even_odd".
     """
     count = metric.shape[0]
@@ -96,7 +96,7 @@ def plan(metric, r, size, importance, protect, criteria, bidirectional, grid) ->
 def pool(x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor) -> torch.Tensor:
     """Weighted means of the tokens (B, N, C) of each group: diag(P w)^-1 P diag(w) x, (B, count, C).
 
-    A group without weight, which is padding, is 0.
+    A group without weight is padding; its mean is 0.
     """
     groups = torch.arange(count, device=x.device)
     onehot = (assignment.unsqueeze(1) == groups[:, None]).to(x.dtype)  # B M N
@@ -106,7 +106,7 @@ def pool(x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Te
 
 
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Mean over heads and queries of the attention that each key gets: (B, H, N, D) twice to (B, N)."""
+    """Mean over heads and queries of the attention that each key receives: query and key (B, H, N, D) to (B, N)."""
     score = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if bias is not None:
         score = score + bias[:, None, None]

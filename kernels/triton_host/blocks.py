@@ -1,4 +1,4 @@
-"""What fused forms that read queries and keys block by block share before they import triton."""
+"""Block sizes that the fused forms of attention share; importing this file does not import triton."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ HEAD_DIM = Limit(0, 128, "needs a head_dim of at most 128")
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel is cut: queries and keys at a time, and how it is compiled."""
+    """How a kernel is cut into blocks and compiled: queries and keys per block, warps, pipeline stages."""
 
     queries: int
     keys: int
@@ -19,7 +19,7 @@ class Blocks:
     stages: int
 
     def constants(self, kernel, head_dim: int, dtype: torch.dtype) -> dict[str, object]:
-        """What a kernel is compiled for."""
+        """The constants that a kernel is compiled with."""
         return dict(
             HEAD_DIM=head_dim,
             BLOCK_D=block_of(head_dim),

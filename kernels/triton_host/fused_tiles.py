@@ -1,4 +1,4 @@
-"""What the Triton kernels of all operators share: products, softmax and rows of vectors. Imported at first use only.
+"""Building blocks of all Triton kernels: products, softmax and rows of vectors. Imported at first use only.
 
 Names: pointers `p_`, blocks `b_`, offsets `o_`.
 """
@@ -12,7 +12,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def product(b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """b_sum + b_left @ b_right in float32."""
-    if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of bfloat16
+    if INTERPRETED:  # Triton's interpreter would multiply the bit patterns of bfloat16
         b_left = b_left.to(tl.float32)
         b_right = b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
@@ -20,19 +20,19 @@ def product(b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.con
 
 @triton.jit
 def exponential(b_score, b_row, EXACT: tl.constexpr):
-    """exp(b_score - b_row): one multiply-add for half precision; for float32 the difference first, which is exact."""
+    """exp(b_score - b_row). EXACT (float32) subtracts first; half precision uses one multiply-add."""
     if EXACT:
         return tl.exp2((b_score - b_row) * LOG2_E)
     return tl.exp2(b_score * LOG2_E - b_row * LOG2_E)
 
 
-# A finite start of a running maximum: a row whose first keys are all masked never computes -inf minus -inf.
+# A finite start of a running maximum, so that a row that begins with masked keys never computes -inf minus -inf.
 LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit
 def softmax_step(b_score, b_max, b_sum, EXACT: tl.constexpr):
-    """Some more keys of a running softmax: their weights, what earlier sums decay by, the new maximum and sum."""
+    """Add a block of keys to a running softmax: their weights, the decay of earlier sums, the new maximum and sum."""
     b_new = tl.maximum(b_max, tl.max(b_score, 1))
     b_weight = exponential(b_score, b_new[:, None], EXACT)
     b_decay = tl.exp2((b_max - b_new) * LOG2_E)
@@ -41,7 +41,7 @@ def softmax_step(b_score, b_max, b_sum, EXACT: tl.constexpr):
 
 @triton.jit
 def masked_scores(b_own, b_other, b_real, scale, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """(own, other): scaled products of queries and keys, or of keys and queries, -inf where the other is not real."""
+    """(own, other): scaled products of queries and keys, or of keys and queries; -inf where `other` is not real."""
     b_zero = tl.zeros([b_own.shape[0], b_other.shape[0]], tl.float32)
     b_score = product(b_own, tl.trans(b_other), b_zero, PRECISION, INTERPRETED) * scale
     return tl.where(b_real[None, :], b_score, float("-inf"))
@@ -49,7 +49,7 @@ def masked_scores(b_own, b_other, b_real, scale, PRECISION: tl.constexpr, INTERP
 
 @triton.jit
 def load_rows(p_base, o_rows, b_real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(len(o_rows), BLOCK_D), zero where a row is not real and past head_dim."""
+    """Load rows as (len(o_rows), BLOCK_D); zero where a row is not real, and past head_dim."""
     o_d = tl.arange(0, BLOCK_D)
     if HEAD_DIM == BLOCK_D:
         return tl.load(p_base + o_rows[:, None] + o_d[None, :], mask=b_real[:, None], other=0.0)

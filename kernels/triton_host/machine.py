@@ -1,4 +1,4 @@
-"""What every fused form asks of the machine before it imports triton: can it run here, and how are products rounded."""
+"""What a fused form asks the machine before it imports triton: whether it can run, and how products are rounded."""
 
 import contextlib
 import functools
@@ -14,14 +14,14 @@ _CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Limit:
-    """Sizes that an operator's kernels can hold, both ends included, and the words that refuse others."""
+    """The range of sizes that an operator's kernels can take, both ends included, and the refusal of other sizes."""
 
     least: int
     most: int
     words: str
 
     def misfit(self, *sizes: int) -> str | None:
-        """None where all sizes fit, else the words. Sizes may be symbolic."""
+        """None if all sizes fit, else the refusal. Sizes may be symbolic."""
         for size in sizes:
             if size < self.least or size > self.most:
                 return self.words
@@ -34,7 +34,7 @@ def interpreting() -> bool:
 
 
 def interpreted(kernel) -> bool:
-    """Whether a kernel was defined while `interpreting`: Triton decides that once, at its import."""
+    """Whether a kernel was defined while `interpreting`: Triton decides this once, when it is imported."""
     return not hasattr(kernel, "cache_key")
 
 
@@ -49,7 +49,7 @@ def has_triton() -> bool:
 
 @functools.lru_cache(maxsize=64)
 def device_refusal(device: torch.device) -> str | None:
-    """Why no kernel can run on a CUDA device, or None where it can."""
+    """Why kernels cannot run on a CUDA device, or None if they can."""
     if not torch.cuda.is_available():
         return "needs a CUDA device, and this machine has none"
     if not is_amd() and torch.cuda.get_device_capability(device) < _CAPABILITY:
@@ -59,10 +59,10 @@ def device_refusal(device: torch.device) -> str | None:
 
 
 def refusal(device: torch.device, dtype: torch.dtype, misfit: str | None = None) -> str | None:
-    """Why the fused form of an operator cannot run on such tensors, or None where it can.
+    """Why the fused form of an operator cannot run on tensors of this device and dtype, or None if it can.
 
     Args:
-        misfit: why the operator's own kernels do not take the call's sizes, None where they do.
+        misfit: why the operator's own kernels do not take the call's sizes; None if they do.
     """
     if device.type != "cuda" and not interpreting():
         return f"needs a CUDA device, the tensors are on {device.type}"
@@ -78,7 +78,7 @@ def refusal(device: torch.device, dtype: torch.dtype, misfit: str | None = None)
 def refusals(
     device: torch.device, dtype: torch.dtype, misfit: str | None = None
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Why a backend cannot run on such tensors, and why "auto" passes over one that can; see `backend.consider`."""
+    """Why backends cannot run on these tensors, and why "auto" skips a backend that can; see `backend.consider`."""
     reason = refusal(device, dtype, misfit)
     discouraged = {}
     if interpreting():
@@ -87,17 +87,17 @@ def refusals(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products are exact to float32 unless the user allowed TF32 for matrix products."""
+    """Triton's input precision: float32 products are IEEE unless the user allowed TF32 for matrix products."""
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed and dtype == torch.float32 else "ieee"
 
 
 def block_of(size: int) -> int:
-    """The power of two that holds `size`, at least 16 as matrix units want it."""
+    """The power of two that holds `size`, at least 16, the smallest block of a matrix unit."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """What a launch stands in: kernels go to the current device, which need not be that of their tensors."""
+    """The context of a launch: kernels run on the current device, which may differ from the device of their tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

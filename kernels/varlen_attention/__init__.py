@@ -1,4 +1,4 @@
-"""Attention within each of many sequences of unlike lengths that lie one after another in memory."""
+"""Attention within sequences of different lengths that are packed one after another (varlen attention)."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def _check_lengths(cu_seqlens: torch.Tensor, query: torch.Tensor, max_seqlen: in
         raise InputError(
             f"cu_seqlens must be (B + 1,) whole numbers, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         )
-    # Those on a GPU are taken as they are: to look at them would be to wait for it.
+    # On a GPU they are not checked, since reading them would synchronize.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         found = cu_seqlens.tolist()
         if found[0] != 0 or found[-1] != len(query) or found != sorted(found):
@@ -53,17 +53,16 @@ def varlen_attention(
     max_seqlen: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention of every token to those of its own sequence; the scale is 1 / sqrt(head_dim).
+    """Attention of every token to the tokens of its sequence; the scale is 1 / sqrt(head_dim).
 
     Args:
         query, key, value: (sum of lengths, heads, head_dim), any strides.
-        cu_seqlens: (B + 1,) int32 or int64, where each sequence begins, and the sum of lengths. On a GPU
-            they are not checked.
-        max_seqlen: the length of the longest sequence, or more, where the host knows it; None asks the device.
+        cu_seqlens: (B + 1,) int32 or int64, where each sequence begins, and the sum of lengths. Not checked on a GPU.
+        max_seqlen: an upper bound of the sequence lengths, if the host knows one; None reads it from the device.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
 
     Returns:
-        (sum of lengths, heads, head_dim): what each sequence gives alone.
+        (sum of lengths, heads, head_dim), equal to the attention of each sequence alone.
 
     Raises:
         InputError: A shape, dtype or offset that the definition does not allow.
@@ -75,26 +74,26 @@ def varlen_attention(
 
 
 def first_weights(query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """What the first token of each sequence gives each of its tokens, by head: (sum of lengths, heads).
+    """Attention weights of each sequence's first token to all tokens of the sequence: (sum of lengths, heads).
 
-    That is a row of each matrix of weights, a softmax over the tokens of a sequence, in float32 at least. Standard
-    operations on any device, without a loop over sequences.
+    The result is the first row of each weight matrix, a softmax over the tokens of a sequence, in float32 at least. It
+    is computed by standard operations on any device, without a loop over sequences.
 
-    Args: as of `varlen_attention`.
+    Args: as in `varlen_attention`.
     """
     _check(query, key, key, cu_seqlens)
     lengths = cu_seqlens.diff().long()
-    # Which sequence a token is of; the number of tokens is known, so nobody waits for a GPU.
+    # The sequence of each token. The number of tokens is given, so the host does not wait for a GPU.
     of = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths, output_size=len(query))
     if not torch.compiler.is_compiling() and not len(query):  # the sequences have no first token
         return (query * key).sum(-1, dtype=torch.promote_types(query.dtype, torch.float32))
     first = query[cu_seqlens[:-1].long().clamp(max=len(query) - 1)] * query.shape[-1] ** -0.5
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = (first[of].to(dtype) * key.to(dtype)).sum(-1)
-    # Unsafe is without a look at the lengths, for which the host would wait.
+    # unsafe=True skips a check of the lengths, for which the host would wait.
     highest = torch.segment_reduce(logits.detach(), "max", lengths=lengths, unsafe=True)
     part = (logits - highest[of]).exp()
-    # The sum of segments has no derivative but one gradient; the other one has all, and on a GPU no fixed order.
+    # segment_reduce has only one gradient. index_add has all derivatives, but on a GPU no fixed order of summation.
     if query.device.type == "cpu" or opaque.needs_more():
         return part / part.new_zeros(len(lengths), part.shape[1]).index_add(0, of, part)[of]
     return part / torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True)[of]

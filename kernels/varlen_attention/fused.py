@@ -1,8 +1,8 @@
-"""Attention within sequences in Triton: what can run, how a call is cut into blocks, and the launches.
+"""Attention within sequences in Triton: which calls can run, how a call is cut into blocks, and the launches.
 
 The kernels are in fused_kernels.py, which imports triton; this file does so at the first launch. Every launch is
-decided by shapes and types alone, and nothing is added up by atomics, so the same call gives the same bits. How long
-sequences are only the device knows.
+decided by shapes and types alone, and nothing is added up by atomics, so the same call gives the same bits. Only the
+device knows the lengths of the sequences.
 """
 
 import math
@@ -56,7 +56,7 @@ class _Call:
 
 
 def _call(query, key, value, cu_seqlens, max_seqlen: int) -> _Call:
-    """Vectors are read in place where they are contiguous."""
+    """Prepare a call; tensors whose vectors are not contiguous are copied."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     return _Call(query, key, value, cu_seqlens.contiguous(), max_seqlen)
 
@@ -64,7 +64,7 @@ def _call(query, key, value, cu_seqlens, max_seqlen: int) -> _Call:
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as of `terrazzo.kernels.varlen_attention`.
+    """Attention within sequences; arguments as in `terrazzo.kernels.varlen_attention`.
 
     Returns:
         out: (tokens, heads, D), contiguous.
@@ -93,7 +93,7 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `forward` with respect to query, key and value, given what it returned. Deterministic."""
+    """Gradients of `forward` with respect to query, key and value, given its outputs. Deterministic."""
     from terrazzo.kernels.varlen_attention import fused_kernels
 
     call = _call(query, key, value, cu_seqlens, max_seqlen)

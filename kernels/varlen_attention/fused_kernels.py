@@ -1,8 +1,8 @@
 """Triton kernels of attention within sequences: a program owns some tokens of one sequence and head.
 
-As many programs are started as the longest sequence needs; those behind the end of a shorter one do nothing.
+The longest sequence decides the number of programs; programs past the end of a shorter sequence do nothing.
 
-Source: FlashAttention-2, arXiv 2307.08691, for the running softmax and for weights computed again in the backward pass.
+Source: FlashAttention-2, arXiv 2307.08691, for the running softmax and for weights recomputed in the backward pass.
 Names: pointers `p_`, blocks `b_`, offsets `o_`; N counts queries, L keys. Addresses are 64-bit.
 """
 
@@ -25,7 +25,7 @@ _ANY = ["heads", "tiles"]
 
 @triton.jit
 def locate(p_offsets, heads, tiles):
-    """Where a program's sequence begins and ends, its head, and its tile; tiles of one head come first."""
+    """Where a program's sequence begins and ends, its head, and its tile; tiles vary fastest."""
     program = tl.program_id(0)
     sequence = program // tiles // heads
     begin = tl.load(p_offsets + sequence)
@@ -35,13 +35,13 @@ def locate(p_offsets, heads, tiles):
 
 @triton.jit
 def rows(p_base, head, o_rows, b_real, stride_n, stride_h, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vectors of one head."""
+    """Load vectors of one head."""
     return load_rows(p_base + head * stride_h, o_rows.to(tl.int64) * stride_n, b_real, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def packed(o_rows, head, heads, HEAD_DIM: tl.constexpr):
-    """Where vectors are in contiguous (tokens, heads, HEAD_DIM)."""
+    """Offsets of vectors in a contiguous (tokens, heads, HEAD_DIM)."""
     return (o_rows.to(tl.int64) * heads + head) * HEAD_DIM
 
 
@@ -118,7 +118,7 @@ def backward_queries(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The gradient of BLOCK_N queries, and each row's `delta`, what its weights' gradients are on average."""
+    """The gradient of BLOCK_N queries, and each row's `delta`, the weighted mean of its weights' gradients."""
     EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
     begin, end, head, tile = locate(p_offsets, heads, tiles)
     if begin + tile * BLOCK_N < end:
@@ -191,7 +191,7 @@ def backward_keys(
             o_row = packed(o_n, head, heads, 1)
             b_delta = tl.load(p_delta + o_row, mask=b_real, other=0.0)
             b_lse = tl.load(p_lse + o_row, mask=b_real, other=0.0)
-            # Keys in front: in float32 a product would hold all of its second factor in registers over the whole loop.
+            # Keys are the first factor: in float32 a product keeps its whole second factor in registers over the loop.
             b_score = masked_scores(b_key, b_query, b_real, scale, PRECISION, INTERPRETED)
             b_weight = exponential(b_score, b_lse[None, :], EXACT)
             b_grad_value = product(b_weight.to(b_grad.dtype), b_grad, b_grad_value, PRECISION, INTERPRETED)

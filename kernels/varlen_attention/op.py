@@ -1,6 +1,6 @@
-"""The choice of a form, and the fused one as PyTorch sees it: one opaque custom op with a gradient and a FLOP formula.
+"""The choice of a form, and the fused form as PyTorch sees it: an opaque custom op with a gradient and a FLOP formula.
 
-The portable form is standard operations, which PyTorch differentiates by itself.
+The portable form consists of standard operations, which PyTorch differentiates by itself.
 """
 
 import torch
@@ -28,7 +28,7 @@ def _fake(query, key, value, cu_seqlens, max_seqlen):
 
 
 def _flops(query, key, value, cu_seqlens, max_seqlen, *args, **kwargs) -> int:
-    """Scores and their product with values, as if every sequence were the longest; softmax is not counted."""
+    """Scores and their product with values, as if all sequences had length `max_seqlen`; softmax is not counted."""
     tokens, heads, width = query
     return 4 * tokens * max_seqlen * heads * width
 
@@ -80,7 +80,7 @@ opaque.register_gradient(_forward, _autograd, _setup_context)
 
 
 def run(query, key, value, cu_seqlens: torch.Tensor, max_seqlen: int | None, backend: str) -> torch.Tensor:
-    """Attention within sequences, arguments checked."""
+    """Run attention within sequences; arguments are checked."""
     form = OPERATOR.choose(backend, query)
     if form == "fused":
         if max_seqlen is None:

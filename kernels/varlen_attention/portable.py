@@ -1,4 +1,4 @@
-"""Attention within sequences in standard operations: those of one length at a time, by PyTorch's attention."""
+"""Attention within sequences in standard operations: all sequences of one length at a time, by PyTorch's attention."""
 
 import torch
 
@@ -6,7 +6,7 @@ from terrazzo.kernels.dispatch import opaque
 
 
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Arguments as in `terrazzo.kernels.varlen_attention`; the host asks for the lengths."""
+    """Attention within sequences; arguments as in `terrazzo.kernels.varlen_attention`. The host reads the lengths."""
     lengths = cu_seqlens.diff().tolist()
     parts = [x.split(lengths) for x in (query, key, value)]
     found = list(parts[0])

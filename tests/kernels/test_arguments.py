@@ -121,7 +121,7 @@ class TestReduction:
             ({"criteria": (1.0, math.nan, 1.0)}, "criteria must be a finite number, got nan"),
             ({"criteria": ("a", 1.0, 1.0)}, "criteria must be a number, got 'a'"),
             ({"size": [1] * 9}, "size must be a tensor, got list"),
-            ({"importance": torch.ones(3, 9, device="meta")}, "importance must be where metric is, on cpu"),
+            ({"importance": torch.ones(3, 9, device="meta")}, "importance must be on the same device as metric, cpu"),
         ],
     )
     def test_plans(self, change, message):

@@ -402,11 +402,15 @@ class TestErrors:
             ((9, 9, 4), {"kernel_size": 3}, "query must be"),
             ((1, 9, 9, 2, 4), {"kernel_size": 3, "rpb": torch.zeros(2, 5, 4)}, r"\(2, 5, 5\), got \(2, 5, 4\)"),
             ((1, 9, 9, 2, 4), {"kernel_size": 3, "rpb": torch.zeros(2, 5, 5, dtype=torch.long)}, "floating"),
-            ((1, 2, 9, 9, 4), {"kernel_size": 3}, r"versions of NATTEN, pass x.permute\(0, 2, 3, 1, 4\) of each"),
+            (
+                (1, 2, 9, 9, 4),
+                {"kernel_size": 3},
+                r"versions of NATTEN, pass x.permute\(0, 2, 3, 1, 4\) for each tensor",
+            ),
             ((1, 2, 9, 4), {"kernel_size": 3}, r"axis 0 has 2 .* pass x.permute\(0, 2, 1, 3\)"),
             ((1, 3, 9, 9, 4), {"kernel_size": 3, "rpb": torch.zeros(3, 5, 5)}, r"got \(3, 5, 5\); if axis 1 holds"),
             ((1, 9, 9, 2, 4), {"kernel_size": 3, "scale": float("nan")}, "scale must be a finite number, got nan"),
-            ((1, 9, 9, 2, 4), {"kernel_size": 3, "scale": torch.ones((), requires_grad=True)}, "wants a gradient"),
+            ((1, 9, 9, 2, 4), {"kernel_size": 3, "scale": torch.ones((), requires_grad=True)}, "requires a gradient"),
             ((1, 9, 9, 0, 4), {"kernel_size": 3}, "at least 1 head"),
         ],
     )

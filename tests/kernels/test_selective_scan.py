@@ -410,7 +410,7 @@ class TestOperator:
             ({"u": torch.zeros(2, 5, 7)}, r"u must be \(B, H, W, D\) or \(B, H, W, K, D\)"),
             ({"u": torch.zeros(2, 5, 7, 3, 6)}, r"u must be \(2, 5, 7, 4, 6\)"),
             ({"delta": torch.zeros(2, 5, 7, 3, 6)}, "delta must be"),
-            ({"orders": ("rows", "diagonal")}, "orders must be of rows, columns.*got diagonal"),
+            ({"orders": ("rows", "diagonal")}, "orders must be among rows, columns.*got diagonal"),
             ({"orders": ()}, "got none"),
             ({"orders": ("rows",)}, r"delta must be \(2, 5, 7, 1, 6\)"),
         ],
