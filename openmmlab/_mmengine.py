@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 
 def is_installed(package: str) -> bool:
-    """Whether a distribution or, failing that, a module of this name is there."""
+    """Whether a distribution, or else a module, of this name is installed."""
     try:
         importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -53,9 +53,9 @@ def repair() -> None:
 
 
 def find_packaged_bases() -> None:
-    """Lets a config inherit from a packaged one: `_base_ = ["terrazzo::detection/NAME.py"]`, or by its bare name.
+    """Lets a config inherit from a packaged config: `_base_ = ["terrazzo::detection/NAME.py"]`, or by its bare name.
 
-    mmengine looks for a config of another package where OpenMMLab's installer puts them, and knows its own packages.
+    mmengine knows only OpenMMLab's packages, and looks for their configs where OpenMMLab's installer puts them.
     """
     original = Config._get_cfg_path
     if hasattr(original, "original"):

@@ -290,7 +290,7 @@ def test_unreadable_pictures_are_refused_by_name(tmp_path):
             read_picture(path)
     path = tmp_path / "channels.tif"
     path.write_bytes(tiff(GREY.astype(np.float64)).getvalue())
-    with pytest.raises(InputError, match=r"channels\.tif is a TIFF whose samples cannot be read"):
+    with pytest.raises(InputError, match=r"channels\.tif is damaged, or a TIFF with samples that cannot be read"):
         read_picture(path)
     for path in (tmp_path / "missing.jpg", tmp_path):
         for function in (read_picture, orientation, upright_size):

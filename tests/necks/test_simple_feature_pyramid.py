@@ -66,7 +66,7 @@ def test_every_parameter_learns():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scales": (4, 3)}, "some of 4, 2, 1 and 0.5"), ({"num_outs": 3}, "at least the 4 scales, got 3")],
+    [({"scales": (4, 3)}, "among 4, 2, 1 and 0.5"), ({"num_outs": 3}, "at least the 4 scales, got 3")],
 )
 def test_errors(options, message):
     with pytest.raises(InputError, match=message):

@@ -306,7 +306,7 @@ ATTACKS = {
     "NumPy type that is malformed": {
         "dtype without an order": array(of(whole(1)), EIGHT, dtype("f8", "x")),
     },
-    "not given as bytes": {
+    "with numbers that are not bytes": {
         "dtype that is text": array(of(whole(1)), EIGHT, text("f8")),
         "array without bytes": array(of(whole(1)), b"N"),
     },
@@ -321,7 +321,7 @@ ATTACKS = {
             "numpy._core.multiarray._reconstruct", name("torch.Tensor"), of(whole(0)), coded(b"b")
         ),
     },
-    "negative, too large or no whole number": {
+    "negative, too large or not a whole number": {
         "array of huge shape": array(of(HUGE, HUGE), coded(b"")),
         "array of a negative size": array(of(whole(-1), whole(-1)), EIGHT),
         "array of a fraction": array(of(b"G" + struct.pack(">d", 1.0)), EIGHT),
@@ -366,7 +366,7 @@ ATTACKS = {
         "tensor of no storage": calls("torch._utils._rebuild_tensor_v2", b"N", whole(0), of(), of(), b"\x89", b"N"),
         "untyped storage": tensor(0, (1,), (1,), kind="torch.storage.UntypedStorage"),
     },
-    "tensor without a type of number": {
+    "tensor without a dtype": {
         "truth values in other bytes": calls(
             "torch._utils._rebuild_tensor_v3",
             storage(),
@@ -387,7 +387,7 @@ ATTACKS = {
         "state of a class": name("mmengine.logging.history_buffer.HistoryBuffer") + b"N}" + text("x") + b"Ns\x86b",
         "state of a dict": b"}}b",
     },
-    "a tensor that is none": {
+    "a malformed tensor": {
         "tensor by another function": calls(
             "torch._tensor._rebuild_from_type_v2", name("torch.Size"), name("torch.Tensor"), of(), b"}"
         ),

@@ -118,7 +118,7 @@ def test_every_parameter_learns(model):
     ("arguments", "message"),
     [
         (dict(backbone=dict(name="resnet18")), "it must be a RoMA"),
-        (dict(backbone=dict(BACKBONE, img_size=60)), "img_size 60 is 7.5 patches a side"),
+        (dict(backbone=dict(BACKBONE, img_size=60)), "img_size 60 is 7.5 patches per side"),
         (dict(backbone=BACKBONE, cluster=3), "multiple of the cluster's 3"),
         (dict(backbone=BACKBONE, cluster=4, block=2), "cluster <= block < side"),
         (dict(backbone=dict(BACKBONE, depth=4), cluster=2, block=4), "depth must be a multiple of 6"),

@@ -49,7 +49,7 @@ def hook(name, **arguments):
         (["train_pipeline.3.prob=abc"], "options say train_pipeline.3.prob=abc"),
         (["train_pipeline.2.crop_size=(0,5)"], "train_dataloader of"),
         (["val_evaluator.type=IoUMetrik"], "did you mean IoUMetric"),
-        (["val_evaluator.iou_metrics=[mIoX]"], "choose of mIoU, mDice, mFscore"),
+        (["val_evaluator.iou_metrics=[mIoX]"], "choose from mIoU, mDice, mFscore"),
         (["val_evaluator.format_only=True"], "set val_evaluator.output_dir"),
         ([f"{BEST}=mDice"], "the validation gives aAcc, mAcc, mIoU"),
         (["val_evaluator.iou_metrics=[mDice]", f"{BEST}=mIoU"], "gives aAcc, mAcc, mDice"),
@@ -79,7 +79,7 @@ def test_training_is_refused_before_it_starts(refused, floors, tmp_path, options
         ("optim_wraper.lr=1", "did you mean optim_wrapper?"),
         ("test_dataloader.batchsize=2", "the test_dataloader of"),
         ("test_evaluator.format_only=True", "set test_evaluator.output_dir"),
-        ("test_evaluator.iou_metrics=[mIoX]", "choose of mIoU"),
+        ("test_evaluator.iou_metrics=[mIoX]", "choose from mIoU"),
         ("model.test_cfg.mode=slide", "crop_size is None"),
         ("model.neck.type=FPM", "did you mean"),
     ],
@@ -113,7 +113,7 @@ def contents(folder):
     ("options", "words"),
     [
         (["model.decode_head.channels=32"], "decode_head.conv_seg.weight is 6x64x1x1 there and 6x32x1x1 in the config"),
-        (["model.backbone.name=resnet14t"], "is of another model: backbone."),
+        (["model.backbone.name=resnet14t"], "has another model: backbone."),
         (
             ["optim_wrapper.optimizer={'_delete_':True,'type':'SGD','lr':0.1,'momentum':0.9}"],
             "AdamW; the config has SGD",
