@@ -1,8 +1,8 @@
-"""What all tests share: the option that stores what the capability tests find, and a cache that is not the user's."""
+"""Shared by all tests: the option that stores the results of the capability tests, and a separate cache folder."""
 
 import pytest
 
-# Their failures show both sides of a comparison, as those of test files do.
+# Failures in these modules show both sides of a comparison, as in test files.
 pytest.register_assert_rewrite("support")
 
 
@@ -16,7 +16,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """What the command remembers, in processes of its own too, lies in a folder of the tests."""
+    """The command's cache, also in subprocesses, is in a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -105,7 +105,7 @@ def test_every_depth_shows_one_scene(tmp_path, name):
 
 
 def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
-    """Its type tells the range, whatever its values are; some readers of Pillow give 32-bit integers all the same."""
+    """The type fixes the range, whatever the values are; some readers of Pillow still give 32-bit integers."""
     for suffix, values in (("png", WIDE), ("tif", WIDE), ("pgm", WIDE.astype(np.int32))):
         path = saved(values >> 8, tmp_path / f"dark.{suffix}")
         assert np.asarray(read_picture(path)).max() == 0, suffix
@@ -113,7 +113,7 @@ def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::terrazzo._pictures.PictureWarning")
 def test_files_that_pillow_does_not_write():
-    """Samples of 12 bits, and wide ones of which 0 is white."""
+    """Samples of 12 bits, and wide samples with 0 as white."""
     samples = {
         "12 bits": tiff(GREY.astype(np.uint16) << 4, bits=12),
         "0 is white": tiff(65535 - WIDE, photometric=0),

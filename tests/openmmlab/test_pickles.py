@@ -1,4 +1,4 @@
-"""The reader of checkpoints: what it takes, and that what attacks it ends in one line, in a process that lives."""
+"""The reader of checkpoints: what it accepts, and that attacks end in one line and do not kill the process."""
 
 import collections
 import contextlib
@@ -52,7 +52,7 @@ def test_allowed_names_are_these():
 
 
 def test_names_stand_for_functions_of_the_reader_alone():
-    """So that no class or function of Python, NumPy or PyTorch is called with what a file gives it."""
+    """So no class or function of Python, NumPy or PyTorch is called with arguments from a file."""
     for name, value in _pickles.ALLOWED.items():
         if isinstance(value, _pickles.Call):
             assert value.function.__module__ == _pickles.__name__, name
@@ -181,7 +181,7 @@ def test_map_location(map_location, suffix, tmp_path):
 
 
 def test_strings_of_python_2(tmp_path):
-    """Text comes as bytes in its pickles, and so do the numbers of arrays."""
+    """Its pickles hold text and the numbers of arrays as bytes."""
     array = python_2_array(b"f8", b"\0\0\0\0\0\0\xf0\x3f")
     assert load(tmp_path, b"}" + short(b"name") + short(b"value") + b"s" + short(b"a") + array + b"s") == {
         "name": "value",
@@ -475,7 +475,7 @@ ATTACKS = {
         "name that is no text": b"K\x01K\x02\x93",
     },
 }
-"""By what the refusal says."""
+"""The pickles, by the text of the refusal."""
 
 
 def refusal(path):

@@ -203,7 +203,7 @@ def test_narrow_terminal(run, monkeypatch):
 
 
 def test_a_new_operator_is_found_by_its_name(monkeypatch):
-    """An op `terrazzo::y` and a package `terrazzo.kernels.y` are all that there is to write."""
+    """A new operator needs only an op `terrazzo::y` and a package `terrazzo.kernels.y`."""
 
     @torch.library.custom_op("terrazzo::doubled", mutates_args=())
     def doubled(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -233,7 +233,7 @@ def test_a_new_operator_is_found_by_its_name(monkeypatch):
 
 def test_every_operator_describes_itself():
     folder = Path(terrazzo.kernels.__file__).parent
-    # An operator that is standard operations all the way has no op of its own.
+    # An operator made only of standard operations has no op.
     operators = [path.parent.name for path in folder.glob("*/op.py")]
     assert operators
     for name in operators:

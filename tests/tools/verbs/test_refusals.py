@@ -150,7 +150,7 @@ def test_a_test_that_only_writes_predictions_says_where(run, trained, tmp_path):
 
 
 def test_a_detector_that_finds_nothing_is_said_to(monkeypatch, run, trained):
-    """A test whose metrics are empty, as CocoMetric's are without any box."""
+    """A test with empty metrics, like CocoMetric's without any box."""
     monkeypatch.setattr("mmseg.evaluation.metrics.IoUMetric.compute_metrics", lambda self, results: {})
     result = run("test", *trained)
     assert result.exit_code == 0, result.output
@@ -177,7 +177,7 @@ def test_plain_metrics():
 
 
 def test_an_unknown_metric_that_only_the_validation_shows(refused, monkeypatch, floors, tmp_path):
-    """Of a metric of the user's own nothing is known before: its first validation ends the run in one line."""
+    """A user's own metric is not known in advance: its first validation ends the run in one line."""
     from terrazzo.openmmlab import monitoring
 
     monkeypatch.delitem(monitoring._KEYS, "IoUMetric")
