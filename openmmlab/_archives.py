@@ -128,7 +128,7 @@ def _read_old(file: BinaryIO, size: int, place: Place) -> Any:
         _, kind, key, location, count, *view = said
         count *= kind.dtype.itemsize if kind.dtype else 1
         if any(view) or said_of.setdefault(key, (kind, location, count)) != (kind, location, count):
-            raise Refused("it has tensors whose data is a part of other tensors' data in an outdated form")
+            raise Refused("it has tensors that share other tensors' data in an outdated form")
         if key not in empty:
             if count + sum(storage.nbytes() for storage in empty.values()) > size:
                 raise Refused("it is cut short")

@@ -24,7 +24,7 @@ def get_installed_path(package: str) -> str:
     """The folder of a package, by the name of its distribution (`mmsegmentation`) or of its module (`mmseg`).
 
     Raises:
-        ModuleNotFoundError: if there is no such package.
+        ModuleNotFoundError: if the package does not exist.
     """
     names = [package]
     try:

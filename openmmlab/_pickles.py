@@ -374,7 +374,7 @@ def _numpy_buffer(reader: Reader, data: Any, dtype: Any, shape: Any, order: Any)
 def _sizes(values: Any) -> tuple[int, ...]:
     """A shape, or strides."""
     if not isinstance(values, (tuple, list)) or len(values) > 64:
-        raise Refused("it has an array or a tensor whose shape is malformed")
+        raise Refused("it has an array or a tensor with a malformed shape")
     if any(type(value) is not int or not 0 <= value < 2**62 for value in values):
         raise Refused("it has an array or a tensor with a size that is negative, too large or not a whole number")
     return tuple(values)
@@ -461,7 +461,7 @@ def _sparse(reader: Reader, layout: Any, data: Any) -> torch.Tensor:
 def _layout(reader: Reader, name: Any) -> torch.layout:
     found = getattr(torch, name.removeprefix("torch.")) if name in _LAYOUTS else None
     if found is None:
-        raise Refused("it has a tensor whose layout is unknown")
+        raise Refused("it has a tensor with an unknown layout")
     return found
 
 

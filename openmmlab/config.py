@@ -309,7 +309,7 @@ def build_runner(
         cfg: what `load_config` returned; it is copied, not changed.
         work_dir: the folder for checkpoints and logs.
         resume: True continues from the last checkpoint in `work_dir`, if there is one; a path continues from that file.
-        load_from: a checkpoint whose weights are loaded before training or testing.
+        load_from: a checkpoint to load weights from before training or testing.
         seed: the seed for weights, data order and augmentation; a resumed run keeps the seed that it had.
         amp: "fp16" or "bf16" for automatic mixed precision.
         accumulate: how many batches go into one step of the optimizer.

@@ -65,7 +65,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         scales = {name: 1.0 for name, _ in model.named_parameters()}
         for prefix, backbone in backbones.items():
             layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
-            # A classifier's head is the last of its own layers; a detector's heads come one layer after the backbone.
+            # A classifier's head is its last layer; a detector's heads come one layer after the backbone.
             has_head = bool(getattr(backbone, "num_classes", 0))
             top = max(layers.values()) + (0 if has_head else 1)
             for name, layer in layers.items():

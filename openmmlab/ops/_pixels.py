@@ -31,7 +31,7 @@ def bilinear(batch: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> tu
 
     Args:
         batch: N, index in the batch.
-        y: N, in pixels whose centres lie at whole numbers.
+        y: N, in pixels; pixel centres are at whole numbers.
         x: N.
         height: H of the map.
         width: W of the map.

@@ -44,8 +44,8 @@ def masked_col2im_forward(
         mask_h_idx: rows of the N pixels.
         mask_w_idx: columns of the N pixels.
         im: 1, channels, height, width; written at the pixels.
-        height: of `im`.
-        width: of `im`.
-        channels: of `im`.
+        height: height of `im`.
+        width: width of `im`.
+        channels: channels of `im`.
     """
     im[0][:, mask_h_idx, mask_w_idx] = col.to(im.dtype)

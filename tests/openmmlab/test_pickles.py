@@ -416,7 +416,7 @@ ATTACKS = {
             of(array(of(whole(1)), EIGHT), array(of(whole(1)), EIGHT), of(whole(2))),
         ),
     },
-    "layout is unknown": {
+    "unknown layout": {
         "layout by any name": calls("torch.serialization._get_layout", text("torch.load")),
     },
     "lacks the data of a tensor": {

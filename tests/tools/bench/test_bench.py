@@ -97,7 +97,7 @@ class TestOperatorOnCpu:
         results.write(out, [row("portable", 1.0)])
         done = call("neighborhood_attention", "--device", "cpu", "--out", out, "--resume")
         assert isinstance(done.exception, InputError)
-        assert "holds rows of GPU at commit c" in str(done.exception)
+        assert "holds rows from GPU at commit c" in str(done.exception)
 
     def test_a_form_that_is_wrong_is_not_timed(self, monkeypatch):
         dense = bench_neighborhood_attention.peers.dense
@@ -113,7 +113,7 @@ class TestOperatorOnCpu:
         (["nope"], "no benchmark is called 'nope'"),
         (["neighborhood_attention", "--out", "no/such/x.csv"], "not a folder"),
         (["neighborhood_attention", "--device", "abacus"], "the device 'abacus' cannot be used"),
-        (["neighborhood_attention", "--resume"], "--resume goes on with the file that --out names"),
+        (["neighborhood_attention", "--resume"], "--resume continues the file that --out names"),
     ],
 )
 def test_bad_input(arguments, message):

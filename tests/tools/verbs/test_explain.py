@@ -112,7 +112,7 @@ class TestReasons:
         assert "dinat_mini, 1x3x224x224, float32, on cpu" in out
         assert "neighborhood_attention, 18 calls" in out
         assert "stages.2.blocks.5.attn  1x14x14x8x32             7, 2              portable     9.8  0.77" in out
-        assert "portable runs: of fused, portable, reference, the first that is not refused (all calls)" in out
+        assert "portable runs: it is the first of fused, portable, reference that is not refused (all calls)" in out
         assert "fused is refused: needs a CUDA device, the tensors are on cpu (all calls)" in out
         assert "2.69 G (2,694,812,672)" in out
 
@@ -156,7 +156,7 @@ class TestReasons:
         facts = explain(mini, trace(mini, 64), gpu)
         assert {call["backend"] for call in facts["calls"]} == {"fused"}
         assert reasons(facts["calls"]) == [
-            "fused runs: of fused, portable, reference, the first that is not refused (all calls)"
+            "fused runs: it is the first of fused, portable, reference that is not refused (all calls)"
         ]
 
     def test_some_layers_only(self, gpu):
