@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 
 def is_installed(package: str) -> bool:
-    """Whether a distribution or, failing that, a module of this name is there."""
+    """Whether a distribution, or else a module, of this name is installed."""
     try:
         importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -24,7 +24,7 @@ def get_installed_path(package: str) -> str:
     """The folder of a package, by the name of its distribution (`mmsegmentation`) or of its module (`mmseg`).
 
     Raises:
-        ModuleNotFoundError: if there is no such package.
+        ModuleNotFoundError: if the package does not exist.
     """
     names = [package]
     try:
@@ -53,10 +53,10 @@ def repair() -> None:
 
 
 def find_packaged_bases() -> None:
-    """Lets a config inherit from a packaged one: `_base_ = ["terrazzo::detection/NAME.py"]`, or by its bare name.
+    """Lets a config inherit from a packaged config: `_base_ = ["terrazzo::detection/NAME.py"]`, or by its bare name.
 
-    mmengine looks for a config of another package where OpenMMLab's installer puts them, and knows its own packages.
-    For each it reads every description of a model in that package, which takes a quarter of a second. A config whose
+    mmengine knows only OpenMMLab's packages, and looks for their configs where OpenMMLab's installer puts them. For
+    each it reads all descriptions of models in that package, which takes a quarter of a second. Here a config whose
     file is where its address says needs no description.
     """
     original = Config._get_cfg_path

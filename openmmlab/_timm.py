@@ -1,4 +1,4 @@
-"""Building timm models by name, with errors that help: what the backbone and the classifier wrapper share."""
+"""Building timm models by name, with helpful errors, for both the backbone and the classifier wrapper."""
 
 import difflib
 from typing import Any
@@ -12,15 +12,15 @@ from terrazzo.openmmlab.checkpoint import load_file
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds a registered timm model; models with a fixed input size are asked to take any size, where they can.
+    """Builds a registered timm model; models with a fixed input size are built for any size if they can be.
 
     Args:
         name: the name of a model, as in `timm.list_models()`.
-        pretrained: whether to load the weights that timm knows of.
+        pretrained: whether to load the weights that timm knows.
         **kwargs: arguments of the model.
 
     Raises:
-        InputError: if there is no such model, it has no such weights, or it does not take an argument.
+        InputError: if the model or its weights do not exist, or it does not take an argument.
     """
     check_name(name)
     flexible: list[dict] = [{}]
@@ -68,10 +68,10 @@ def is_ours(name: str) -> bool:
 
 
 def load_weights(model: nn.Module, name: str, filename: str, optional: str = r"^$") -> None:
-    """Loads a checkpoint into a model: an official file, or one of a detector or classifier trained here.
+    """Loads a checkpoint into a model: an official file, or a file of a detector or classifier trained here.
 
-    The names of official files are mapped by the `checkpoint_filter_fn` of the model's family, if it has one; those of
-    detectors, wrappers and Lightning's modules have prefixes, which go.
+    The `checkpoint_filter_fn` of the model's family, if it has one, maps the names of official files. The prefixes of
+    detectors, wrappers and Lightning's modules are removed.
 
     Args:
         model: the model.

@@ -26,17 +26,17 @@ class TerrazzoBackbone(BaseModule):
 
     Args:
         name: the name of a model, as in `timm.list_models()`.
-        pretrained: whether to load the weights that timm knows of.
-        checkpoint: a file of weights to load instead: official, or of a model that was trained with this wrapper.
+        pretrained: whether to load the weights that timm knows.
+        checkpoint: a file of weights to load instead: official, or from a training with this wrapper.
         out_indices: which feature maps to return, as timm counts them. terrazzo's pyramids have maps 0 to 3 at strides
             4 to 32; timm's ResNets have a map of stride 2 before these, and so take `(1, 2, 3, 4)`.
         drop_path_rate: the largest rate of stochastic depth; None leaves it to the model.
         frozen_stages: -1 trains everything; 0 freezes the stem; i freezes the stem and the first i stages. Frozen parts
             stay in evaluation mode.
-        norm_outputs: whether each returned map goes through a LayerNorm of its own. None means where the model brings
-            such norms (terrazzo's do, as their papers' detectors have them); True adds them to any other model.
-        with_cp: whether to trade computation for memory by recomputing activations in the backward pass.
-        init_cfg: mmengine's; weights are left to timm and to `checkpoint`.
+        norm_outputs: whether each returned map goes through its own LayerNorm. None means yes if the model has these
+            norms (terrazzo's models have them, like the detectors of their papers); True adds them to any other model.
+        with_cp: whether to save memory by recomputing activations in the backward pass.
+        init_cfg: mmengine's; timm and `checkpoint` set the weights.
         **kwargs: further arguments of the model.
 
     Raises:
@@ -95,7 +95,7 @@ class TerrazzoBackbone(BaseModule):
         return tuple(maps)
 
     def init_weights(self) -> None:
-        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them anew."""
+        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them again."""
         self._is_init = True
 
     def train(self, mode: bool = True) -> "TerrazzoBackbone":
@@ -115,7 +115,7 @@ class TerrazzoBackbone(BaseModule):
                 parameter.requires_grad = False
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """The modules all of whose parameters, and at least one, are in frozen stages."""
+        """The modules that have parameters, all in frozen stages."""
         if self.frozen_stages < 0:
             return []
         found = []
@@ -130,7 +130,7 @@ def _checked_indices(name: str, out_indices: Sequence[int], count: int) -> tuple
     """The indices of maps counted from the front.
 
     Raises:
-        InputError: if there are none, or one is out of range, or they do not rise.
+        InputError: if there are no indices, an index is out of range, or they do not rise.
     """
     indices = tuple(index + count if index < 0 else index for index in out_indices)
     if not indices or any(not 0 <= index < count for index in indices) or list(indices) != sorted(set(indices)):

@@ -1,6 +1,6 @@
 """Checkpoints as plain data: they load with `torch.load(weights_only=True)`, and loading never runs code.
 
-How a file is read is said in `_archives` (its format) and `_pickles` (its objects). Those of the web: `addresses`.
+`_archives` reads the format of a file, `_pickles` its objects, and `addresses` fetches files from the web.
 """
 
 import collections
@@ -37,13 +37,13 @@ PLAIN += (torch.device, torch.layout)
 def plain(value: Any, where: str = "checkpoint", depth: int = 0) -> Any:
     """Copies a nested structure into dicts, lists, tuples, numbers, text and tensors, which load without any class.
 
-    NumPy scalars become numbers, arrays nested lists, mmengine's histories dicts of tensors. Anything that has no plain
-    form becomes its `repr`, with a warning: a training run does not die for it.
+    NumPy scalars become numbers, arrays become nested lists, and mmengine's histories become dicts of tensors. A value
+    without a plain form becomes its `repr`, with a warning, so that it does not end a training run.
 
     Args:
-        value: what is to be saved.
+        value: the value to save.
         where: the place of the value in the checkpoint, for the warning.
-        depth: how deep that place is; what is deeper than a checkpoint may be becomes text, too.
+        depth: the depth of that place; values nested deeper than a checkpoint allows become text, too.
     """
     if depth > DEPTH:
         print_log(f"{where[:100]}... is nested more than {DEPTH} deep and is left out", logger="current")
@@ -72,7 +72,7 @@ def plain(value: Any, where: str = "checkpoint", depth: int = 0) -> Any:
         return tuple(plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value))
     if isinstance(value, (list, set, frozenset, collections.deque)):
         return [plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
-    for base in (bool, int, float, str):  # subclasses, such as enums of numbers and text
+    for base in (bool, int, float, str):  # subclasses, for example enums of numbers and text
         if isinstance(value, base):
             return base(value)
     if isinstance(value, pathlib.PurePath):
@@ -82,7 +82,7 @@ def plain(value: Any, where: str = "checkpoint", depth: int = 0) -> Any:
 
 
 def _plain_key(key: Any, where: str) -> Any:
-    """A key of a dict in its plain form, or its text where that is none that a checkpoint may have."""
+    """A key of a dict in its plain form, or its text if a checkpoint may not have that key."""
     try:
         return check_key(plain(key, where))
     except Refused:
@@ -95,14 +95,14 @@ def save_checkpoint(
     """Saves a checkpoint as plain data. A local file appears under its name only when it is complete.
 
     Args:
-        checkpoint: anything; see `plain`. A `.safetensors` file takes the weights alone: the tensors of `state_dict`,
-            or of the checkpoint itself.
+        checkpoint: anything; see `plain`. A `.safetensors` file takes only the weights: the tensors of `state_dict`, or
+            of the checkpoint itself.
         filename: a path, or an address that one of mmengine's file backends understands.
         file_client_args: mmengine's old name of `backend_args`.
         backend_args: arguments of the file backend.
 
     Raises:
-        SavingError: if the file cannot be written; one of that name that was there before is as it was.
+        SavingError: if the file cannot be written; an earlier file of that name stays unchanged.
     """
     checkpoint = plain(checkpoint)
     backend = get_file_backend(filename, backend_args=backend_args or file_client_args)
@@ -133,7 +133,7 @@ def _safetensors(checkpoint: dict) -> bytes:
     state = checkpoint.get("state_dict", checkpoint)
     other = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if other:
-        raise InputError(f"a .safetensors file holds tensors alone, and {other[0]!r} is none; save as .pth")
+        raise InputError(f"a .safetensors file holds only tensors, and {other[0]!r} is not a tensor; save as .pth")
     # Tied weights share memory, which the format refuses.
     return safetensors.torch.save({key: value.cpu().contiguous().clone() for key, value in state.items()})
 
@@ -142,17 +142,17 @@ def load_file(filename: str | os.PathLike, map_location: Any = None) -> Any:
     """Loads a checkpoint file without ever running code from it: plain data, arrays, tensors and OpenMMLab's histories.
 
     PyTorch's reader of pickles is not used (see `terrazzo.openmmlab._pickles`), and neither are the names that a
-    program added by `torch.serialization.add_safe_globals`: they do not widen what is loaded here, and they stay.
-    Attributes of tensors are left out. A file is refused if its pickle has more than 512 MiB or 10 million operations,
-    if its dicts and lists are nested more than 100 deep, if it is a compressed archive, or if its arrays and tensors
-    claim to have more than 8 times the bytes of the file and 64 MiB.
+    program added with `torch.serialization.add_safe_globals`: these names do not extend what is loaded here, and they
+    stay registered. Attributes of tensors are left out. A file is refused if its pickle has more than 512 MiB or 10
+    million operations, if its dicts and lists are nested more than 100 deep, if it is a compressed archive, or if its
+    arrays and tensors claim more than 8 times the bytes of the file plus 64 MiB.
 
     Args:
-        filename: a `.pth` file, or a `.safetensors` file, whose tensors are returned.
+        filename: a `.pth` file, or a `.safetensors` file, which gives its tensors.
         map_location: as in `torch.load`.
 
     Raises:
-        InputError: if the file does not exist, is no checkpoint, or holds other objects; the message names them.
+        InputError: if the file does not exist, is not a checkpoint, or holds other objects; the message names them.
     """
     path = pathlib.Path(filename).expanduser()
     if not path.is_file():
@@ -177,14 +177,14 @@ def load_bytes(content: bytes, name: str, map_location: Any = None) -> Any:
 
 @contextlib.contextmanager
 def _refusing(filename: str | os.PathLike) -> Iterator[None]:
-    """Turns all that a file causes into an InputError of one line."""
+    """Turns every error that a file causes into an InputError of one line."""
     try:
         yield
     except Refused as error:
         raise InputError(f"checkpoint '{filename}' is refused: {error}") from error
     except (
         Exception
-    ) as error:  # foreign bytes fail in many ways, and safetensors' own errors derive from Exception alone
+    ) as error:  # foreign bytes fail in many ways, and safetensors' own errors derive only from Exception
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
             f"checkpoint '{filename}' is refused: it is not a checkpoint that can be read ({said})"
@@ -203,13 +203,13 @@ def _place(map_location: Any, storage: torch.UntypedStorage, location: str) -> t
 
 
 def _moved(tensor: torch.Tensor, place: _archives.Place) -> torch.Tensor:
-    """A tensor of the CPU where `place` puts it."""
+    """A CPU tensor, moved to where `place` puts it."""
     storage = place(tensor.contiguous().clone().untyped_storage(), "cpu")
     return torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(storage, 0, tensor.shape)
 
 
 def install() -> None:
-    """Makes mmengine save and load through this module. Doing so again changes nothing."""
+    """Makes mmengine save and load through this module. A second call changes nothing."""
     for module in (mmengine.runner, mmengine.runner.runner, mmengine.runner.checkpoint):
         module.save_checkpoint = save_checkpoint
     mmengine.runner.checkpoint.load_from_local = load_from_local
@@ -224,13 +224,13 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 
 def _history(value: Any) -> Any:
-    """Turns a saved history back into a HistoryBuffer; mmengine's own form is one already."""
+    """Turns a saved history back into a HistoryBuffer; mmengine's own form needs no change."""
     if not isinstance(value, dict) or not value.get(HISTORY):
         return value
     log, count, length = (value.get(key) for key in ("log", "count", "max_length"))
     tensors = isinstance(log, torch.Tensor) and isinstance(count, torch.Tensor)
     if not tensors or log.dim() != 1 or log.shape != count.shape or type(length) is not int or length < 1:
-        raise InputError("a log history in the checkpoint is malformed; resume from another one")
+        raise InputError("a log history in the checkpoint is malformed; resume from another checkpoint")
     return HistoryBuffer(log.cpu().numpy(), count.cpu().numpy(), length)
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: the option that stores what the capability tests find, and a cache that is not the user's."""
+"""Shared by all tests: the option that stores the results of the capability tests, and a separate cache folder."""
 
 import gc
 import importlib.util
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Their failures show both sides of a comparison, as those of test files do.
+# Failures in these modules show both sides of a comparison, as in test files.
 pytest.register_assert_rewrite("support")
 
 
@@ -48,7 +48,7 @@ def unformatted_configs():
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """What the command remembers, in processes of its own too, lies in a folder of the tests."""
+    """The command's cache, also in subprocesses, is in a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

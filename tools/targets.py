@@ -52,7 +52,7 @@ def load_timm_model(
     if pretrained:
         try:
             return timm.create_model(name, pretrained=True, **options).eval()
-        except Exception as error:  # the hub's clients fail in many ways: no network, no file, no such weights
+        except Exception as error:  # the hub's clients fail in many ways: no network, no file, no weights
             raise InputError(
                 f"the weights of {name} cannot be downloaded: {first_line(error)}; name a file of weights"
             ) from error

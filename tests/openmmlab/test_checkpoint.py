@@ -193,6 +193,6 @@ def test_safetensors_out_and_in(tmp_path):
     assert set(loaded) == {"a", "b", "c"}
     assert torch.equal(loaded["c"], tied.t())
     assert torch.equal(loaded["b"], tied)
-    with pytest.raises(InputError, match="holds tensors alone"):
+    with pytest.raises(InputError, match="holds only tensors"):
         save_checkpoint({"state_dict": {"a": 1}}, str(tmp_path / "other.safetensors"))
     assert [item.name for item in tmp_path.iterdir()] == ["weights.safetensors"]

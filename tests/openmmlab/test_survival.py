@@ -161,7 +161,7 @@ def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("config", [FLOORS, CLOTHING])
 def test_workers_end_with_the_run(config, tiny_data, tmp_path):
-    """Loops of iterations and of epochs; a run of the same runner afterwards has workers of its own."""
+    """Loops of iterations and of epochs; a later run of the same runner has new workers."""
     before = set(multiprocessing.active_children())
     if config == FLOORS:
         options = {**RANDOM, "train_cfg.max_iters": 1}
@@ -182,7 +182,7 @@ def test_workers_end_with_the_run(config, tiny_data, tmp_path):
 
 @pytest.fixture
 def small_files():
-    """A function that limits the size of any file that is written, as a full disk does."""
+    """A function that limits the size of written files, like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -94,7 +94,7 @@ def _notes(evaluated: list, metrics: Mapping, pictures: int) -> Iterator[str]:
 
 
 def _written(place: str | None) -> str:
-    """The files whose names begin with a prefix, or the folder of that name."""
+    """The files with a name prefix, or the folder of that name."""
     if place is None:
         return "a folder that it chose"
     path = Path(place)

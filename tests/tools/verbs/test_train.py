@@ -58,7 +58,7 @@ def test_shortened_schedules_end_with_the_training():
 
 
 def points(cfg):
-    """What the schedules of a config say about time: begin, end and milestones of each."""
+    """The times in the schedules of a config: begin, end and milestones of each."""
     return [(item.get("begin"), item.get("end"), item.get("milestones")) for item in cfg.param_scheduler]
 
 

@@ -239,7 +239,7 @@ def _refuse_empty(source: Source, dataset: Any) -> None:
 
 
 def _check_orphans(source: Source, dataset: Any, maps: Sequence[Path]) -> None:
-    """Refuse maps whose picture has a name that is not read, and warn of maps that have no picture at all."""
+    """Refuse maps if the name of their picture is not read, and warn about maps without any picture."""
     folder, suffix = Path(dataset.data_prefix["seg_map_path"]), dataset.seg_map_suffix
     known = set(maps)
     orphans = sorted(path for path in folder.rglob("*") if path.name.endswith(suffix) and path not in known)
