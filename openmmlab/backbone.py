@@ -11,8 +11,10 @@ from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 
+from terrazzo.backbones._names import check_name, family_of
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import check_name, create_model, is_ours, load_weights
+from terrazzo.openmmlab._timm import create_model
 
 
 @MODELS.register_module()
@@ -58,7 +60,7 @@ class TerrazzoBackbone(BaseModule):
     ):
         super().__init__(init_cfg)
         check_name(name)
-        brings_norms = is_ours(name)
+        brings_norms = family_of(name) is not None  # terrazzo's own know `norm_outputs`
         if brings_norms:
             kwargs["norm_outputs"] = norm_outputs is not False
         if drop_path_rate is not None:

@@ -133,7 +133,7 @@ def build_parts(runner: Runner, training: bool) -> None:
         _prepare_one(runner, "test", runner.test_dataloader)
         return
     runner._train_loop = runner.build_train_loop(runner._train_loop)
-    _check_optimizer(runner.optim_wrapper)
+    _check_optimizer(runner.optim_wrapper, runner.cfg)
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     for wrapper in runner.optim_wrapper.values() if isinstance(runner.optim_wrapper, dict) else [runner.optim_wrapper]:
         with building(runner.cfg, "optim_wrapper.clip_grad"):
@@ -151,11 +151,11 @@ def build_parts(runner: Runner, training: bool) -> None:
     _prepare_one(runner, "train", runner.train_dataloader)
 
 
-def _check_optimizer(settings: Any) -> None:
+def _check_optimizer(settings: Any, cfg: Config) -> None:
     """Looks the optimizer up: mmengine would only say that None cannot be called."""
     optimizer = settings.get("optimizer") if isinstance(settings, dict) else None
     kind = optimizer.get("type") if isinstance(optimizer, dict) else None
-    if isinstance(kind, str) and registered(OPTIMIZERS, optimizer) is None:
+    if isinstance(kind, str) and registered_class(OPTIMIZERS, optimizer, cfg) is None:
         raise InputError(f"optim_wrapper.optimizer.type '{kind}' is unknown{_close(kind, _registered('optimizer'))}")
 
 
@@ -166,10 +166,19 @@ def _prepare_one(runner: Runner, split: str, loader: DataLoader) -> None:
             loader.dataset[0]
 
 
-def registered(registry: Registry, settings: Mapping[str, Any]) -> Any:
-    """The class that settings name in `type`, in their scope or the default scope; None if no registry has it."""
-    with registry.switch_scope_and_registry(settings.get("_scope_")) as scoped:
-        return scoped.get(settings["type"])
+def registered_class(registry: Registry, settings: Mapping, cfg: Config) -> type | None:
+    """The class that settings name in `type`, in their scope or the config's; None if no registry has it.
+
+    Args:
+        registry: a root of mmengine's registries, such as `DATASETS`; it leads to mmdet's and mmseg's.
+        settings: the settings of what the registry builds.
+        cfg: the config that holds them.
+    """
+    kind = settings.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(settings.get("_scope_") or cfg.get("default_scope", "mmengine")) as scoped:
+        return scoped.get(kind)
 
 
 @contextlib.contextmanager

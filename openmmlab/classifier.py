@@ -9,8 +9,9 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import create_model, load_weights
+from terrazzo.openmmlab._timm import create_model
 
 LOSSES = {
     loss.__name__: loss

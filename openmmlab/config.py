@@ -14,12 +14,20 @@ import mmengine.utils
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.registry import DATASETS, RUNNERS, Registry, init_default_scope
+from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab.building import GIVEN, build_parts, building, check_visualizer, named, undone_on_failure
+from terrazzo.openmmlab.building import (
+    GIVEN,
+    build_parts,
+    building,
+    check_visualizer,
+    named,
+    registered_class,
+    undone_on_failure,
+)
 from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.distributed import launch
 from terrazzo.openmmlab.monitoring import check_formats, check_monitored, expected_metrics
@@ -436,21 +444,6 @@ def _innermost(key: str, dataset: Any) -> Iterator[tuple[str, ConfigDict]]:
             yield key, dataset
         else:
             yield from _innermost(f"{key}.{inner}", dataset[inner])
-
-
-def registered_class(registry: Registry, settings: Mapping, cfg: Config) -> type | None:
-    """The class that settings name in `type`, in their scope or the config's; None if no registry has it.
-
-    Args:
-        registry: a root of mmengine's registries, such as `DATASETS`; it leads to mmdet's and mmseg's.
-        settings: the settings of what the registry builds.
-        cfg: the config that holds them.
-    """
-    kind = settings.get("type")
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(settings.get("_scope_") or cfg.get("default_scope", "mmengine")) as scoped:
-        return scoped.get(kind)
 
 
 def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[tuple[str, str, int]]:

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS, METRICS
 from mmengine.runner import Runner
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab.building import registered
+from terrazzo.openmmlab.building import registered_class
 
 COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 PROPOSAL_ITEMS = ("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000")
@@ -70,7 +70,7 @@ def check_formats(cfg: Config, setting: str) -> None:
     for settings in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         if not isinstance(settings, dict) or not settings.get("format_only") or not isinstance(settings["type"], str):
             continue
-        kind = registered(METRICS, settings)
+        kind = registered_class(METRICS, settings, cfg)
         places = [name for name in PLACES if kind is not None and name in inspect.signature(kind).parameters]
         if places and not any(settings.get(name) for name in places):
             raise InputError(

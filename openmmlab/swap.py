@@ -7,8 +7,9 @@ from mmengine.config import Config, ConfigDict
 from timm.models import FeatureInfo
 from torch import nn
 
+from terrazzo.backbones._names import family_of
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import create_model, is_ours
+from terrazzo.openmmlab._timm import create_model
 
 
 def swap_backbone(cfg: Config, name: str, **arguments: Any) -> None:
@@ -48,7 +49,8 @@ def swap_backbone(cfg: Config, name: str, **arguments: Any) -> None:
         )
     indices = tuple(at[stride] for stride in strides)
     channels = [info[index]["num_chs"] for index in indices]
-    norm = is_ours(name) or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    ours = family_of(name) is not None
+    norm = ours or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     cfg.model.backbone = ConfigDict({**kept, "name": name, "out_indices": indices, "norm_outputs": norm, **arguments})
     # If there is a neck, the heads take its maps.
     for part in ("neck",) if cfg.model.get("neck") else ("decode_head", "auxiliary_head"):

@@ -18,8 +18,8 @@ from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones.asvit import Pruning
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import load_weights
 
 
 def cost(backbone: DeiT | LVViT, grid: tuple[int, int], tokens: Sequence[Tensor | float]) -> Tensor | float:

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("backbones", "kernels", "necks", "openmmlab", "configs", "tools")
+PACKAGES = ("backbones", "checkpoints", "kernels", "necks", "openmmlab", "configs", "tools")
 # Layer -> the layers of terrazzo that it may import.
 ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
+    "checkpoints": {"_files", "errors", "backbones"},
     "necks": {"errors", "kernels", "backbones"},
-    "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "necks"},
+    "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "checkpoints", "necks"},
     "configs": {"openmmlab"},
-    "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "necks", "openmmlab"},
+    "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "checkpoints", "necks", "openmmlab"},
 }
 # Packages of tools/ from the bottom up: a package imports only packages before it. "" means the files of tools/ itself.
 ROOMS = ("", "data", "inspect", "runtimes", "predict", "export", "training", "bench", "reports", "doctor", "verbs")
@@ -26,6 +27,7 @@ ROOMS = ("", "data", "inspect", "runtimes", "predict", "export", "training", "be
 FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
 }
 

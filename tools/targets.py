@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools.models import require_model
 
@@ -58,8 +59,6 @@ def load_timm_model(
             ) from error
     model = timm.create_model(name, **options).eval()
     if checkpoint is not None:
-        from terrazzo.openmmlab._timm import load_weights
-
         load_weights(model, name, str(checkpoint))
     return model
 

@@ -43,6 +43,18 @@ def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     assert 0 <= json.loads(out.read_text())["mIoU"] <= 100
 
 
+def test_the_model_is_built_once(run, floors, tmp_path, monkeypatch):
+    built, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: built.append(1) or create(*args, **kwargs))
+    places = ("--data-root", floors, "--work-dir", tmp_path)
+    trained = run("train", CONFIG, *places, "--max-iters", 1, *TINY)
+    assert trained.exit_code == 0, trained.output
+    assert len(built) == 1
+    tested = run("test", CONFIG, tmp_path / "iter_1.pth", "--data-root", floors, *TINY)
+    assert tested.exit_code == 0, tested.output
+    assert len(built) == 2
+
+
 def test_shortened_schedules_end_with_the_training():
     from terrazzo.tools import mm
 

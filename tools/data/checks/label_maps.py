@@ -12,7 +12,7 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image
 
 from terrazzo.errors import InputError, first_line
-from terrazzo.openmmlab.config import registered_class
+from terrazzo.openmmlab.building import registered_class
 from terrazzo.tools.data.checks.pictures import PictureFacts, Sample, check_pictures, read_ends
 from terrazzo.tools.data.checks.remembered import look
 from terrazzo.tools.data.checks.source import Source, and_more, evaluators, near

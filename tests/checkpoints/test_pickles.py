@@ -17,8 +17,8 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
+from terrazzo.checkpoints import _archives, _pickles, files
 from terrazzo.errors import InputError
-from terrazzo.openmmlab import _archives, _pickles
 from terrazzo.openmmlab.checkpoint import load_file, plain, save_checkpoint
 
 OLD = {"_use_new_zipfile_serialization": False}
@@ -158,6 +158,13 @@ def test_history_becomes_mmengines(tmp_path):
     assert loaded["h"].data[0].tolist() == [1, 2]
     assert loaded["h"].mean() == 1.5
     assert len(loaded["none"].data[0]) == 0
+
+
+def test_history_without_mmengine_is_plain(tmp_path):
+    torch.save({"h": HistoryBuffer([1.0, 2.0], [1, 3], 5)}, tmp_path / "x.pth")
+    history = files.load_file(tmp_path / "x.pth")["h"]
+    assert type(history) is _pickles.History
+    assert (history.log.tolist(), history.count.tolist(), history.max_length) == ([1, 2], [1, 3], 5)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

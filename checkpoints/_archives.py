@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from terrazzo.openmmlab._pickles import Kind, Reader, Refused, Stored
+from terrazzo.checkpoints._pickles import History, Kind, Reader, Refused, Stored
 
 PICKLE_BYTES = 512 * 2**20
 """How large the pickle of an archive may be: it has names and numbers, and tensors are stored beside it."""
@@ -25,14 +25,16 @@ _SPARE = 64 * 2**20
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
+MakeHistory = Callable[[Any, Any, int], Any]
 
 
-def read(file: BinaryIO, place: Place) -> Any:
+def read(file: BinaryIO, place: Place, history: MakeHistory = History) -> Any:
     """What `torch.save` wrote.
 
     Args:
         file: opened for reading bytes, with `seek`.
         place: moves the bytes of tensors to a device; it takes the bytes and the name of their former device.
+        history: see `Reader`.
 
     Raises:
         Refused: the file is not from `torch.save`, or cannot be read safely; see `Reader`.
@@ -44,10 +46,10 @@ def read(file: BinaryIO, place: Place) -> Any:
         raise Refused("it is empty")
     head = file.read(4)
     file.seek(0)
-    return (_read_zip if head == b"PK\x03\x04" else _read_old)(file, size, place)
+    return (_read_zip if head == b"PK\x03\x04" else _read_old)(file, size, place, history)
 
 
-def _read_zip(file: BinaryIO, size: int, place: Place) -> Any:
+def _read_zip(file: BinaryIO, size: int, place: Place, history: MakeHistory) -> Any:
     """An archive; every part that is read is compared with its checksum."""
     try:
         archive = zipfile.ZipFile(file)
@@ -82,7 +84,7 @@ def _read_zip(file: BinaryIO, size: int, place: Place) -> Any:
         return Stored(found[key], kind.dtype)
 
     pickle = io.BytesIO(_bytes(archive, parts[pickles[0]]))
-    return Reader(pickle, storage, GROWTH * size + _SPARE).load()
+    return Reader(pickle, storage, GROWTH * size + _SPARE, history).load()
 
 
 def _bytes(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bytes:
@@ -104,7 +106,7 @@ def _filled(content: BinaryIO, size: int, kind: Kind) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-def _read_old(file: BinaryIO, size: int, place: Place) -> Any:
+def _read_old(file: BinaryIO, size: int, place: Place, history: MakeHistory) -> Any:
     """The format before PyTorch 1.6: pickles of a number, a version, the machine, the object and the names of storages.
 
     The bytes of the storages follow, and only the object says which types they have. So the object is read twice, the
@@ -148,4 +150,4 @@ def _read_old(file: BinaryIO, size: int, place: Place) -> Any:
             raise Refused("the data of a tensor has another size than the file says")
         found[key] = Stored(place(_filled(file, count, kind), location), kind.dtype)
     file.seek(start)
-    return Reader(file, lambda said: found[said[2]], budget).load()
+    return Reader(file, lambda said: found[said[2]], budget, history).load()

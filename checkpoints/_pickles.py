@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
 
 DEPTH = 100
 """How deep a checkpoint's dicts, lists and tuples may be nested."""
@@ -26,6 +25,14 @@ OPERATIONS = 10_000_000
 
 class Refused(Exception):
     """Raised for a file that is not read. The message says why, as the end of a sentence that begins with the file."""
+
+
+class History(NamedTuple):
+    """A log of mmengine's, where nobody asks for mmengine's own class: a value and a count for each step."""
+
+    log: Any
+    count: Any
+    max_length: int
 
 
 class Stored(NamedTuple):
@@ -74,12 +81,20 @@ class Reader:
         file: the file to read, up to the end of the pickle.
         storage: gives the bytes of tensors, from the pickle's reference: "storage", class, name, place, count.
         budget: how many bytes all arrays and tensors together may have, because a few bytes can claim terabytes.
+        history: makes a log of values from its values, counts and largest length, which are checked.
     """
 
-    def __init__(self, file: BinaryIO, storage: Callable[[tuple], Stored], budget: int):
+    def __init__(
+        self,
+        file: BinaryIO,
+        storage: Callable[[tuple], Stored],
+        budget: int,
+        history: Callable[[Any, Any, int], Any] = History,
+    ):
         self.file = file
         self.storage = storage
         self.budget = budget
+        self.history = history
         self.stack: list = []
         self.outer: list[list] = []
         self.memo: dict[int, Any] = {}
@@ -107,7 +122,7 @@ class Reader:
                 f"it holds objects other than plain data, tensors and log histories ({', '.join(names)}), and "
                 "loading them could run code; save its state_dict alone where it was made"
             )
-        return _Result().of(self.stack.pop(), 0)[0]
+        return _Result(self.history).of(self.stack.pop(), 0)[0]
 
     def find(self, module: str, name: str) -> Any:
         """The replacement for a name. After an unknown name, names are only collected for the message."""
@@ -487,7 +502,7 @@ def _set_history(reader: Reader, target: _History, state: Any) -> None:
     target.state = state
 
 
-def _history(state: dict | None) -> HistoryBuffer:
+def _history(state: dict | None) -> History:
     """The numbers of a HistoryBuffer; its methods, which the pickle also names, are dropped."""
     state = state or {}
     values = [state.get(name, ()) for name in ("_log_history", "_count_history")]
@@ -500,7 +515,7 @@ def _history(state: dict | None) -> HistoryBuffer:
     length = state.get("max_length", 1_000_000)
     if len(values[0]) != len(values[1]) or type(length) is not int or not 0 < length < 2**62:
         raise Refused("it has a log history that is malformed")
-    return HistoryBuffer(values[0][-length:], values[1][-length:], length)
+    return History(values[0][-length:], values[1][-length:], length)
 
 
 _NDARRAY, _TENSOR, _PARAMETER = Kind("ndarray"), Kind("Tensor"), Kind("Parameter")
@@ -567,7 +582,8 @@ _LEAVES += (torch.Size, torch.dtype, torch.device, torch.layout)
 class _Result:
     """The result, in which every object is now complete, and with bounds on its depth and size."""
 
-    def __init__(self) -> None:
+    def __init__(self, history: Callable[[Any, Any, int], Any]):
+        self.history = history
         self.done: dict[int, tuple[Any, int, int]] = {}
 
     def of(self, value: Any, depth: int) -> tuple[Any, int, int]:
@@ -590,7 +606,7 @@ class _Result:
     def made(self, value: Any, depth: int) -> tuple[Any, int, int]:
         kind = type(value)
         if kind is _History:
-            return _history(value.state), -1, 1
+            return self.history(*_history(value.state)), -1, 1
         if kind in (_Array, _Dtype) and value.value is not None:
             return value.value, -1, 1
         if kind not in (dict, collections.OrderedDict, collections.Counter, list, tuple, set, frozenset):
