@@ -19,18 +19,18 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session")
-def frozen():
+def frozen_modules():
     """How many modules were there when garbage collection last let go of what is there."""
     return {"modules": 0}
 
 
 @pytest.fixture(autouse=True)
-def quick_garbage_collection(frozen):
+def quick_garbage_collection(frozen_modules):
     """Objects of imported packages are no garbage. mmengine collects for each data set, half a second with mmdet."""
-    if len(sys.modules) > frozen["modules"] + 50:
+    if len(sys.modules) > frozen_modules["modules"] + 50:
         gc.collect()
         gc.freeze()
-        frozen["modules"] = len(sys.modules)
+        frozen_modules["modules"] = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)
