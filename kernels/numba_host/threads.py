@@ -1,0 +1,43 @@
+"""One call of a kernel on several threads: plain Python threads, since compiled kernels do not hold the interpreter's lock.
+
+Numba's own layers of threads are not used. They end the process after a fork (DataLoader workers) or when two Python threads
+call a kernel at once, and they would keep a second pool beside PyTorch's.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def run(kernel: Callable[[int], None], count: int) -> None:
+    """Call `kernel(i)` for each i below `count`, on at most as many threads as `torch.get_num_threads()`.
+
+    The calls must not depend on each other. Their results do not depend on the number of threads.
+    """
+    threads = min(torch.get_num_threads(), count)
+    if threads < 2:
+        for i in range(count):
+            kernel(i)
+        return
+    numbers = itertools.count()  # `next` is atomic
+
+    def work() -> None:
+        while (i := next(numbers)) < count:
+            kernel(i)
+
+    others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        for other in others:
+            other.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """The threads of a process. A forked process has none of its parent's."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="terrazzo")

@@ -1,0 +1,106 @@
+"""The selective scan in Numba, for CPUs: what the kernels are given, and how a call is divided.
+
+The kernels are in fused_cpu_kernels.py, which imports numba; this file does so at the first call. A call is divided by its
+sizes alone, never by the number of threads, so the same call gives the same bits.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from terrazzo.kernels.numba_host import threads
+from terrazzo.kernels.selective_scan.orders import pixels
+from terrazzo.kernels.selective_scan.scans import Scans
+
+# Steps between two states that are kept, and channels of a program; the kernels say the same.
+CHUNK = 64
+_WIDTH = 64
+# Programs of the backward pass add up gradients of B and C by groups: few groups, as each has a sum of its own.
+_GROUPS = 8
+
+
+def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, see `Scans`, and the state before each chunk of steps, (B, chunks, K, N, D)."""
+    from terrazzo.kernels.selective_scan import fused_cpu_kernels as kernels
+
+    arrays, channels = _arrays(call)
+    batch, length, scans, _ = call.delta.shape
+    wide = arrays[0].shape[-1]
+    out = torch.empty(batch, length, 1 if call.merge else scans, wide, dtype=call.dtype)
+    kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=call.dtype)
+    given = [*map(_numpy, arrays[:7]), call.delta_softplus, *map(_numpy, (arrays[7], out, kept))]
+    blocks = wide // _WIDTH
+    threads.run(lambda i: kernels.forward(*given, i // blocks, i % blocks * _WIDTH), batch * blocks)
+    out, kept = out[..., :channels], kept[..., :channels]
+    if call.z is not None:
+        out = out * F.silu(call.z.to(call.dtype))
+    out = out.squeeze(2) if call.merge else out.to(call.u.dtype)
+    return out.contiguous(), kept.contiguous()
+
+
+def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias, given those of the output and the states that were kept."""
+    from terrazzo.kernels.selective_scan import fused_cpu_kernels as kernels
+
+    grad, dz = (grad.unsqueeze(2) if call.merge else grad).to(call.dtype), None
+    if call.z is not None:
+        out, gate = forward(call._replace(z=None, u=call.u.to(call.dtype)))[0], torch.sigmoid(z := call.z.to(call.dtype))
+        dz = grad * out * gate * (1 + z * (1 - gate))
+        grad = grad * gate * z
+    arrays, channels = _arrays(call)
+    u, delta, A, B, C, skip, bias, index = arrays
+    batch, _, scans, wide = delta.shape
+    blocks = wide // _WIDTH
+    groups = max(1, min(blocks, _GROUPS // batch))
+    kept, grad = (_padded(x, wide) for x in (kept, grad))
+    dA = torch.empty(batch, *A.shape, dtype=call.dtype)
+    dB, dC = (torch.empty(groups, *x.shape, dtype=call.dtype) for x in (B, C))
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dskip, dbias = (torch.zeros(batch, *x.shape, dtype=call.dtype) for x in (skip, bias))
+    given = [*map(_numpy, arrays[:7]), call.delta_softplus]
+    given += map(_numpy, (index, grad, kept, du, ddelta, dA, dB, dC, dskip, dbias))
+    threads.run(lambda i: kernels.backward(*given, i // groups, i % groups, groups), batch * groups)
+    found = (
+        du[..., :channels],
+        ddelta[..., :channels],
+        dA.sum(0)[..., :channels].transpose(1, 2),
+        dB.sum(0),
+        dC.sum(0),
+        None if call.D is None else dskip.sum(0)[:, :channels],
+        dz,
+        None if call.delta_bias is None else dbias.sum(0)[:, :channels],
+    )
+    like = (call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias)
+    return tuple(None if g is None else g.to(x.dtype).contiguous() for x, g in zip(like, found))
+
+
+def _arrays(call: Scans) -> tuple[list[torch.Tensor], int]:
+    """What the kernels take, in the dtype of the computation and with whole programs of channels; the real channels."""
+    channels = call.delta.shape[3]
+    wide = -(-channels // _WIDTH) * _WIDTH
+    nothing = call.A.new_empty(0, wide, dtype=call.dtype)
+    steps = torch.arange(call.length)
+    found = [
+        _padded(call.u.to(call.dtype), wide),
+        _padded(call.delta.to(call.dtype), wide),
+        _padded(call.A.to(call.dtype).transpose(1, 2) * _LOG2_E, wide),
+        call.B.to(call.dtype).contiguous(),
+        call.C.to(call.dtype).contiguous(),
+        nothing if call.D is None else _padded(call.D.to(call.dtype), wide),
+        nothing if call.delta_bias is None else _padded(call.delta_bias.to(call.dtype), wide),
+        torch.stack([pixels(code, steps, call.length, call.width) for code in call.orders]),
+    ]
+    return found, channels
+
+
+_LOG2_E = 1.4426950408889634
+
+
+def _padded(x: torch.Tensor, wide: int) -> torch.Tensor:
+    """Contiguous, with zeros behind the last channel."""
+    return (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x).contiguous()
+
+
+def _numpy(x: torch.Tensor):
+    return x.detach().numpy()
