@@ -72,7 +72,7 @@ def learned_number(value: float, requires_grad: bool = True, **factory) -> nn.Pa
 
 
 def take_scalars(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *args) -> None:
-    """A load hook: gives a module's learned numbers their shape. Older and other authors' checkpoints have 0-d ones."""
+    """A load hook: give a module's learned numbers their shape; in older and others' checkpoints they are 0-d."""
     for name, parameter in module.named_parameters(prefix[:-1], recurse=False):
         if name in state:
             state[name] = _dimensioned(state[name], parameter)

@@ -24,8 +24,8 @@ RECONSTRUCTED = "reconstructed from the paper; no public weights of the authors 
 
 _LICENCES = {
     r"levels\.\d+\.blocks\.\d+\.mixer\.A_log": (
-        "MambaVision's weights, by NVIDIA, are licensed CC-BY-NC-SA-4.0: no commercial use, and what is made from them "
-        "is shared alike"
+        "MambaVision's weights, by NVIDIA, are licensed CC-BY-NC-SA-4.0: no commercial use, and derived weights must "
+        "have the same licence"
     ),
 }
 """Licence notices, by a tensor name that only the authors' checkpoints have."""
@@ -68,7 +68,7 @@ def weights_of(checkpoint: Any, ema: bool | None = None) -> dict[str, torch.Tens
     weights = dict(_named(found, nested=found is not checkpoint))
     if not weights:
         averaged = [key for key in _AVERAGED if isinstance(checkpoint.get(key), Mapping)]
-        raise InputError(f"holds no weights{f', but averaged ones under {averaged[0]}' if averaged else ''}")
+        raise InputError(f"holds no weights{f', but averaged weights under {averaged[0]}' if averaged else ''}")
     for wrapper in ("module.", "_orig_mod.", "module."):  # the wrappers may be nested in either order
         names = [name for name in weights if name not in _COUNTERS]
         if names and all(name.startswith(wrapper) for name in names):

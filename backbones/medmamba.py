@@ -137,7 +137,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         found = (len(weights["stem.norm.weight"]), len(blocks))
         wanted = (model.feature_info[0]["num_chs"], len(model.stages[2].blocks))
         if found != wanted:
-            name = next((name for name, variant in _VARIANTS.items() if variant == found), "one of that shape")
+            name = next((name for name, variant in _VARIANTS.items() if variant == found), "a model of this shape")
             raise InputError(
                 f"the checkpoint has {found[0]} channels and {found[1]} blocks in the third stage, "
                 f"the model {wanted[0]} and {wanted[1]}: build {name}"
