@@ -1,11 +1,12 @@
-# Two commands do all the set-up of a fresh machine: `make demo` and `make test`.
+# Two commands set up a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
-# A file's tests stay together: they share what is costly to make. One thread each, or workers wait for one another. Files
-# of many tests would else come first, and those of few long ones last, for one worker to end alone.
+# A file's tests stay together, because they share fixtures that are costly to make. Each worker has one thread, because
+# workers with more threads wait for one another. By default, files with many tests would come first and files with few
+# long tests last, and one worker would finish alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-all check bench cards clean
@@ -39,7 +40,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On a GPU every Triton kernel is held against the reference before anything is timed, and the rows are kept.
+# On a GPU every Triton kernel is tested against the reference before anything is timed, and the rows are kept.
 bench: $(STAMP)
 	@set -e; suffix=; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -5,7 +5,7 @@
     import timm, terrazzo
     model = timm.create_model("dinat_mini", features_only=True)
 
-`terrazzo.reduce` makes a plain ViT of timm merge tokens.
+`terrazzo.reduce` makes a plain timm ViT merge or drop tokens.
 """
 
 from terrazzo import backbones as backbones

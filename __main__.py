@@ -1,4 +1,4 @@
-"""`python -m terrazzo` is the `terrazzo` command, for launchers of modules, as in `torchrun -m terrazzo train`."""
+"""`python -m terrazzo` is the `terrazzo` command, for launchers that run modules: `torchrun -m terrazzo train`."""
 
 from terrazzo.tools.cli import main
 

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half a file."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PARTIAL = ".partial-"
-"""How the name of a file begins while it is being written."""
+"""The prefix of a file's name while it is being written."""
 
 
 @contextlib.contextmanager
@@ -33,6 +33,6 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a process that was killed while writing left in a folder."""
+    """Remove the partial files that a killed process left in a folder."""
     for path in folder.glob(f"{_PARTIAL}*"):
         path.unlink(missing_ok=True)

@@ -1,10 +1,11 @@
 """Reading pictures: one way for training, testing, inference, export and calibration, so that all see the same.
 
-A picture is 8-bit RGB and upright. What a file holds beyond that is brought there by the range of its type:
+A picture is 8-bit RGB and upright. Other files are converted by the range of their type:
 
 - 16-bit samples lose their low byte, as Pillow and OpenCV do with colours of 16 bits.
-- Floats from 0 to 1 are scaled by 255, floats up to 255 are taken as they are; a note says so. So it is with 32-bit
-  integers up to 255 and up to 65535. Other values are refused: nothing in the file tells what their range is.
+- Floats from 0 to 1 are scaled by 255, floats up to 255 are taken as they are; a note says so. 32-bit integers up to
+  255 are taken as they are, and up to 65535 they are divided by 256. Other values are refused: the file does not say
+  what their range is.
 - Transparency is dropped, palettes and colour spaces are converted, and an animation shows its first picture.
 - The EXIF orientation is applied; a block of EXIF data that cannot be read is ignored.
 """
@@ -23,21 +24,21 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from terrazzo.errors import InputError, first_line
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""What the names of pictures end with, in lower case, where a folder is searched for them."""
+"""The lower-case suffixes of pictures, for searching a folder."""
 
 _BITS, _WIDTH, _HEIGHT, _PHOTOMETRIC, _FORMAT = 258, 256, 257, 262, 339
 """Tags of TIFF: bits per sample, the stored size, what 0 means, and the type of the samples."""
 _WHITE_IS_ZERO, _SIGNED = 0, (2,)
 _noted: set[str] = set()
-"""What this process has told about pictures already."""
+"""The notes about pictures that this process has already given."""
 
 
 class PictureWarning(UserWarning):
-    """Says what was made of pictures whose range is not told by their type."""
+    """Says how pictures were converted if their type does not fix the range."""
 
 
 def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, upright: bool = True) -> Image.Image:
-    """Read a picture in RGB with 8 bits a channel.
+    """Read a picture in RGB with 8 bits per channel.
 
     Args:
         file: a path, or a file open for reading bytes.
@@ -45,7 +46,7 @@ def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, up
         upright: whether to turn the picture as its EXIF orientation says; a TIFF is always turned.
 
     Raises:
-        InputError: the file is missing, empty, cut short, no picture that Pillow can read, or has an unknown range.
+        InputError: the file is missing, empty, cut short, not a picture that Pillow can read, or has an unknown range.
     """
     name = name or file
     try:
@@ -61,7 +62,7 @@ def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, up
 
 
 def orientation(file: str | Path | BinaryIO) -> int:
-    """The EXIF orientation of a picture, 1 (upright) to 8, from its headers; 1 where it has none.
+    """The EXIF orientation of a picture, 1 (upright) to 8, from its headers; 1 if it has none.
 
     Raises:
         InputError: the file is missing, empty or no picture.
@@ -95,10 +96,10 @@ def is_plain(file: BinaryIO) -> bool:
 
 
 def check_same_turn(picture: str | Path, label_map: str | Path) -> None:
-    """Make sure that a picture and its label map carry the same EXIF orientation, so that both are turned alike.
+    """Make sure that a picture and its label map have the same EXIF orientation, so that both turn alike.
 
     Raises:
-        InputError: they do not, or either is no picture.
+        InputError: they do not, or either is not a picture.
     """
     turn, label_turn = orientation(picture), orientation(label_map)
     if turn != label_turn:
@@ -117,10 +118,10 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
 
 
 def _facts(file: str | Path | BinaryIO) -> tuple[int, tuple[int, int]]:
-    """The orientation, and the width and height as they are stored."""
+    """The orientation, and the stored width and height."""
     try:
         with _opened(file) as image:
-            if image.format == "TIFF":  # whose `size` is that of the turned picture in some versions of Pillow
+            if image.format == "TIFF":  # some versions of Pillow give the size of the turned picture
                 return _tagged(image), (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT])
             return _turn(image), image.size
     except Exception as error:  # as in `read_picture`
@@ -128,7 +129,7 @@ def _facts(file: str | Path | BinaryIO) -> tuple[int, tuple[int, int]]:
 
 
 def _turn(image: Image.Image) -> int:
-    """As `_tagged`, without decoding a PNG, as Pillow does to find EXIF data behind the pixels."""
+    """As `_tagged`, but without decoding a PNG; Pillow decodes it to find EXIF data after the pixels."""
     return 1 if image.format == "PNG" and not _png_has_metadata(image.fp) else _tagged(image)
 
 
@@ -160,13 +161,13 @@ def _png_has_metadata(file: BinaryIO) -> bool:
 
 
 def _to_rgb(image: Image.Image, name: object) -> Image.Image:
-    if image.mode == "La":  # grey with the transparency multiplied in; Pillow leads it to RGB by this way alone
+    if image.mode == "La":  # grey with premultiplied transparency; Pillow converts it to RGB only in this way
         image = image.convert("LA")
     if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         return image.convert("RGB")
     tags = image.tag_v2 if image.format == "TIFF" else {}
     pixels = _to_8_bits(image, tags, name)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts these up to 8 bits alone
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts these only up to 8 bits
         pixels = 255 - pixels
     return Image.fromarray(pixels).convert("RGB")
 
@@ -184,7 +185,7 @@ def _to_8_bits(image: Image.Image, tags: dict, name: object) -> np.ndarray:
     if image.mode == "F" and lowest >= 0 and highest <= 1:
         _note("floats from 0 to 1 are scaled by 255", name)
         return np.rint(values * 255).astype(np.uint8)
-    # Floats that go a little beyond 1 are rather a picture from 0 to 1 that was sharpened than an almost black one.
+    # Floats slightly above 1 are more likely a sharpened picture from 0 to 1 than an almost black picture.
     if lowest >= 0 and (2 if image.mode == "F" else 0) <= highest <= 255:
         _note(f"{what} from 0 to 255 are taken as they are", name)
         return np.rint(values).astype(np.uint8)
@@ -192,13 +193,13 @@ def _to_8_bits(image: Image.Image, tags: dict, name: object) -> np.ndarray:
         _note(f"{what} from 0 to 65535 are divided by 256", name)
         return (values >> 8).astype(np.uint8)
     raise InputError(
-        f"picture {name} holds {what} from {lowest:g} to {highest:g}; nothing says which of them are black and "
+        f"picture {name} holds {what} from {lowest:g} to {highest:g}; nothing says which values are black and "
         "white, so save it with 8 bits or with 16 bits without a sign"
     )
 
 
 def _note(what: str, name: object) -> None:
-    """Warn once of what is made of a kind of picture, rather than for each picture of a data set."""
+    """Warn once for each kind of picture, and not for each picture of a data set."""
     if what not in _noted:
         _noted.add(what)
         warnings.warn(f"pictures of {what}; the first is {name}", PictureWarning, stacklevel=2)
@@ -216,8 +217,8 @@ def _refusal(file: str | Path | BinaryIO, name: object, error: Exception) -> Inp
         head = _head(file)
         if head in (b"II*\0", b"MM\0*"):
             return InputError(
-                f"picture {name} is a TIFF whose samples cannot be read (such as floats of several channels, or of 64 "
-                "bits), or damaged; save it with 8 or 16 bits a channel"
+                f"picture {name} is damaged, or a TIFF with samples that cannot be read (such as floats with several "
+                "channels or 64 bits); save it with 8 or 16 bits per channel"
             )
         what = "is not in a picture format that can be read" if head else "is empty"
         return InputError(f"picture {name} {what}; use one of {', '.join(SUFFIXES)}")

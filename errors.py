@@ -10,7 +10,7 @@ class InputError(TerrazzoError, ValueError):
 
 
 class WeightsError(InputError, RuntimeError):
-    """Weights that do not fit a model, which PyTorch says by a RuntimeError; the message names the nearest model."""
+    """Weights that do not fit a model; a RuntimeError as in PyTorch. The message names the nearest model."""
 
 
 class BackendError(TerrazzoError, RuntimeError):
@@ -18,15 +18,15 @@ class BackendError(TerrazzoError, RuntimeError):
 
 
 class NonFiniteError(TerrazzoError, ArithmeticError):
-    """A training whose loss is NaN or infinite; the message says at which iteration, and which layer produced it."""
+    """A loss that is NaN or infinite; the message says at which iteration, and which layer produced it."""
 
 
 class SavingError(TerrazzoError, OSError):
-    """A checkpoint that could not be written; the message says why, and that earlier ones are whole."""
+    """A checkpoint that could not be written; the message says why, and that earlier checkpoints are whole."""
 
 
 def own_text(error: TerrazzoError) -> str:
-    """What an error says; of one from a worker process of a data loader, without the traceback that PyTorch adds."""
+    """What an error says, without the traceback that PyTorch adds to errors from data loaders' workers."""
     text, kind = str(error), type(error)
     if text.startswith(f"Caught {kind.__name__} in "):
         return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].rstrip()
@@ -34,5 +34,5 @@ def own_text(error: TerrazzoError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits into a message of one line; its name if it says nothing."""
+    """The first line of what an error says; its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]

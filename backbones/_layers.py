@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import trunc_normal_ as draw_truncated
 from torch import nn
 
 
@@ -160,6 +160,12 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(on_maps(x, self.reduction))
+
+
+def trunc_normal_(tensor: torch.Tensor, std: float) -> None:
+    """Draw from a truncated normal distribution. A tensor on the meta device has no numbers, and takes no time."""
+    if not tensor.is_meta:
+        draw_truncated(tensor, std=std)
 
 
 def init_linear(module: nn.Module) -> None:

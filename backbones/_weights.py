@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from terrazzo.backbones._names import registered_models
 from terrazzo.errors import InputError, WeightsError, first_line
 
 RECONSTRUCTED = "reconstructed from the paper; no public weights of the authors load"
@@ -228,10 +229,8 @@ def load_strictly(model: nn.Module, checkpoint: Any, load: Callable[[Mapping[str
 def nearest(weights: dict[str, torch.Tensor]) -> str | None:
     """The terrazzo model that has the most of these tensors, by name and shape; None if no model has half of them."""
     families: dict[str, list[str]] = {}
-    for name in timm.list_models():
-        module = timm.models.model_entrypoint(name).__module__
-        if module.startswith("terrazzo."):
-            families.setdefault(module, []).append(name)
+    for name, family in registered_models().items():
+        families.setdefault(family, []).append(name)
     closest = max(families.values(), key=lambda names: _likeness(weights, names[0])[0])
     best = max(closest, key=lambda name: _likeness(weights, name)[1])
     return best if _likeness(weights, best)[0] >= 0.5 else None

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, RmsNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, RmsNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import is_bare
 from terrazzo.backbones._head import Head
-from terrazzo.backbones._layers import cells
+from terrazzo.backbones._layers import cells, trunc_normal_
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._weights import any_prefix, rename

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear
+from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging, init_linear, trunc_normal_
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants

@@ -1,4 +1,4 @@
-"""What stands between a backbone and a head where mmdet and mmseg have nothing; `terrazzo.openmmlab` registers it."""
+"""Necks that mmdet and mmseg lack; `terrazzo.openmmlab` registers them."""
 
 from terrazzo.necks.finer_level import FinerLevel as FinerLevel
 from terrazzo.necks.plain_pyramid import PlainPyramid as PlainPyramid

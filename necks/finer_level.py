@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class FinerLevel(BaseModule):
-    """Puts a level of half the stride before a pyramid's, then runs another neck on all of them.
+    """Puts a level of half the stride before a pyramid's levels, then runs another neck on all levels.
 
-    The level is a transposed 2x2 convolution of stride 2 of the finest map, as LightViT's detectors have it (arXiv
-    2207.05557). Of a map of ceil(H/8) x ceil(W/8) positions it makes 2 ceil(H/8) x 2 ceil(W/8).
+    A transposed 2x2 convolution with stride 2 makes the level from the finest map, as in LightViT's detectors (arXiv
+    2207.05557). A map of ceil(H/8) x ceil(W/8) positions gives 2 ceil(H/8) x 2 ceil(W/8) positions.
 
     Args:
-        in_channels: of the backbone's maps, finest first.
-        neck: of the neck behind, without its `in_channels`, which are these with the first twice.
+        in_channels: the channels of the backbone's maps, finest first.
+        neck: the settings of the next neck, without its `in_channels`: they are these, with the first twice.
         init_cfg: mmengine's.
     """
 
@@ -27,5 +27,5 @@ class FinerLevel(BaseModule):
         self.neck = MODELS.build(dict(neck, in_channels=[finest, *in_channels]))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Maps B C H W of strides s, 2 s, ... to what the neck makes of those of strides s / 2, s, 2 s, ..."""
+        """From maps B C H W of strides s, 2 s, ... to the neck's results for strides s / 2, s, 2 s, ..."""
         return self.neck((self.finer(maps[0]), *maps))

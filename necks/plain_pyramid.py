@@ -1,4 +1,4 @@
-"""A pyramid out of the one map of a plain backbone."""
+"""A pyramid from the single map of a plain backbone."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class PlainPyramid(BaseModule):
-    """Maps of a quarter, half, all and twice the stride of a map, then another neck, if any, on all of them.
+    """Makes maps of 1/4, 1/2, 1 and 2 times a map's stride, then runs another neck, if any, on all of them.
 
-    Two transposed 2x2 convolutions of stride 2 with LayerNorm and GELU between them, one, none, and the maximum over
-    2x2, as the segmentors of RoMA (arXiv 2503.10392), BEiT and MAE have it; parameters carry the names that RoMA's code
-    gives them. The maximum of an odd side's last row or column is of what is there, so that sides are ceil(side / 2).
+    The levels are: two transposed 2x2 convolutions with stride 2, with LayerNorm and GELU between them; one transposed
+    convolution; the map itself; and the maximum over 2x2. The segmentors of RoMA (arXiv 2503.10392), BEiT and MAE have
+    the same levels; parameters have the names in RoMA's code. The maximum keeps an odd side's last row or column, so
+    sides are ceil(side / 2).
 
     Args:
-        in_channels: of the one map, in a list.
-        neck: of a neck behind, without its `in_channels`, which are four times these; None for none.
+        in_channels: the channels of the single map, in a list.
+        neck: the settings of the next neck, without its `in_channels`: they are these, four times. None for no neck.
         init_cfg: mmengine's.
     """
 
@@ -36,7 +37,7 @@ class PlainPyramid(BaseModule):
         self.neck = None if neck is None else MODELS.build(dict(neck, in_channels=[width] * 4))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """One map B C H W of stride s, in a sequence, to what the neck makes of those of s / 4, s / 2, s and 2 s."""
+        """From a sequence of one map B C H W of stride s to the neck's results for strides s / 4, s / 2, s and 2 s."""
         (x,) = maps
         maps = (self.fpn1(x), self.fpn2(x), x, self.fpn4(x))
         return maps if self.neck is None else tuple(self.neck(maps))

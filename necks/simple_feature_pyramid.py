@@ -1,4 +1,4 @@
-"""A pyramid out of the one map of a plain backbone."""
+"""A pyramid from the single map of a plain backbone."""
 
 from collections.abc import Sequence
 
@@ -39,18 +39,19 @@ def _level(channels: int, out_channels: int, scale: float) -> nn.Sequential:
 class SimpleFeaturePyramid(BaseModule):
     """ViTDet's neck: every level is made from the last map of a plain backbone, none from another level.
 
-    Of a map of stride 16 come levels of stride 4, 8, 16 and 32 by two, one and no transposed 2x2 convolution and by a
-    2x2 maximum, which keeps the last row and column of an odd side. Further levels are the last one, subsampled.
+    From a map of stride 16, two, one and no transposed 2x2 convolutions make the levels of stride 4, 8 and 16, and a
+    2x2 maximum makes the level of stride 32; the maximum keeps the last row and column of an odd side. Further levels
+    subsample the last level.
 
     Args:
-        in_channels: of the backbone's map, or of its maps; the last is taken.
-        out_channels: of every level.
-        scales: of the levels, finest first: 4, 2, 1 or 0.5 times the map's size.
-        num_outs: levels in all; those beyond `scales` halve the one before.
-        init_cfg: mmengine's; without one PyTorch's initialisation stays.
+        in_channels: the channels of the backbone's map, or of its maps; the last map is taken.
+        out_channels: the channels of every level.
+        scales: the levels' sizes, finest first: 4, 2, 1 or 0.5 times the map's size.
+        num_outs: number of levels; each level beyond `scales` halves the level before.
+        init_cfg: mmengine's; by default PyTorch's initialisation stays.
 
     Raises:
-        InputError: a scale is none of those four, or there are fewer outputs than scales.
+        InputError: a scale is not one of these four, or there are fewer outputs than scales.
 
     Source: ViTDet, arXiv 2203.16527, section 3 and appendix A.2.
     """
@@ -65,7 +66,7 @@ class SimpleFeaturePyramid(BaseModule):
     ):
         super().__init__(init_cfg)
         if not scales or not set(scales) <= {4, 2, 1, 0.5}:
-            raise InputError(f"scales must be some of 4, 2, 1 and 0.5, got {tuple(scales)}")
+            raise InputError(f"scales must be among 4, 2, 1 and 0.5, got {tuple(scales)}")
         if num_outs < len(scales):
             raise InputError(f"num_outs must be at least the {len(scales)} scales, got {num_outs}")
         channels = in_channels if isinstance(in_channels, int) else in_channels[-1]
@@ -73,7 +74,7 @@ class SimpleFeaturePyramid(BaseModule):
         self.further = num_outs - len(scales)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Maps B C H W, of which the last is read, to `num_outs` levels, finest first."""
+        """From maps B C H W to `num_outs` levels, finest first; only the last map is read."""
         out = [level(maps[-1]) for level in self.levels]
         for _ in range(self.further):
             out.append(out[-1][:, :, ::2, ::2])

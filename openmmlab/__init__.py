@@ -1,13 +1,13 @@
 """The bridge to mmengine, mmdetection and mmsegmentation.
 
-A config needs one line for it:
+A config needs one line to use it:
 
     custom_imports = dict(imports=["terrazzo.openmmlab"])
 
 Importing it registers terrazzo's backbones with timm and its wrappers with mmengine's root registries (mmdet and mmseg
-look there too), provides mmcv's compiled operators where no compiled mmcv is installed, and panopticapi where that is
-not, makes mmengine's checkpoints plain data, lets mmcv read pictures as terrazzo does, and registers timm's LAMB among
-the optimizers, since PyTorch has none. It imports neither mmdet nor mmseg.
+look there too), provides mmcv's compiled operators if no compiled mmcv is installed, and panopticapi if it is not
+installed, makes mmengine's checkpoints plain data, lets mmcv read pictures as terrazzo does, and registers timm's LAMB
+among the optimizers, because PyTorch has no LAMB. It imports neither mmdet nor mmseg.
 """
 
 from mmengine.registry import OPTIMIZERS

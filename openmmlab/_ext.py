@@ -1,4 +1,4 @@
-"""What stands for `mmcv._ext`, mmcv's compiled operators, where no compiled mmcv is installed."""
+"""The replacement for `mmcv._ext`, mmcv's compiled operators, if no compiled mmcv is installed."""
 
 import functools
 
@@ -17,7 +17,7 @@ class MissingOperator:
     def __call__(self, *args, **kwargs):
         raise BackendError(
             f"mmcv operator '{self.__name__}' is not provided by terrazzo.openmmlab, which stands in for mmcv's "
-            "compiled operators (`terrazzo doctor openmmlab` lists those it provides); install an mmcv compiled for "
+            "compiled operators (`terrazzo doctor openmmlab` lists its operators); install an mmcv compiled for "
             "this PyTorch, or choose a config without this operator"
         )
 
@@ -38,4 +38,4 @@ def _missing(name: str) -> MissingOperator:
 
 
 MODULES = {NAME: {**OPERATORS, "__getattr__": _missing}}
-"""The names in the module: the operators, and for every other name its refusal."""
+"""The names in the module: the operators, and a `MissingOperator` for every other name."""

@@ -1,4 +1,4 @@
-"""Modules that mmdet and mmseg import and an installation may lack: found here when they are found nowhere else."""
+"""Modules that mmdet and mmseg import and an installation may lack: found here if they are found nowhere else."""
 
 import importlib.abc
 import importlib.machinery
@@ -20,7 +20,7 @@ class StandInLoader(importlib.abc.Loader):
 
 
 class StandInFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of a table and nothing else. It stands last, so that an installed module is found before it.
+    """Finds the modules of a table and nothing else. It comes last, so that installed modules are found first.
 
     Args:
         modules: the names that each module holds, by the full name of the module.

@@ -1,7 +1,7 @@
-"""What stands for `panopticapi`, which mmdet reads and scores COCO panoptic segmentations with, and PyPI does not have.
+"""A replacement for `panopticapi`: mmdet reads and scores COCO panoptic data with it, and PyPI does not have it.
 
-It holds the names that mmdet imports, and those only. Written from the definition of panoptic quality in Kirillov et
-al., "Panoptic Segmentation" (2019), equations 1 and 2, and from the description of COCO's format.
+It holds only the names that mmdet imports. It was written from the definition of panoptic quality in Kirillov et al.,
+"Panoptic Segmentation" (2019), equations 1 and 2, and from the description of COCO's format.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ VOID = 0
 """The number of the pixels that belong to no segment."""
 
 OFFSET = 256**3
-"""More than any number of a segment, so that two numbers fit into one: truth * OFFSET + prediction."""
+"""Larger than any segment's number, so that two numbers fit into one: truth * OFFSET + prediction."""
 
 
 def rgb2id(colours: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ class Matches:
 
 
 class PQStat:
-    """The matches of every category, by its number; those of several pictures or processes are added with `+=`."""
+    """The matches of every category, by its number; `+=` adds the matches of several pictures or processes."""
 
     def __init__(self):
         self.matches: defaultdict[int, Matches] = defaultdict(Matches)
@@ -83,15 +83,15 @@ class PQStat:
     def pq_average(
         self, categories: Mapping[int, dict], isthing: bool | None
     ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
-        """Qualities over categories, and those of each.
+        """Qualities over all categories, and of each category.
 
         Args:
             categories: COCO's categories by number; `isthing` of each is 1 for things and 0 for stuff.
-            isthing: True for the things among them, False for stuff, None for all.
+            isthing: True for things only, False for stuff only, None for all.
 
         Returns:
-            `pq`, `sq` and `rq` as means over the categories that occur, and `n`, how many those are. Of no
-            categories the means are not a number. And `pq`, `sq` and `rq` of each category, 0 if it does not occur.
+            `pq`, `sq` and `rq` as means over the `n` categories that occur, and `n`; without categories the means are
+            NaN. Then `pq`, `sq` and `rq` of each category, 0 if it does not occur.
         """
         chosen = [
             number for number, category in categories.items() if isthing is None or bool(category["isthing"]) == isthing

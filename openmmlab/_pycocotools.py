@@ -6,10 +6,10 @@ import importlib.util
 
 
 def repair() -> None:
-    """Lets pycocotools, and what mmdet derives from it, read JSON as UTF-8, with a byte-order mark or without."""
+    """Lets pycocotools and mmdet's subclasses read JSON as UTF-8, with a byte-order mark or without."""
     if importlib.util.find_spec("pycocotools") is None:
         return
     import pycocotools.coco
 
-    # The module opens nothing but JSON files, by the built-in function; a name of its own goes before that.
+    # The module opens only JSON files, with the built-in `open`; a name in the module takes precedence.
     pycocotools.coco.open = functools.partial(builtins.open, encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""RoMA's adaptive rotation: the part of an image with most texture, turned in its place."""
+"""RoMA's adaptive rotation: it rotates the part of an image with most texture in place."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ _NEIGHBOURS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)]
 
 
 def texture_scores(image: np.ndarray, patch_size: int) -> np.ndarray:
-    """How much texture each patch has: 1 less the norm of the histogram of its local binary patterns.
+    """How much texture each patch has: 1 minus the norm of the histogram of its local binary patterns.
 
-    A flat patch has one pattern, a histogram of norm 1, and so scores 0.
+    A flat patch has one pattern and a histogram of norm 1, so its score is 0.
 
     Args:
         image: (H, W), both multiples of `patch_size`.
@@ -34,10 +34,10 @@ def texture_scores(image: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def choose_window(scores: np.ndarray, sides: Sequence[int]) -> tuple[int, int, int]:
-    """The window around the best patch that is turned: top, left and side, in patches.
+    """The window around the best patch that is rotated: top, left and side, in patches.
 
-    Of all windows of the first side that hold the best patch the one with the highest sum is taken if it is, on the
-    mean, at least as good as the image; else one of the next side, and of the last side in any case.
+    Among the windows of the first side that hold the best patch, the window with the highest sum is taken if its mean
+    is at least the image's mean. Otherwise the next side is tried; the last side is always taken.
     """
     y, x = np.unravel_index(scores.argmax(), scores.shape)
     for side in sides:
@@ -51,20 +51,20 @@ def choose_window(scores: np.ndarray, sides: Sequence[int]) -> tuple[int, int, i
 
 
 class AdaptiveRotation:
-    """Turns a window of an image by a random angle and says which.
+    """Rotates a window of an image by a random angle and returns the window.
 
-    Source: RoMA, arXiv 2503.10392, section 3.2. This does what the paper means. The published transform differs: it
-    takes each patch with its channels for columns, and its row for its column; the norm alone, without "1 less", makes
-    flat patches the best; of the three sides only the first fits back into its place; what it hands on as the image
-    before the rotation is the one after it.
+    Source: RoMA, arXiv 2503.10392, section 3.2. This follows the paper's intent. The published transform differs: it
+    mixes a patch's channels with its columns and swaps its row and column; it uses the norm itself as the score, so
+    flat patches are the best; only the first of its three sides fits back into its place; and the image that it passes
+    on as unrotated is the rotated image.
 
     Args:
-        patch_size: in pixels.
-        windows: sides that are tried, in pixels, multiples of `patch_size`, largest first.
+        patch_size: side of a patch, in pixels.
+        windows: sides to try, in pixels, multiples of `patch_size`, largest first.
         degrees: the largest angle, either way.
 
     Raises:
-        InputError: A side is no multiple of `patch_size`.
+        InputError: A side is not a multiple of `patch_size`.
     """
 
     def __init__(self, patch_size: int = 16, windows: Sequence[int] = (96, 64, 32), degrees: float = 45.0):
@@ -74,7 +74,7 @@ class AdaptiveRotation:
         self.sides = [side // patch_size for side in windows]
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a normalised image (C, H, W): one with the window turned, 0 where nothing is left, and the window.
+        """A normalised image (C, H, W) with the window rotated and its empty corners 0, and the window.
 
         Returns:
             (C, H, W), and top, left and side of the window in patches.

@@ -1,4 +1,4 @@
-"""Checkpoints by address: each is fetched once, whole or not at all, under a name that no other address shares."""
+"""Checkpoints by address: each is fetched once, whole or not at all, and has its own name in the cache."""
 
 import difflib
 import hashlib
@@ -29,7 +29,7 @@ PATIENCE = 20.0
 
 
 def _zoos() -> dict[str, Callable[[], dict[str, str]]]:
-    """By scheme, what gives the addresses of the models of a zoo by their names."""
+    """For each scheme, a function that gives the addresses of a zoo's models by their names."""
     checkpoint = mmengine.runner.checkpoint
     openmmlab, torchvision = checkpoint.get_external_models, checkpoint.get_torchvision_models
     return {
@@ -42,7 +42,7 @@ def _zoos() -> dict[str, Callable[[], dict[str, str]]]:
 
 
 def install() -> None:
-    """Makes mmengine fetch checkpoints through this module. Doing so again changes nothing."""
+    """Makes mmengine fetch checkpoints through this module. A second call changes nothing."""
     mmengine.runner.checkpoint.load_from_http = load_from_http
     backends = (r"(\S+\:)?s3://", r"(\S+\:)?petrel://")
     for prefixes, loader in (
@@ -56,13 +56,13 @@ def install() -> None:
 def load_from_http(
     filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = False
 ) -> Any:
-    """mmengine's loader of web addresses. The first process downloads; a process that does not see its file follows.
+    """mmengine's loader of web addresses. The first process downloads, then processes that do not see its file.
 
     Args:
         filename: the address.
         map_location: as in `load_file`.
         model_dir: where files are kept, instead of PyTorch's cache.
-        progress: mmengine's; a line of the log says that a file is fetched, whatever it is.
+        progress: mmengine's; not used: a line of the log always says that a file is fetched.
 
     Raises:
         InputError: the file cannot be fetched or is refused; the message names the address and the file to put there.
@@ -74,7 +74,7 @@ def load_from_http(
             _fetch(filename, path)
         except InputError as error:
             failure = error
-    barrier()  # the other processes wait for the file, and do not wait for ever where it cannot be fetched
+    barrier()  # the other processes wait for the file, but not forever if it cannot be fetched
     if failure is not None:
         raise failure
     _fetch(filename, path)
@@ -87,8 +87,8 @@ def load_from_http(
 def cached(address: str, folder: str | os.PathLike | None = None) -> pathlib.Path:
     """Where the file of an address is kept, in PyTorch's cache unless a folder is named.
 
-    Two addresses may end in one name, so a digest of the address is a part of the file's. A file that `torch.hub` left
-    under the plain name is taken if the name ends in its own digest, as those of PyTorch and OpenMMLab do.
+    Two addresses may end in the same name, so the file's name includes a digest of the address. A file that `torch.hub`
+    left under the plain name is taken if the name ends in the file's digest, as the names of PyTorch and OpenMMLab do.
     """
     folder = pathlib.Path(folder or os.path.join(torch.hub.get_dir(), "checkpoints"))
     name = pathlib.PurePosixPath(urllib.parse.urlparse(address).path).name or "checkpoint.pth"
@@ -109,7 +109,7 @@ def _digest(path: pathlib.Path) -> str:
 
 
 def _fetch(address: str, path: pathlib.Path) -> None:
-    """Downloads a file that is not there yet; InputError if that fails, with nothing left."""
+    """Downloads a file if it is missing; InputError if that fails, and no partial file is left."""
     if path.is_file():
         return
     print_log(f"Fetching {address} into {path}", logger="current")
@@ -145,7 +145,7 @@ def load_from_zoo(filename: str, map_location: Any = None) -> Any:
     """mmengine's loader of names in a zoo, such as `torchvision://resnet50` and `open-mmlab://resnext50_32x4d`.
 
     Raises:
-        InputError: the zoo has no such model (the message lists close names), or as for `load_from_http`.
+        InputError: the zoo lacks the model (the message lists close names), or as for `load_from_http`.
     """
     scheme, name = filename.split("://", 1)
     addresses = _zoos()[scheme]()
@@ -157,7 +157,7 @@ def load_from_zoo(filename: str, map_location: Any = None) -> Any:
     address = addresses[name]
     if address.startswith(("http://", "https://")):
         checkpoint = load_from_http(address, map_location)
-    else:  # a user's own list may name files beside it
+    else:  # a user's list may name files beside the list
         checkpoint = load_file(pathlib.Path(mmengine.runner.checkpoint._get_mmengine_home(), address), map_location)
     return mmengine.runner.checkpoint._process_mmcls_checkpoint(checkpoint) if scheme == "mmcls" else checkpoint
 
@@ -170,7 +170,7 @@ def load_from_backend(filename: str, map_location: Any = None, backend: str = "p
     """
     try:
         content = get_file_backend(filename, backend_args={"backend": backend}).get(filename)
-    except Exception as error:  # a client of a store fails in its own ways, and may not be installed
+    except Exception as error:  # a store's client fails in many ways, and may not be installed
         raise InputError(
             f"checkpoint '{filename}' could not be fetched by the backend {backend}: {_cause(error)}"
         ) from error

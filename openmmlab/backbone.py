@@ -11,8 +11,10 @@ from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 
+from terrazzo.backbones._names import check_name, family_of
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import check_name, create_model, is_ours, load_weights
+from terrazzo.openmmlab._timm import create_model
 
 
 @MODELS.register_module()
@@ -26,17 +28,17 @@ class TerrazzoBackbone(BaseModule):
 
     Args:
         name: the name of a model, as in `timm.list_models()`.
-        pretrained: whether to load the weights that timm knows of.
-        checkpoint: a file of weights to load instead: official, or of a model that was trained with this wrapper.
+        pretrained: whether to load the weights that timm knows.
+        checkpoint: a file of weights to load instead: official, or from a training with this wrapper.
         out_indices: which feature maps to return, as timm counts them. terrazzo's pyramids have maps 0 to 3 at strides
             4 to 32; timm's ResNets have a map of stride 2 before these, and so take `(1, 2, 3, 4)`.
         drop_path_rate: the largest rate of stochastic depth; None leaves it to the model.
         frozen_stages: -1 trains everything; 0 freezes the stem; i freezes the stem and the first i stages. Frozen parts
             stay in evaluation mode.
-        norm_outputs: whether each returned map goes through a LayerNorm of its own. None means where the model brings
-            such norms (terrazzo's do, as their papers' detectors have them); True adds them to any other model.
-        with_cp: whether to trade computation for memory by recomputing activations in the backward pass.
-        init_cfg: mmengine's; weights are left to timm and to `checkpoint`.
+        norm_outputs: whether each returned map goes through its own LayerNorm. None means yes if the model has these
+            norms (terrazzo's models have them, like the detectors of their papers); True adds them to any other model.
+        with_cp: whether to save memory by recomputing activations in the backward pass.
+        init_cfg: mmengine's; timm and `checkpoint` set the weights.
         **kwargs: further arguments of the model.
 
     Raises:
@@ -58,7 +60,7 @@ class TerrazzoBackbone(BaseModule):
     ):
         super().__init__(init_cfg)
         check_name(name)
-        brings_norms = is_ours(name)
+        brings_norms = family_of(name) is not None  # terrazzo's own know `norm_outputs`
         if brings_norms:
             kwargs["norm_outputs"] = norm_outputs is not False
         if drop_path_rate is not None:
@@ -95,7 +97,7 @@ class TerrazzoBackbone(BaseModule):
         return tuple(maps)
 
     def init_weights(self) -> None:
-        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them anew."""
+        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them again."""
         self._is_init = True
 
     def train(self, mode: bool = True) -> "TerrazzoBackbone":
@@ -115,7 +117,7 @@ class TerrazzoBackbone(BaseModule):
                 parameter.requires_grad = False
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """The modules all of whose parameters, and at least one, are in frozen stages."""
+        """The modules that have parameters, all in frozen stages."""
         if self.frozen_stages < 0:
             return []
         found = []
@@ -130,7 +132,7 @@ def _checked_indices(name: str, out_indices: Sequence[int], count: int) -> tuple
     """The indices of maps counted from the front.
 
     Raises:
-        InputError: if there are none, or one is out of range, or they do not rise.
+        InputError: if there are no indices, an index is out of range, or they do not rise.
     """
     indices = tuple(index + count if index < 0 else index for index in out_indices)
     if not indices or any(not 0 <= index < count for index in indices) or list(indices) != sorted(set(indices)):

@@ -1,4 +1,4 @@
-"""Building the parts of a runner: what is wrong with their settings becomes one line, and leaves nothing behind."""
+"""Building the parts of a runner: wrong settings give one line, and nothing is left behind."""
 
 import contextlib
 import difflib
@@ -59,10 +59,10 @@ PACKAGES = {
     "TensorboardVisBackend": ("tensorboard", "tensorboardX"),
     "WandbVisBackend": ("wandb",),
 }
-"""The packages of which a backend of the visualizer needs one. It looks for them when the first value is logged."""
+"""For each backend of the visualizer, packages; it needs any of them, and looks for it when it first logs a value."""
 
 LONGEST = 400
-"""Characters of a cause that are shown: some texts hold whole settings."""
+"""How many characters of a cause are shown: some texts hold whole settings."""
 
 _RUNNER_METHOD = re.compile(r"^Runner\.(\w+)\(\) ")
 _UNKNOWN_TYPE = re.compile(r"^(\S+) is not in the (\S+)::(.+?) registry\. .*")
@@ -75,10 +75,11 @@ def building(cfg: Config, part: str = "runner") -> Iterator[None]:
 
     Args:
         cfg: the config.
-        part: what is built, where the runner's methods do not say so.
+        part: what is built, if the runner's methods do not say so.
 
     Raises:
-        InputError: it names the setting, the cause, close names of what is unknown, and the options given for it.
+        InputError: it names the setting, the cause, names close to an unknown name, and the options given for the
+            setting.
     """
     try:
         yield
@@ -96,7 +97,7 @@ def building(cfg: Config, part: str = "runner") -> Iterator[None]:
 
 
 def named(error: BaseException) -> str:
-    """The kind of an error and what it says, in one line and without mmengine's advice."""
+    """The type of an error and its text, in one line and without mmengine's advice."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     text = _UNKNOWN_TYPE.sub(r"'\1' is not in the registry \2::\3", text)
@@ -108,7 +109,7 @@ def check_visualizer(cfg: Config) -> None:
     """Checks that the packages of the visualizer's backends are installed.
 
     Raises:
-        InputError: if one is not; the message says which.
+        InputError: if a package is missing; the message names it.
     """
     for backend in (cfg.get("visualizer") or {}).get("vis_backends") or []:
         kind = backend.get("type") if isinstance(backend, Mapping) else None
@@ -121,27 +122,27 @@ def check_visualizer(cfg: Config) -> None:
 
 
 def build_parts(runner: Runner, training: bool) -> None:
-    """Builds what mmengine builds when a training or a test starts: loops, data, evaluators, optimizer, schedules.
+    """Builds the parts that mmengine builds when a run starts: loops, data, evaluators, optimizer, schedules.
 
     Args:
         runner: it is changed in place, so that `runner.train()` or `runner.test()` goes on from there.
-        training: whether it will train, or else test.
+        training: whether it will train; if not, it will test.
     """
     if not training:
         runner._test_loop = runner.build_test_loop(runner._test_loop)
         _prepare_one(runner, "test", runner.test_dataloader)
         return
     runner._train_loop = runner.build_train_loop(runner._train_loop)
-    _check_optimizer(runner.optim_wrapper)
+    _check_optimizer(runner.optim_wrapper, runner.cfg)
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     for wrapper in runner.optim_wrapper.values() if isinstance(runner.optim_wrapper, dict) else [runner.optim_wrapper]:
         with building(runner.cfg, "optim_wrapper.clip_grad"):
             if getattr(wrapper, "clip_grad_kwargs", None):
                 arguments = inspect.signature(wrapper.clip_func)
-                arguments.bind_partial([], **wrapper.clip_grad_kwargs)  # which says first what is unknown
+                arguments.bind_partial([], **wrapper.clip_grad_kwargs)  # this raises for unknown arguments first
                 arguments.bind([], **wrapper.clip_grad_kwargs)
     runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-    runner.auto_scale_lr = None  # it would be scaled again
+    runner.auto_scale_lr = None  # otherwise mmengine would scale it again
     if runner.param_schedulers is not None:
         runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     if runner._val_loop is not None:
@@ -150,30 +151,39 @@ def build_parts(runner: Runner, training: bool) -> None:
     _prepare_one(runner, "train", runner.train_dataloader)
 
 
-def _check_optimizer(settings: Any) -> None:
+def _check_optimizer(settings: Any, cfg: Config) -> None:
     """Looks the optimizer up: mmengine would only say that None cannot be called."""
     optimizer = settings.get("optimizer") if isinstance(settings, dict) else None
     kind = optimizer.get("type") if isinstance(optimizer, dict) else None
-    if isinstance(kind, str) and registered(OPTIMIZERS, optimizer) is None:
+    if isinstance(kind, str) and registered_class(OPTIMIZERS, optimizer, cfg) is None:
         raise InputError(f"optim_wrapper.optimizer.type '{kind}' is unknown{_close(kind, _registered('optimizer'))}")
 
 
 def _prepare_one(runner: Runner, split: str, loader: DataLoader) -> None:
-    """Prepares a sample: the steps of a pipeline look at some of their arguments only then."""
+    """Prepares a sample, because the steps of a pipeline check some of their arguments only then."""
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and len(loader.dataset):
         with building(runner.cfg, f"first sample of {split}_dataloader"), seeded(0):
             loader.dataset[0]
 
 
-def registered(registry: Registry, settings: Mapping[str, Any]) -> Any:
-    """The class that settings name in `type`, in their scope or the config's; None if no registry has it."""
-    with registry.switch_scope_and_registry(settings.get("_scope_")) as scoped:
-        return scoped.get(settings["type"])
+def registered_class(registry: Registry, settings: Mapping, cfg: Config) -> type | None:
+    """The class that settings name in `type`, in their scope or the config's; None if no registry has it.
+
+    Args:
+        registry: a root of mmengine's registries, such as `DATASETS`; it leads to mmdet's and mmseg's.
+        settings: the settings of what the registry builds.
+        cfg: the config that holds them.
+    """
+    kind = settings.get("type")
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(settings.get("_scope_") or cfg.get("default_scope", "mmengine")) as scoped:
+        return scoped.get(kind)
 
 
 @contextlib.contextmanager
 def undone_on_failure(work_dir: Path) -> Iterator[None]:
-    """Holds back what the block prints until it has ended, and after a failure leaves a work dir as it was before.
+    """Holds back the block's output until it ends, and restores the work dir after a failure.
 
     mmengine makes the folder, begins a log in it and writes the config before it builds most parts.
     """
@@ -197,7 +207,7 @@ def undone_on_failure(work_dir: Path) -> Iterator[None]:
 
 
 class _Held(io.TextIOBase):
-    """Text that waits until it is released, and what comes later goes through: a logger keeps its stream."""
+    """Text that waits until it is released; later text passes through, because a logger keeps its stream."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -217,7 +227,7 @@ class _Held(io.TextIOBase):
         return self.stream.isatty()
 
     def release(self) -> None:
-        """Writes what waits."""
+        """Writes the waiting text."""
         waiting, self.waiting = self.waiting or [], None
         self.stream.write("".join(waiting))
 
@@ -227,7 +237,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _part(methods: list[str]) -> str | None:
-    """The setting from which the innermost of the runner's methods builds; None if there is none."""
+    """The setting that the innermost method of the runner builds from; None if there is no method."""
     split = next((name.split("_")[1] for name in reversed(methods) if re.fullmatch(r"build_\w+_loop", name)), "train")
     return next((PARTS[name].format(split=split) for name in reversed(methods) if name in PARTS), None)
 
@@ -245,7 +255,7 @@ def _hint(error: BaseException, frames: list[Any]) -> str:
 
 
 def _close(name: str, known: Mapping[str, str] | set[str]) -> str:
-    """A clause with the names of `known` that are close to a name; where it maps names to scopes and has it, those."""
+    """A clause with the names of `known` close to a name, or with the scope in which `known` has the name."""
     if name in known and isinstance(known, Mapping):
         return f"; {known[name]} has it: set default_scope={known[name]}, or write {known[name]}.{name}"
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
@@ -269,7 +279,7 @@ def _registered(kind: str) -> dict[str, str]:
 
 
 def _blamed(given: Mapping[str, Any], part: str, text: str) -> str:
-    """The options that can have led to an error in a part of a config: those that the error speaks of, or else all."""
+    """The options that may have caused an error in a part of a config: the options in the error's text, or else all."""
     # A variable of the config, such as train_pipeline, can be anywhere.
     tops = {key: key.split(".")[0] for key in given}
     near = [key for key, top in tops.items() if top in part]

@@ -9,8 +9,9 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import create_model, load_weights
+from terrazzo.openmmlab._timm import create_model
 
 LOSSES = {
     loss.__name__: loss
@@ -24,18 +25,18 @@ class Classifier(BaseModel):
 
     Args:
         backbone: `name`, `num_classes` and any other argument of `timm.create_model`; also `checkpoint`, a file of
-            weights whose classifier is left out where it has other classes.
-        probe: whether to train the last layer alone, on features that stay as they are: a linear probe.
+            weights; its classifier is left out if it has other classes.
+        probe: whether to train only the last layer, on frozen features: a linear probe.
         loss: `type` (BinaryCrossEntropy, CrossEntropyLoss, LabelSmoothingCrossEntropy or SoftTargetCrossEntropy) and
             its arguments. By default LabelSmoothingCrossEntropy, or SoftTargetCrossEntropy with mixup.
         mixup: arguments of `timm.data.Mixup`, for mixup and CutMix; None for neither.
-        recipe: `type` (`TokenConsistency` or `TokenBudget`) and its arguments: how a family trains where it takes more
-            than the loss of the logits.
+        recipe: `type` (`TokenConsistency` or `TokenBudget`) and its arguments, for families that train with more than
+            the loss of the logits.
         data_preprocessor: mmengine's; by default it only moves the batch to the device.
-        init_cfg: mmengine's; weights are left to timm and to `checkpoint`.
+        init_cfg: mmengine's; timm and `checkpoint` set the weights.
 
     Raises:
-        InputError: if the model or loss is unknown, the number of classes is missing, or the recipe is of another
+        InputError: if the model or loss is unknown, the number of classes is missing, or the recipe is for another
             family.
     """
 
@@ -78,7 +79,7 @@ class Classifier(BaseModel):
         self.recipe = MODELS.build(recipe) if recipe else None
         if self.recipe is not None:
             if probe:
-                raise InputError("probe trains the last layer alone, and recipe the whole model; choose one of them")
+                raise InputError("probe trains only the last layer, and recipe the whole model; choose one of them")
             self.recipe.prepare(
                 self.backbone, name=name, checkpoint=checkpoint, pretrained=options.get("pretrained", False)
             )
@@ -97,8 +98,8 @@ class Classifier(BaseModel):
             targets: B class indices.
             img_path: the files of the images, which the data loader brings for error messages.
             mode: "loss" gives `{"loss": ...}`, or the recipe's terms; "predict" a list of B dicts with `scores`
-                (probabilities of each class), `pred_label` and, where there are targets, `gt_label`; "tensor" the
-                logits, B x classes.
+                (probabilities of each class), `pred_label` and, with targets, `gt_label`; "tensor" the logits, B x
+                classes.
         """
         if isinstance(inputs, (list, tuple)):
             inputs = torch.stack(list(inputs))
@@ -123,7 +124,7 @@ class Classifier(BaseModel):
         return self
 
     def init_weights(self) -> None:
-        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them anew."""
+        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them again."""
         self._is_init = True
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Finding, reading and adjusting a config, and building the runner for it: what every training command needs."""
+"""Finds, reads and adjusts a config, and builds its runner; every training command needs this."""
 
 import contextlib
 import copy
@@ -14,12 +14,20 @@ import mmengine.utils
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.registry import DATASETS, RUNNERS, Registry, init_default_scope
+from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab.building import GIVEN, build_parts, building, check_visualizer, named, undone_on_failure
+from terrazzo.openmmlab.building import (
+    GIVEN,
+    build_parts,
+    building,
+    check_visualizer,
+    named,
+    registered_class,
+    undone_on_failure,
+)
 from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.distributed import launch
 from terrazzo.openmmlab.monitoring import check_formats, check_monitored, expected_metrics
@@ -30,7 +38,7 @@ from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.openmmlab.seeding import seed_config
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
-"""Where the packaged configs lie."""
+"""The folder of the packaged configs."""
 
 SPLITS = ("train", "val", "test")
 LISTS = ("param_scheduler", "val_evaluator", "test_evaluator", "custom_hooks")
@@ -38,13 +46,13 @@ BUILT = (
     *("model", "train_cfg", "val_cfg", "test_cfg", "train_dataloader", "val_dataloader", "test_dataloader"),
     *("optim_wrapper", "default_hooks", "visualizer", "env_cfg", "randomness", *LISTS),
 )
-"""What the runner builds from settings, and what may be a list of them."""
+"""The parts that the runner builds from settings, and whether each may be a list of settings."""
 
 OWN_HOOKS = ("SeedingHook", "FiniteLossHook", "ThroughputHook", "MonitoredMetricsHook", "WorkersHook")
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "panoptic_head", "panoptic_fusion_head")
 
 OTHER_CLASSES = ("STDCHead",)
-"""Heads that tell other classes apart than the data set's: this one tells edges from the rest."""
+"""Heads with other classes than the data set's: this head separates edges from the rest."""
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -59,7 +67,7 @@ def find_config(path_or_name: str | Path) -> Path:
         path_or_name: any of these; `mmseg::` and `terrazzo::` work, too, and `.py` may be left out.
 
     Raises:
-        InputError: if there is neither such a file nor such a name; the message lists close names.
+        InputError: if neither a file nor a packaged config matches; the message lists close names.
     """
     if "::" in str(path_or_name):
         return _config_of_package(str(path_or_name))
@@ -78,7 +86,7 @@ def find_config(path_or_name: str | Path) -> Path:
 
 
 def _config_of_package(address: str) -> Path:
-    """Resolves `PACKAGE::PATH`, as mmengine writes the configs that another package brings."""
+    """Resolves `PACKAGE::PATH`, mmengine's way to name the configs of another package."""
     package, _, rest = address.partition("::")
     if package == "terrazzo":
         return find_config(rest)
@@ -109,14 +117,14 @@ def load_config(
 
     Args:
         path_or_name: a config file, or the bare name of a packaged config.
-        data_root: the folder of the data set; replaces the config's own wherever that stands in front of a path.
+        data_root: the folder of the data set; replaces the config's folder at the start of every path.
         options: dotted keys to values, such as `{"train_dataloader.batch_size": 2}`; they are applied after
             `data_root`. The key `data_root` among them acts as the argument does.
 
     Raises:
         InputError: if the config is unknown or cannot be parsed, an option does not fit, or class counts disagree.
     """
-    import terrazzo.openmmlab  # noqa: F401  mmengine must be made ready before it reads `_base_` of another package
+    import terrazzo.openmmlab  # noqa: F401  prepares mmengine to read `_base_` of another package
 
     path = find_config(path_or_name)
     cfg = _read(path)
@@ -142,10 +150,10 @@ def load_config(
 
 
 def _check_kinds(cfg: Config) -> None:
-    """Checks that what the runner builds from settings are settings.
+    """Checks that the parts that the runner builds have settings.
 
     Raises:
-        InputError: if one is a number or text.
+        InputError: if a part has a number or text instead.
     """
     for key in BUILT:
         value = cfg.get(key)
@@ -154,7 +162,7 @@ def _check_kinds(cfg: Config) -> None:
 
 
 def _read(path: Path) -> Config:
-    """Reads a config file and imports what it names in `custom_imports`, from beside it, too.
+    """Reads a config file and imports what it names in `custom_imports`, also from the config's folder.
 
     Raises:
         InputError: if it cannot be read.
@@ -164,7 +172,7 @@ def _read(path: Path) -> Config:
             cfg = Config.fromfile(path, import_custom_modules=False)
         except InputError:
             raise
-        except Exception as error:  # a config is code: anything can come out of it
+        except Exception as error:  # a config is code: it can raise anything
             raise InputError(f"config '{path}' cannot be read: {named(error)}") from error
         _import_custom(cfg)
     return cfg
@@ -177,19 +185,19 @@ def _import_custom(cfg: Config) -> None:
         return
     try:
         import_modules_from_strings(**custom)
-    except Exception as error:  # it is the user's code that is run
+    except Exception as error:  # this runs the user's code
         cause = error.__context__ if type(error) is ImportError and error.__context__ else error
         raise InputError(
-            f"custom_imports of config '{cfg.filename}' cannot be imported: {named(cause)}; a module of yours lies "
-            "beside the config, or in a folder of PYTHONPATH"
+            f"custom_imports of config '{cfg.filename}' cannot be imported: {named(cause)}; put your module "
+            "beside the config or in a folder of PYTHONPATH"
         ) from error
 
 
 @contextlib.contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Lets modules of a folder be imported, behind all others.
+    """Lets modules of a folder be imported, after all other modules.
 
-    The folder stays in `sys.path` if one of them was: worker processes that are started anew import it again.
+    The folder stays in `sys.path` if one of its modules was imported: newly started worker processes import it again.
     """
     place = str(folder.resolve())
     if place in sys.path:
@@ -207,10 +215,10 @@ def importable(folder: Path) -> Iterator[None]:
 
 
 def check_inference(cfg: Config) -> None:
-    """Checks how a segmentor of mmseg goes over a picture.
+    """Checks the inference mode of an mmseg segmentor.
 
     Raises:
-        InputError: if `model.test_cfg` has another mode than "whole" and "slide", or no window for the latter.
+        InputError: if `model.test_cfg` has another mode than "whole" and "slide", or "slide" without a window.
     """
     model = cfg.get("model") or {}
     test = model.get("test_cfg") or {}
@@ -237,7 +245,7 @@ def check_inference(cfg: Config) -> None:
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
-    """Replaces the data folder of a config, in place, in every dataset and evaluator path that starts with it.
+    """Replaces the data folder of a config, in place, at the start of every dataset and evaluator path.
 
     Raises:
         InputError: if the config has no top-level `data_root` and its datasets do not share one.
@@ -264,12 +272,12 @@ def set_data_root(cfg: Config, data_root: str) -> None:
 
 
 def check_class_counts(cfg: Config) -> None:
-    """Compares the class count of every head with the classes of the training set: the config's, or its class's own.
+    """Compares every head's class count with the classes of the training set, from the config or the data set.
 
     Raises:
         InputError: if a head has another count; the message names both.
     """
-    if "model" not in cfg or "language_model" in cfg.model:  # which is told the classes in words
+    if "model" not in cfg or "language_model" in cfg.model:  # such a model gets the classes as words
         return
     metainfo = next((d["metainfo"] for d in datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
     whose, step = "the data set has", "make them equal"
@@ -302,25 +310,25 @@ def build_runner(
 ) -> Runner:
     """Builds mmengine's runner for a config, with terrazzo's hooks.
 
-    These are exact resuming, finite losses, images per second, and worker processes that end with the run.
-    If it fails, `work_dir` is as it was.
+    The hooks are for exact resuming, finite losses, images per second, and worker processes that end with the run. If
+    building fails, `work_dir` stays unchanged.
 
     Args:
         cfg: what `load_config` returned; it is copied, not changed.
         work_dir: the folder for checkpoints and logs.
         resume: True continues from the last checkpoint in `work_dir`, if there is one; a path continues from that file.
-        load_from: a checkpoint whose weights are loaded before training or testing.
+        load_from: a checkpoint to load weights from before training or testing.
         seed: the seed for weights, data order and augmentation; a resumed run keeps the seed that it had.
         amp: "fp16" or "bf16" for automatic mixed precision.
         accumulate: how many batches go into one step of the optimizer.
-        launcher: what started the processes; see `terrazzo.openmmlab.distributed.LAUNCHERS`.
+        launcher: the launcher that started the processes; see `terrazzo.openmmlab.distributed.LAUNCHERS`.
         sharded: whether to divide the model among the processes, rather than copy it.
         scale_lr: whether to scale the learning rate by the batch size, from the config's `auto_scale_lr`.
-        purpose: "train" or "test" builds all that this needs at once, so that what is wrong is said before it starts;
-            None leaves it to mmengine, which builds each part when it is used.
+        purpose: "train" or "test" builds all parts for it at once, so that errors appear before it starts; None leaves
+            it to mmengine, which builds each part when it is used.
 
     Raises:
-        InputError: if a named checkpoint file does not exist or is of another run, or a part cannot be built.
+        InputError: if a named checkpoint does not exist or does not fit the run, or a part cannot be built.
     """
     cfg = copy.deepcopy(cfg)
     cfg.work_dir = str(work_dir)
@@ -329,13 +337,14 @@ def build_runner(
     if source is not None:
         cfg.load_from = str(source)
     elif resume and find_latest_checkpoint(str(work_dir)):
-        cfg.load_from = None  # what the run began with; mmengine would go on from there
+        cfg.load_from = None  # the run started from it; mmengine would load it again
     if cfg.get("load_from") and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
         raise InputError(f"checkpoint '{cfg.load_from}' does not exist; name a .pth file")
     saved = None
     latest = (source or find_latest_checkpoint(str(work_dir))) if resume else None
     if latest and "://" not in str(latest):
-        # The data order is drawn before mmengine reads the seed from the checkpoint; and a damaged one is refused here.
+        # The data order is drawn before mmengine reads the checkpoint's seed; a damaged checkpoint is also refused
+        # here.
         saved = load_file(latest, "cpu")
         meta = saved.get("meta") if isinstance(saved, dict) else None
         seed = (meta or {}).get("seed") if seed is None else seed
@@ -369,7 +378,7 @@ def build_runner(
     with undone_on_failure(Path(work_dir)), building(cfg):
         kind = cfg.get("runner_type", "Runner")
         if RUNNERS.get(kind) is None:
-            raise InputError(f"runner_type '{kind}' is unknown; choose of {', '.join(RUNNERS.module_dict)}")
+            raise InputError(f"runner_type '{kind}' is unknown; choose from {', '.join(RUNNERS.module_dict)}")
         runner = RUNNERS.get(kind).from_cfg(cfg)
         if purpose is not None:
             build_parts(runner, training=purpose == "train")
@@ -380,7 +389,7 @@ def build_runner(
 
 
 def _check_parts(runner: Runner, training: bool) -> None:
-    """Checks the metrics of a runner whose parts are built."""
+    """Checks the metrics of a runner after its parts are built."""
     if not training:
         expected_metrics(runner.test_evaluator)
     elif runner._val_loop is not None:
@@ -409,18 +418,18 @@ def _set_precision(cfg: Config, amp: str | None) -> None:
 
 
 def datasets(cfg: Config, *splits: str) -> Iterator[ConfigDict]:
-    """Yields the settings of the innermost data sets of splits, inside RepeatDataset, ConcatDataset and their like.
+    """Yields the settings of the innermost data sets of splits, inside RepeatDataset, ConcatDataset and similar.
 
     Args:
         cfg: a config.
-        *splits: of "train", "val" and "test"; none for all.
+        *splits: any of "train", "val" and "test"; all if empty.
     """
     for _, settings in placed_datasets(cfg, *splits):
         yield settings
 
 
 def placed_datasets(cfg: Config, *splits: str) -> Iterator[tuple[str, ConfigDict]]:
-    """Yields what `datasets` does, and in front of each the dotted key that it has in the config."""
+    """Yields the same as `datasets`, each with its dotted key in the config."""
     for split in splits or SPLITS:
         yield from _innermost(f"{split}_dataloader.dataset", (cfg.get(f"{split}_dataloader") or {}).get("dataset"))
 
@@ -437,28 +446,13 @@ def _innermost(key: str, dataset: Any) -> Iterator[tuple[str, ConfigDict]]:
             yield from _innermost(f"{key}.{inner}", dataset[inner])
 
 
-def registered_class(registry: Registry, settings: Mapping, cfg: Config) -> type | None:
-    """The class that settings name in `type`, in their scope or the config's; None if no registry has it.
-
-    Args:
-        registry: a root of mmengine's registries, such as `DATASETS`; it leads to mmdet's and mmseg's.
-        settings: of what the registry builds.
-        cfg: the config that they are of.
-    """
-    kind = settings.get("type")
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(settings.get("_scope_") or cfg.get("default_scope", "mmengine")) as scoped:
-        return scoped.get(kind)
-
-
 def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[tuple[str, str, int]]:
-    """Yields of every head of a model where its class count stands, what it counts, and the count.
+    """Yields, for every head of a model, the key of its class count, what it counts, and the count.
 
     Args:
         model: the settings of a model or of a part of it.
         where: their place in the config.
-        kind: what `num_classes` counts there: "classes", or "thing_classes", those of panoptic data that have boxes.
+        kind: what `num_classes` counts there: "classes", or "thing_classes": the classes with boxes in panoptic data.
     """
     if model.get("type") == "Classifier" and isinstance(model.get("backbone"), dict):
         count = model["backbone"].get("num_classes")
@@ -482,12 +476,12 @@ def _head_counts(model: Mapping, where: str, kind: str = "classes") -> Iterator[
 
 
 def _at_home(value: Any) -> Any:
-    """A path that begins with `~`, in full; anything else as it is."""
+    """A path with a leading `~` expanded; any other value unchanged."""
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _settle_workers(cfg: Config) -> None:
-    """Turns off worker persistence where an option has set `num_workers` to 0: PyTorch refuses the pair."""
+    """Turns off persistent workers if an option set `num_workers` to 0: PyTorch refuses both together."""
     for split in SPLITS:
         loader = cfg.get(f"{split}_dataloader")
         if loader and loader.get("num_workers") == 0:

@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class or without labels, with timm's transforms."""
+"""Folders of images, one folder per class or without labels, with timm's transforms."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ class ImageFolderDataset(Dataset):
         data_root: the folder of the data set.
         split: the folder in it, such as "train".
         transform: arguments of `timm.data.create_transform`, such as `dict(input_size=64, is_training=True)`.
-        metainfo: `classes`, the names that the folders must have; their order is alphabetical, as torchvision's.
+        metainfo: `classes`, the names that the folders must have; their order is alphabetical, as in torchvision.
 
     Attributes:
         metainfo: `classes`, the names of the classes in the order of their indices.
 
     Raises:
-        InputError: if the folder is missing or empty, or its classes are not the named ones.
+        InputError: if the folder is missing or empty, or its classes are not the named classes.
     """
 
     def __init__(self, data_root: str, split: str, transform: dict, metainfo: dict | None = None):
@@ -39,7 +39,7 @@ class ImageFolderDataset(Dataset):
         try:
             self.images = ImageFolder(str(folder), _transform(transform), loader=read_picture, is_valid_file=is_picture)
         except FileNotFoundError as error:
-            raise InputError(f"data folder '{folder}' is not one folder of images a class: {error}") from error
+            raise InputError(f"data folder '{folder}' does not have one folder of images per class: {error}") from error
         wanted: Sequence[str] = (metainfo or {}).get("classes") or self.images.classes
         if list(wanted) != self.images.classes:
             raise InputError(
@@ -63,8 +63,8 @@ class RotatedImages(Dataset):
 
     Args:
         data_root: the folder of the data set.
-        split: the folder in it, "" for itself.
-        transform: as of `ImageFolderDataset`.
+        split: a folder in it, or "" for the whole folder.
+        transform: as in `ImageFolderDataset`.
         rotation: arguments of `AdaptiveRotation`.
 
     Raises:
@@ -92,7 +92,7 @@ class RotatedImages(Dataset):
 
 
 def _transform(arguments: dict) -> Callable:
-    """timm's transform of these arguments, which are freed of mmengine's scope mark."""
+    """timm's transform with these arguments, without mmengine's scope key."""
     transform = create_transform(**{key: value for key, value in arguments.items() if key != "_scope_"})
     for step in transform.transforms:
         for operation in [*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))]:
@@ -102,5 +102,5 @@ def _transform(arguments: dict) -> Callable:
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
-    """timm's, but black at 0 bits, which RandAugment draws near its highest level and recent Pillow refuses."""
+    """timm's posterize, but black at 0 bits: RandAugment draws 0 at high levels, and recent Pillow refuses it."""
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)

@@ -1,4 +1,4 @@
-"""Several processes: what mmengine's launchers lack for machines without a GPU."""
+"""Several processes, also on machines without a GPU, which mmengine's launchers lack."""
 
 import os
 
@@ -35,14 +35,14 @@ def check_launcher(launcher: str) -> None:
 
 
 def is_first_here(launcher: str) -> bool:
-    """Whether this process is the first that the launcher started on this machine; only it need check what all read."""
+    """Whether this is the launcher's first process on this machine; only it needs to check files that all read."""
     return launcher == "none" or os.environ.get(LOCAL_RANKS[launcher], "0") == "0"
 
 
 def launch(cfg: Config, launcher: str) -> None:
     """Sets the launcher of a config; without a GPU, also connects the processes by gloo.
 
-    mmengine's own start chooses a GPU for each process, and its DistributedDataParallel names one.
+    mmengine's own start chooses a GPU for each process, and its DistributedDataParallel names a GPU.
 
     Args:
         cfg: a config, changed in place.
@@ -53,7 +53,7 @@ def launch(cfg: Config, launcher: str) -> None:
     if launcher == "none" or torch.cuda.is_available():
         return
     if launcher != "pytorch":
-        raise InputError(f"launcher {launcher} needs GPUs, and PyTorch sees none here; torchrun works without")
+        raise InputError(f"launcher {launcher} needs GPUs, and PyTorch sees none here; torchrun works without GPUs")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     wrapper = cfg.get("model_wrapper_cfg") or ConfigDict(

@@ -32,7 +32,7 @@ class FiniteLossHook(Hook):
         """Puts the check between the loss and its gradient."""
         self.batch = None
         if not isinstance(runner.optim_wrapper, OptimWrapper):
-            return  # several optimizers: a model that calls them itself, with losses of its own
+            return  # several optimizers: the model calls them itself, with its own losses
         update = runner.optim_wrapper.update_params
 
         def checked(loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -51,17 +51,17 @@ class FiniteLossHook(Hook):
         self.batch = data_batch
 
     def after_train(self, runner) -> None:
-        """Takes the check away."""
+        """Removes the check."""
         self.batch = None
         vars(runner.optim_wrapper).pop("update_params", None)
 
     def _origin(self, runner) -> str:
         """Where the first value that is not finite comes from."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        # Running means are left out: this very batch has spoilt those behind its origin.
+        # Running means are left out: this batch has already spoilt the means after the origin.
         spoilt = [name for name, value in model.named_parameters() if not _finite(value)]
         if spoilt:
-            return f"{len(spoilt)} of the model's weights were not finite before it, the first is {spoilt[0]}"
+            return f"{len(spoilt)} of the model's weights were already not finite, the first is {spoilt[0]}"
         set_random_seed(fold(runner.seed, runner.rank, runner.iter))
         with torch.no_grad(), runner.optim_wrapper.optim_context(model):
             return first_non_finite(model, self.batch)
@@ -72,7 +72,7 @@ def first_non_finite(model: nn.Module, batch: Any) -> str:
 
     Args:
         model: an mmengine `BaseModel`.
-        batch: what the data loader gave.
+        batch: a batch from the data loader.
 
     Returns:
         A clause that names the input, the first layer, or the terms of the loss.
@@ -84,7 +84,7 @@ def first_non_finite(model: nn.Module, batch: Any) -> str:
     found: list[str] = []
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
-        # A module ends before the one around it, so the first that is found is the innermost.
+        # A module ends before its parent, so the first module that is found is the innermost.
         if not found and not _finite(output):
             found.append(f"layer {names[module] or 'model'} ({type(module).__name__})")
 
@@ -103,7 +103,7 @@ def first_non_finite(model: nn.Module, batch: Any) -> str:
 
 
 def pictures_of(batch: Any) -> str:
-    """A clause that names the files of the pictures in a batch; empty where the batch does not say them."""
+    """A clause that names the files of the pictures in a batch; empty if the batch does not have them."""
     names = list(dict.fromkeys(_paths(batch)))
     if not names:
         return ""

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: early layers of a pretrained backbone learn slower than late ones and than the head."""
+"""Layer-wise learning rates: early layers of a pretrained backbone learn more slowly than late layers and the head."""
 
 import fnmatch
 
@@ -15,8 +15,8 @@ from terrazzo.errors import InputError
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Scales the learning rate of a layer by `layer_decay` to the power of its distance from the head.
 
-    The layers are those of the backbone's own `group_matcher`, so this serves every family. Necks and heads have
-    scale 1. There is no weight decay on tensors of one dimension, nor on those that the backbone's `no_weight_decay()`
+    The layers come from the backbone's `group_matcher`, so this works for every family. Necks and heads have scale 1.
+    Tensors of one dimension have no weight decay, and neither have the tensors that the backbone's `no_weight_decay()`
     names.
 
     Args:
@@ -34,7 +34,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise InputError(f"paramwise_cfg has unknown keys {sorted(options)}; it takes layer_decay and nothing else")
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
-        # mmengine takes an empty paramwise_cfg for "no groups at all"
+        # mmengine reads an empty paramwise_cfg as "no groups at all"
         super().__init__(optim_wrapper_cfg, {"layer_decay": self.layer_decay})
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
@@ -65,7 +65,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         scales = {name: 1.0 for name, _ in model.named_parameters()}
         for prefix, backbone in backbones.items():
             layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
-            # A classifier's head is the last of its own layers; a detector's heads come one layer after the backbone.
+            # A classifier's head is its last layer; a detector's heads come one layer after the backbone.
             has_head = bool(getattr(backbone, "num_classes", 0))
             top = max(layers.values()) + (0 if has_head else 1)
             for name, layer in layers.items():

@@ -10,9 +10,9 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 @METRICS.register_module()
 class ClassificationAccuracy(BaseMetric):
-    """Top-1, top-5 (with more than five classes) and the mean of the classes' own accuracies, in percent.
+    """Top-1, top-5 (with more than five classes) and the mean accuracy over classes, in percent.
 
-    The mean is over the classes that occur in the data: a class without images neither counts as wrong nor gives NaN.
+    The mean is over the classes that occur in the data: a class without images does not count.
     """
 
     default_prefix = "accuracy"

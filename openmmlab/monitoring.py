@@ -1,4 +1,4 @@
-"""The metrics that hooks watch, to save the best checkpoint or to stop early: a wrong name is said before training."""
+"""The metrics that hooks watch, to save the best checkpoint or to stop early; wrong names are found before training."""
 
 import difflib
 import inspect
@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS, METRICS
 from mmengine.runner import Runner
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab.building import registered
+from terrazzo.openmmlab.building import registered_class
 
 COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 PROPOSAL_ITEMS = ("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000")
@@ -41,7 +41,7 @@ def monitored(runner: Runner) -> Iterator[tuple[str, str]]:
 
 
 def expected_metrics(evaluator: Evaluator) -> set[str] | None:
-    """The names of the metrics that an evaluator will give, as far as they can be known; None if they cannot.
+    """The names of the metrics that an evaluator will give; None if they cannot be known.
 
     Raises:
         InputError: if one of its settings names a metric that does not exist.
@@ -64,13 +64,13 @@ def check_formats(cfg: Config, setting: str) -> None:
         setting: "val_evaluator" or "test_evaluator".
 
     Raises:
-        InputError: if one has none.
+        InputError: if a metric has no place.
     """
     evaluators = cfg.get(setting) or []
     for settings in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         if not isinstance(settings, dict) or not settings.get("format_only") or not isinstance(settings["type"], str):
             continue
-        kind = registered(METRICS, settings)
+        kind = registered_class(METRICS, settings, cfg)
         places = [name for name in PLACES if kind is not None and name in inspect.signature(kind).parameters]
         if places and not any(settings.get(name) for name in places):
             raise InputError(
@@ -83,7 +83,7 @@ def check_monitored(runner: Runner) -> None:
     """Checks that the metrics which hooks watch will be there; it needs the runner's validation loop built.
 
     Raises:
-        InputError: if one will not be; the message lists those that will.
+        InputError: if a metric will be missing; the message lists the available metrics.
     """
     names = expected_metrics(runner.val_evaluator) if runner._val_loop is not None else None
     if names is not None:
@@ -92,12 +92,12 @@ def check_monitored(runner: Runner) -> None:
 
 @HOOKS.register_module()
 class MonitoredMetricsHook(Hook):
-    """Ends a training at its first validation if that lacks a metric which another hook watches."""
+    """Ends a training at its first validation if a metric that another hook watches is missing."""
 
     priority = "VERY_HIGH"
 
     def after_val_epoch(self, runner, metrics: dict[str, Any] | None = None) -> None:
-        """Compares the names; a validation without any metric, as of a detector that finds nothing, decides nothing."""
+        """Compares the names, unless the validation has no metric at all, as for a detector that finds nothing."""
         if metrics and runner._train_loop is not None:
             _compare(runner, set(metrics), "the validation gave")
 
@@ -131,7 +131,7 @@ def _iou(metric: BaseMetric) -> set[str]:
     kinds = [metric.metrics] if isinstance(metric.metrics, str) else list(metric.metrics)
     unknown = [kind for kind in kinds if kind not in IOU_METRICS]
     if unknown:
-        raise InputError(f"iou_metrics of IoUMetric has {unknown[0]!r}; choose of {', '.join(IOU_METRICS)}")
+        raise InputError(f"iou_metrics of IoUMetric has {unknown[0]!r}; choose from {', '.join(IOU_METRICS)}")
     return set() if metric.format_only else {"aAcc"}.union(*(IOU_METRICS[kind] for kind in kinds))
 
 

@@ -1,8 +1,8 @@
-"""Options such as `train_dataloader.batch_size=2`: how their text is read, and how they reach what they mean.
+"""Options such as `train_dataloader.batch_size=2`: how their text is read and applied.
 
-A config has variables of its own beside the settings that the runner reads, such as `train_pipeline` and `crop_size`.
-Its settings hold copies of them, so an option that changes a variable afterwards would change nothing. Therefore it is
-applied while the file is read, right behind the assignment, and Python carries it to wherever the variable is used.
+A config has variables, such as `train_pipeline` and `crop_size`, beside the settings that the runner reads. Its
+settings hold copies of them, so an option that changes a variable afterwards would change nothing. Therefore the option
+is applied while the file is read, right after the assignment, and Python carries it to wherever the variable is used.
 """
 
 import ast
@@ -60,12 +60,12 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Reads a value: a Python literal, or else what mmengine's tools take, such as `[bbox,segm]`, `(a,b)` and `a,b`.
+    """Reads a value: a Python literal, or else the forms of mmengine's tools, such as `[bbox,segm]`, `(a,b)` and `a,b`.
 
-    Text that is neither is itself.
+    Any other text stays text.
 
     Raises:
-        ValueError: if brackets do not match, or text in braces is no Python dict.
+        ValueError: if brackets do not match, or text in braces is not a Python dict.
     """
     stripped = text.strip()
     try:
@@ -91,7 +91,7 @@ def parse_value(text: str) -> Any:
 
 
 def _split(text: str) -> list[str]:
-    """The parts of a text between its commas, without the commas inside brackets; nothing is behind a last comma."""
+    """The parts of a text between its commas, ignoring commas inside brackets and a last comma."""
     parts, open_brackets = [""], []
     for character in text:
         if character in "([{":
@@ -109,7 +109,7 @@ def _split(text: str) -> list[str]:
 
 
 def carry_options(cfg: Config, options: Mapping[str, Any], read: Callable[[], Config]) -> Config:
-    """The config with the options that change variables of its file, in every place where these are used.
+    """The config, with options that change variables of its file applied wherever the variables are used.
 
     Args:
         cfg: the config as it was read.
@@ -156,7 +156,7 @@ def runner_keys(cfg: Config) -> set[str]:
 
 
 def edited_value(name: str, value: Any) -> Any:
-    """A config's variable with the options that are being applied; as it is where they do not fit, as in a base."""
+    """A config's variable with the current options applied; unchanged if they do not fit, for example in a base."""
     for key, new in _edits.items():
         top, *rest = key.split(".")
         if top == name:
@@ -176,7 +176,7 @@ def _check_top(key: str, cfg: Config, known: set[str]) -> None:
 
 @contextlib.contextmanager
 def _editing(options: Mapping[str, Any]) -> Iterator[None]:
-    """While it lasts, mmengine reads config files with the options behind the assignments of their variables."""
+    """Inside this context, mmengine applies the options after the assignments of variables in config files."""
     original = Config.__dict__["_pre_substitute_base_vars"]
 
     def substitute(filename: str, temporary: str) -> dict:
@@ -239,7 +239,7 @@ def _at(value: Any, path: Sequence[str]) -> Any:
 
 
 def _places(value: Any, where: str, found: Callable[[str, Any], bool]) -> Iterator[str]:
-    """The dotted keys of all parts of a nested value for which `found(last key, part)` holds."""
+    """The dotted keys of all parts of a nested value with `found(last key, part)`."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, part in items:
         place = f"{where}.{key}"
@@ -249,7 +249,7 @@ def _places(value: Any, where: str, found: Callable[[str, Any], bool]) -> Iterat
 
 
 def _without_effect(key: str, value: Any, cfg: Config, known: set[str]) -> str:
-    """What to say of an option that changes a variable which no setting is made of, with the keys to set instead."""
+    """The message for an option that changes a variable without effect, with the keys to set instead."""
     top, *rest = key.split(".")
     old, last = cfg.get(top), top.split("_")[-1]
 
@@ -263,10 +263,10 @@ def _without_effect(key: str, value: Any, cfg: Config, known: set[str]) -> str:
         for name in sorted(known & set(cfg))
         for place in _places(cfg[name], name, same)
     ]
-    split = f"{top.split('_')[0]}_"  # of train_pipeline, the places in train_dataloader
+    split = f"{top.split('_')[0]}_"  # for train_pipeline, the places in train_dataloader
     places = [place for place in places if place.startswith(split)] or places
     hint = f"set {' or '.join(places[:3])}" if places else "set the key of the part that it is meant for"
-    return f"option {key}={value} has no effect: no setting of config '{_name(cfg)}' is made of '{top}'; {hint}"
+    return f"option {key}={value} has no effect: no setting of config '{_name(cfg)}' uses '{top}'; {hint}"
 
 
 def _name(cfg: Config) -> str:

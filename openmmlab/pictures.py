@@ -1,9 +1,9 @@
 """How the pipelines of mmdet and mmseg read pictures and label maps: upright, and as every other part of terrazzo does.
 
-mmcv's own decoding differs from that in four ways: it refuses floats, does not turn label maps (nor anything that is
-read "unchanged" or by turbojpeg), depends on the backend for transparency, and says of a damaged file neither its name
-nor, with some versions of OpenCV, that it is damaged. It stays in use for whole upright JPEG and PNG files of 8 bits,
-of which every decoder makes the same, and where a config asks for "unchanged" values, turbojpeg or tifffile.
+mmcv's own decoding differs in four ways. It refuses floats. It does not turn label maps, nor anything that is read
+"unchanged" or by turbojpeg. Its handling of transparency depends on the backend. For a damaged file it does not give
+the name or, with some versions of OpenCV, any error. It stays in use for whole upright 8-bit JPEG and PNG files, which
+every decoder reads alike, and if a config asks for "unchanged" values, turbojpeg or tifffile.
 """
 
 from io import BytesIO
@@ -24,7 +24,7 @@ _mmcv_decode = mmcv.image.io.imfrombytes
 
 
 def install() -> None:
-    """Makes mmcv decode through this module, however a config names its loaders. Doing so again changes nothing."""
+    """Makes mmcv decode through this module, however a config names its loaders. A second call changes nothing."""
     for module in (mmcv, mmcv.image, mmcv.image.io):
         module.imfrombytes = decode
     LoadImageFromFile.transform = load_image
@@ -42,25 +42,25 @@ def decode(
 
     Args:
         content: the bytes.
-        flag: "color", "grayscale", "unchanged", or the former two with "_ignore_orientation"; or a flag of OpenCV.
-        channel_order: "bgr" or "rgb", of colours.
-        backend: "cv2", "pillow", "turbojpeg" or "tifffile"; None for what `mmcv.use_backend` chose.
+        flag: "color", "grayscale", "unchanged", or the first two with "_ignore_orientation"; or a flag of OpenCV.
+        channel_order: "bgr" or "rgb", for colours.
+        backend: "cv2", "pillow", "turbojpeg" or "tifffile"; None for the choice of `mmcv.use_backend`.
         name: what messages call the picture.
 
     Returns:
-        (H, W, 3), or (H, W) of grey; uint8 unless read "unchanged" or by tifffile.
+        (H, W, 3), or (H, W) for grey; uint8 unless read "unchanged" or by tifffile.
 
     Raises:
-        InputError: the picture is empty, damaged, or of an unknown range.
+        InputError: the picture is empty or damaged, or has an unknown range.
     """
     backend = backend or mmcv.image.io.imread_backend
     upright = isinstance(flag, str) and not flag.endswith("_ignore_orientation")
     if str(flag).removesuffix("_ignore_orientation") not in ("color", "grayscale") or backend not in ("cv2", "pillow"):
         return _decoded_by_mmcv(content, flag, channel_order, backend, name, upright)
     if backend == "cv2" and is_plain(BytesIO(content)):
-        # What is plain is upright, even if OpenCV makes more of EXIF data that are broken.
+        # A plain file is upright, even if OpenCV reads an orientation from broken EXIF data.
         pixels = _mmcv_decode(content, f"{flag.partition('_')[0]}_ignore_orientation", "bgr", backend)
-        # OpenCV fills the rest of a JPEG that was cut short with grey, and some of its versions do so without a word.
+        # OpenCV fills the rest of a truncated JPEG with grey, and some of its versions do not report it.
         if pixels is not None and (content[:1] != b"\xff" or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")):
             return pixels if channel_order == "bgr" or pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
     picture = read_picture(BytesIO(content), name, upright)
@@ -78,7 +78,7 @@ def _decoded_by_mmcv(
     except Exception as error:  # a decoder fails in every way
         pixels, reason = None, f"by {backend}: {first_line(error)}"
     if pixels is None:
-        read_picture(BytesIO(content), name)  # says it better, if Pillow cannot read it either
+        read_picture(BytesIO(content), name)  # has a better message, if Pillow cannot read it either
         raise InputError(f"picture {name} cannot be decoded {reason}")
     is_tiff = content[:2] in (b"II", b"MM")
     if not upright or (is_tiff and backend != "tifffile"):  # OpenCV and Pillow turn a TIFF in any case
@@ -87,7 +87,7 @@ def _decoded_by_mmcv(
 
 
 def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Pixels (H, W) or (H, W, C) of an EXIF orientation, 1 to 8, upright."""
+    """Pixels (H, W) or (H, W, C) with an EXIF orientation, 1 to 8, turned upright."""
     if turn >= 5:
         pixels = pixels.swapaxes(0, 1)
     if turn in (2, 3, 6, 7):
@@ -98,10 +98,11 @@ def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def load_image(self: LoadImageFromFile, results: dict[str, Any]) -> dict[str, Any] | None:
-    """`LoadImageFromFile.transform`: the picture at `img_path`, unless it is turned while its annotations are not.
+    """`LoadImageFromFile.transform`: the picture at `img_path`; refused if it is turned and its annotations are not.
 
     Raises:
-        InputError: the picture cannot be read and `ignore_empty` is off, or its annotations are not turned as it is.
+        InputError: the picture cannot be read and `ignore_empty` is off, or its annotations are not turned like the
+            picture.
     """
     path, labels = results["img_path"], results.get("seg_map_path")
     try:
@@ -120,7 +121,7 @@ def load_image(self: LoadImageFromFile, results: dict[str, Any]) -> dict[str, An
 
 
 def load_annotations(self: LoadAnnotations, results: dict[str, Any]) -> dict[str, Any]:
-    """`LoadAnnotations.__call__`, of mmcv's class and those of mmdet and mmseg, whose errors name the label map.
+    """`LoadAnnotations.__call__` for mmcv, mmdet and mmseg, with errors that name the label map.
 
     Raises:
         InputError: the label map cannot be read.
@@ -133,13 +134,13 @@ def load_annotations(self: LoadAnnotations, results: dict[str, Any]) -> dict[str
 
 
 def _check_size(path: str, content: bytes, pixels: np.ndarray, width: int | None, height: int | None) -> None:
-    """Refuse a turned picture of another size than its annotations are for; InputError."""
+    """InputError if a turned picture has another size than its annotations say."""
     size = (pixels.shape[1], pixels.shape[0])
     if None in (width, height) or (width, height) == size or (turn := orientation(BytesIO(content))) == 1:
         return
     raise InputError(
-        f"picture {path} is {size[0]}x{size[1]} when it is turned as its EXIF orientation {turn} says, but its "
-        f"annotations are for {width}x{height}; save it upright, and annotate it so"
+        f"picture {path} is {size[0]}x{size[1]} after its EXIF orientation {turn} is applied, but its "
+        f"annotations are for {width}x{height}; save it upright, and annotate it upright"
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that goes on from it: mmengine loads what fits and goes on without the rest."""
+"""Checks that a checkpoint fits the run that resumes from it: mmengine loads what fits and ignores the rest."""
 
 import ast
 import itertools
@@ -17,18 +17,18 @@ def check_resumable(runner: Runner, saved: Any, checkpoint: str) -> None:
     """Compares a checkpoint with the model and the optimizer of a runner.
 
     Args:
-        runner: with its optimizer built.
-        saved: what was loaded from the checkpoint.
-        checkpoint: its file.
+        runner: a runner with its optimizer built.
+        saved: the content of the checkpoint.
+        checkpoint: the file of the checkpoint.
 
     Raises:
-        InputError: if a training state is missing, or weights, optimizer or its groups of parameters are of others.
+        InputError: if the training state is missing, or weights, optimizer or its parameter groups do not fit.
     """
     state = saved.get("state_dict") if isinstance(saved, dict) else None
     if not isinstance(state, dict) or "optimizer" not in saved:
         raise InputError(
-            f"checkpoint {checkpoint} has no {'optimizer' if isinstance(state, dict) else 'state_dict'} to go on with; "
-            "to begin anew with its weights, leave --resume out and set load_from=FILE"
+            f"checkpoint {checkpoint} has no {'optimizer' if isinstance(state, dict) else 'state_dict'} to resume; "
+            "to start a new run from its weights, leave --resume out and set load_from=FILE"
         )
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     own = {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
@@ -36,7 +36,7 @@ def check_resumable(runner: Runner, saved: Any, checkpoint: str) -> None:
     for name in itertools.chain(own, kept):
         if own.get(name) != kept.get(name):
             raise InputError(
-                f"checkpoint {checkpoint} is of another model: {name} is {_sizes(kept.get(name))} there and "
+                f"checkpoint {checkpoint} has another model: {name} is {_sizes(kept.get(name))} there and "
                 f"{_sizes(own.get(name))} in the config; {NEXT}"
             )
     if isinstance(runner.optim_wrapper, OptimWrapper):
@@ -48,25 +48,25 @@ def _check_optimizer(optimizer: Any, saved: dict, checkpoint: str) -> None:
     kept = saved["optimizer"].get("param_groups") or []
     before = _optimizer_of((saved.get("meta") or {}).get("cfg"))
     if before is not None and before != name:
-        raise InputError(f"checkpoint {checkpoint} is of another optimizer, {before}; the config has {name}; {NEXT}")
-    # What PyTorch adds to its optimizers from version to version are flags.
+        raise InputError(f"checkpoint {checkpoint} has another optimizer, {before}; the config has {name}; {NEXT}")
+    # Between versions, PyTorch adds only flags to its optimizers.
     needed = [key for key, value in own[0].items() if isinstance(value, (float, tuple)) and key != "initial_lr"]
     lacking = [key for key in needed if kept and key not in kept[0]]
     if lacking:
         raise InputError(
-            f"checkpoint {checkpoint} is of another optimizer: its state has no {' and no '.join(lacking)}, which "
+            f"checkpoint {checkpoint} has another optimizer: its state has no {' and no '.join(lacking)}, which "
             f"{name} has; {NEXT}"
         )
     counts = [[len(group["params"]) for group in groups] for groups in (kept, own)]
     if counts[0] != counts[1]:
         texts = [f"{len(groups)} group{'s' * (len(groups) != 1)} of {sum(groups)} parameters" for groups in counts]
         raise InputError(
-            f"the optimizer in checkpoint {checkpoint} has {texts[0]} and that of the config {texts[1]}; {NEXT}"
+            f"the optimizer in checkpoint {checkpoint} has {texts[0]} and the config's has {texts[1]}; {NEXT}"
         )
 
 
 def _optimizer_of(text: Any) -> str | None:
-    """The type of the optimizer in the text of a config, which is not run; None if it does not say one."""
+    """The type of the optimizer in the text of a config, without running it; None if the text does not name it."""
     try:
         tree = ast.parse(text)
     except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):

@@ -1,4 +1,4 @@
-"""RoMA's autoregressive pretraining: from the clusters of patches so far, predict the next."""
+"""RoMA's autoregressive pretraining: predict the next cluster of patches from all earlier clusters."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def in_clusters(x: Tensor, side: int) -> Tensor:
 
 
 class PatchStem(nn.Module):
-    """Patches with a fixed position embedding, which a fine-tuned model begins from."""
+    """Patches with a fixed position embedding, which fine-tuning starts from."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, img_size: int):
         super().__init__()
@@ -47,7 +47,7 @@ class PatchStem(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What a RoMA is before fine-tuning: one direction, no class token. Parameters have the names of `RoMA`."""
+    """A RoMA before fine-tuning: one direction, no class token. Parameters have the names of `RoMA`."""
 
     def __init__(self, model: RoMA, img_size: int):
         """Args:
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Queries attend to what the encoder says, then an MLP."""
+    """Queries attend to the encoder's features, then an MLP follows."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -85,28 +85,30 @@ class RoMAPretraining(BaseModel):
     """Autoregressive pretraining of RoMA on images without labels.
 
     Tokens are read in clusters, cluster after cluster. A query for each token of cluster k + 1 attends to the encoder's
-    clusters up to k, and predicts the token's pixels, normalised within their patch, as they are without the rotation
-    that the encoder's image had in one window (`RotatedImages`); the window's tokens are marked by a learned vector.
+    clusters up to k, and predicts the token's pixels, normalised within their patch. The encoder's image has one
+    rotated window (`RotatedImages`), and the target is the image without the rotation. A learned vector marks the
+    window's tokens.
 
-    Source: RoMA, arXiv 2503.10392, sections 3.2 and 3.3; ARM, arXiv 2406.07537. This does what the paper means. The
-    published code differs: its target is the rotated image; the window's offset is divided by the patch's size twice,
-    so that the mark begins at the first token, and it is on a diagonal; its coarser scale compares a prediction in one
-    order with a target in another. In one order the coarser scale is the same error over the tokens outside of the
-    first of the large blocks, which is what is computed.
+    Source: RoMA, arXiv 2503.10392, sections 3.2 and 3.3; ARM, arXiv 2406.07537. This follows the paper's intent. The
+    published code differs. Its target is the rotated image. It divides the window's offset by the patch size twice, so
+    the mark begins at the first token, and the mark is on a diagonal. Its coarser scale compares a prediction in one
+    order with a target in another order. In the same order, the coarser scale is the same error over the tokens outside
+    the first large block; this is computed here.
 
-    `TerrazzoBackbone` and `Classifier` take a checkpoint as `checkpoint`: all four directions begin as this one.
+    `TerrazzoBackbone` and `Classifier` take a pretrained file as `checkpoint`: all four directions start from its
+    single direction.
 
     Args:
         backbone: `name` of a RoMA, `img_size`, and other arguments of the model.
         cluster: side of a cluster, in tokens.
         block: side of a block of the coarser scale, in tokens.
-        block_weight: of the coarser scale in the loss.
+        block_weight: weight of the coarser scale in the loss.
         decoder_dim: width of the decoder, a multiple of 64.
         data_preprocessor: mmengine's; by default it only moves the batch to the device.
-        init_cfg: mmengine's; a model to go on from is named by `load_from`.
+        init_cfg: mmengine's; `load_from` names a model to continue from.
 
     Raises:
-        InputError: The model is no RoMA, or its images do not divide into patches, clusters and blocks.
+        InputError: The model is not a RoMA, or its images do not divide into patches, clusters and blocks.
     """
 
     def __init__(
@@ -124,12 +126,14 @@ class RoMAPretraining(BaseModel):
         with torch.device("meta"):
             model = create_model(backbone.get("name", ""), num_classes=0, **options)
         if not isinstance(model, RoMA):
-            raise InputError(f"RoMAPretraining.backbone is {backbone.get('name')!r}; it must be a RoMA, as roma_base")
+            raise InputError(
+                f"RoMAPretraining.backbone is {backbone.get('name')!r}; it must be a RoMA, such as roma_base"
+            )
         img_size, patch_size = options.get("img_size", 224), model.stem.proj.stride[0]
         side, depth, width = img_size // patch_size, len(model.blocks), model.num_features
         if img_size % patch_size or side % cluster or side % block or not cluster <= block < side:
             raise InputError(
-                f"img_size {img_size} is {img_size / patch_size:g} patches a side; it must be a multiple of the "
+                f"img_size {img_size} is {img_size / patch_size:g} patches per side; it must be a multiple of the "
                 f"cluster's {cluster} and of the block's {block}, with cluster <= block < side"
             )
         if depth % 6 or decoder_dim % HEAD_DIM:
@@ -177,9 +181,9 @@ class RoMAPretraining(BaseModel):
         """Predicts patches, or compares them.
 
         Args:
-            inputs: B 3 H W, what the encoder sees.
-            targets: the same images before a window of them was rotated; by default `inputs`.
-            window: B x 3, top, left and side of the window, in patches; None for none.
+            inputs: B 3 H W, the encoder's images.
+            targets: the same images before the rotation; by default `inputs`.
+            window: B x 3, top, left and side of the window, in patches; None for no window.
             img_path: the files of the images, which the data loader brings for error messages.
             mode: "tensor" gives the predicted patches of all clusters but the first, B x tokens x pixels, rows first,
                 channels last, in the order of `in_clusters`; "loss" the mean squared errors.
@@ -194,11 +198,11 @@ class RoMAPretraining(BaseModel):
         return {"loss_tokens": error.mean(), "loss_blocks": self.block_weight * error[:, self.outside].mean()}
 
     def init_weights(self) -> None:
-        """Leaves the weights as they were made; mmengine would initialise them anew."""
+        """Leaves the weights as they are; mmengine would initialise them again."""
         self._is_init = True
 
     def _encode(self, inputs: Tensor, window: Tensor | None) -> Tensor:
-        """What each block of the decoder attends to, (B, tokens, decoder_dim, LEVELS)."""
+        """The features that each decoder block attends to, (B, tokens, decoder_dim, LEVELS)."""
         x = self.backbone.stem(inputs)
         if window is not None:
             place = torch.arange(x.shape[1], device=x.device)
@@ -219,7 +223,7 @@ class RoMAPretraining(BaseModel):
         return self.predict(self.norm(x))
 
     def _normalised_patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, H / patch, W / patch, pixels), of mean 0 and variance 1 each."""
+        """(B, C, H, W) to (B, H / patch, W / patch, pixels), each with mean 0 and variance 1."""
         size = self.patch_size
         x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 3, 5, 1).flatten(3)
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()

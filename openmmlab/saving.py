@@ -1,4 +1,4 @@
-"""Checkpoints during training: an old one goes only when the new one is on disk, and the newest whole one is found."""
+"""Checkpoints during training: an old file is removed after the new file is on disk; the newest whole file is found."""
 
 import contextlib
 import difflib
@@ -21,7 +21,7 @@ from terrazzo.errors import InputError
 
 
 class _RemovingLater:
-    """A file backend that notes what is to be removed and does the rest at once."""
+    """A file backend that only notes removals and does everything else at once."""
 
     def __init__(self, backend: Any):
         self.backend = backend
@@ -39,15 +39,15 @@ class _RemovingLater:
 
 @HOOKS.register_module(name="CheckpointHook", force=True)
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, which removes outdated checkpoints before it saves; this one does so afterwards.
+    """mmengine's CheckpointHook, but it removes outdated checkpoints after it saves, and not before.
 
-    With `max_keep_ckpts=1`, a full disk or a process that dies in between would else leave no checkpoint at all.
+    Otherwise, with `max_keep_ckpts=1`, a full disk or a process that dies in between would leave no checkpoint at all.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         known = inspect.signature(Runner.save_checkpoint).parameters
-        for name in self.args:  # whatever mmengine's hook does not know goes there, at the first checkpoint
+        for name in self.args:  # mmengine's hook passes unknown arguments on at the first checkpoint
             if name not in known:
                 names = sorted({*inspect.signature(CheckpointHook).parameters, *known} - {"self", "kwargs", "runner"})
                 close = difflib.get_close_matches(name, names, n=1)
@@ -55,7 +55,7 @@ class SafeCheckpointHook(CheckpointHook):
                 raise InputError(f"CheckpointHook has no argument '{name}'; {hint}")
 
     def before_train(self, runner) -> None:
-        """mmengine's, and removes what a process that was killed while saving left."""
+        """As in mmengine; also removes the partial files that a killed process left."""
         super().before_train(runner)
         if is_main_process():
             remove_partial(Path(self.out_dir))
@@ -70,7 +70,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     @contextlib.contextmanager
     def _removing_later(self) -> Iterator[None]:
-        """Removes at the end, and not at all after an error."""
+        """Does the noted removals at the end, and none after an error."""
         backend, self.file_backend = self.file_backend, _RemovingLater(self.file_backend)
         try:
             yield
@@ -79,14 +79,14 @@ class SafeCheckpointHook(CheckpointHook):
             self.file_backend = backend
         best = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
         for kind, path in removals:
-            if path not in (self.last_ckpt, *best):  # a step that is saved again has its old name
+            if path not in (self.last_ckpt, *best):  # a step that is saved again keeps its name
                 getattr(backend, kind)(path)
 
 
 def find_latest_checkpoint(path: str) -> str | None:
     """The newest checkpoint of a work dir.
 
-    It is what the file `last_checkpoint` names or, where a kill or a full disk spoilt that file, the `epoch_N.pth` or
+    The file `last_checkpoint` names it. If a kill or a full disk spoilt that file, it is the `epoch_N.pth` or
     `iter_N.pth` that was written last.
 
     Args:

@@ -1,8 +1,8 @@
-"""Randomness that depends on where a training is, not on how it got there.
+"""Randomness that depends only on the position in a training run.
 
-PyTorch, NumPy and Python keep generators whose state is lost with the process, in as many workers as there are. Here
-each iteration and each sample has a seed of its own, made of the run's seed and its place in the run, so that a resumed
-run draws what the unbroken one would have drawn, and a sample is augmented alike whichever process prepares it.
+PyTorch, NumPy and Python keep generators in every worker, and their state is lost with the process. Here each iteration
+and each sample has its own seed, made from the run's seed and its place in the run. So a resumed run draws the same
+numbers as an uninterrupted run, and a sample is augmented in the same way whichever process prepares it.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from torch.utils.data import Dataset, Sampler
 
 
 def fold(*numbers: int) -> int:
-    """One seed of 32 bits out of several numbers."""
+    """One seed of 32 bits from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and PyTorch's CPU generators, and puts their states back at the end."""
+    """Seeds Python's, NumPy's and PyTorch's CPU generators, and restores their states at the end."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -42,7 +42,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class SeededIndex(int):
-    """The index of a sample that brings the seed of its augmentation."""
+    """The index of a sample, with the seed of its augmentation."""
 
     seed: int
 
@@ -51,7 +51,7 @@ class SeededIndex(int):
 class SeededSampler(Sampler):
     """Gives each index that another sampler draws the seed of its place in the run.
 
-    The place counts over all processes, so that two processes with half the batch see what one sees.
+    The place counts over all processes, so that two processes with half the batch see the same as one process.
 
     Args:
         sampler: the settings of the other sampler.
@@ -77,7 +77,7 @@ class SeededSampler(Sampler):
         rank, processes = get_dist_info()
         for position, index in enumerate(self.sampler):
             if not isinstance(index, numbers.Integral):
-                yield index  # a frame of a video, in mmdet's trackers: it goes without a seed of its own
+                yield index  # a frame of a video, in mmdet's trackers: it has no seed
                 continue
             place = SeededIndex(index)
             place.seed = fold(self.seed, self.epoch, position * processes + rank)
@@ -92,12 +92,12 @@ class SeededSampler(Sampler):
 
 @DATASETS.register_module()
 class SeededDataset(Dataset):
-    """Another data set, whose samples are prepared under the seeds that a `SeededSampler` gives.
+    """Wraps a data set so that its samples are prepared under the seeds of a `SeededSampler`.
 
-    All other attributes are the other data set's, to read and to set.
+    All other attributes are read from and set on the wrapped data set.
 
     Args:
-        dataset: the settings of the other data set.
+        dataset: the settings of the wrapped data set.
     """
 
     def __init__(self, dataset: dict):
@@ -139,7 +139,7 @@ class SeedingHook(Hook):
 
 
 def seed_config(cfg: Config) -> None:
-    """Wraps the training data of a config, in place. Doing so again changes nothing."""
+    """Wraps the training data of a config, in place. A second call changes nothing."""
     loader = cfg.get("train_dataloader")
     if not isinstance(loader, dict) or not isinstance(loader.get("dataset"), dict) or not loader.get("sampler"):
         return

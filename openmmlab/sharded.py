@@ -1,10 +1,10 @@
 """Fully sharded data parallelism (Zhao et al. 2023) by PyTorch's `fully_shard`, for models of mmengine's runner.
 
-mmengine's own wrapper is of the first FullyShardedDataParallel, which needs a GPU and another runner, and whose
-checkpoints fit that runner alone. Here a checkpoint holds whole tensors under their usual names: a run goes on with
-more processes, with fewer, or with one.
+mmengine's own wrapper uses the first FullyShardedDataParallel. It needs a GPU and another runner, and its checkpoints
+fit only that runner. Here a checkpoint holds whole tensors under their usual names: a run can continue with more
+processes, with fewer, or with one.
 
-`terrazzo train --fsdp` uses it. A config of one's own imports this module in `custom_imports` and sets
+`terrazzo train --fsdp` uses it. Your own config imports this module in `custom_imports` and sets
 `runner_type="ShardedRunner"` and `model_wrapper_cfg=dict(type="FullyShardedModel")`.
 """
 
@@ -30,15 +30,15 @@ from terrazzo.errors import InputError
 
 @MODEL_WRAPPERS.register_module()
 class FullyShardedModel(nn.Module):
-    """An mmengine model whose parameters, gradients and optimizer states are divided among the processes.
+    """Shards an mmengine model's parameters, gradients and optimizer states over the processes.
 
-    The blocks of the backbone are gathered one by one, and the rest of the model as a whole: heads may use their
-    weights in other methods than `forward`, which is where a part is gathered.
+    The blocks of the backbone are gathered one by one, and the rest of the model as a whole: a part is gathered in
+    `forward`, and heads may use their weights in other methods.
 
     Args:
-        module: the model, with its weights initialised alike in all processes.
-        min_parameters: a block with fewer is left to the part around it.
-        dtype: "bfloat16" computes and communicates in that type; None keeps the parameters' own.
+        module: the model, with equal weights in all processes.
+        min_parameters: a block with fewer parameters is sharded with its parent.
+        dtype: "bfloat16" computes and communicates in that type; None keeps the parameters' type.
     """
 
     def __init__(self, module: nn.Module, min_parameters: int = 100_000, dtype: str | None = None):
@@ -48,7 +48,7 @@ class FullyShardedModel(nn.Module):
         lists = (nn.ModuleList, nn.Sequential)
         holders = [part for part in getattr(module, "backbone", module).modules() if isinstance(part, lists)]
         blocks = [child for holder in holders for child in holder.children() if not isinstance(child, lists)]
-        for block in reversed(blocks):  # the innermost first: a part is sharded before the one around it
+        for block in reversed(blocks):  # the innermost first: a part is sharded before its parent
             if sum(parameter.numel() for parameter in block.parameters()) >= min_parameters:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
         self.module = fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -81,7 +81,9 @@ class ShardedRunner(Runner):
         if isinstance(model, FullyShardedModel):
             return model
         if not self.distributed:
-            raise InputError("sharding divides a model among processes, and there is one; add --launcher pytorch")
+            raise InputError(
+                "sharding divides a model among processes, and there is only one process; add --launcher pytorch"
+            )
         model = model.to(get_device())
         if hasattr(model, "init_weights"):
             model.init_weights()
@@ -91,10 +93,10 @@ class ShardedRunner(Runner):
         return FullyShardedModel(model, **arguments)
 
     def _init_model_weights(self) -> None:
-        """Nothing: `wrap_model` did it, while the tensors were whole."""
+        """Does nothing: `wrap_model` did it while the tensors were whole."""
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """mmengine's, with an optimizer that divides the states that it loads."""
+        """As in mmengine, with an optimizer that shards the states that it loads."""
         fresh = not isinstance(optim_wrapper, OptimWrapper)
         built = super().build_optim_wrapper(optim_wrapper)
         if fresh:
@@ -102,10 +104,10 @@ class ShardedRunner(Runner):
         return built
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Gathers whole tensors, with all processes, and has the first one write them."""
+        """Gathers whole tensors from all processes, and lets the first process write them."""
         optimizer = self.optim_wrapper.optimizer
         weights, states = _whole(self.model.module.state_dict()), _whole(optimizer.state_dict())
-        weights = collections.OrderedDict(weights)  # mmengine notes versions on it
+        weights = collections.OrderedDict(weights)  # mmengine stores versions on it
         with _answering(self.model.module, weights), _answering(optimizer, states):
             super().save_checkpoint(*args, **kwargs)
 
@@ -117,7 +119,7 @@ def shard_config(cfg: Config) -> None:
 
 
 def _whole(value: Any) -> Any:
-    """Nested containers with whole tensors, on the CPU of the first process, in place of divided ones."""
+    """Nested containers with whole tensors, on the first process' CPU, in place of sharded tensors."""
     if isinstance(value, DTensor):
         tensor = value.detach().full_tensor()
         return tensor.cpu() if is_main_process() else None
@@ -130,7 +132,7 @@ def _whole(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _answering(holder: Any, state: dict) -> Iterator[None]:
-    """Makes `holder.state_dict()` give what has been gathered."""
+    """Makes `holder.state_dict()` return the gathered state."""
     holder.__dict__["state_dict"] = lambda *args, **kwargs: state
     try:
         yield
@@ -139,21 +141,21 @@ def _answering(holder: Any, state: dict) -> Iterator[None]:
 
 
 def _like(tensor: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor, divided as the target is."""
+    """A whole tensor, sharded like the target."""
     if not isinstance(target, DTensor) or isinstance(tensor, DTensor) or tensor.shape != target.shape:
         return tensor
     return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
 
 
 def _shard_incoming(module: nn.Module, state: dict, prefix: str, *args: Any) -> None:
-    """Divides what is loaded into the parameters of one module."""
+    """Shards the tensors that are loaded into one module."""
     for name, parameter in module.named_parameters(recurse=False):
         if prefix + name in state:
             state[prefix + name] = _like(state[prefix + name], parameter)
 
 
 def _shard_states(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """Divides the states that an optimizer loads as its parameters are."""
+    """Shards the states that an optimizer loads like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {
         key: {name: _like(value, parameters[key]) if torch.is_tensor(value) else value for name, value in entry.items()}

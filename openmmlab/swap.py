@@ -1,4 +1,4 @@
-"""Putting another backbone into a config: the same heads, data and recipe for every model that is to be compared."""
+"""Puts another backbone into a config, so that all compared models have the same heads, data and recipe."""
 
 from typing import Any
 
@@ -7,25 +7,25 @@ from mmengine.config import Config, ConfigDict
 from timm.models import FeatureInfo
 from torch import nn
 
+from terrazzo.backbones._names import family_of
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import create_model, is_ours
+from terrazzo.openmmlab._timm import create_model
 
 
 def swap_backbone(cfg: Config, name: str, **arguments: Any) -> None:
     """Replaces the `TerrazzoBackbone` (or the backbone of a `Classifier`) of a config by another timm model, in place.
 
-    A dense model gets the maps of the same strides, and neck and heads their channels. A model without stochastic depth
-    trains without. Models of LayerNorm get a
-    LayerNorm on each map, as their papers' detectors have it; models of BatchNorm have normalised maps already, but for
-    terrazzo's own, whose maps are sums of branches.
+    A dense model gives maps of the same strides, and neck and heads get their channels. A model without stochastic
+    depth trains without it. Models with LayerNorm get a LayerNorm on each map, like the detectors of their papers.
+    Models with BatchNorm have normalised maps already, except terrazzo's models: their maps are sums of branches.
 
     Args:
-        cfg: what `load_config` gave.
+        cfg: a config from `load_config`.
         name: the name of a model, as in `timm.list_models()`.
-        **arguments: of the new backbone, before those that it would get.
+        **arguments: arguments of the new backbone; they override the default choices.
 
     Raises:
-        InputError: if the config has no such backbone, or the model is unknown or has no map of one of the strides.
+        InputError: if the config has no such backbone, the model is unknown, or it lacks a map of a needed stride.
     """
     settings = (cfg.get("model") or {}).get("backbone") or {}
     if "name" not in settings:
@@ -35,28 +35,31 @@ def swap_backbone(cfg: Config, name: str, **arguments: Any) -> None:
         kept["drop_path_rate"] = settings["drop_path_rate"]
     if cfg.model.type == "Classifier":
         cfg.model.backbone = ConfigDict({**kept, "name": name, **arguments})
-        cfg.model.pop("recipe", None)  # which is of a family
+        cfg.model.pop("recipe", None)  # a recipe is for one family
         return
     model, info = _described(name)
-    # Where several maps share a stride, the last has seen most layers.
+    # If several maps share a stride, the last has passed through most layers.
     at = {entry["reduction"]: index for index, entry in enumerate(info)}
     _, old = _described(settings["name"])
     strides = [old[index]["reduction"] for index in settings.get("out_indices", range(len(old)))]
     lacking = [stride for stride in strides if stride not in at]
     if lacking:
-        raise InputError(f"model '{name}' has maps of stride {sorted(at)} and none of {lacking}; choose a pyramid")
+        raise InputError(
+            f"model '{name}' has maps of stride {sorted(at)} and none of stride {lacking}; choose a pyramid"
+        )
     indices = tuple(at[stride] for stride in strides)
     channels = [info[index]["num_chs"] for index in indices]
-    norm = is_ours(name) or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    ours = family_of(name) is not None
+    norm = ours or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     cfg.model.backbone = ConfigDict({**kept, "name": name, "out_indices": indices, "norm_outputs": norm, **arguments})
-    # Where there is a neck, the heads take its maps.
+    # If there is a neck, the heads take its maps.
     for part in ("neck",) if cfg.model.get("neck") else ("decode_head", "auxiliary_head"):
         if isinstance(cfg.model.get(part), dict) and "in_channels" in cfg.model[part]:
             _set_channels(cfg.model[part], channels)
 
 
 def _described(name: str) -> tuple[nn.Module, list[dict]]:
-    """A model without weights, and what it says of its maps."""
+    """A model without weights, and its description of its maps."""
     with torch.device("meta"):
         model = create_model(name, num_classes=0)
     info = getattr(model, "feature_info", None) or []

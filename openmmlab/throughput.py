@@ -12,10 +12,10 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class ThroughputHook(Hook):
-    """Logs `images_per_second`, over all processes, and `memory_mib`: of the GPU, or else of the process.
+    """Logs `images_per_second`, over all processes, and `memory_mib`, of the GPU or else of the process.
 
-    The memory is the most so far. The time is that between the ends of two iterations: with data loading and saving,
-    without validation.
+    The memory is the peak so far. The time is measured between the ends of two iterations: it includes data loading and
+    saving, but not validation.
     """
 
     def before_train_epoch(self, runner) -> None:
@@ -28,7 +28,7 @@ class ThroughputHook(Hook):
         self.images = len(inputs) if not isinstance(inputs, dict) else len(next(iter(inputs.values())))
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Hands both figures to the log."""
+        """Passes both figures to the log."""
         now = time.perf_counter()
         runner.message_hub.update_scalar(
             "train/images_per_second", self.images * get_world_size() / max(now - self.start, 1e-9)
@@ -37,12 +37,12 @@ class ThroughputHook(Hook):
         self.start = now
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        """Leaves the time of a validation between two iterations out."""
+        """Excludes the time of a validation between two iterations."""
         self.start = time.perf_counter()
 
 
 def _memory() -> float:
-    """The most memory that was in use, in MiB."""
+    """The peak memory in use, in MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # the system call counts bytes there and KiB elsewhere

@@ -1,8 +1,8 @@
 """AS-ViT's fine-tuning: thresholds learn to keep as many tokens as a budget allows; the full network is the teacher.
 
 Source: arXiv 2209.13802, section 3.3. The authors' published training does not run: the model returns names that it
-never defines, and six things where the loss takes five, and two files import classes that do not exist. What is here
-is what these parts are for, by the formulas.
+never defines, it returns six values where the loss takes five, and two files import classes that do not exist. The code
+here follows the paper's formulas.
 """
 
 import copy
@@ -18,8 +18,8 @@ from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones.asvit import Pruning
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import load_weights
 
 
 def cost(backbone: DeiT | LVViT, grid: tuple[int, int], tokens: Sequence[Tensor | float]) -> Tensor | float:
@@ -27,13 +27,13 @@ def cost(backbone: DeiT | LVViT, grid: tuple[int, int], tokens: Sequence[Tensor 
 
     Args:
         grid: rows and columns of the patches.
-        tokens: of each block, how many it runs on: numbers, or tensors (B,).
+        tokens: for each block, the number of tokens that it runs on: numbers, or tensors (B,).
     """
     dim, patches = backbone.num_features, grid[0] * grid[1]
     if isinstance(backbone, LVViT):
         attn, mlp = backbone.blocks[0].attn, backbone.blocks[0].mlp
         heads, hidden, width = attn.num_heads, mlp.fc1.out_features, backbone.stem.patches.conv1.out_channels
-        # At half the size of the image, 64 places of a patch: three convolutions, and the one to patches.
+        # At half the image's size, a patch has 64 positions: three convolutions, and the convolution to patches.
         stem = 64 * patches * width * (49 * backbone.in_chans + 2 * 9 * width + dim)
         linear, square = 4 * dim**2 + 2 * dim * hidden + 14 * dim + 9 * hidden, 2 * dim + 6 * heads
     else:
@@ -48,24 +48,25 @@ class TokenBudget:
 
         loss + weight * |mean cost - budget * full cost| + distillation * KL(teacher, student)
 
-    with costs in G of multiply-adds (`cost`). The full cost is of the patches without a class token, as the authors'
-    is, so that a budget of 1 is missed by half a percent. The mean is over the images of a process. LV-ViT learns the
-    class token's logits alone, and those of its second classifier for each kept patch are distilled, too, by as much.
+    with costs in G of multiply-adds (`cost`). The full cost leaves out the class token, as in the authors' code, so a
+    budget of 1 is missed by half a percent. The mean is over the images of a process. For LV-ViT, the labels train only
+    the class token's logits; the logits of its second classifier for each kept patch are distilled, too, with the same
+    weight.
 
-    The teacher is the same network with nothing dropped, and stays as it is. Its weights are those that the model
-    begins with. No checkpoint holds them: a run that is resumed reads them again.
+    The teacher is the same network without dropping, and it is frozen. Its weights are the model's initial weights.
+    Checkpoints do not hold them: a resumed run reads them again.
 
-    Clip no gradients: that of a threshold is large and seldom, and Adam's step is the rate all the same.
+    Do not clip gradients: a threshold's gradient is large and rare, and Adam's step is the learning rate anyway.
 
     Args:
-        budget: the part of the full cost that is to be left, 0 to 1.
-        weight: of the budget; costs are in G, so what it means depends on the size of the model.
-        distillation: of the teacher's logits; 0 for no teacher.
-        teacher: a file of the full network's weights. By default those that `backbone.checkpoint` or
-            `backbone.pretrained` gives the model.
+        budget: the share of the full cost to keep, 0 to 1.
+        weight: weight of the budget's term; costs are in G, so its effect depends on the size of the model.
+        distillation: weight of the distillation; 0 for no teacher.
+        teacher: a file of the full network's weights; by default the weights from `backbone.checkpoint` or
+            `backbone.pretrained`.
 
     Raises:
-        InputError: a budget that is none.
+        InputError: the budget is out of range.
     """
 
     def __init__(self, budget: float, weight: float = 2.0, distillation: float = 0.5, teacher: str | None = None):
@@ -81,13 +82,12 @@ class TokenBudget:
         """Makes the teacher.
 
         Args:
-            backbone: the model, with the weights that it begins with.
+            backbone: the model, with its initial weights.
             name: its registered name.
-            checkpoint, pretrained: where these are from.
+            checkpoint, pretrained: where the weights come from.
 
         Raises:
-            InputError: the model drops no tokens by thresholds, or the teacher would have no weights, or those of
-                other classes.
+            InputError: the model drops no tokens by thresholds, or the teacher would have no weights or other classes.
         """
         reducer = getattr(backbone, "reducer", None)
         if not isinstance(reducer, Pruning) or reducer.form not in ("auto", "masked"):
@@ -119,13 +119,13 @@ class TokenBudget:
 
         Args:
             inputs: B 3 H W.
-            labels: not looked at.
+            labels: not used.
             loss: from logits, B x classes, to the loss of the labels.
 
         Returns:
-            `loss_cls`, `loss_budget` and, with a teacher, `loss_distill` and, for LV-ViT, `loss_patches`, which are to
-            be added up; `cost`, the mean one as a part of the full one, and `kept0`, ...: the part of the patches that
-            each stage leaves.
+            `loss_cls`, `loss_budget` and, with a teacher, `loss_distill` and, for LV-ViT, `loss_patches`; their sum is
+            the loss. Also `cost`, the mean cost as a share of the full cost, and `kept0`, ...: the share of the patches
+            that each stage keeps.
         """
         x, state = backbone.begin(inputs, maps=backbone.head.of_positions)
         tokens = []
@@ -138,7 +138,7 @@ class TokenBudget:
         logits, of_patches = backbone.head.separate(backbone.to_features(x, state))
         found = dict(loss_cls=loss(logits), loss_budget=self.weight * (mean - self.budget * full).abs())
         if self.distillation:
-            # It is no part of the model, so nothing else moves it to where the images are.
+            # It is not a submodule, so nothing else moves it to the images' device.
             teacher = self.teacher.to(inputs.device)
             with torch.no_grad():
                 wanted, of_teacher = teacher.head.separate(teacher.forward_features(inputs))

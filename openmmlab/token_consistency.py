@@ -1,4 +1,4 @@
-"""MCTF's fine-tuning: a network that merges many tokens learns from itself merging few."""
+"""MCTF's fine-tuning: a network that merges many tokens learns from the same network merging few."""
 
 from collections.abc import Callable
 
@@ -18,34 +18,34 @@ PARTS = 100  # numbers below 1 are drawn on a grid of a hundredth
 class TokenConsistency:
     """A `recipe` of `Classifier`: token-reduction consistency.
 
-    A step runs the network twice, with gradients both times: as student, which merges the model's own r tokens in each
-    block, and as teacher, which merges r', drawn anew. Both learn the labels, and the student's class token is drawn to
-    the teacher's, which stays where it is for that:
+    A step runs the network twice, with gradients both times: as student, which merges the model's r tokens in each
+    block, and as teacher, which merges a random r'. Both learn the labels. The student's class token is pulled towards
+    the teacher's class token, which is detached in this term:
 
         loss(student) + loss(teacher) + weight * mean over images and channels of (student - teacher)^2
 
-    The mean is over the images that the student is sure of, and 0 where it is sure of none.
+    The mean is over the images that the student is sure of; it is 0 if there are none.
 
-    Each process draws its own r', as the authors' do: the gradient is then a mean over several. (One for all would
-    spare processes that merge many tokens the wait for those that merge few.) A generator of its own draws, which
-    begins anew with every new seed of PyTorch's: paths drop and images mix as they do without this recipe, and a run
-    that is resumed draws what the unbroken one would have drawn.
+    Each process draws its own r', as in the authors' code, so the gradient is a mean over several r'. (With a common
+    r', processes that merge many tokens would not wait for processes that merge few.) A separate generator draws r'; it
+    is seeded again with every new seed of PyTorch's. So stochastic depth and mixup are the same as without this recipe,
+    and a resumed run draws the same numbers as an uninterrupted run.
 
-    Source: arXiv 2403.10030, section 3.5; that the student must be sure is in the authors' code alone.
+    Source: arXiv 2403.10030, section 3.5; only the authors' code requires that the student is sure.
 
     Args:
-        r_max: r' is one of 0, 1, ... below it, or, where it is below 1, one of 0, 0.01, ... below it.
-        weight: of the third term.
-        confidence: the student is sure of an image if it gives its class more than this probability; of a mixed image,
-            if the probabilities of both its classes add up to more.
+        r_max: r' is 0, 1, ... below it, or, if it is below 1, 0, 0.01, ... below it.
+        weight: weight of the third term.
+        confidence: the student is sure of an image if it gives its class more than this probability; for a mixed image,
+            if the sum of the probabilities of its two classes is more.
 
     Raises:
-        InputError: `r_max` is neither a whole number of at least 1, nor a part of at least 0.01.
+        InputError: `r_max` is neither a whole number of at least 1, nor a share of at least 0.01.
     """
 
     def __init__(self, r_max: float, weight: float = 3.0, confidence: float = 0.4):
         if r_max < 1 / PARTS or (r_max >= 1 and int(r_max) != r_max):
-            raise InputError(f"r_max must be a whole number of tokens, or a part of 0.01 to 1, got {r_max}")
+            raise InputError(f"r_max must be a whole number of tokens, or a share from 0.01 to 1, got {r_max}")
         self.r_max = r_max
         self.weight = weight
         self.confidence = confidence
@@ -62,7 +62,7 @@ class TokenConsistency:
             raise InputError(f"TokenConsistency trains MCTF, and the model is {type(backbone).__name__}; see recipe")
 
     def draw(self) -> float:
-        """r' of a step."""
+        """The r' of a step."""
         if self.seed != torch.initial_seed():
             self.seed = torch.initial_seed()
             self.generator.manual_seed(fold(self.seed))
@@ -76,11 +76,11 @@ class TokenConsistency:
 
         Args:
             inputs: B 3 H W.
-            labels: B x K, the classes that are in each image: one, or two where images are mixed.
+            labels: B x K, the classes in each image: one, or two if images are mixed.
             loss: from logits, B x classes, to the loss of the labels.
 
         Returns:
-            `loss_student`, `loss_teacher` and `loss_consistency`, which are to be added up; `sure`, the part of the
+            `loss_student`, `loss_teacher` and `loss_consistency`; their sum is the loss. Also `sure`, the share of the
             images that the student is sure of.
         """
         student = backbone.forward_features(inputs)

@@ -8,8 +8,8 @@ from mmengine.runner import Runner
 def end_workers(runner: Runner) -> None:
     """Ends the worker processes that loaders keep from epoch to epoch; a loader that is used again starts new ones.
 
-    Left to the garbage collector, each of them is waited for five seconds: it takes a runner as a whole, and closes the
-    queues by which workers would be told to end before PyTorch writes to them.
+    The garbage collector would wait five seconds for each worker: it collects a whole runner, and closes the queues
+    that tell workers to end before PyTorch writes to them.
     """
     for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
         loader = getattr(loop, "dataloader", None)  # a loop that never ran is a dict of settings

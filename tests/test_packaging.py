@@ -10,22 +10,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("backbones", "kernels", "necks", "openmmlab", "configs", "tools")
+PACKAGES = ("backbones", "checkpoints", "kernels", "necks", "openmmlab", "configs", "tools")
 # Layer -> the layers of terrazzo that it may import.
 ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
+    "checkpoints": {"_files", "errors", "backbones"},
     "necks": {"errors", "kernels", "backbones"},
-    "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "necks"},
+    "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "checkpoints", "necks"},
     "configs": {"openmmlab"},
-    "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "necks", "openmmlab"},
+    "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "checkpoints", "necks", "openmmlab"},
 }
-# Rooms of tools/ from the ground up: a room imports rooms before it. "" are the files of tools/ itself.
+# Packages of tools/ from the bottom up: a package imports only packages before it. "" means the files of tools/ itself.
 ROOMS = ("", "data", "inspect", "runtimes", "predict", "export", "training", "bench", "reports", "doctor", "verbs")
 # Packages that a layer must not import at the top of a module.
 FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
 }
 
@@ -53,7 +55,7 @@ def test_arrows(path):
         if parts[0] == "terrazzo" and len(parts) > 1 and parts[1] not in ("TerrazzoError", "__version__"):
             assert parts[1] == layer or parts[1] in ARROWS[layer], f"{layer} must not import {name}"
         if layer == "kernels" and path.stem.startswith("fused_") and parts[0] == "triton":
-            continue  # Triton's kernels themselves, which the fused forms import at the first launch
+            continue  # Triton's kernels; the fused forms import them at the first launch
         assert parts[0] not in FOREIGN.get(layer, ()), f"{layer} must not import {name}"
 
 
@@ -82,7 +84,7 @@ def test_rooms_of_kernels(path):
 
 
 def test_importing_terrazzo_is_light():
-    """Beyond what torch and timm import themselves."""
+    """Besides the imports of torch and timm."""
     code = (
         "import sys, torch, timm; import torch._dynamo; before = set(sys.modules); import terrazzo\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
@@ -97,7 +99,7 @@ def built(tmp_path_factory):
     """A wheel, and what building it printed."""
     pytest.importorskip("build", reason="needs the extra 'dev'")
     folder = tmp_path_factory.mktemp("wheel")
-    # From a copy: an old `build/` of the checkout would lend the wheel what the sources no longer name.
+    # From a copy: an old `build/` of the checkout would put files into the wheel that the sources no longer have.
     source = folder / "source"
     others = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "data", "demo", "exports", "work_dirs")
     shutil.copytree(ROOT, source, ignore=lambda folder, names: others(folder, names) if Path(folder) == ROOT else [])
@@ -115,7 +117,7 @@ def wheel(built):
 
 
 def test_building_warns_of_no_folder(built):
-    """As each `pip install` would: of a folder of data that looks like a package."""
+    """Each `pip install` would show a warning about a data folder that looks like a package."""
     assert "`packages` configuration" not in built[1], built[1]
 
 

@@ -105,7 +105,7 @@ def test_every_depth_shows_one_scene(tmp_path, name):
 
 
 def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
-    """Its type tells the range, whatever its values are; some readers of Pillow give 32-bit integers all the same."""
+    """The type fixes the range, whatever the values are; some readers of Pillow still give 32-bit integers."""
     for suffix, values in (("png", WIDE), ("tif", WIDE), ("pgm", WIDE.astype(np.int32))):
         path = saved(values >> 8, tmp_path / f"dark.{suffix}")
         assert np.asarray(read_picture(path)).max() == 0, suffix
@@ -113,7 +113,7 @@ def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::terrazzo._pictures.PictureWarning")
 def test_files_that_pillow_does_not_write():
-    """Samples of 12 bits, and wide ones of which 0 is white."""
+    """Samples of 12 bits, and wide samples with 0 as white."""
     samples = {
         "12 bits": tiff(GREY.astype(np.uint16) << 4, bits=12),
         "0 is white": tiff(65535 - WIDE, photometric=0),
@@ -290,7 +290,7 @@ def test_unreadable_pictures_are_refused_by_name(tmp_path):
             read_picture(path)
     path = tmp_path / "channels.tif"
     path.write_bytes(tiff(GREY.astype(np.float64)).getvalue())
-    with pytest.raises(InputError, match=r"channels\.tif is a TIFF whose samples cannot be read"):
+    with pytest.raises(InputError, match=r"channels\.tif is damaged, or a TIFF with samples that cannot be read"):
         read_picture(path)
     for path in (tmp_path / "missing.jpg", tmp_path):
         for function in (read_picture, orientation, upright_size):

@@ -79,7 +79,7 @@ def _show(others: Callable, message: Warning | str, category: type[Warning], *pl
 
 
 class VerbGroup(click.Group):
-    """A group whose verbs are imported at first use and whose errors are one line on stderr."""
+    """A group that imports its verbs at first use, and prints errors as one line on stderr."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)

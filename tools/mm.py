@@ -19,9 +19,9 @@ from torch import nn
 import terrazzo.openmmlab  # noqa: F401  prepares mmengine before it is used
 from terrazzo.backbones._weights import weights_of
 from terrazzo.errors import InputError
-from terrazzo.openmmlab.building import building
+from terrazzo.openmmlab.building import building, registered_class
 from terrazzo.openmmlab.checkpoint import load_file
-from terrazzo.openmmlab.config import datasets, registered_class
+from terrazzo.openmmlab.config import datasets
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.tools.files import check_folder
 

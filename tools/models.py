@@ -1,6 +1,5 @@
 """Which timm models are terrazzo's, and building one by name."""
 
-import difflib
 import re
 
 import timm
@@ -8,6 +7,9 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
+from terrazzo.backbones._names import check_name
+from terrazzo.backbones._names import family_of as family_of
+from terrazzo.backbones._names import registered_models as registered_models
 from terrazzo.errors import InputError
 
 NO_WEIGHTS = "no weights"
@@ -16,26 +18,10 @@ NO_WEIGHTS = "no weights"
 _TOP1 = re.compile(r"top-?1\D{0,20}?(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
-def family_of(name: str) -> str | None:
-    """The terrazzo family (the stem of its file) that registers model `name`; None for timm's own models."""
-    module = timm.models.model_entrypoint(name).__module__
-    return module.rsplit(".", 1)[-1] if module.startswith("terrazzo.backbones.") else None
-
-
-def registered_models() -> dict[str, str]:
-    """Name of every model that terrazzo registers with timm, to its family; in natural order."""
-    families = {name: family_of(name) for name in timm.list_models()}
-    return {name: family for name, family in families.items() if family is not None}
-
-
 def require_model(name: str) -> str:
-    """Return `name` if timm can build it; InputError with the closest names if not."""
+    """Return `name` if timm can build it, weights included; InputError with the closest names if not."""
+    check_name(name)
     bare = name.split(".", 1)[0]
-    if not timm.models.is_model(bare):
-        known = list(registered_models()) + timm.list_models()
-        close = list(dict.fromkeys(difflib.get_close_matches(bare, known, n=3)))
-        hint = f"did you mean {', '.join(close)}?" if close else "`terrazzo list` names the models"
-        raise InputError(f"no model is called {name!r}; {hint}")
     tags = timm.list_pretrained(f"{bare}.*")
     if "." in name and name not in tags:
         raise InputError(f"no weights are called {name!r}; the weights of {bare} are: {', '.join(tags) or 'none'}")

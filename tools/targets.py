@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools.models import require_model
 
@@ -52,14 +53,12 @@ def load_timm_model(
     if pretrained:
         try:
             return timm.create_model(name, pretrained=True, **options).eval()
-        except Exception as error:  # the hub's clients fail in many ways: no network, no file, no such weights
+        except Exception as error:  # the hub's clients fail in many ways: no network, no file, no weights
             raise InputError(
                 f"the weights of {name} cannot be downloaded: {first_line(error)}; name a file of weights"
             ) from error
     model = timm.create_model(name, **options).eval()
     if checkpoint is not None:
-        from terrazzo.openmmlab._timm import load_weights
-
         load_weights(model, name, str(checkpoint))
     return model
 

@@ -1,11 +1,12 @@
-"""ImageNet-1k from a trained ViT, which is the teacher, too, as AS-ViT's authors mean to fine-tune: 512 images a step.
+"""ImageNet-1k from a trained ViT, also the teacher, as AS-ViT's authors intend to fine-tune: 512 images per step.
 
 4 processes of batch 128, AdamW at 2e-5, cosine to 2e-6 in 30 epochs, no warm-up, mixup and CutMix, no drop path (the
-authors' 0.1 never reaches their model). Another budget: `--cfg-options model.recipe.budget=0.5`. A moving mean of the
-weights is validated and saved; a short run turns it off: `--cfg-options custom_hooks=[]`. Deviations: their code does
-not run as it is published (see `terrazzo/openmmlab/token_budget.py`); an epoch shows each image once, theirs shows a
-third of them three times (repeated augmentation); they validate with a number of tokens that the batch decides on. On
-fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`. In mixed precision: `--amp fp16`.
+authors' 0.1 never reaches their model). Another budget: `--cfg-options model.recipe.budget=0.5`. A moving average of
+the weights is validated and saved; a short run should turn it off: `--cfg-options custom_hooks=[]`. Deviations: the
+authors' published code does not run (see `terrazzo/openmmlab/token_budget.py`); an epoch shows each image once, while
+their epoch shows a third of the images three times (repeated augmentation); in their validation the batch decides the
+number of tokens. On fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`. In mixed
+precision: `--amp fp16`.
 """
 
 _base_ = ["classification_runtime.py", "imagenet.py"]

@@ -1,6 +1,6 @@
-"""ImageNet-1k from scratch, as AttNet's authors train: 4096 images a step, AdamW at 4e-3, 5 epochs of warm-up, cosine.
+"""ImageNet-1k from scratch, as AttNet's authors train: 4096 images per step, AdamW at 4e-3, 5 warm-up epochs, cosine.
 
-This is the recipe of T2 to T4; what it takes of each variant, by the authors' run files:
+This is the recipe for T2 to T4. The authors' run files have these settings:
 
     variant   drop path   weight decay   mixup   RandAugment   erasing   colour jitter
     XXS       0           0.015          0.05    none          0         0
@@ -10,10 +10,10 @@ This is the recipe of T2 to T4; what it takes of each variant, by the authors' r
     T2        0.2         0.05           0.8     m9            0.25      0.4
     T3, T4    0.4, 0.5    0.05           0.8     m9            0.25      0.4
 
-(T4 at 384 x 384.) Deviation: an epoch shows each image once; theirs shows a third of them three times (repeated
-augmentation). A moving mean of the weights is validated and saved; a short run turns it off: `--cfg-options
-custom_hooks=[]`. On fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`. In mixed
-precision: `--amp fp16` or bf16.
+(T4 at 384 x 384.) Deviation: an epoch shows each image once, while the authors' epoch shows a third of the images three
+times (repeated augmentation). A moving average of the weights is validated and saved; a short run should turn it off:
+`--cfg-options custom_hooks=[]`. On fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`.
+In mixed precision: `--amp fp16` or bf16.
 """
 
 _base_ = "imagenet_300e.py"

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN on COCO for 36 epochs, its box heads with four convolutions, batch norm and the GIoU loss.
+"""Cascade Mask R-CNN on COCO for 36 epochs; box heads with four convolutions, batch norm and the GIoU loss.
 
 A config adds the backbone's name, rates and dilations, and the neck's channels. From the authors' detection/configs.
 """

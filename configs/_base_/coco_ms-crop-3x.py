@@ -1,6 +1,6 @@
 """COCO instances for 36 epochs with random sizes and crops, as NAT, DiNAT and Swin train: 8 processes of batch 2.
 
-From detection/configs of the authors' repository, which trains with Apex' or PyTorch's fp16 (`--amp fp16` here).
+From detection/configs of the authors' repository; they train with Apex' or PyTorch's fp16 (`--amp fp16` here).
 """
 
 _base_ = ["adamw_1x_coco.py", "mmdet::_base_/datasets/coco_instance.py"]

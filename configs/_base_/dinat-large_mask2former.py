@@ -1,7 +1,7 @@
-"""What the authors' Mask2Former configs share: DiNAT-Large, kernel 11, from ImageNet-22k with interpolated biases.
+"""The common part of the authors' Mask2Former configs: DiNAT-Large, kernel 11, ImageNet-22k, interpolated biases.
 
-From mask2former/configs of their repository: no mixed precision, a tenth of the rate in the backbone, no weight decay
-on norms and embeddings. The biases rpb take none here either, as in all our recipes.
+From mask2former/configs of their repository: no mixed precision, a tenth of the learning rate in the backbone, no
+weight decay on norms and embeddings. As in all our recipes, the biases rpb have no weight decay here either.
 """
 
 dinat_large = dict(
@@ -12,7 +12,7 @@ dinat_large = dict(
     dilations=[[1, 14, 1], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1] * 5],
 )
 dinat_large_channels = [192, 384, 768, 1536]
-# mmengine takes the longest key that occurs in a parameter's name: those of norms must be longer than "backbone".
+# mmengine takes the longest key that occurs in a parameter's name: the norms' keys must be longer than "backbone".
 dinat_large_norms = [
     "stem.norm",
     "downsample.norm",

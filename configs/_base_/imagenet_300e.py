@@ -1,10 +1,11 @@
-"""ImageNet-1k from scratch, as the authors train every variant (classification/configs and train.py, theirs).
+"""ImageNet-1k from scratch, as the authors train every variant (their classification/configs and train.py).
 
 8 processes of batch 128, AdamW, 20 epochs of warm-up, cosine to 300, 10 more at the lowest rate, mixup and CutMix, in
-mixed precision (`--amp fp16`). Deviations: the biases rpb take no weight decay, which the authors meant but did not
-reach; a moving mean of the weights is validated and saved, which they do for isotropic base models only. It moves by
-2e-4 an iteration, so a short run turns it off: `--cfg-options custom_hooks=[]`. On fewer GPUs, set
-`optim_wrapper.accumulative_counts` so that 1024 images make a step, or `auto_scale_lr.enable=True` to scale the rate.
+mixed precision (`--amp fp16`). Deviations: the biases rpb have no weight decay, which the authors intended but did not
+achieve; a moving average of the weights is validated and saved, which they do only for isotropic base models. It moves
+by 2e-4 per iteration, so a short run should turn it off: `--cfg-options custom_hooks=[]`. On fewer GPUs, set
+`optim_wrapper.accumulative_counts` so that a step has 1024 images, or `auto_scale_lr.enable=True` to scale the learning
+rate.
 """
 
 _base_ = ["classification_runtime.py", "imagenet.py"]

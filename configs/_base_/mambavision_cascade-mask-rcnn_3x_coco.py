@@ -1,7 +1,7 @@
 """Cascade Mask R-CNN on MambaVision, COCO, 36 epochs: the authors' recipe, in mixed precision (`--amp fp16`).
 
-Windows of 112 and 56, which hold maps of 1792 pixels: smaller maps are padded up to them. Their configs name drop paths
-of 0.3 and more, but their wrapper does not pass them on, so that all were trained with 0.2.
+Windows of 112 and 56 fit images of 1792 pixels: smaller maps are padded to the windows. The authors' configs have drop
+paths of 0.3 and more, but their wrapper does not pass them on, so all models were trained with 0.2.
 """
 
 _base_ = "cascade-mask-rcnn_3x_coco.py"

@@ -1,10 +1,10 @@
-"""ImageNet-1k from scratch, as MambaVision's authors train: 4096 images a step, LAMB at 5e-3, 20 epochs of warm-up.
+"""ImageNet-1k from scratch, as MambaVision's authors train: 4096 images per step, LAMB at 5e-3, 20 epochs of warm-up.
 
-What the recipe takes of each variant, as far as published: weight decay from 0.05 (T) to 0.12 (L2), drop path 0.2 (T,
-T2, S) and 0.3 (B, L, L2), 35 epochs of warm-up (B). Deviations: the authors also train towards the moving mean of the
-weights from a quarter of the run on (MESA), which is not offered here; A_log and D take no weight decay, which they
-meant but did not reach. A short run turns the mean off: `--cfg-options custom_hooks=[]`. In mixed precision:
-`--amp fp16`. On fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`.
+Published settings of the variants: weight decay from 0.05 (T) to 0.12 (L2), drop path 0.2 (T, T2, S) and 0.3 (B, L,
+L2), 35 epochs of warm-up (B). Deviations: after a quarter of the run, the authors also train towards the moving average
+of the weights (MESA), which is not offered here; A_log and D have no weight decay, which they intended but did not
+achieve. A short run should turn the average off: `--cfg-options custom_hooks=[]`. In mixed precision: `--amp fp16`. On
+fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`.
 """
 
 _base_ = "imagenet_300e.py"

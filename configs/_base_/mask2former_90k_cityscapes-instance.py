@@ -1,6 +1,7 @@
 """Mask2Former on Cityscapes instances, 90000 iterations on crops of 512x1024, as its authors train it.
 
-Validation is COCO's average precision; Cityscapes' own is mmdet's CityScapesMetric, which takes cityscapesscripts.
+Validation uses COCO's average precision; Cityscapes' own metric is mmdet's CityScapesMetric, which needs
+cityscapesscripts.
 """
 
 _base_ = "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py"

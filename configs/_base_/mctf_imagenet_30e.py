@@ -1,10 +1,10 @@
-"""ImageNet-1k from DeiT's weights, as MCTF's authors fine-tune: 1024 images a step, token-reduction consistency.
+"""ImageNet-1k from DeiT's weights, as MCTF's authors fine-tune: 1024 images per step, token-reduction consistency.
 
 8 processes of batch 128, AdamW at 3e-5, cosine to 1e-6 in 30 epochs and 10 more at that rate, no warm-up, no mixup, no
 moving mean. Another schedule of merging: `--cfg-options model.backbone.name=mctf_deit_small_fast
-model.recipe.r_max=0.15`. Deviation: an epoch shows each image once; theirs shows a third of them three times (repeated
-augmentation). On fewer GPUs set `optim_wrapper.accumulative_counts`, or `auto_scale_lr.enable=True`. In mixed
-precision, as theirs: `--amp fp16`.
+model.recipe.r_max=0.15`. Deviation: an epoch shows each image once, while the authors' epoch shows a third of the
+images three times (repeated augmentation). On fewer GPUs set `optim_wrapper.accumulative_counts`, or
+`auto_scale_lr.enable=True`. In mixed precision, as the authors train: `--amp fp16`.
 """
 
 _base_ = ["classification_runtime.py", "imagenet.py"]

@@ -1,7 +1,7 @@
-"""ImageNet-1k as MedMamba's authors train on their data: Adam at 1e-4, 100 epochs, batch 32, crops and flips alone.
+"""ImageNet-1k as MedMamba's authors train on their data: Adam at 1e-4, 100 epochs, batch 32, only crops and flips.
 
-Pixels are normalised to -1 to 1; at a test images are resized to 224 x 224, whatever their proportions. (They publish
-nothing of ImageNet.) Other folders of classes: `data_root`, `model.backbone.num_classes`.
+Pixels are scaled to -1 to 1; in a test, images are resized to 224 x 224, whatever their proportions. (The authors
+publish no ImageNet results.) Other folders of classes: `data_root`, `model.backbone.num_classes`.
 """
 
 _base_ = ["classification_runtime.py", "imagenet.py"]

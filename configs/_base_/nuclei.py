@@ -64,8 +64,8 @@ test_dataloader = dict(
         pipeline=test_pipeline,
     ),
 )
-# Up to 375 nuclei an image. pycocotools computes "mAP" over the 100 best boxes whatever it is told, so that one is left
-# out: the class's own precision, at 400 boxes, is the mean average precision here.
+# An image has up to 375 nuclei. pycocotools always computes "mAP" over the 100 best boxes, so it is left out: the
+# precision of the single class, at 400 boxes, is the mean average precision here.
 val_evaluator = dict(
     type="CocoMetric",
     ann_file=data_root + "/annotations/instances_val.json",

@@ -1,7 +1,7 @@
 """RoMA's pretraining: AdamW at 1.5e-4 for 256 images a step, 40 epochs of warm-up, cosine to 400.
 
-Images lie anywhere under `data/unlabelled`; labels are not read, and nothing is validated. No weight decay on tensors
-of one dimension and on the decays A_log.
+Images may be anywhere under `data/unlabelled`; labels are not read, and nothing is validated. Tensors of one dimension
+and the decays A_log have no weight decay.
 """
 
 _base_ = "classification_runtime.py"

@@ -1,8 +1,8 @@
 """AS-ViT-DeiT-tiny in patches of 8 on EuroSAT, 64x64: one process, batch 64, 30 epochs, a budget of 65 % of the cost.
 
-From a DeiT, which is the teacher, too: `model.backbone.checkpoint` is what
+It starts from a DeiT, which is also the teacher: `model.backbone.checkpoint` is a file that
 `mctf-deit-tiny_1xb64-30e_eurosat64` trained with `model.backbone.r=0 model.recipe=None`. Costs are small at 64 pixels,
-so the budget weighs more than at 224.
+so the budget has a larger weight than at 224.
 """
 
 _base_ = ["../_base_/classification_runtime.py", "../_base_/eurosat64.py", "../_base_/adamw_30e.py"]

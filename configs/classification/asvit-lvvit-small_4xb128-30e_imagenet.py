@@ -1,6 +1,6 @@
 """AS-ViT-LV-ViT-small on ImageNet-1k, 224x224, a budget of 70 %: 4 processes of batch 128, 30 epochs, as the authors.
 
-LV-ViT's weights are to be fetched by hand: `model.backbone.checkpoint=lvvit_s-224-83.3.pth.tar`, of
+LV-ViT's weights must be fetched by hand: `model.backbone.checkpoint=lvvit_s-224-83.3.pth.tar`, from
 github.com/zihangJiang/TokenLabeling. For `model.backbone.name=asvit_lvvit_medium` it is lvvit_m-56M-224-84.0.tar.
 """
 

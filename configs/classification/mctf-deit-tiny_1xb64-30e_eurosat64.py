@@ -1,7 +1,7 @@
 """MCTF-DeiT-tiny in patches of 8 on EuroSAT, 64x64: one process, batch 64, 30 epochs, token-reduction consistency.
 
-From scratch, or from a DeiT that this config trained with `model.backbone.r=0 model.recipe=None`, as
-`model.backbone.checkpoint`. Of 65 tokens 5 are merged in each block but the first, so that 10 are left.
+It starts from scratch, or with `model.backbone.checkpoint` from a DeiT that this config trained with
+`model.backbone.r=0 model.recipe=None`. Each block but the first merges 5 of the 65 tokens, so that 10 are left.
 """
 
 _base_ = ["../_base_/classification_runtime.py", "../_base_/eurosat64.py", "../_base_/adamw_30e.py"]

@@ -1,4 +1,4 @@
-"""MedMamba-T on ImageNet-1k, 224x224: one process, batch 32, 100 epochs, the authors' recipe of medical data.
+"""MedMamba-T on ImageNet-1k, 224x224: one process, batch 32, 100 epochs, the authors' recipe for medical data.
 
 The other variants are `model.backbone.name` medmamba_s, medmamba_b, and medmamba_s_paper, medmamba_b_paper.
 """

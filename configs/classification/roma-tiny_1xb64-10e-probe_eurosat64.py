@@ -1,7 +1,7 @@
-"""A linear probe of RoMA-tiny in patches of 8 on EuroSAT, 64x64: the last layer alone, on the mean of the patches.
+"""A linear probe of RoMA-tiny in patches of 8 on EuroSAT, 64x64: only the last layer, on the mean of the patches.
 
-What it probes is a file of `roma-tiny_1xb64-100e_eurosat64`, as `model.backbone.checkpoint`; without one, random
-weights, which is what to compare with. The authors' probe reads the class token, which pretraining does not have.
+It probes a file of `roma-tiny_1xb64-100e_eurosat64`, given as `model.backbone.checkpoint`; without a file it probes
+random weights, for comparison. The authors' probe reads the class token, which pretraining does not have.
 """
 
 _base_ = ["../_base_/classification_runtime.py", "../_base_/eurosat64.py", "../_base_/adamw_30e.py"]

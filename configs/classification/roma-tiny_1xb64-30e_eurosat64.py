@@ -1,6 +1,6 @@
 """RoMA-tiny in patches of 8 on EuroSAT, 64x64: one process, batch 64, 30 epochs.
 
-From scratch, or from what `roma-tiny_1xb64-100e_eurosat64` pretrained, as `model.backbone.checkpoint`.
+It starts from scratch, or with `model.backbone.checkpoint` from a file of `roma-tiny_1xb64-100e_eurosat64`.
 """
 
 _base_ = ["../_base_/classification_runtime.py", "../_base_/eurosat64.py", "../_base_/adamw_30e.py"]

@@ -1,6 +1,6 @@
 """S2AFormer-mini on ImageNet-1k, 224x224: 8 processes of batch 128, 300 epochs, as the paper; the recipe is NAT's.
 
-The other variants are `model.backbone.name` s2aformer_t, _xs, _s and _m; their paths drop at 0.05, 0.05, 0.1 and 0.2.
+The other variants are `model.backbone.name` s2aformer_t, _xs, _s and _m, at drop paths 0.05, 0.05, 0.1 and 0.2.
 """
 
 _base_ = "../_base_/imagenet_300e.py"

@@ -1,6 +1,6 @@
 """Mask R-CNN on AttNet-T2, COCO, 12 epochs: mmdet's 1x with AdamW.
 
-Ours: the authors published no detector. Name their weights, fetched by hand, as `model.backbone.checkpoint`.
+The recipe is ours: the authors published no detector. Fetch their weights by hand and set `model.backbone.checkpoint`.
 """
 
 _base_ = [

@@ -1,7 +1,7 @@
 """Mask R-CNN on MCTF-DeiT-tiny with ViTDet's simple feature pyramid, COCO, 12 epochs: mmdet's 1x with AdamW.
 
-As in ViTDet, four blocks attend to the whole image, the others within windows; tokens are merged within those, and the
-last block sees every position again.
+As in ViTDet, four blocks attend to the whole image and the others within windows. Tokens are merged within windows, and
+the last block sees every position again.
 """
 
 _base_ = [

@@ -1,4 +1,4 @@
-"""Mask R-CNN on VMamba-B (s2l15), COCO, 36 epochs: ours by the recipe of T and S, none is published."""
+"""Mask R-CNN on VMamba-B (s2l15), COCO, 36 epochs: the recipe of T and S, because none is published for B."""
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])

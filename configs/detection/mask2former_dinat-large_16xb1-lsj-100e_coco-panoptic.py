@@ -1,6 +1,6 @@
 """Mask2Former on DiNAT-Large, COCO panoptic, 16 processes of batch 1, 100 epochs: the authors' recipe.
 
-Published: PQ 58.5. What mmdet wants of panopticapi, which is not on PyPI, comes with `terrazzo.openmmlab`.
+Published: PQ 58.5. `terrazzo.openmmlab` provides the part of panopticapi, which is not on PyPI, that mmdet needs.
 """
 
 _base_ = [

@@ -1,7 +1,7 @@
-"""RoMA-base by autoregression on images without labels, 192x192: 8 processes of batch 128, 400 epochs, as the paper.
+"""RoMA-base by autoregression on images without labels, 192x192: 8 processes of batch 128, 400 epochs, as in the paper.
 
-For large set `model.backbone.name=roma_large`. The paper's data are up to 4 million images of several remote sensing
-sets; any folder of images will do. Fine-tune with its file as `model.backbone.checkpoint`.
+For RoMA-large, set `model.backbone.name=roma_large`. The paper's data are up to 4 million images from several remote
+sensing sets; any folder of images works. To fine-tune, set `model.backbone.checkpoint` to the trained file.
 """
 
 _base_ = "../_base_/roma_pretraining_400e.py"

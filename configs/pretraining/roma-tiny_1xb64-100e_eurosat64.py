@@ -1,7 +1,7 @@
 """RoMA-tiny by autoregression on EuroSAT's training images, without labels: one process, batch 64, 100 epochs.
 
 Images of 64x64 in patches of 8: 8x8 tokens, clusters of 2x2, the coarser scale in blocks of 4x4; windows of 32, 24 and
-16 pixels are rotated. So a cluster is a quarter of a side and a block half of it, where the paper's are a third and
+16 pixels are rotated. So a cluster is a quarter of a side and a block half a side; in the paper they are a third and
 half of 192 pixels.
 """
 

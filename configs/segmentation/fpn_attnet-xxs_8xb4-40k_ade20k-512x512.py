@@ -1,6 +1,6 @@
 """Semantic FPN on AttNet-XXS, ADE20K, 8 processes of batch 4, 40000 iterations: PoolFormer's recipe.
 
-Ours: the authors published no segmentor. Name their weights, fetched by hand, as `model.backbone.checkpoint`.
+The recipe is ours: the authors published no segmentor. Fetch their weights by hand and set `model.backbone.checkpoint`.
 """
 
 _base_ = "../_base_/fpn_40k_ade20k.py"

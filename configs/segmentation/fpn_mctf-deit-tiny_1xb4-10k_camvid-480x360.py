@@ -1,6 +1,6 @@
 """Semantic FPN on MCTF-DeiT-tiny, CamVid: one process, batch 4, 10000 iterations.
 
-A third of the tokens is merged three times, by similarity and size; the last block sees every position again.
+Three times, a third of the tokens is merged by similarity and size; the last block sees every position again.
 """
 
 _base_ = [

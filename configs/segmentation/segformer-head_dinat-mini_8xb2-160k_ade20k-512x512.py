@@ -1,6 +1,7 @@
 """SegFormer's all-MLP head on DiNAT-Mini, ADE20K, 8 processes of batch 2, 160000 iterations.
 
-Ours, not the authors': their rates and dilations of 512 pixels, and ten times the rate in the head, as SegFormer.
+The config is ours: it has the authors' rates and dilations for 512 pixels, and ten times the rate in the head, as
+SegFormer.
 """
 
 _base_ = [

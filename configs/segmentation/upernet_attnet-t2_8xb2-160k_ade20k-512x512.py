@@ -1,6 +1,6 @@
 """UPerNet on AttNet-T2, ADE20K, 8 processes of batch 2, 160000 iterations: the recipe of NAT, DiNAT and Swin.
 
-Ours: the authors published no segmentor. Name their weights, fetched by hand, as `model.backbone.checkpoint`.
+The recipe is ours: the authors published no segmentor. Fetch their weights by hand and set `model.backbone.checkpoint`.
 """
 
 _base_ = "../_base_/upernet_160k_ade20k.py"

@@ -1,6 +1,6 @@
 """UPerNet on DiNAT-Tiny, Cityscapes, 8 processes of batch 2, 160000 iterations: as the authors train on ADE20K.
 
-The authors have no UPerNet on Cityscapes; crops are 512 pixels high, so these are their dilations of 512 pixels.
+The authors have no UPerNet on Cityscapes; crops are 512 pixels high, so it has their dilations for 512 pixels.
 """
 
 _base_ = [

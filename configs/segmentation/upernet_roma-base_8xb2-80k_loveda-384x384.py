@@ -1,7 +1,7 @@
 """UPerNet on RoMA-base, LoveDA, crops of 384: RoMA's recipe for SpaceNet v1, which mmsegmentation does not know.
 
-Layer decay 0.9, tests in windows of 384 every 256 pixels. The number of iterations is ours. Begin from the authors'
-pretraining, fetched by hand, as `model.backbone.checkpoint`.
+Layer decay 0.9, tests in windows of 384 every 256 pixels. The number of iterations is ours. Fetch the authors'
+pretrained weights by hand and set `model.backbone.checkpoint`.
 """
 
 _base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/datasets/loveda.py", "../_base_/adamw_160k.py"]

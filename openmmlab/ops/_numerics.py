@@ -1,4 +1,4 @@
-"""What several operators share: the precision in which they compute, and gradients of a recomputed forward."""
+"""Shared by several operators: the precision in which they compute, and gradients of a recomputed forward."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,16 +12,16 @@ def computable(tensor: Tensor) -> Tensor:
 
 
 def at_least_single(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in one precision: float64 where any of them has it, else float32.
+    """The tensors in one precision: float64 if any of them has it, else float32.
 
-    Sums over many terms lose too much in 16 bits, and not every CPU operator takes them.
+    Sums over many terms lose too much in 16 bits, and not every CPU operator takes 16-bit types.
     """
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return [tensor.to(dtype) for tensor in tensors]
 
 
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of `function(*inputs)` by each of its inputs: it is computed once more, and differentiated."""
+    """The gradients of `function(*inputs)` by each of its inputs: the function is computed again and differentiated."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         output = function(*inputs)

@@ -36,7 +36,7 @@ def fill_overlaps(
 
 
 def survivors(count: int, first: Tensor, second: Tensor) -> Tensor:
-    """Which boxes remain where, by descending score, each remaining one suppresses those that it conflicts with.
+    """Which boxes remain if, by descending score, each remaining box suppresses the boxes that it conflicts with.
 
     Args:
         count: boxes, numbered by descending score.
@@ -64,7 +64,7 @@ def suppress(
     Args:
         polygons: N 4 2, by descending score.
         order: N, the index that each polygon has for the caller.
-        iou_threshold: a polygon is dropped where its overlap with a kept one is above this.
+        iou_threshold: a polygon is dropped if its overlap with a kept polygon is above this.
         measure: the overlap of pairs of polygons.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Weighted sums over the pixels of feature maps: what the pooling operators share.
+"""Weighted sums over the pixels of feature maps, shared by the pooling operators.
 
-A bag is a set of pixels with weights, of any number; each bin of each region is one. `embedding_bag` sums all bags at
-once without storing their pixels' features, and its gradients reach the features and, by the weights, the positions.
+A bag is a set of any number of weighted pixels; each bin of each region is a bag. `embedding_bag` sums all bags at once
+without storing their pixels' features, and its gradients reach the features and, through the weights, the positions.
 """
 
 import torch
@@ -31,7 +31,7 @@ def bilinear(batch: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> tu
 
     Args:
         batch: N, index in the batch.
-        y: N, in pixels whose centres lie at whole numbers.
+        y: N, in pixels; pixel centres are at whole numbers.
         x: N.
         height: H of the map.
         width: W of the map.
@@ -68,7 +68,7 @@ def bag_sums(rows: Tensor, pixels: Tensor, weights: Tensor, counts: Tensor) -> T
 
 
 def bag_maxima(rows: Tensor, pixels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each feature in each bag, 0 in an empty one, and the row in which it is, there 0.
+    """The largest value of each feature in each bag, and its row; both are 0 for an empty bag.
 
     Args:
         rows: pixels x C.
@@ -78,7 +78,7 @@ def bag_maxima(rows: Tensor, pixels: Tensor, counts: Tensor) -> tuple[Tensor, Te
     Returns:
         Each K x C.
     """
-    # the only form of embedding_bag that says where the maximum lies
+    # the only form of embedding_bag that returns the position of the maximum
     largest, _, _, place = torch.ops.aten._embedding_bag(rows, pixels, starts(counts), mode=MAX)
     return largest, place
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Relative to the polygons' sizes: far above the rounding of doubles, far below that of the single precision coordinates
-# that come in, so that a corner on an edge, or an edge on an edge, is seen as such.
+# Relative to the polygons' sizes: far above the rounding of doubles, and far below the rounding of single-precision
+# inputs, so that a corner on an edge, or an edge on an edge, is recognised.
 TOLERANCE = 1e-9
 
 
@@ -31,7 +31,7 @@ def rotated_corners(boxes: Tensor) -> Tensor:
 
 
 def in_convex(points: Tensor, polygons: Tensor) -> Tensor:
-    """Whether each point (N P 2) is in the convex polygon of its row (N V 2), its border included; not without area."""
+    """Whether each point (N P 2) is in the convex polygon of its row (N V 2) or on its border; false without area."""
     edges = polygons.roll(-1, 1) - polygons
     turn = cross(edges[:, None], points[:, :, None] - polygons[:, None])  # N P V
     area = signed_area(polygons)[:, None]
@@ -50,7 +50,7 @@ def in_rectangle(points: Tensor, polygons: Tensor) -> Tensor:
 def meeting_points(
     first: Tensor, second: Tensor, contains: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The vertices of the intersections of two convex polygons, row by row, in no order.
+    """The vertices of the intersections of two convex polygons, row by row, unordered.
 
     They are the crossings of the edges, and the vertices of either polygon in the other.
 
@@ -78,7 +78,7 @@ def meeting_points(
 
 
 def only_valid(points: Tensor, valid: Tensor) -> Tensor:
-    """The points with each invalid one replaced by a valid one of its row; a single point where none is valid."""
+    """The points, with invalid points replaced by a valid point of their row; a single point if none is valid."""
     one = valid.int().argmax(1)[:, None, None].expand(-1, 1, 2)
     return torch.where(valid[..., None], points, points.gather(1, one))
 
@@ -93,10 +93,10 @@ def convex_intersection(first: Tensor, second: Tensor) -> Tensor:
 
 
 def shares_within(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Between which shares of its length each edge of a polygon (N V 2) is in the convex polygon of its row (N W 2).
+    """The part of each edge of a polygon (N V 2) in the convex polygon of its row (N W 2), as shares of its length.
 
     Returns:
-        Start and end, each N V; the same where the edge stays outside.
+        Start and end, each N V; equal if the edge stays outside.
     """
     edges = first.roll(-1, 1) - first
     borders = (second.roll(-1, 1) - second) * signed_area(second).sign()[:, None, None]
@@ -111,7 +111,7 @@ def shares_within(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convex_hull(points: Tensor) -> Tensor:
-    """The convex hull (Graham, 1972): the points by their angle at the lowest, less those where the path bends in.
+    """The convex hull (Graham, 1972): points by their angle at the lowest, without the points that bend in.
 
     Args:
         points: N P 2.
@@ -125,9 +125,10 @@ def convex_hull(points: Tensor) -> Tensor:
     arms = points - taken(points, first)
     length = arms.square().sum(2)
     angle = (torch.atan2(arms[..., 1], arms[..., 0]) / TOLERANCE).round()
-    # The start comes first, and so do points that only rounding tells from it, of which the angle says nothing.
+    # The start comes first, and so do points that differ from it only by rounding: their angle is meaningless.
     angle = angle.masked_fill(length <= TOLERANCE**2 * length.amax(1, keepdim=True), -torch.inf)
-    # Of points in one direction (but for rounding) the nearest comes first, but on the way back to the start the last.
+    # Among points in one direction (up to rounding), the nearest comes first; on the way back to the start it comes
+    # last.
     by_length = torch.where(angle < angle.amax(1, keepdim=True), length, -length).argsort(1)
     hull = by_length.gather(1, angle.gather(1, by_length).argsort(stable=True, dim=1))
     straight = TOLERANCE * length.amax(1)
@@ -136,7 +137,7 @@ def convex_hull(points: Tensor) -> Tensor:
     while True:
         corners = taken(points, hull)
         turn = cross(corners - corners.roll(1, 1), corners.roll(-1, 1) - corners)
-        # One at a time: of two points that rounding alone tells apart, either can go, but not both.
+        # One at a time: if two points differ only by rounding, either can go, but not both.
         least, worst = turn.masked_fill((place == 0) | (place >= left), torch.inf).min(1)
         gone = least <= straight
         if not gone.any():
@@ -152,12 +153,12 @@ def taken(points: Tensor, indices: Tensor) -> Tensor:
 
 
 def overlapping(first: Tensor, second: Tensor, later: bool = False) -> tuple[Tensor, Tensor]:
-    """The pairs of polygons whose upright bounds overlap: few of all pairs, and the only ones that can intersect.
+    """The pairs of polygons with overlapping upright bounds: few of all pairs, and only these can intersect.
 
     Args:
         first: N V 2.
         second: M W 2.
-        later: whether to give only those pairs whose second index is greater than the first.
+        later: whether to give only pairs with a second index greater than the first.
 
     Returns:
         Indices in `first` and in `second`.

@@ -14,10 +14,10 @@ def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, ali
     Args:
         bboxes1: N x 4, as x1 y1 x2 y2.
         bboxes2: M x 4.
-        ious: N x M, or N where aligned; filled in place.
+        ious: N x M, or N if aligned; filled in place.
         mode: 0 intersection over union, 1 over the area of the first box.
         aligned: whether to take box i with box i only (N = M).
-        offset: 0 or 1; added to widths and heights (1 where x2 and y2 are the last pixel that is inside).
+        offset: 0 or 1; added to widths and heights (1 if x2 and y2 are the last pixel inside).
     """
     first, second = computable(bboxes1), computable(bboxes2)
     if not aligned:

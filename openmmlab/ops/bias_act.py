@@ -6,7 +6,7 @@ from torch import Tensor
 
 from terrazzo.openmmlab.ops._numerics import at_least_single
 
-# By mmcv's numbers, from 1. The first three are piecewise linear; alpha is the slope of the third below 0.
+# In the order of mmcv's numbers, from 1. The first three are piecewise linear; alpha is the third's slope below 0.
 ACTIVATIONS = (
     lambda x, alpha: x,
     lambda x, alpha: F.relu(x),
@@ -39,8 +39,8 @@ def bias_act(
     Args:
         x: the input, of any shape; for a derivative the direction in which it is taken.
         b: one per element of axis `dim`, or empty.
-        xref: for a derivative, the input of the activation, where that is not piecewise linear.
-        yref: for a derivative, the result of the activation, where that is piecewise linear.
+        xref: for a derivative, the input of the activation if it is not piecewise linear.
+        yref: for a derivative, the result of the activation if it is piecewise linear.
         dy: for the second derivative, the direction in which the first was taken.
         grad: 0, 1 or 2, the derivative.
         dim: axis of the bias.

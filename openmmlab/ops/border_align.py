@@ -56,7 +56,7 @@ def border_align_backward(
 def _positions(boxes: Tensor, step: int | Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Where a step lies on each side.
 
-    The top and left sides are walked from x1 y1, the bottom and right ones back from x2 y2.
+    The top and left sides run from x1 y1, the bottom and right sides back from x2 y2.
 
     Args:
         boxes: B K 4, or B 1 K 4 where `step` is a tensor.

@@ -12,7 +12,7 @@ def box_iou_quadri(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int,
     Args:
         boxes1: N x 8, as x y of four corners.
         boxes2: M x 8.
-        ious: N * M, or N where aligned; filled in place; 0 for a box without area.
+        ious: N * M, or N if aligned; filled in place; 0 for a box without area.
         mode_flag: 0 intersection over union, 1 over the area of the first box.
         aligned: whether to take box i with box i only (N = M).
     """
@@ -25,10 +25,10 @@ def quadri_corners(boxes: Tensor) -> Tensor:
 
 
 def quadri_overlaps(first: Tensor, second: Tensor, mode: int = 0) -> Tensor:
-    """The overlap of each quadrilateral (N 4 2) with that of the same row; N.
+    """The overlap of each quadrilateral (N 4 2) with the quadrilateral of the same row; N.
 
-    It is exact for rectangles. For others it is what compiled mmcv computes on the CPU, where a corner counts as inside
-    of a quadrilateral if it is inside of the rectangle spanned by the first and last side: that overestimates.
+    It is exact for rectangles. For other shapes it equals compiled mmcv on the CPU: a corner counts as inside a
+    quadrilateral if it is inside the rectangle spanned by the first and last side, which overestimates.
     """
     points = only_valid(*meeting_points(first, second, in_rectangle))
     return overlaps(_area(first), _area(second), signed_area(taken(points, convex_hull(points))), mode)

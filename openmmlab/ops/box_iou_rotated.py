@@ -12,7 +12,7 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int
     Args:
         boxes1: N x 5, as centre x and y, width, height, angle from x to y in radians.
         boxes2: M x 5.
-        ious: N * M, or N where aligned; filled in place; 0 for a box without area.
+        ious: N * M, or N if aligned; filled in place; 0 for a box without area.
         mode_flag: 0 intersection over union, 1 over the area of the first box.
         aligned: whether to take box i with box i only (N = M).
     """
@@ -20,6 +20,6 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int
 
 
 def rotated_overlaps(first: Tensor, second: Tensor, mode: int = 0) -> Tensor:
-    """The overlap of each rectangle (N 4 2) with that of the same row; N."""
+    """The overlap of each rectangle (N 4 2) with the rectangle of the same row; N."""
     areas = signed_area(first).abs(), signed_area(second).abs()
     return overlaps(*areas, convex_intersection(first, second), mode)

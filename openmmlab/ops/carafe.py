@@ -20,7 +20,7 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """Fills `output` with the upsampled features, and `rfeatures` with the features, from which mmcv goes backward.
+    """Fills `output` with the upsampled features, and `rfeatures` with the features, for mmcv's backward pass.
 
     Args:
         features: B C H W.
@@ -30,7 +30,7 @@ def carafe_forward(
         rmasks: scratch, not used.
         output: B, C, H x scale, W x scale, filled in place.
         kernel_size: side of the neighbourhood, odd.
-        group_size: groups of channels with weights of their own.
+        group_size: groups of channels; each group has its own weights.
         scale_factor: new pixels per pixel and axis.
     """
     rfeatures.copy_(features)
@@ -87,7 +87,7 @@ def _reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: i
     weights = masks.unflatten(3, (width, scale_factor)).unflatten(2, (height, scale_factor))
     weights = weights.unflatten(1, (group_size, -1))  # B groups taps H scale W scale
     total = 0
-    # One tap after the other: all taps at once would copy the features kernel_size^2 times.
+    # One tap at a time: all taps at once would copy the features kernel_size^2 times.
     for tap, (row, column) in enumerate(product(range(kernel_size), repeat=2)):
         window = padded[..., row : row + height, column : column + width]  # B groups channels H W
         total = total + weights[:, :, tap, None] * window[..., :, None, :, None]

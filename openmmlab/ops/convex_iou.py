@@ -52,8 +52,8 @@ def _generalised(points: Tensor, polygons: Tensor) -> Tensor:
 def _intersection(hulls: Tensor, polygons: Tensor) -> Tensor:
     """The area of the intersections, differentiable in the hulls.
 
-    An area changes by what its border sweeps over: here, those parts of the hull's edges that lie in the polygon. That
-    is well defined also where vertices of the intersection coincide, in an order that its area does not depend on.
+    An area changes by what its border sweeps over: here, the parts of the hull's edges inside the polygon. This is well
+    defined even if vertices of the intersection coincide; the area does not depend on their order.
     """
     start, end = (share[..., None] for share in shares_within(hulls.detach(), polygons))
     edges = hulls.roll(-1, 1) - hulls

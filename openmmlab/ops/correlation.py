@@ -87,7 +87,7 @@ def _correlate(first: Tensor, second: Tensor, down: tuple[int, ...], across: tup
     second = F.pad(second, (pad_w + reach_w,) * 2 + (pad_h + reach_h,) * 2)
     height, width = first.shape[2:]
     planes = []
-    # One displacement after the other: all at once would copy the second map for each.
+    # One displacement at a time: all at once would copy the second map for each.
     for row, column in product(range(down[1]), range(across[1])):
         top, left = row * down[4], column * across[4]
         planes.append((first * second[:, :, top : top + height, left : left + width]).sum(1))

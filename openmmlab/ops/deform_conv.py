@@ -36,7 +36,7 @@ def deform_conv_forward(
         output: B, filters, output rows, output columns, filled in place.
         columns: scratch, not used.
         ones: scratch, not used.
-        kW: kernel width, as that of `weight`.
+        kW: kernel width, as in `weight`.
         kH: kernel height.
         dW: stride across.
         dH: stride down.
@@ -44,8 +44,8 @@ def deform_conv_forward(
         padH: zeros added at the top and at the bottom.
         dilationW: distance of the taps across.
         dilationH: distance of the taps down.
-        group: groups of channels with filters of their own.
-        deformable_group: groups of channels with offsets of their own.
+        group: groups of channels; each group has its own filters.
+        deformable_group: groups of channels; each group has its own offsets.
         im2col_step: not used; torchvision chooses its own step over the batch.
     """
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
@@ -74,8 +74,8 @@ def deform_conv_backward_input(
 ) -> None:
     """Fills `gradInput` and `gradOffset`, the gradients by the input and by the offsets; arguments as in the forward.
 
-    torchvision computes all gradients in one call, so that by the weight is left in `columns`, the scratch tensor
-    that mmcv passes next to `deform_conv_backward_parameters`.
+    torchvision computes all gradients in one call, so the weight's gradient is left in `columns`, the scratch tensor
+    that mmcv next passes to `deform_conv_backward_parameters`.
     """
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     grad_input, grad_weight, grad_offset, _, _ = backward(gradOutput, input, weight, offset, None, None, geometry)
@@ -106,7 +106,7 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Fills `gradWeight`, the gradient by the weight, times `scale`; other arguments as in the forward.
 
-    `columns` holds it already where `deform_conv_backward_input` was called before.
+    `columns` already holds it if `deform_conv_backward_input` was called before.
     """
     if columns.shape != gradWeight.shape:
         geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
@@ -127,8 +127,8 @@ def backward(
     """The gradients by input, weight, offset, mask and bias; arguments as in `arguments`."""
     tensors = arguments(input, weight, offset, mask, bias, geometry)
     found = torch.ops.torchvision._deform_conv2d_backward(gradient.to(tensors[0].dtype), *tensors)
-    # Exactly one pixel before the map a sample is 0 on one side and not on the other. With offsets of 0, as they are
-    # before training, the taps on the padding are there. mmcv takes a slope of 0, torchvision that of the other side.
+    # Exactly one pixel before the map, a sample is 0 on one side and nonzero on the other. With offsets of 0, as before
+    # training, the taps on the padding are there. mmcv takes a slope of 0, torchvision the slope of the other side.
     found[2].masked_fill_(_positions(tensors[2], weight, geometry) == -1, 0)
     return found
 
@@ -151,8 +151,8 @@ def arguments(
         bias: one per filter; None for 0.
         geometry: stride, padding and dilation, each down and across; groups of filters; groups of offsets.
     """
-    # torchvision reads outside its memory where an offset is not a number: a sample of 0 there, as in mmcv. It wants
-    # tensors for mask and bias even where they have no part in the result.
+    # torchvision reads outside its memory if an offset is NaN: the sample is set to 0 there, as in mmcv. It needs
+    # tensors for mask and bias even if they do not affect the result.
     tensors = at_least_single(
         input,
         weight,
@@ -164,7 +164,7 @@ def arguments(
 
 
 def _positions(offset: Tensor, weight: Tensor, geometry: tuple[int, ...]) -> Tensor:
-    """The coordinate in the input that each coordinate of the offsets leads to: as `offset`."""
+    """The input coordinate for each coordinate of the offsets: as `offset`."""
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, _, groups = geometry
     sizes = (*weight.shape[2:], *offset.shape[2:])
     rows, columns, height, width = (torch.arange(size, device=offset.device) for size in sizes)

@@ -1,4 +1,4 @@
-"""Deformable RoI pooling (Dai et al., 2017, section 2.2): RoIAlign whose bins are shifted by learned offsets."""
+"""Deformable RoI pooling (Dai et al., 2017, section 2.2): RoIAlign with bins that learned offsets shift."""
 
 from torch import Tensor
 

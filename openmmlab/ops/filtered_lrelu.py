@@ -60,11 +60,11 @@ def filtered_lrelu_act_(
 
     Args:
         x: B C H W.
-        si: the signs of an earlier call, of which the derivative is taken, or empty.
-        sx: column of the signs at which the first column of `x` stands.
-        sy: row of the signs at which the first row of `x` stands.
+        si: the signs of an earlier call, to take its derivative; or empty.
+        sx: column of the signs that belongs to the first column of `x`.
+        sy: row of the signs that belongs to the first row of `x`.
         gain: a factor, before the rest.
-        slope: of the leaky ReLU below 0.
+        slope: slope of the leaky ReLU below 0.
         clamp: the largest size of a result.
         writeSigns: whether signs are wanted.
 
@@ -76,7 +76,7 @@ def filtered_lrelu_act_(
     signs = torch.empty(0, dtype=torch.uint8, device=x.device)
     if si.numel():
         (rows, columns), (height, width) = si.shape[2:], x.shape[2:]
-        # Outside the signs, which padding can lead to, the derivative is the gain alone.
+        # Outside the signs, which padding can reach, the derivative is only the gain.
         window = F.pad(si, (-sx, sx + width - columns, -sy, sy + height - rows), value=POSITIVE)
         x.mul_(x.new_tensor([1, slope, 0])[window.long()])
         return signs
@@ -91,7 +91,7 @@ def filtered_lrelu_act_(
 def _resample(
     x: Tensor, filter: Tensor, up: int, down: int, padding: tuple[int, int, int, int], flip: bool, gain: float
 ) -> Tensor:
-    """The images resampled alike on both axes, by a filter of two axes or by one for both."""
+    """The images resampled alike on both axes, by a two-dimensional filter or by one filter for both axes."""
     if filter.dim() == 2:
         return upfirdn2d(x, filter, up, up, down, down, *padding, flip, gain)
     x = upfirdn2d(x, filter[None], up, 1, down, 1, *padding[:2], 0, 0, flip, 1)

@@ -88,7 +88,7 @@ def _row_weight(target: Tensor, weight: Tensor, like: Tensor) -> Tensor:
 
 
 def _target_probability(softmax: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The probability of each row's target class, above zero for the logarithm, and whether there is such a class."""
+    """The probability of each row's target class, above zero for the logarithm, and whether the class exists."""
     softmax = _single(softmax)
     known = (target >= 0) & (target < softmax.shape[1])
     p = softmax.gather(1, target.clamp(0, softmax.shape[1] - 1)[:, None])[:, 0]

@@ -9,5 +9,5 @@ def get_compiler_version() -> str:
 
 
 def get_compiling_cuda_version() -> str:
-    """The CUDA version of PyTorch, whose operators stand in for compiled ones."""
+    """The CUDA version of PyTorch, because its operators replace compiled operators."""
     return torch.version.cuda or "not available"

@@ -1,4 +1,4 @@
-"""The two halves of a convolution at chosen pixels only: their windows as columns, and the results put back."""
+"""The two halves of a convolution at chosen pixels only: windows as columns, and results put back."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def masked_im2col_forward(
         pad_h: rows from a window's first to its pixel.
         pad_w: columns from a window's first to its pixel.
     """
-    # At the far edges padded by the whole window, so that none can reach past the padding.
+    # The far edges are padded by the whole window, so that no window can reach past the padding.
     padded = F.pad(im[0], (pad_w, kernel_w - 1, pad_h, kernel_h - 1))
     rows = mask_h_idx + torch.arange(kernel_h, device=im.device)[:, None, None]
     columns = mask_w_idx + torch.arange(kernel_w, device=im.device)[:, None]
@@ -44,8 +44,8 @@ def masked_col2im_forward(
         mask_h_idx: rows of the N pixels.
         mask_w_idx: columns of the N pixels.
         im: 1, channels, height, width; written at the pixels.
-        height: of `im`.
-        width: of `im`.
-        channels: of `im`.
+        height: height of `im`.
+        width: width of `im`.
+        channels: channels of `im`.
     """
     im[0][:, mask_h_idx, mask_w_idx] = col.to(im.dtype)

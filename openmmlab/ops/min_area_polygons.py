@@ -26,7 +26,7 @@ def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
     along = torch.einsum("neac,npc->neap", axes, points)  # N edges 2 P
     low, high = along.amin(3), along.amax(3)
     area = (high - low).prod(2)
-    # of equally small rectangles, as around symmetric points, that of the first edge from the lowest point
+    # if several rectangles are equally small, as for symmetric points, take the first edge from the lowest point
     best = (area <= area.amin(1, keepdim=True) * (1 + 1e-6)).int().argmax(1)
     rows = torch.arange(len(points), device=points.device)
     low, high, axes = low[rows, best], high[rows, best], axes[rows, best]  # N 2, N 2, N axes 2

@@ -32,13 +32,13 @@ def modulated_deform_conv_forward(
     Args:
         input: B C H W.
         weight: filters, C / group, kernel_h, kernel_w.
-        bias: one per filter, read where `with_bias`.
+        bias: one per filter, read if `with_bias`.
         ones: scratch, not used.
         offset: B, deformable_group x taps x 2, output rows, output columns; (y, x) of each tap in input pixels.
         mask: B, deformable_group x taps, output rows, output columns; the factor on each sample.
         output: B, filters, output rows, output columns, filled in place.
         columns: scratch, not used.
-        kernel_h: kernel height, as that of `weight`.
+        kernel_h: kernel height, as in `weight`.
         kernel_w: kernel width.
         stride_h: stride down.
         stride_w: stride across.
@@ -46,8 +46,8 @@ def modulated_deform_conv_forward(
         pad_w: zeros added at the left and at the right.
         dilation_h: distance of the taps down.
         dilation_w: distance of the taps across.
-        group: groups of channels with filters of their own.
-        deformable_group: groups of channels with offsets and factors of their own.
+        group: groups of channels; each group has its own filters.
+        deformable_group: groups of channels; each group has its own offsets and factors.
         with_bias: whether `bias` is added.
 
     `offset` and `mask` may have more rows and columns than the output, as DyHead gives them: see `_leading`.
@@ -84,7 +84,7 @@ def modulated_deform_conv_backward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Fills the five gradients, that by the bias where `with_bias`; arguments as in the forward."""
+    """Fills the five gradients, the bias' gradient if `with_bias`; arguments as in the forward."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
     offset, mask = _leading(offset, grad_output), _leading(mask, grad_output)
     found = backward(grad_output, input, weight, offset, mask, bias if with_bias else None, geometry)
@@ -96,9 +96,10 @@ def modulated_deform_conv_backward(
 
 
 def _leading(per_tap: Tensor, output: Tensor) -> Tensor:
-    """The part of offsets or factors that mmcv reads: of each image the first numbers, laid out as `output`.
+    """The part of offsets or factors that mmcv reads: each image's first numbers, laid out as `output`.
 
-    DyHead puts the offsets of one level to the map of the next, half the size, and its weights were trained like that.
+    DyHead applies the offsets of one level to the map of the next, half the size, and its weights were trained like
+    that.
 
     Args:
         per_tap: B, deformable_group x taps (x 2), rows, columns; contiguous.

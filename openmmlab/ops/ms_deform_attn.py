@@ -1,6 +1,6 @@
-"""Multi-scale deformable attention (Zhu et al., 2021, equation 3), which mmcv asks for on CUDA.
+"""Multi-scale deformable attention (Zhu et al., 2021, equation 3), which mmcv calls on CUDA.
 
-On the CPU mmcv calls its own PyTorch form; it serves here too, so that both devices run the same code.
+On the CPU mmcv calls its own PyTorch form. It is used here, too, so that both devices run the same code.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ def ms_deform_attn_forward(
     """The weighted sum of bilinear samples, 0 off the map.
 
     Args:
-        value: batch, pixels of all levels one level after the other, heads, channels.
+        value: batch, pixels of all levels in sequence, heads, channels.
         value_spatial_shapes: levels x 2, rows and columns of each.
         value_level_start_index: not used; it follows from the shapes.
         sampling_locations: batch, queries, heads, levels, points, 2; (x, y), 0 to 1 from edge to edge of a map.

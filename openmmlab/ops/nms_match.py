@@ -1,4 +1,4 @@
-"""Non-maximum suppression that says which boxes each kept one suppressed."""
+"""Non-maximum suppression that says which boxes each kept box suppressed."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
     Args:
         dets: N x 5, as x1 y1 x2 y2 and score.
-        iou_threshold: a box is suppressed where its intersection over union with a kept one is not below this.
+        iou_threshold: a box is suppressed if its intersection over union with a kept box is not below this.
 
     Returns:
         The indices of each group, groups by descending score of the kept box.
@@ -23,7 +23,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     bbox_overlaps(boxes, boxes, ious, UNION, False, 0)
     first, second = (ious >= iou_threshold).triu(1).nonzero().unbind(1)
     keep = survivors(len(boxes), first, second)
-    # a box belongs to the best kept box that suppresses it, a kept one to itself
+    # a box belongs to the best kept box that suppresses it, and a kept box to itself
     owner = torch.arange(len(boxes), device=dets.device).masked_fill_(~keep, len(boxes))
     owner.scatter_reduce_(0, second[keep[first]], first[keep[first]], "amin")
     groups: dict[int, list[int]] = {}

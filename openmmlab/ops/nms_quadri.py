@@ -11,15 +11,14 @@ def nms_quadri(
 ) -> Tensor:
     """Keeps each box that overlaps no kept box of higher score by more than the threshold.
 
-    Labels make no difference, as in compiled mmcv: boxes of different classes are told apart by
-    `mmcv.ops.batched_nms`, which moves them apart.
+    Labels make no difference, as in compiled mmcv: `mmcv.ops.batched_nms` moves boxes of different classes apart.
 
     Args:
         dets: as `dets_sorted`, unsorted; not used.
         scores: N; not used, as `order` says what is needed.
         order: N, indices of the boxes by descending score.
         dets_sorted: N x 8 by descending score, as x y of four corners; a ninth column, the label, is not used.
-        iou_threshold: a box is dropped where its intersection over union with a kept one is above this.
+        iou_threshold: a box is dropped if its intersection over union with a kept box is above this.
         multi_label: whether there is a label column; not used.
 
     Returns:

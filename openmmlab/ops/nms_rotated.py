@@ -18,8 +18,7 @@ def nms_rotated(
 ) -> Tensor:
     """Keeps each box that overlaps no kept box of higher score by more than the threshold.
 
-    Labels make no difference, as in compiled mmcv: boxes of different classes are told apart by
-    `mmcv.ops.batched_nms`, which moves them apart.
+    Labels make no difference, as in compiled mmcv: `mmcv.ops.batched_nms` moves boxes of different classes apart.
 
     Args:
         dets: as `dets_sorted`, unsorted; not used.
@@ -28,7 +27,7 @@ def nms_rotated(
         dets_sorted: N x 5 by descending score, as centre x and y, width, height, angle from x to y in radians; a
             sixth column, the label, is not used.
         labels: not used.
-        iou_threshold: a box is dropped where its intersection over union with a kept one is above this.
+        iou_threshold: a box is dropped if its intersection over union with a kept box is above this.
         multi_label: whether there is a label column; not used.
 
     Returns:

@@ -80,7 +80,7 @@ def _edges(start: Tensor, end: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 
 def _reach(start: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The first pixel on the map whose interpolation reaches into each interval, and the number of such pixels."""
+    """The first pixel of the map that interpolates into each interval, and the number of these pixels."""
     first = start.detach().floor().clamp(0, size).long()
     last = end.detach().ceil().clamp(-1, size - 1).long()
     return first, (last - first + 1).clamp(min=0)

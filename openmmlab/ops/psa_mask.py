@@ -30,11 +30,11 @@ def psamask_forward(
         w_feature: columns of the map.
         h_mask: rows of a mask.
         w_mask: columns of a mask.
-        half_h_mask: row of a mask at which its pixel itself stands.
-        half_w_mask: column of a mask at which its pixel itself stands.
+        half_h_mask: the mask's row of the pixel itself.
+        half_w_mask: the mask's column of the pixel itself.
     """
     masks = input.unflatten(1, (h_mask, w_mask))
-    # The pixel in row r is found, from one in row h, in row r - h + half of its mask.
+    # For a pixel in row h, the pixel in row r is in row r - h + half of its mask.
     down, across = torch.arange(h_feature, device=input.device), torch.arange(w_feature, device=input.device)
     rows = down[:, None] - down + half_h_mask
     columns = across[:, None] - across + half_w_mask

@@ -57,7 +57,7 @@ def roi_align_forward(
         )
         return
     rows, shape = pixel_rows(features), (*features.shape[2:], aligned_height, aligned_width)
-    # some regions at a time, as all samples are stored
+    # a few regions at a time, because all samples are stored
     parts = [_largest(rows, part, shape, spatial_scale, sampling_ratio, aligned) for part in regions.split(16)]
     for target, values in zip((output, argmax_y, argmax_x), zip(*parts, strict=True), strict=False):
         target.copy_(torch.cat(values))

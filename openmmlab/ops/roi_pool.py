@@ -19,13 +19,14 @@ def roi_pool_forward(
     """Fills `output` with the largest feature of each bin, 0 for a bin without pixels.
 
     Bins are not rounded before they are divided, unlike torchvision's: bin i of n spans the pixels from
-    floor(start + i * size) up to ceil(start + (i + 1) * size), and x2, y2 are the last pixel that is inside.
+    floor(start + i * size) up to ceil(start + (i + 1) * size), and x2, y2 are the last pixel inside.
 
     Args:
         input: B C H W.
         rois: N x 5, as index in the batch, x1 y1 x2 y2 in image pixels.
         output: N C pooled_height pooled_width, filled in place.
-        argmax: as `output`, filled with the pixel (row * W + column) of the largest feature, -1 where there is none.
+        argmax: as `output`, filled with the pixel (row * W + column) of the largest feature, -1 for a bin without
+            pixels.
         pooled_height: bins down.
         pooled_width: bins across.
         spatial_scale: map pixels per image pixel.

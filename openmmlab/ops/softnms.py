@@ -16,7 +16,7 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Takes the best box again and again, and lowers the score of each remaining box by its overlap with that one.
+    """Takes the best box repeatedly, and lowers the score of each remaining box by its overlap with that box.
 
     Args:
         boxes: N x 4, as x1 y1 x2 y2, on the CPU.
@@ -24,7 +24,7 @@ def softnms(
         dets: N x 5; its first K rows are filled with the taken boxes and their scores when taken.
         iou_threshold: overlap from which the naive (score to 0) and linear (times 1 - overlap) methods act.
         sigma: the Gaussian method multiplies by exp(-overlap^2 / sigma).
-        min_score: a box whose lowered score is below this leaves the contest.
+        min_score: a box is dropped if its lowered score is below this.
         method: 0 naive, 1 linear, 2 Gaussian.
         offset: 0 or 1; added to widths and heights.
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:
-    """Fills `mean` (C, float32) with that of the input (B C L)."""
+    """Fills `mean` (C, float32) with the mean of the input (B C L)."""
     mean.copy_(input.float().mean((0, 2)))
 
 
@@ -36,14 +36,14 @@ def sync_bn_forward_output(
         var: C, over all processes.
         weight: C.
         bias: C.
-        running_mean: C, or None where no statistics are kept.
+        running_mean: C, or None if no statistics are kept.
         running_var: C, likewise; it moves to the unbiased variance.
         norm: B C L, float32; the normalised input.
         std: C, float32.
         output: B C L; the normalised input, times weight, plus bias.
         eps: added to the variance.
         momentum: weight of the new statistics.
-        group_size: processes, each taken to hold as many elements as this one.
+        group_size: number of processes; each is assumed to hold as many elements as this process.
     """
     std.copy_((var + eps).sqrt())
     norm.copy_((input.float() - mean[:, None]) / std[:, None])
@@ -56,7 +56,7 @@ def sync_bn_forward_output(
 
 
 def sync_bn_backward_param(grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    """Fills the gradients by weight and bias (C), given that by the output and the normalised input (B C L)."""
+    """Fills the gradients by weight and bias (C), given the output's gradient and the normalised input (B C L)."""
     grad_weight.copy_((grad_output.float() * norm).sum((0, 2)))
     grad_bias.copy_(grad_output.float().sum((0, 2)))
 

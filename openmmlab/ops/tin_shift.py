@@ -23,7 +23,7 @@ def tin_shift_forward(input: Tensor, shift: Tensor, output: Tensor) -> None:
 def tin_shift_backward(grad_output: Tensor, shift: Tensor, grad_input: Tensor) -> None:
     """Fills `grad_input` with `grad_output` moved as the forward moves its input.
 
-    The derivative moves it the other way. mmcv's compiled operator does not, its tests hold the numbers, and
-    published models were trained with it, so this one follows.
+    The true derivative moves it the other way. mmcv's compiled operator does not: its tests fix the numbers, and
+    published models were trained with it, so this operator does the same.
     """
     tin_shift_forward(grad_output, shift, grad_input)

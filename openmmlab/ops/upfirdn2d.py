@@ -28,9 +28,9 @@ def upfirdn2d(
         filter: rows x columns.
         upx: each pixel becomes itself and upx - 1 zeros, across.
         upy: the same down.
-        downx: every so manieth pixel is kept, across.
+        downx: every downx-th pixel is kept, across.
         downy: the same down.
-        padx0: zeros added at the left of the upsampled image; pixels cut off where negative.
+        padx0: zeros added at the left of the upsampled image; if negative, pixels are cut off.
         padx1: at the right.
         pady0: at the top.
         pady1: at the bottom.
@@ -43,7 +43,7 @@ def upfirdn2d(
     spread = images.new_zeros(batch * channels, 1, height, upy, width, upx)
     spread[:, :, :, 0, :, 0] = images.flatten(0, 1)[:, None]
     padded = F.pad(spread.flatten(4, 5).flatten(2, 3), (padx0, padx1, pady0, pady1))
-    # Autocast would take the convolution back to 16 bits.
+    # Autocast would compute the convolution in 16 bits.
     with torch.autocast(input.device.type, enabled=False):
         filtered = F.conv2d(padded, (taps * gain)[None, None], stride=(downy, downx))
     return filtered.unflatten(0, (batch, channels))[:, :, 0].to(input.dtype)

@@ -9,8 +9,8 @@ from support.families import smallest
 
 import terrazzo  # noqa: F401  registers the backbones
 from terrazzo.backbones._weights import nearest, weights_of
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError, WeightsError
-from terrazzo.openmmlab._timm import load_weights
 
 PREFIXES = ("", "model.", "encoder.", "net.", "backbone.", "module.", "_orig_mod.", "model._orig_mod.", "lit.a.b.")
 

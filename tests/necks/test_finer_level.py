@@ -12,7 +12,7 @@ from terrazzo.openmmlab.config import load_config
 
 @pytest.fixture
 def neck():
-    """The one of the packaged Mask R-CNN."""
+    """The neck of the packaged Mask R-CNN."""
     import terrazzo.openmmlab  # noqa: F401  before mmdet, which wants mmcv's operators
 
     with DefaultScope.overwrite_default_scope("mmdet"):
@@ -28,7 +28,7 @@ def test_levels(neck):
 
 
 def test_the_finer_level_is_the_finest_map_upsampled(neck):
-    """Each of its positions comes from the one that it lies in; the other levels are the inner neck's own."""
+    """Each of its positions comes from the coarser position that it lies in; the inner neck makes the other levels."""
     maps = [torch.zeros(1, c, side, side) for c, side in ((64, 8), (128, 4), (256, 2))]
     maps[0][:, :, 3, 5] = 1
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A pyramid out of the one map of a plain backbone."""
+"""A pyramid from the single map of a plain backbone."""
 
 import pytest
 import torch

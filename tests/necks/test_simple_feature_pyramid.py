@@ -1,4 +1,4 @@
-"""ViTDet's neck: levels out of one map."""
+"""ViTDet's neck: levels from one map."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def build(**options):
 
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (7, 5)])
 def test_levels(height, width):
-    """Strides 4 to 64 of a map of stride 16; halves are rounded up."""
+    """Strides 4 to 64 from a map of stride 16; halves are rounded up."""
     found = build()([torch.randn(2, 32, height, width)])
     sizes = [(4 * height, 4 * width), (2 * height, 2 * width), (height, width)]
     sizes += [(-(-height // 2), -(-width // 2)), (-(-height // 4), -(-width // 4))]
@@ -66,7 +66,7 @@ def test_every_parameter_learns():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scales": (4, 3)}, "some of 4, 2, 1 and 0.5"), ({"num_outs": 3}, "at least the 4 scales, got 3")],
+    [({"scales": (4, 3)}, "among 4, 2, 1 and 0.5"), ({"num_outs": 3}, "at least the 4 scales, got 3")],
 )
 def test_errors(options, message):
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts of the real ones, and the packaged configs cut down to them."""
+"""Tiny data sets in the layouts of the real data sets, and the packaged configs reduced to them."""
 
 import pytest
 import timm
@@ -54,7 +54,7 @@ def _shrink(value):
             _shrink(item)
 
 
-# Arguments that make the models of a family small. Where there are none, a large one is swapped for dinat_mini.
+# Arguments that make the models of a family small. In other families, a large model is swapped for dinat_mini.
 SMALLER = {
     "mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4)),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
@@ -64,10 +64,10 @@ SMALLER = {
 
 
 def _shrink_model(model):
-    """Makes a large backbone small, or swaps it, the channels behind it with it, and looks at fewer regions."""
+    """Makes a large backbone small, or swaps it and adapts the channels after it, and looks at fewer regions."""
     backbone = model.backbone
     backbone.pretrained = False
-    if backbone.name.startswith("roma"):  # a plain backbone stays one, of two blocks
+    if backbone.name.startswith("roma"):  # a plain backbone stays plain, with two blocks
         backbone.update(depth=2, out_indices=(1,))
     elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 20e6:
         family, indices = backbone.name.split("_")[0], backbone.get("out_indices", (0, 1, 2, 3))
@@ -85,7 +85,7 @@ def _shrink_model(model):
         behind["in_channels"] = channels
         if "auxiliary_head" in model:
             model.auxiliary_head.in_channels = channels[2]
-    if "window" in backbone:  # small pictures have several, too
+    if "window" in backbone:  # small pictures have several levels, too
         backbone.window = 3
     if "num_queries" in model:  # DINO takes as many places from the maps, and these are small
         model.num_queries = 50
@@ -101,7 +101,7 @@ def _shrink_model(model):
 
 
 def _write_teacher(model, file):
-    """Random weights for a model that distils from those that it begins with."""
+    """Random weights for a model that distils from its initial weights."""
     options = {key: value for key, value in model.backbone.items() if key != "name"}
     torch.save(timm.create_model(model.backbone.name, **options).state_dict(), file)
     model.backbone.checkpoint = str(file)

@@ -1,4 +1,4 @@
-"""The window with most texture, found and turned."""
+"""The window with most texture, found and rotated."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from terrazzo.openmmlab.adaptive_rotation import AdaptiveRotation, choose_window
 
 
 def test_scores_by_their_definition():
-    """Of each pixel a bit for each neighbour that is no darker; 1 less the norm of their histogram."""
+    """Each pixel has a bit for each neighbour that is not darker; the score is 1 minus the norm of their histogram."""
     image = np.random.default_rng(0).normal(size=(8, 12))
     padded, found = np.pad(image, 1, mode="edge"), texture_scores(image, 4)
     assert found.shape == (2, 3)

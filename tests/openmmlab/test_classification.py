@@ -99,7 +99,7 @@ def test_errors_of_the_dataset(tiny_data, tmp_path):
     with pytest.raises(InputError, match=r"none.* does not exist"):
         ImageFolderDataset(str(tmp_path / "none"), "train", {"input_size": 48})
     (tmp_path / "train").mkdir()
-    with pytest.raises(InputError, match="one folder of images a class"):
+    with pytest.raises(InputError, match="does not have one folder of images per class"):
         ImageFolderDataset(str(tmp_path), "train", {"input_size": 48})
     with pytest.raises(InputError, match="the config says Forest"):
         ImageFolderDataset(str(tiny_data("eurosat64")), "val", {"input_size": 48}, {"classes": ("Forest",)})

@@ -1,8 +1,8 @@
 """Every packaged config builds at full size, and takes a training step, validates and predicts on tiny data.
 
 For the step, a large backbone is made small or swapped for `dinat_mini`, and pictures are small; head, losses,
-pipeline, metric and optimizer stay the config's own. Of each task the first config of every head, data set and family
-is run, the rest are slow.
+pipeline, metric and optimizer come from the config. For each task, the first config of every head, data set and family
+runs; the other tests are marked slow.
 """
 
 import math
@@ -21,9 +21,9 @@ PANOPTIC = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
 
 
 def cases():
-    """Every config; slow are those whose head, data set and family earlier ones of their task have.
+    """Every config; a config is slow if earlier configs of its task have its head, data set and family.
 
-    Those with the smallest backbones come first.
+    Configs with small backbones come first.
     """
     seen = set()
     for name in sorted(CONFIGS, key=lambda name: (not re.search(r"-(mini|xxs)_", name), name)):
@@ -93,7 +93,7 @@ PUBLISHED = {
 
 
 def class_counts(model):
-    """The numbers of classes that the heads of a model's config say, which should be one number."""
+    """The numbers of classes of the heads in a model's config; they should be equal."""
     found = set()
     for key, value in model.items():
         if key == "num_classes":
@@ -109,7 +109,7 @@ def class_counts(model):
 
 
 def class_count(cfg):
-    """How many classes the data set of a config has: by the config, or by the data set's own class."""
+    """How many classes the data set of a config has, from the config or from the data set's class."""
     dataset = cfg.train_dataloader.dataset
     if dataset.type == "ImageFolderDataset" and not dataset.get("metainfo"):  # ImageNet-1k, not in the config by name
         return 1000
@@ -124,7 +124,7 @@ def test_full_size_model(name):
     assert cfg.data_root == "/elsewhere"
     assert "data/" not in cfg.pretty_text.replace("/elsewhere/", "")
     cfg.model.backbone.pretrained = False
-    cfg.model.pop("recipe", None)  # which may distil from weights, and there are none
+    cfg.model.pop("recipe", None)  # a recipe may distil from weights, and there are no weights
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     assert class_counts(cfg.model) == {class_count(cfg)}
@@ -142,7 +142,7 @@ def test_full_size_model(name):
 
 
 def test_moving_mean_of_the_weights(tiny_config, tmp_path):
-    """ImageNet configs validate and save the mean; the weights in training are kept beside it, and training resumes."""
+    """ImageNet configs validate and save the average; the training weights are kept beside it, and training resumes."""
     name = "dinat-mini_8xb128-300e_imagenet"
     build_runner(tiny_config(name, **{"train_cfg.max_epochs": 2}), tmp_path, seed=0).train()
     saved = torch.load(tmp_path / "epoch_2.pth", weights_only=True)

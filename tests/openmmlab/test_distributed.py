@@ -1,4 +1,4 @@
-"""Two processes, accumulated batches and mixed precision give what one process with one batch gives."""
+"""Two processes, accumulated batches and mixed precision give the losses of one process with one batch."""
 
 import json
 import os
@@ -21,7 +21,7 @@ OPTIONS = {
     "train_dataloader.persistent_workers": False,
     "train_dataloader.dataset.transform.input_size": 64,
     "model.backbone.drop_path_rate": 0.0,
-    "param_scheduler": None,  # it counts iterations, of which accumulation has more
+    "param_scheduler": None,  # it counts iterations, and accumulation needs more iterations
     "model.mixup": None,  # it mixes within a batch
     "model.loss": {"type": "CrossEntropyLoss"},
     "train_cfg.max_epochs": 4,
@@ -75,7 +75,7 @@ def test_sharded_processes_and_their_checkpoints(single, tiny_data, tmp_path):
         assert saved["state_dict"][key].shape == value.shape
     for key, entry in plain["optimizer"]["state"].items():
         assert saved["optimizer"]["state"][key]["exp_avg"].shape == entry["exp_avg"].shape
-    # One process goes on from where two stopped, and two from where one did.
+    # One process continues a run of two processes, and two processes continue a run of one.
     middle = len(losses) // 2
     alone = run(tiny_data, tmp_path / "alone", resume=str(tmp_path / "epoch_2.pth"))
     np.testing.assert_allclose(alone, losses[middle:], rtol=0, atol=1e-4)

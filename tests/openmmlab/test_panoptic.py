@@ -27,7 +27,7 @@ def annotation(segments):
 
 
 def score(folder, truth, prediction):
-    """The statistics that mmdet gathers of one picture, given twice as a map of numbers (H, W) and their categories."""
+    """mmdet's statistics of one picture; truth and prediction are each a map of numbers (H, W) and their categories."""
     from mmdet.evaluation.functional import pq_compute_single_core
 
     entries = []
@@ -42,7 +42,7 @@ def score(folder, truth, prediction):
 
 
 def test_quality_by_hand(tmp_path):
-    """A picture of 1x40: one thing found, one missed, one invented in place of stuff; other stuff found whole."""
+    """A picture of 1x40: one thing is found, one missed, one invented in place of stuff; other stuff is found whole."""
     truth, prediction = np.zeros((1, 40), np.int32), np.zeros((1, 40), np.int32)
     truth[0, :9], prediction[0, 1:10] = 7, 300  # 8 in common; the pixel beyond 7 is void and counts for no union
     truth[0, 12:20] = 70_000  # missed

@@ -40,7 +40,7 @@ def saved(pixels, path, turn=1, **options):
 
 
 def loaded(path, **options):
-    """What the loader of a pipeline makes of a file, in RGB."""
+    """The picture that a pipeline's loader reads from a file, in RGB."""
     step = TRANSFORMS.build(dict(type="LoadImageFromFile", **options))
     results = step({"img_path": str(path)})
     assert results["img"].shape[:2] == results["img_shape"] == results["ori_shape"]
@@ -70,7 +70,7 @@ def test_pipelines_turn_pictures_upright(tmp_path, suffix, turn):
         assert np.abs(found - wanted).max() <= 2, options
     step = LoadImageFromFile(color_type="grayscale")
     assert np.abs(step({"img_path": path})["img"] - grey).max() <= 2
-    if suffix != "tif":  # which Pillow and OpenCV turn whatever they are asked for
+    if suffix != "tif":  # Pillow and OpenCV always turn it
         assert np.abs(loaded(path, color_type="color_ignore_orientation") - COLOUR.astype(int)).mean() < 8
 
 
@@ -95,7 +95,7 @@ def test_broken_exif_data_turn_nothing(tmp_path):
 
 
 def test_animations_show_their_first_picture(tmp_path):
-    """Of an animated PNG that is the still picture in front, too."""
+    """For an animated PNG this is the still picture in front, too."""
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (50, 100, 200)]
     for name, options in {"a.png": {}, "still.png": {"default_image": True}, "a.gif": {}, "a.webp": {}}.items():
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
@@ -219,7 +219,7 @@ PLAIN = dict(input_size=32, is_training=False, crop_pct=1.0)
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set of one class with the scene in every form, and upside down in one that says so."""
+    """A data set of one class with the scene in every form, also upside down with an EXIF orientation."""
     for name, pixels in SCENES.items():
         saved(pixels, tmp_path / "train" / "only" / name)
     saved(COLOUR[::-1, ::-1], tmp_path / "train" / "only" / "colour_turned.png", 3)

@@ -1,4 +1,4 @@
-"""RoMA's pretraining: sizes, what sees what, the losses, and from a config to a probe."""
+"""RoMA's pretraining: sizes, which tokens a prediction sees, the losses, and from a config to a probe."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_sines():
 
 
 def test_what_sees_what(model):
-    """The prediction of a cluster depends on all those before it, not on its own or later ones."""
+    """The prediction of a cluster depends on all earlier clusters, and not on this or later clusters."""
     x = torch.randn(1, 3, 64, 64, requires_grad=True)
     for segment in (0, 6, 14):  # predicts cluster segment + 1 of 16
         (grad,) = torch.autograd.grad(model(x)[0, 4 * segment : 4 * segment + 4].sum(), x)
@@ -118,7 +118,7 @@ def test_every_parameter_learns(model):
     ("arguments", "message"),
     [
         (dict(backbone=dict(name="resnet18")), "it must be a RoMA"),
-        (dict(backbone=dict(BACKBONE, img_size=60)), "img_size 60 is 7.5 patches a side"),
+        (dict(backbone=dict(BACKBONE, img_size=60)), "img_size 60 is 7.5 patches per side"),
         (dict(backbone=BACKBONE, cluster=3), "multiple of the cluster's 3"),
         (dict(backbone=BACKBONE, cluster=4, block=2), "cluster <= block < side"),
         (dict(backbone=dict(BACKBONE, depth=4), cluster=2, block=4), "depth must be a multiple of 6"),
@@ -157,7 +157,7 @@ def test_full_size_config():
 
 
 def test_from_a_config_to_a_probe(tiny_data, tmp_path):
-    """An epoch on images alone; its file is what a probe begins from, whose last layer alone learns."""
+    """An epoch on images without labels; a probe starts from its file, and only the probe's last layer learns."""
     options = {"model.backbone.embed_dim": 32, "model.backbone.depth": 6, "train_dataloader.num_workers": 0}
     small = {"model.decoder_dim": 64, "train_dataloader.batch_size": 5, "train_cfg.max_epochs": 1}
     cfg = load_config("roma-tiny_1xb64-100e_eurosat64", tiny_data("eurosat64"), options | small)

@@ -1,4 +1,4 @@
-"""Seeds that depend on the place in a run, and on nothing else."""
+"""Seeds that depend only on the place in a run."""
 
 import copy
 import pickle

@@ -34,6 +34,9 @@ RANDOM = {
     "model.backbone.drop_path_rate": 0.3,
     "model.decode_head.dropout_ratio": 0.3,
     "train_cfg.max_iters": 9,
+    "param_scheduler.0.end": 3,
+    "param_scheduler.1.begin": 3,
+    "param_scheduler.1.end": 9,
     "train_cfg.val_interval": 100,
     "default_hooks.checkpoint.interval": 2,
     "default_hooks.checkpoint.max_keep_ckpts": 1,
@@ -94,8 +97,7 @@ def finished(process):
 
 def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
     root = tiny_data("floors")
-    unbroken = start(tmp_path / "unbroken", root, "--seed", "5")
-    finished(unbroken)
+    build_runner(load_config(FLOORS, root, RANDOM), tmp_path / "unbroken", seed=5).train()
     killed = start(tmp_path / "killed", root, "--seed", "5")
     while max(logged_losses(tmp_path / "killed"), default=0) < 5:
         assert killed.poll() is None, killed.communicate()[0][-3000:]
@@ -111,6 +113,10 @@ def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
     assert sorted(expected) == sorted(found) == list(range(1, 10))
     np.testing.assert_allclose([found[step] for step in found], [expected[step] for step in found], rtol=1e-5)
     assert len(set(expected.values())) == 9
+    ends = [torch.load(tmp_path / run / "iter_9.pth", weights_only=True) for run in ("unbroken", "killed")]
+    assert ends[0]["param_schedulers"] == ends[1]["param_schedulers"]
+    for key, value in ends[0]["state_dict"].items():
+        torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-3, atol=1e-5)
 
 
 def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
@@ -140,7 +146,7 @@ def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
     with pytest.raises(Stop):
         broken.train()
     end_workers(broken)
-    resumed = runner_of(tmp_path / "b", resume=True)
+    resumed = runner_of(tmp_path / "b", resume=tmp_path / "b" / "epoch_2.pth")
     resumed.train()
     expected, found = (runner.message_hub.get_scalar("train/loss").data[0] for runner in (unbroken, resumed))
     assert len(expected) == len(found) == 3 * steps
@@ -155,7 +161,7 @@ def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("config", [FLOORS, CLOTHING])
 def test_workers_end_with_the_run(config, tiny_data, tmp_path):
-    """Loops of iterations and of epochs; a run of the same runner afterwards has workers of its own."""
+    """Loops of iterations and of epochs; a later run of the same runner has new workers."""
     before = set(multiprocessing.active_children())
     if config == FLOORS:
         options = {**RANDOM, "train_cfg.max_iters": 1}
@@ -176,7 +182,7 @@ def test_workers_end_with_the_run(config, tiny_data, tmp_path):
 
 @pytest.fixture
 def small_files():
-    """A function that limits the size of any file that is written, as a full disk does."""
+    """A function that limits the size of written files, like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -64,7 +64,7 @@ def test_a_model_without_stochastic_depth():
 
 def test_refusals():
     cfg = load_config("upernet_dinat-mini_1xb4-10k_camvid-480x360")
-    with pytest.raises(InputError, match=r"none of \[4, 8, 32\]"):
+    with pytest.raises(InputError, match=r"none of stride \[4, 8, 32\]"):
         swap_backbone(cfg, "vit_tiny_patch16_224")
     with pytest.raises(InputError, match="did you mean"):
         swap_backbone(cfg, "resnet51")

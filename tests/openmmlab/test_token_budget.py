@@ -79,7 +79,7 @@ class TestCost:
         ],
     )
     def test_the_authors_constants(self, name, wanted):
-        """What their code makes of the full network at 224 x 224, to its five digits."""
+        """The costs of the full network at 224 x 224 in the authors' code, to its five digits."""
         model = timm.create_model(name, device="meta")
         assert round(cost(model, (14, 14), [196] * len(model.blocks)), 5) == wanted
 
@@ -101,7 +101,7 @@ def test_losses_by_hand(backbone, file):
     side = 32
     model, x = classifier(backbone, file(backbone), weight=7.0, distillation=0.3), images(side)
     between(model.backbone, x)
-    model.eval()  # of batch norms; what is masked stays masked, since there is a gradient
+    model.eval()  # for batch norms; masked tokens stay masked, because there is a gradient
     losses = model(x, LABELS, mode="loss")
     student, teacher = copy.deepcopy(model.backbone), model.recipe.teacher
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_every_parameter_learns(file):
 
 
 def test_overlapping_forwards_keep_apart(file):
-    """Nothing is kept between forwards: two batches at once have the losses that each has alone."""
+    """Nothing is kept between forward passes: two batches at once have the losses of each batch alone."""
     model = classifier(BACKBONE, file(BACKBONE))
     first, second = images(32), images(32).flip(0) * 1.5
     between(model.backbone, first)
@@ -287,7 +287,7 @@ class TestTeacher:
         }
 
     def test_weights_of_other_classes(self, file):
-        """The student takes them without their classifier; a teacher without one teaches nothing."""
+        """The student loads them without their classifier; a teacher without a classifier teaches nothing."""
         path = file(BACKBONE)
         assert isinstance(Classifier(dict(BACKBONE, num_classes=7, checkpoint=path)).backbone.head.fc, nn.Linear)
         with pytest.raises(InputError, match="has in another shape 2, such as"):

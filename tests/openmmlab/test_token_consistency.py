@@ -1,4 +1,4 @@
-"""MCTF's fine-tuning: the terms of the loss by hand, what merges how much, and what is drawn."""
+"""MCTF's fine-tuning: the terms of the loss by hand, how much is merged, and the random r'."""
 
 import copy
 
@@ -78,7 +78,7 @@ def test_where_nobody_is_sure_the_term_is_dropped(batch):
 
 
 def test_the_teacher_stays_where_it_is(batch, monkeypatch):
-    """The gradient is that of the student's class token against a constant; a teacher like the student is of no use."""
+    """The gradient is the student's class token's against a constant; an equal teacher gives no gradient."""
     x, labels = batch
     model = classifier(recipe=dict(type="TokenConsistency", r_max=4, confidence=-1.0))
     monkeypatch.setattr(model.recipe, "draw", lambda: 2)
@@ -112,7 +112,7 @@ def test_what_is_drawn():
 
 
 def test_drawing_disturbs_nobody():
-    """PyTorch's generator stays; a seed begins the draws anew, as a resumed run has it; processes differ by seeds."""
+    """PyTorch's generator is not used; a seed restarts the draws, as in a resumed run; processes differ by seeds."""
     recipe = TokenConsistency(1000)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -122,7 +122,7 @@ def test_drawing_disturbs_nobody():
     other = [recipe.draw() for _ in range(5)]
     torch.manual_seed(5)
     assert [recipe.draw() for _ in range(5)] == first != other
-    assert copy.deepcopy(recipe).draw() == recipe.draw()  # as the moving mean of a model copies it
+    assert copy.deepcopy(recipe).draw() == recipe.draw()  # like a moving average copies a model
 
 
 def test_evaluation_may_merge_another_number(batch):

@@ -1,6 +1,6 @@
-"""A training step and a prediction of mmdet's and mmseg's own models: the smallest of each of their families.
+"""A training step and a prediction of mmdet's and mmseg's own models: the smallest model of each family.
 
-Weights are random and pictures are noise; the heads, losses, samplers and operators are those of the configs.
+Weights are random and pictures are noise; heads, losses, samplers and operators come from the configs.
 """
 
 import copy
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 SIDE = 128
 SIDES = {"dino": 256, "ddq": 256, "ssd": 320, "mobilenet_v3": 512}
-"""Where that is too few pixels: more queries than places, convolutions without padding, a pool of 49 by 49."""
+"""For models that need more pixels: more queries than positions, convolutions without padding, a pool of 49 by 49."""
 
 UNPREDICTABLE = {"ssd": "mmdet 3.3.0: the SSD head has no loss_cls, which its own prediction reads"}
 
@@ -38,7 +38,7 @@ def _families():
 
 
 def _smallest(folder):
-    """The config with the fewest parameters among those of a family that can be built; else a skip that says why."""
+    """The buildable config of a family with the fewest parameters; without one, a skip that says why."""
     sizes, reasons = [], {}
     for path in sorted(folder.rglob("*.py")):
         try:
@@ -59,7 +59,7 @@ def _smallest(folder):
 
 
 def _without_weights(settings):
-    """Takes what would be downloaded and what makes batches large out of a model's settings, in place."""
+    """Removes downloads and large batches from a model's settings, in place."""
     if isinstance(settings, dict):
         for key in ("pretrained", "teacher_ckpt", "batch_augments"):
             if settings.get(key):
@@ -125,7 +125,7 @@ def _branches(data):
 
 
 def _adjusted(cfg):
-    """Takes out of a config what noise cannot be put through, and the size that each batch would be padded to."""
+    """Removes from a config what noise cannot pass through, and the size that each batch would be padded to."""
     model = cfg.model
     _without_weights(model)
     if "size" in model.data_preprocessor:
@@ -143,7 +143,7 @@ def _adjusted(cfg):
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group():
-    """A group of one process, for the layers that want one, and an epoch, for the losses that change with it."""
+    """A group of one process, for layers that need a group, and an epoch, for losses that change with it."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     MessageHub.get_current_instance().update_info("epoch", 0)
     yield
@@ -161,14 +161,14 @@ def test_family_trains_and_predicts(folder, monkeypatch):
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = revert_sync_batchnorm(MODELS.build(ConfigDict(cfg.model.copy())))
         if folder.name == "san":
-            # Its initialisation is CLIP's weights, which are not here; without, parts of it are what memory held.
+            # It is initialised from CLIP's weights, which are not here; without them, parts of it are uninitialised.
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     torch.nn.init.normal_(parameter, std=0.02)
         else:
             model.init_weights()
         for module in model.modules():
-            if type(module).__name__ == "TridentConv":  # left to the weights that would be loaded
+            if type(module).__name__ == "TridentConv":  # initialised only by weights that would be loaded
                 torch.nn.init.kaiming_normal_(module.weight)
         data = (_detection if package == "mmdet" else _segmentation)(cfg, side)
         batch = _branches(data) if cfg.model.data_preprocessor.type == "MultiBranchDataPreprocessor" else data

@@ -1,8 +1,8 @@
-"""What a family can do, proven both ways: what it refuses must fail for the reason it gives, and all else must work.
+"""What a family can do, proven both ways: a refusal must fail for the reason it gives, and everything else must work.
 
 `BackboneContract` inherits these tests; `test_NAME` tests the capability NAME of the list in
-tools/reports/capabilities.py. What a test finds must be what model_cards/results/capabilities.csv says, from which the
-tables of the pages are made; `pytest tests/backbones --write-capabilities` writes it there.
+tools/reports/capabilities.py. The results must equal model_cards/results/capabilities.csv, the source of the pages'
+tables; `pytest tests/backbones --write-capabilities` writes them there.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ model = dict(
 
 @contextlib.contextmanager
 def proven(cell: Cell, write: bool) -> Iterator[None]:
-    """Around the body of a capability's test: it works or fails as the cell says, and so does the stored cell say.
+    """Wraps the body of a capability's test: it must work or fail as the cell says; the stored cell must agree.
 
     Args:
-        cell: what the family's test class claims.
-        write: store the cell, rather than compare it with the stored one.
+        cell: the claim of the family's test class.
+        write: store the cell instead of comparing it with the stored cell.
     """
     with pytest.raises(Exception, match=re.escape(cell.reason)) if cell.supported == NO else contextlib.nullcontext():
         yield
@@ -59,11 +59,11 @@ def proven(cell: Cell, write: bool) -> Iterator[None]:
 
 
 class Files:
-    """The exported files of a model, each made when it is first asked for.
+    """The exported files of a model, each made at its first use.
 
     Args:
         model: a classifier.
-        folder: where the files go.
+        folder: the folder for the files.
         allowed: which of "batch" and "hw" the family can leave open; the classifier has these open.
     """
 
@@ -174,7 +174,7 @@ class CapabilityContract:
 
     @pytest.mark.parametrize("backend", ["eager", *(pytest.param(x, marks=pytest.mark.slow) for x in COMPILERS)])
     def test_compile(self, name, backend, capability):
-        """One graph, no break, for every size; "eager" runs it as it was traced, without a code generator."""
+        """One graph for every size, without breaks; "eager" runs it as traced, without a code generator."""
         torch._dynamo.reset()
         limit = 1e-3 if backend == "inductor" else 1e-4
         model = self.shallow_model(name)
@@ -245,7 +245,7 @@ def check_lowered(files: Files, precision: str, limit: float, pictures: int) -> 
     """Most layers are in the precision, the error is within the limit, and every runtime can take the file.
 
     Args:
-        pictures: how many it is judged by, and has its ranges from.
+        pictures: how many pictures set its ranges and judge it.
     """
     import onnx
 
@@ -268,7 +268,7 @@ def check_lowered(files: Files, precision: str, limit: float, pictures: int) -> 
 
 
 class Copy:
-    """In place of `OnnxForm`: an ONNX file that is there already."""
+    """Stands for `OnnxForm`: an ONNX file that already exists."""
 
     def __init__(self, source: Path):
         self.source = source

@@ -1,17 +1,16 @@
-"""What every registered backbone must keep; a new family inherits all of it in three lines.
+"""The contract of every registered backbone; a new family inherits it in three lines.
 
     class TestFamily(BackboneContract):
         representatives = ("family_tiny",)
         costs = {"family_tiny": (28_288_354, 4.491), ...}
 
 `costs` holds every variant's parameters and G multiply-adds at its default size. Structure is checked for every variant
-on the meta device; numbers for the representatives, and under `-m slow` for every variant. What the family cannot do of
-what tests/support/capabilities.py tries, it says with the words of the failure: `refused = {"onnx dynamic hw": "..."}`.
-A family whose authors published no weights, `reconstructed = True`, names none and says so, in its docstring, its
-configurations and its card. `untrained` are variants that alone have no weights.
-`cut_gradient`: some of what the family computes has no gradient by its definition, so that none is the slope.
-`shallow` holds, by representative, arguments that leave a block of each kind, for what takes minutes to compile or
-export.
+on the meta device; numbers for the representatives, and under `-m slow` for every variant. `refused` names what the
+family cannot do among the tests of tests/support/capabilities.py, with the text of the error:
+`refused = {"onnx dynamic hw": "..."}`. A family without published weights has `reconstructed = True`, and says so in
+its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient`: a
+part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow` holds, by
+representative, arguments that keep one block of each kind, for tests that would take minutes to compile or export.
 """
 
 import copy
@@ -43,7 +42,7 @@ MAX_SIDE = 96  # of the costlier checks
 
 
 def output_and_gradients(run, model, x):
-    """What `run` makes of x, and the gradient of each of the model's parameters that gets one, by name."""
+    """The result of `run` on x, and the gradients of the model's parameters, by name, where they exist."""
     model.zero_grad()
     out = run(x)
     out.square().mean().backward()
@@ -129,7 +128,7 @@ class BackboneContract(CapabilityContract):
         assert all(any(fnmatch.fnmatch(name, pattern) for name in names) for pattern in model.no_weight_decay())
 
     def test_configuration_names_what_fits_classes_and_channels(self, variant):
-        """Where a checkpoint has other numbers of them, timm leaves out the ones and adapts the other."""
+        """For other numbers of classes or channels, timm leaves out the classifier and adapts the stem."""
 
         def shapes(**kwargs):
             state_dict = timm.create_model(variant, device="meta", **kwargs).state_dict()
@@ -183,7 +182,7 @@ class BackboneContract(CapabilityContract):
         assert [found.shape for found in features(x)] == [(0, *wanted.shape[1:]) for wanted in full]
 
     def test_forward_mode(self, example):
-        """Tangents are the slopes of the output, and agree with the gradient of reverse mode."""
+        """Tangents equal the slopes of the output, and agree with reverse-mode gradients."""
         model = self.shallow_model(example).double()
         generator = torch.Generator().manual_seed(2)
         x = image((32, 32)).double()
@@ -255,7 +254,7 @@ class BackboneContract(CapabilityContract):
         assert model(x).shape == features.shape
 
     def test_poolings(self, name):
-        """What `head_hidden_size` says goes into the classifier, of a new model and of one whose head was reset."""
+        """`head_hidden_size` is the classifier's input width, in a new model and after its head was reset."""
         options = self.shallow.get(name, {})
         model = timm.create_model(name, **options)
         features = model.forward_features(image((64, 64)))
@@ -278,7 +277,7 @@ class BackboneContract(CapabilityContract):
             model.reset_classifier(7, "mean")
 
     def test_hub(self, name, tmp_path):
-        """What timm's `save_for_hf` wrote makes the model again, whatever its head is."""
+        """The files of timm's `save_for_hf` restore the model, whatever its head is."""
         heads = [
             {},
             dict(num_classes=0),
@@ -335,7 +334,7 @@ class BackboneContract(CapabilityContract):
 
     @pytest.mark.slow  # a quarter of a minute each
     def test_compiled_gradients(self, name):
-        """Of images of any size, from one graph."""
+        """For images of any size, from one graph."""
         torch._dynamo.reset()
         model = self.shallow_model(name)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -349,7 +348,7 @@ class BackboneContract(CapabilityContract):
         "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:Constant folding"
     )
     def test_traced(self, name):
-        """By `torch.jit.trace`: right at its size, of standard operations, so that it loads without the zoo."""
+        """`torch.jit.trace`: right at its size, and made of standard operations, so that it loads without terrazzo."""
         model, x = self.shallow_model(name), image((64, 64))
         with torch.no_grad():
             traced = torch.jit.trace(model, image((64, 64), batch=2), check_trace=False)
@@ -375,14 +374,14 @@ class BackboneContract(CapabilityContract):
                 torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-4)
 
     def test_open_batch_from_an_example_of_one(self, example):
-        """torch would make a graph for a batch of 1 alone."""
+        """torch would make a graph only for a batch of 1."""
         torch._dynamo.reset()
         as_its_onnx_exporter = torch.fx.experimental._config.patch(backed_size_oblivious=True)
         model, shapes = self.shallow_model(example), ({0: torch.export.Dim.DYNAMIC},)
         with as_its_onnx_exporter, pytest.raises(InputError, match="2 images or more"):
             torch.export.export(model, (image((64, 64)),), dynamic_shapes=shapes, strict=False)
 
-    @pytest.mark.slow  # ONNX files are made from such programs
+    @pytest.mark.slow  # ONNX files are made from these programs
     def test_export(self, name):
         torch._dynamo.reset()  # a refused export with open sizes leaves them open
         model = self.shallow_model(name)

@@ -1,9 +1,9 @@
-"""As much of TensorRT's Python API as `terrazzo.tools.export.tensorrt.engine` calls, on the CPU, where no TensorRT is.
+"""A fake of the part of TensorRT's Python API that `terrazzo.tools.export.tensorrt.engine` calls, on the CPU.
 
-Every name and the arguments of every method are those of the bindings of TensorRT 10.15 and 11.4 (looked up in the
-modules themselves); whatever else is asked for does not exist. An engine is the ONNX file and the profile; it runs by
-ONNX Runtime, on memory that is given by address, and its outputs go where the allocators say. So what is tested is the
-way through the API, not TensorRT.
+Every name and the arguments of every method follow the bindings of TensorRT 10.15 and 11.4 (looked up in the modules
+themselves); nothing else exists. An engine is the ONNX file and the profile. It runs in ONNX Runtime, on memory that is
+given by address, and writes its outputs where the allocators say. So the tests check the calls of the API, not
+TensorRT.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ __version__ = "10.15.1.29"
 
 STREAM = 7
 REFUSED = "Erf"
-"""An operator that this parser does not take, where a file has it."""
+"""An operator that this parser refuses if a file has it."""
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):

@@ -1,4 +1,4 @@
-"""Golden packs: what an official implementation outputs when its parameters are drawn from their own names.
+"""Golden packs: the outputs of an official implementation with parameters that are drawn from the parameters' names.
 
 A pack (`tests/golden/<family>/<variant>[.<task>].npz`) names every parameter of the official state dict: `weights`
 draws them, `image` draws the input, and the pack holds the official logits and samples of the official maps.

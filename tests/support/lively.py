@@ -33,7 +33,7 @@ _SPREADS = {
     "mask2former": _QUERIES,
     "dino-4scale": {"bbox_head.cls_branches.{last}": (-2.0, 1.0)},
 }
-"""By the first part of a config's name: mean and spread of the outputs of layers that decide what is found."""
+"""For the first part of a config's name: mean and spread of the outputs of the layers that decide what is found."""
 
 
 def enliven(detector, name, size):
@@ -51,7 +51,7 @@ def enliven(detector, name, size):
             torch.nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
-    if hasattr(detector, "level_embed"):  # DINO's, which is not initialised when built
+    if hasattr(detector, "level_embed"):  # DINO's parameter, which is not initialised when built
         torch.nn.init.normal_(detector.level_embed)
     raw = RawDetector(detector, size)
     for path, (mean, spread) in _SPREADS[name.split("_")[0]].items():

@@ -1,6 +1,6 @@
-"""What every backbone owes to tools that reach into it: hooks, adapters, quantized layers, sharded parameters.
+"""The contract of every backbone with tools that reach into it: hooks, adapters, quantised layers, sharded parameters.
 
-All of them act when a module is called, and take what it gives to be a tensor.
+All these tools act when a module is called, and expect that it returns a tensor.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from terrazzo.backbones import dualtokenvit, roma
 from terrazzo.errors import InputError
 
 SIZE = (64, 64)
-ODD = (70, 50)  # no whole patches
+ODD = (70, 50)  # not a multiple of the patch size
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def check_maps_for_gradients(model: nn.Module) -> None:
 
 
 def check_alone(model: nn.Module) -> None:
-    """A stage and a block take a map alone, or say that a state is missing."""
+    """A stage and a block accept a map alone, or say that a state is missing."""
     x, units = image(SIZE), model.stages if hasattr(model, "stages") else model.blocks
     with torch.no_grad():
         wanted = model.forward_intermediates(x, indices=[0], output_fmt=model.output_fmt, intermediates_only=True)[0]
@@ -98,7 +98,7 @@ def check_timms_hooks(model: nn.Module) -> None:
     for one, other in zip(found, own):
         if one.dim() == 4:
             torch.testing.assert_close(one, other)
-        else:  # tokens of a plain backbone, in front of which there may be some that are no patches
+        else:  # tokens of a plain backbone; there may be prefix tokens in front of the patches
             assert one.shape[0] == 1
             assert one.shape[2] == other.shape[-1]
 
@@ -124,7 +124,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def check_dynamic_int8(model: nn.Module) -> None:
-    """Linear layers in int8 run, all of them, and compute nearly the same."""
+    """All linear layers run in int8 and compute nearly the same."""
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     assert not any(type(module) is nn.Linear for module in quantized.modules())
     x = image(SIZE, batch=2)
@@ -135,7 +135,7 @@ def check_dynamic_int8(model: nn.Module) -> None:
 
 
 def check_sharded(model: nn.Module) -> None:
-    """A step of sharded parameters has the gradients of whole ones, all of them, with checkpointing too."""
+    """A step with sharded parameters has the gradients of whole parameters, also with checkpointing."""
     pytest.importorskip("mmengine", reason="needs the extra 'openmmlab'")
     import terrazzo.openmmlab  # noqa: F401
     from terrazzo.openmmlab.sharded import FullyShardedModel

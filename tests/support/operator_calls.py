@@ -1,4 +1,4 @@
-"""A small call of every operator, for tests that are the same for all."""
+"""A small call of every operator, for tests that all operators share."""
 
 import importlib
 from collections.abc import Callable
@@ -23,12 +23,12 @@ first_weights = importlib.import_module("terrazzo.kernels.varlen_attention").fir
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """What is called, with which tensors by name, and what else.
+    """The operator that is called, its tensors by name, and properties that tests need.
 
     Attributes:
         operator: the op of that name under `torch.ops.terrazzo`.
         weights: names of tensors that have no batch axis.
-        constants: whole numbers, or functions of nothing that tensors have.
+        constants: further arguments by batch size: whole numbers, or functions that make a tensor.
         opaque: whether the portable form is an opaque op.
         twice: whether it has second derivatives.
     """
@@ -74,7 +74,7 @@ def _map(batch: int) -> dict:
 
 
 def _offsets(batch: int) -> dict:
-    """Of five tokens for each image, in two sequences of unlike lengths and one of none."""
+    """Five tokens for each image, in two sequences of different lengths and an empty sequence."""
     cu_seqlens = [0] + [5 * i + at for i in range(batch) for at in (2, 2, 5)]
     return {"cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32)}
 
@@ -178,12 +178,12 @@ def several(out: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
 
 
 def total(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A number that depends on all of an output, and twice on each."""
+    """A number that depends on all elements of an output, with a second derivative in each."""
     return sum((x * x.detach().cos() + x.square() / 3).sum() for x in several(out))
 
 
 def run_without_batch(name: str, backend: str, dtype: torch.dtype) -> tuple[list, list]:
-    """Outputs, and gradients by all tensors, of a call whose batch is empty."""
+    """Outputs, and gradients by all tensors, of a call with an empty batch."""
     call = CALLS[name]
     tensors = [x.requires_grad_() for x in call.tensors(0, dtype).values()]
     with use_backend(backend):

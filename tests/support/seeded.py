@@ -7,7 +7,7 @@ import terrazzo  # noqa: F401
 
 
 def build(name: str, **kwargs) -> torch.nn.Module:
-    """The model with its weights fixed, and none of them at a value that hides a mistake."""
+    """The model with fixed weights, none of them at a value that could hide a mistake."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
     with torch.no_grad():

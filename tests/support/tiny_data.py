@@ -95,7 +95,7 @@ def write_detection(root, names, size, masks):
 
 
 def write_folders(root, names, size, suffix=".jpg", splits=SPLITS, count=1):
-    """One folder a class: SPLIT/CLASS/NAME."""
+    """One folder per class: SPLIT/CLASS/NAME."""
     random = np.random.default_rng(0)
     for split in splits:
         for name in names:
@@ -111,7 +111,7 @@ def write_imagenet(root):
 
 
 def write_coco(root):
-    """COCO 2017: pictures, instances and panoptic segmentations; numbers of categories have gaps, as the real ones."""
+    """COCO 2017: pictures, instances and panoptic segmentations; category numbers have gaps, like the real numbers."""
     from mmdet.datasets import CocoDataset, CocoPanopticDataset
 
     random, size = np.random.default_rng(0), (96, 64)
@@ -177,7 +177,7 @@ def write_loveda(root):
 
 
 def write_cityscapes(root):
-    """Cityscapes: a folder a city, maps of 19 training classes and 255, and instances as mmdet converts them."""
+    """Cityscapes: one folder per city, maps of 19 training classes and 255, and instances as mmdet converts them."""
     from mmdet.datasets import CityscapesDataset
 
     random, size = np.random.default_rng(0), (128, 64)
@@ -206,4 +206,4 @@ FULL_SIZE = {
     "loveDA": write_loveda,
     "cityscapes": write_cityscapes,
 }
-"""What writes the double of a full-size data set, by the name of its folder."""
+"""The functions that write tiny doubles of full-size data sets, by the names of the folders."""

@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time, for GPUs that are not here, and what each takes of them."""
+"""Triton kernels compiled ahead of time for GPUs that are not here, and the resources that each needs."""
 
 import re
 import subprocess

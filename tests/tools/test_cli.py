@@ -91,7 +91,7 @@ def test_error_lines(error, line):
 
 
 class _Damaged(Dataset):
-    """Its every item fails, by an error that has a cause."""
+    """Every item fails with an error that has a cause."""
 
     def __len__(self):
         return 1

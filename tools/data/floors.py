@@ -6,7 +6,7 @@ One generator feeds three layouts under one root:
     labels/{train,val}/NAME.png                class index of every pixel (0 cement, 1..5 the stones; 255 is not used)
     classes.json                               names, palette and ignore index of the labels
     annotations/instances_{train,val}.json     COCO: a box and a run-length mask for every chip, category ids 1..5
-    chips/{train,val}/STONE/NAME.png one chip per picture, one folder per stone
+    chips/{train,val}/STONE/NAME.png           one chip per picture, one folder per stone
 
 The stones share colours (white marble and white glass, black basalt and black glass, red granite and red jasper), so
 that texture and outline must be seen to tell them apart. Everything follows from the seed; NumPy and Pillow are all it

@@ -17,7 +17,7 @@ DRAWS = {torch.randn: torch.empty, torch.rand: torch.empty}
 class Unfilled(TorchFunctionMode):
     """A context in which tensors are allocated and never written.
 
-    The operating system hands out such memory only when it is touched, so a model of a billion parameters costs neither
+    The operating system hands out this memory only when it is touched, so a model of a billion parameters costs neither
     time nor memory. Its numbers are arbitrary: it must not be run.
     """
 

@@ -41,7 +41,7 @@ def prepare() -> None:
     """Prepares a fresh process: silent, without network, and with the process group that some layers need."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    with contextlib.suppress(RuntimeError, ValueError):  # a machine without gloo: such layers will say so
+    with contextlib.suppress(RuntimeError, ValueError):  # without gloo, these layers will say so
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     socket.getaddrinfo = _closed

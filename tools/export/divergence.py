@@ -25,7 +25,7 @@ def first_divergence(program: torch.onnx.ONNXProgram, limit: float) -> str | Non
 
     Args:
         program: what `torch.onnx.export` gave; it holds the traced program and the input that it was traced with.
-        limit: of max |difference| / max |reference|.
+        limit: the largest max |difference| / max |reference|.
 
     Returns:
         None if the exporter kept no common name of a value.

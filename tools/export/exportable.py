@@ -11,8 +11,8 @@ class RawClassifier(nn.Module):
 
     Args:
         model: from a normalised (B, 3, H, W) to logits (B, classes).
-        mean: of each channel, for pixels in 0..1.
-        std: of each channel, for pixels in 0..1.
+        mean: the mean of each channel, for pixels in 0..1.
+        std: the standard deviation of each channel, for pixels in 0..1.
     """
 
     output_names: tuple[str, ...] = ("logits",)

@@ -155,8 +155,8 @@ def _matched(overlaps: Tensor, scores: tuple[Tensor, Tensor], labels: tuple[Tens
 
     Args:
         overlaps: M x N.
-        scores: of the M, and of the N.
-        labels: of the M, and of the N.
+        scores: the scores of the M boxes, and of the N boxes.
+        labels: the labels of the M boxes, and of the N boxes.
 
     Returns:
         Indices into the M, and into the N.

@@ -66,7 +66,7 @@ def reasons(records: Sequence[dict]) -> list[str]:
         if record["backend"] is None:
             line = f"{record['asked']}, asked for by {record['asked_by']}, cannot run: the model raises BackendError"
         elif record["asked"] == "auto":
-            line = f"{record['backend']} runs: of {order}, the first that is not refused"
+            line = f"{record['backend']} runs: it is the first of {order} that is not refused"
         else:
             line = f"{record['backend']} runs: asked for by {record['asked_by']}"
         chosen.setdefault(line, []).append(record["layer"])

@@ -43,7 +43,7 @@ class Unavailable(Exception):
 
 
 class HostTimer:
-    """Seconds of one call by the host's clock: for devices whose work is done when the call returns."""
+    """Seconds of one call by the host's clock: for devices that finish their work before the call returns."""
 
     def __call__(self, function: Function) -> float:
         begin = perf_counter()
@@ -76,7 +76,7 @@ class _EventTimer:
 
 
 class KernelTimer(_EventTimer):
-    """Seconds of one call's kernels on a GPU whose cache holds nothing of its inputs.
+    """Seconds of one call's kernels on a GPU, with none of its inputs in the cache.
 
     A buffer several times the cache's size is read first, often enough for the host to queue the call meanwhile: a
     short call would otherwise be timed at the speed of Python. Writing to the buffer would work, too, but then the call

@@ -49,7 +49,7 @@ class Operation:
 
 
 def image_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) that `size` means: a single number is a square. InputError if there can be no such image."""
+    """The (height, width) that `size` means: a single number is a square. InputError if no image can have it."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or min(pair) < 1 or max(pair) > _LONGEST:
         limits = f"of at least 1 and at most {_LONGEST}"

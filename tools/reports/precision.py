@@ -11,7 +11,7 @@ def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """A line for each metric of each file: float32, lower precision, and what stayed in float32.
 
     Args:
-        rows: of one or more files.
+        rows: the rows of one or more files.
     """
     head = (
         "model",

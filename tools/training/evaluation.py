@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from terrazzo.errors import InputError
 from terrazzo.tools.console import progress
 
 
@@ -31,19 +32,21 @@ def evaluate(cfg, checkpoint: Path) -> Evaluation:
     Raises:
         InputError: the config has no test data, or the checkpoint does not fit.
     """
-    from terrazzo.errors import InputError
+    from terrazzo.openmmlab.checkpoint import load_file
     from terrazzo.openmmlab.config import build_runner
     from terrazzo.tools import mm
 
     if not cfg.get("test_dataloader") or not cfg.get("test_evaluator"):
         raise InputError(f"config {cfg.filename} has no test_dataloader and test_evaluator; there is nothing to test")
     with mm.quiet():
-        # mmengine loads what fits and goes on, so a checkpoint that does not fit is refused here.
-        mm.build_model(cfg, checkpoint)
+        saved = load_file(checkpoint, "cpu")
         cfg = copy.deepcopy(cfg)
         mm.without_weights(cfg.model)
         with tempfile.TemporaryDirectory() as scratch, progress("testing") as bar:
             runner = build_runner(cfg, scratch, load_from=checkpoint, purpose="test")
+            # mmengine loads what fits and goes on: this is where a checkpoint that does not fit is refused.
+            mm.load_exactly(runner.model, saved, checkpoint)
+            del saved
             runner.register_hook(mm.Ticker(bar))
             metrics = runner.test()
             drawn = _keep_drawings(Path(scratch), _drawings_folder(cfg))
@@ -94,7 +97,7 @@ def _notes(evaluated: list, metrics: Mapping, pictures: int) -> Iterator[str]:
 
 
 def _written(place: str | None) -> str:
-    """The files whose names begin with a prefix, or the folder of that name."""
+    """The files with a name prefix, or the folder of that name."""
     if place is None:
         return "a folder that it chose"
     path = Path(place)

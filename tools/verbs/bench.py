@@ -15,7 +15,7 @@ _SECONDS = {"cuda": 0.3}
 
 
 class _Benchmarks(click.Command):
-    """`reduce` takes other arguments than all that are measured against peers: it is a command of its own."""
+    """`reduce` takes other arguments than the benchmarks against peers, so it is a separate command."""
 
     def make_context(self, info_name: str | None, args: list[str], *more, **extra) -> click.Context:
         if args[:1] != ["reduce"]:
@@ -60,13 +60,13 @@ def _list(context: click.Context, parameter: click.Parameter, kind: str | None) 
     "--compile/--no-compile",
     "compiled",
     default=None,
-    help="Measure compiled forms too; by default on a GPU, and among runtimes.",
+    help="Also measure compiled forms; by default on a GPU, and among runtimes.",
 )
 @click.option("--quick", is_flag=True, help="Fewer shapes.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows as CSV, after every shape."
 )
-@click.option("--resume", is_flag=True, help="Keep the rows that --out holds, and measure what they lack.")
+@click.option("--resume", is_flag=True, help="Keep the rows in --out, and measure only the missing rows.")
 def command(
     name: str,
     device: str | None,
@@ -77,15 +77,15 @@ def command(
     out: Path | None,
     resume: bool,
 ) -> None:
-    """Measure the operator or family NAME against its peers on this machine; or, as FAMILY_runtimes, its runtimes.
+    """Measure the operator or family NAME against its peers on this machine, or a family's runtimes as FAMILY_runtimes.
 
-    `terrazzo bench reduce MODEL` measures what a plain ViT of timm gains and loses by merging tokens: see its --help.
+    `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by merging tokens: see its --help.
     """
     module = module_of(name)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
     if resume and out is None:
-        raise InputError("--resume goes on with the file that --out names; name one")
+        raise InputError("--resume continues the file that --out names; give --out FILE")
     from terrazzo.tools import results
     from terrazzo.tools.console import print_table
     from terrazzo.tools.inspect.timing import Plan
@@ -128,7 +128,7 @@ def _kept(out: Path, device, results) -> list:
     for row in rows:
         if (row.device, row.commit) != now:
             raise InputError(
-                f"{out} holds rows of {row.device} at commit {row.commit or 'none'}, and this is {now[0]} at commit "
+                f"{out} holds rows from {row.device} at commit {row.commit or 'none'}, but this is {now[0]} at commit "
                 f"{now[1] or 'none'}; name another file, or leave --resume out"
             )
     return rows

@@ -6,6 +6,7 @@ import click
 import torch
 
 from terrazzo.backbones._weights import licence_notices, weights_of
+from terrazzo.checkpoints.files import load_file, save_file
 from terrazzo.errors import InputError
 from terrazzo.tools.options import UserPath
 
@@ -24,8 +25,6 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
     CHECKPOINT may be a file of mmengine, timm or terrazzo, or a .safetensors file; its weights may be under state_dict,
     model or another usual key. A file that could run code is refused, and the message says why.
     """
-    from terrazzo.openmmlab.checkpoint import load_file, save_checkpoint
-
     if out.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{out.name} ends in neither .safetensors nor .pth; name a file that does")
     if not out.parent.is_dir():
@@ -35,7 +34,7 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
         weights = {name: _alone(value) for name, value in weights_of(saved, ema).items()}
     except InputError as error:
         raise InputError(f"{checkpoint} {error}{'; leave --ema out' if ema else ''}") from error
-    save_checkpoint(weights if out.suffix == ".safetensors" else {"state_dict": weights}, str(out))
+    save_file(weights if out.suffix == ".safetensors" else {"state_dict": weights}, out)
     click.echo(f"wrote {len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} numbers: {out}")
     for notice in licence_notices(weights):
         click.echo(notice, err=True)

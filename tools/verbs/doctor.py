@@ -8,7 +8,7 @@ SUBJECTS = {"openmmlab": "Build every model config that mmdet and mmseg ship."}
 
 
 class SubjectGroup(click.Group):
-    """A group whose subjects are imported at first use."""
+    """A group that imports its subjects at first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(SUBJECTS)

@@ -111,7 +111,7 @@ def test_gradient_of_the_weight_alone_and_twice():
     (alone,) = torch.autograd.grad(deform_conv2d(images, offset, weight, *settings).square().sum(), weight)
     images.requires_grad_()
     loss = deform_conv2d(images, offset, weight, *settings).square().sum()
-    for factor in (1, 3):  # the second time scratch memory holds what the first left
+    for factor in (1, 3):  # in the second call, scratch memory holds leftovers of the first
         both = torch.autograd.grad(factor * loss, (images, weight), retain_graph=True)
         torch.testing.assert_close(both[1], factor * alone)
 

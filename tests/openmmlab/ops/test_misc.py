@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import terrazzo.openmmlab  # noqa: F401
 from terrazzo.errors import InputError
 
-SINGLE = dict(rtol=1e-5, atol=1e-5)  # of what mmcv's own forms compute in float32 whatever the input
+SINGLE = dict(rtol=1e-5, atol=1e-5)  # for results that mmcv's own forms always compute in float32
 
 
 def double(*shape):
@@ -151,7 +151,7 @@ def test_bias_act(name, clamp):
     result = operator.apply(images, bias)
     torch.testing.assert_close(result, expected)
     if name == "linear" and clamp is not None:
-        return  # mmcv does not let through what the clamp's gradient needs
+        return  # mmcv does not pass on what the clamp's gradient needs
     assert torch.autograd.gradcheck(operator.apply, (images, bias))
     assert torch.autograd.gradgradcheck(operator.apply, (images, bias))
 
@@ -192,7 +192,7 @@ def test_filtered_lrelu(shapes, clamp):
     found = torch.autograd.grad(result, (images, bias), upstream)
     torch.testing.assert_close(found, torch.autograd.grad(expected, (images, bias), upstream), **SINGLE)
     assert torch.autograd.gradgradcheck(apply, (images, bias))
-    # In float32 mmcv leaves all of it to one operator.
+    # In float32 mmcv leaves everything to one operator.
     limit = math.inf if clamp is None else clamp
     whole, signs, code = _ext.filtered_lrelu(
         images.detach().float(), *taps, bias.detach().float(), torch.empty(0), 2, 3, 3, 2, 4, 1, 0, 0, 1.3, 0.1, limit,

@@ -44,7 +44,7 @@ def test_bbox_overlaps(mode, offset):
 
 
 def greedy(overlaps, scores, suppresses):
-    """The kept boxes, each with those that it suppressed, by descending score."""
+    """The kept boxes, each with the boxes that it suppressed, by descending score."""
     left = scores.argsort(descending=True).tolist()
     groups = []
     while left:

@@ -85,7 +85,7 @@ def test_box_iou_rotated_where_borders_coincide(dtype):
 
 @pytest.mark.parametrize("name", ["box_iou_rotated", "box_iou_quadri"])
 def test_overlaps_where_borders_coincide_but_for_rounding(name):
-    """A box with itself turned by right angles, and with one of half its length that shares three sides."""
+    """A box with itself turned by right angles, and with a box of half its length that shares three sides."""
     import mmcv.ops as ops
 
     boxes = random_boxes(2000, 6)
@@ -127,7 +127,7 @@ def test_box_iou_quadri_of_rectangles(mode):
 
 
 def test_box_iou_quadri_of_other_quadrilaterals_is_as_mmcv_has_it():
-    """The corner (2, 4) is taken to be in the first, being in the rectangle over its first and last side."""
+    """The corner (2, 4) counts as inside the first, because it is in the rectangle over its first and last side."""
     from mmcv.ops import box_iou_quadri
 
     first = torch.tensor([[1.0, 1, 3, 4, 4, 4, 4, 1]])
@@ -210,7 +210,7 @@ def test_convex_giou_and_its_gradient():
 
 
 def test_convex_giou_gradient_where_a_corner_touches_an_edge():
-    """The corner (3, 3) of the square is on an edge of the hull, which, moving, cuts it to the second order only."""
+    """The square's corner (3, 3) is on an edge of the hull; moving it changes the area only to second order."""
     from mmcv.ops import convex_giou
 
     points = torch.tensor([[1.5, 1.5, 3.5, 1.5, 3.5, 2.5, 2.5, 3.5, 1.5, 3.5, *[2.0] * 8]])

@@ -299,7 +299,7 @@ def test_nothing_half_precision_and_strides(name):
     strided = features.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
     result = operator(strided, rois.float().T.contiguous().T)
     torch.testing.assert_close(result, expected)
-    if name != "prroi_pool":  # of which mmcv's Python side loses the gradient where it has to copy its input
+    if name != "prroi_pool":  # mmcv's Python side loses this gradient if it has to copy its input
         result, expected = (value.transpose(2, 3).square().sum() for value in (result, expected))
         torch.testing.assert_close(grad(result, strided), grad(expected, features))
     for dtype in (torch.float16, torch.bfloat16):

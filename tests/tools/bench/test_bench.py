@@ -124,7 +124,7 @@ class TestOperatorOnCpu:
         results.write(out, [row("portable", 1.0)])
         done = call("neighborhood_attention", "--device", "cpu", "--out", out, "--resume")
         assert isinstance(done.exception, InputError)
-        assert "holds rows of GPU at commit c" in str(done.exception)
+        assert "holds rows from GPU at commit c" in str(done.exception)
 
     def test_a_form_that_is_wrong_is_not_timed(self, monkeypatch):
         dense = bench_neighborhood_attention.peers.dense
@@ -140,7 +140,7 @@ class TestOperatorOnCpu:
         (["nope"], "no benchmark is called 'nope'"),
         (["neighborhood_attention", "--out", "no/such/x.csv"], "not a folder"),
         (["neighborhood_attention", "--device", "abacus"], "the device 'abacus' cannot be used"),
-        (["neighborhood_attention", "--resume"], "--resume goes on with the file that --out names"),
+        (["neighborhood_attention", "--resume"], "--resume continues the file that --out names"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -150,7 +150,7 @@ def test_bad_input(arguments, message):
 
 
 class TestOperatorOnGpu:
-    """What a GPU would run, on the CPU: all but the fused form, whose times are made up."""
+    """The GPU's benchmark on the CPU; the fused form is left out, and its times are made up."""
 
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     def test_the_command(self, monkeypatch, tmp_path):
@@ -234,7 +234,7 @@ class TestBackbones:
         assert "x the images/s of test_convnext (1x3x32x64, float32); target at least 0.001: met" in said
 
     def test_models_with_arguments(self, tmp_path, monkeypatch):
-        """By names of their own; maps are as good as logits."""
+        """Under names that are not models; maps are as good as logits."""
         maps = ("test_resnet", dict(features_only=True, out_indices=(2,)))
         family = Family("its map", ("test_resnet",), (Images(32, 64),), variants={"its map": maps})
         monkeypatch.setitem(bench_families.FAMILIES, "dinat", family)

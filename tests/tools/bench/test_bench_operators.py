@@ -96,7 +96,7 @@ def test_a_gpus_cases_table_and_verdicts(operator):
 
 
 def test_compiled_forms_are_measured_on_a_gpu(operator):
-    """Without being asked for; on a CPU when asked for."""
+    """On a GPU by default; on a CPU on request."""
     found = {}
     for device in ("cpu", "cuda"):
         plan = dataclasses.replace(PLAN, device=torch.device(device))

@@ -13,7 +13,7 @@ SIZE = (96, 64)
 
 @pytest.fixture(scope="session")
 def streets(tmp_path_factory):
-    """CamVid's layout with six pictures a split: 11 classes, and 255 for none."""
+    """CamVid's layout with six pictures per split: 11 classes, and 255 for no class."""
     root = tmp_path_factory.mktemp("data") / "streets"
     tiny_data.write_segmentation(root, ".jpg", 11, SIZE)
     for split in tiny_data.SPLITS:
@@ -108,7 +108,7 @@ def test_damaged_and_missing_maps(check, copy, spoil, words):
 
 
 def test_a_map_without_a_picture(check, copy):
-    """Nothing reads it, so it is told of; but where its picture has a name that nothing reads, it is refused."""
+    """Nothing reads it, so a warning names it; if its picture has a name that nothing reads, it is refused."""
     picture = copy / "images" / "train" / "5.jpg"
     renamed = picture.rename(picture.with_suffix(".JPG"))
     said = check(CAMVID, copy, "train")
@@ -173,7 +173,7 @@ def test_what_a_head_ignores(check, copy):
 
 
 def test_classes_of_a_data_set_are_renumbered_as_mmseg_does(check, tmp_path):
-    """ADE20K's own class leaves out 0 and, told of two classes, ignores the others; it has suffixes of its own."""
+    """ADE20K's own class leaves out 0 and, with two classes, ignores the others; it has its own suffixes."""
     root = tmp_path / "ade"
     tiny_data.write_ade20k(root)
     config = "fpn_s2aformer-mini_8xb4-40k_ade20k-512x512"
@@ -218,7 +218,7 @@ def test_a_test_set_without_maps(check, copy):
 
 
 def test_masks_of_255_are_warned_of_by_the_command(run, copy, tmp_path):
-    """They train background alone, which is no error: a line of each split says so, whatever comes then."""
+    """They train only background, which is not an error: one line per split says so."""
     for split in ("train", "val"):
         for path in (copy / "labels" / split).iterdir():
             Image.fromarray(labels(value=0, second=255)).save(path)

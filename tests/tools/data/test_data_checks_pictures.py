@@ -74,7 +74,7 @@ def test_whole_pictures_have_no_fault(tmp_path, format):
 
 @pytest.mark.parametrize("format", ["jpeg", "png"])
 def test_the_end_of_a_large_picture_shows_that_it_was_cut(tmp_path, monkeypatch, format):
-    """A picture is decoded only where its end leaves a doubt, as where a camera appended something."""
+    """A picture is decoded only if its end leaves doubt, for example because a camera appended something."""
     path = tmp_path / "picture"
     tiny_data.picture(np.random.default_rng(0), (256, 256)).save(path, format=format)
     decoded, load = [], ImageFile.ImageFile.load
@@ -90,7 +90,7 @@ def test_the_end_of_a_large_picture_shows_that_it_was_cut(tmp_path, monkeypatch,
 
 
 def test_large_data_sets_are_not_decoded(check, data, tmp_path, monkeypatch):
-    """Damage in the middle of a file is found in a small data set only; the end of the file in any."""
+    """Damage in the middle of a file is found only in a small data set; damage at its end in any data set."""
     copy = shutil.copytree(data / CLASSIFIER, tmp_path / "copy")
     picture = copy / "train" / "River" / "River_0.jpg"
     tiny_data.picture(np.random.default_rng(0), SIZE).save(picture, format="png")
@@ -140,7 +140,7 @@ def test_an_unknown_data_set_is_named(check, data):
 
 
 def test_other_data_sets_are_left_alone(check, data):
-    """What a data set of VOC's needs is not known here: that its files are there is."""
+    """The needs of a VOC data set are not known here; only that its files exist is checked."""
     voc = dict(
         _delete_=True,
         type="XMLDataset",

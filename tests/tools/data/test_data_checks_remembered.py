@@ -1,4 +1,4 @@
-"""What was found out about files is kept until they change; a cache that cannot be used costs time alone."""
+"""Facts about files are kept until they change; a cache that cannot be used costs only time."""
 
 import os
 import time

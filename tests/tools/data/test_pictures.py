@@ -1,4 +1,4 @@
-"""Pictures of other depths and orientations: each verb that reads them sees what it sees in a plain one."""
+"""Pictures of other depths and orientations: each verb reads them like a plain picture."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def scene(tmp_path, monkeypatch):
 
 
 def test_infer_sees_one_scene(run, trained, scene, tmp_path):
-    """Through the pipeline of a config; what was made of floats is said in a line."""
+    """Through the pipeline of a config; one line says how floats were converted."""
     config, checkpoint = trained
     result = run("infer", config, scene, "--checkpoint", checkpoint, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The parts that exported detectors are made of give what mmdet's and mmcv's own give."""
+"""The parts of exported detectors give the results of mmdet's and mmcv's code."""
 
 import onnx
 import pytest
@@ -50,7 +50,7 @@ def test_kept(settings, random):
 
     boxes, labels = some_boxes(200, random), torch.randint(0, 3, (200,), generator=random)
     scores = torch.rand(200, generator=random)
-    if "split_thr" not in settings:  # many ties, which mmcv leaves in any order when it goes group by group
+    if "split_thr" not in settings:  # many ties; mmcv leaves them in any order when it goes group by group
         scores = scores.mul(20).round() / 20
     settings = {"type": "nms", "iou_threshold": 0.3, **settings}
     _, expected = batched_nms(boxes, scores, labels, settings)
@@ -108,7 +108,7 @@ def test_segments(random, filtered, threshold):
 
 
 def test_divided(tmp_path):
-    """As ONNX has it: by float32, which knows no whole numbers of this size."""
+    """As in ONNX: in float32, which does not represent all whole numbers of this size."""
 
     class Net(torch.nn.Module):
         def forward(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Every config but those of pretraining exports to ONNX at full size, on small images, and gives what PyTorch gives."""
+"""Every config except pretraining exports to ONNX at full size, on small images, and gives PyTorch's results."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ SIZES = {"classification": (64, 96), "segmentation": (64, 96), "detection": (96,
 
 @pytest.fixture
 def folder():
-    """A folder that is gone at once: pytest keeps those of its own, and these hold gigabytes."""
+    """A folder that is removed at once: pytest keeps its own folders, and these hold gigabytes."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 

@@ -82,14 +82,14 @@ CASES = {
         **FIVE,
     },
 }
-"""By config: what makes it small."""
+"""The options that make each config small."""
 
 SLOW = (
     "fcos_dinat-mini_fpn_1x_coco",
     "cascade-mask-rcnn_dinat-small_fpn_3x_coco",
     "mask2former_dinat-large_16xb1-lsj-100e_coco",
 )
-"""What shares most of its code with the others."""
+"""Configs that share most of their code with the others."""
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
     assert facts["outputs"].split(", ") == names
     counted = 133 if "panoptic" in name else 5 if FIVE.keys() <= CASES[name].keys() else 80
     assert len(json.loads(facts["classes"])) == counted
-    # Beside what the command compared: shapes, types and order.
+    # The command compared values; this checks shapes, types and order.
     outputs = found(path, export_targets.photo(Image.open(image), size, 1) if image else export_targets.floor(size, 1))
     count = len(outputs["boxes"])
     assert count > 5

@@ -1,4 +1,4 @@
-"""Half precision of named nodes: what is rounded, and what must not be."""
+"""Half precision of named nodes: what is rounded, and what must not be rounded."""
 
 import numpy as np
 import onnx
@@ -53,7 +53,7 @@ def test_only_named_nodes_round():
 
 
 def test_each_value_is_cast_once():
-    """Whatever takes it, and however often, in both directions; and the model that was given stays as it was."""
+    """A value is cast once, however many nodes take it, in both directions; the given model is not changed."""
     nodes = [
         _node("Neg", ["x"], ["a"], "low0"),
         _node("Neg", ["x"], ["b"], "low1"),
@@ -88,7 +88,7 @@ def test_outputs_stay_in_float32():
 
 
 def test_constants():
-    """One in both kinds of nodes is there twice; a finite one stays finite, an infinite one infinite."""
+    """A constant of both kinds of nodes exists twice; finite constants stay finite, and infinite constants infinite."""
     big = np.asarray([1e9, -1e9, np.inf, -np.inf], np.float32)
     nodes = [_node("Max", ["x", "big"], ["a"], "high"), _node("Max", ["a", "big"], ["y"], "low")]
     model = _model(nodes, ("y",), {"big": big, "spare": ONE}, ("a",))

@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Pixels to pooled features: what is at the ends belongs to no layer. `gain` is what the first block multiplies."""
+    """Pixels to pooled features: the operations at the ends belong to no layer. `gain` is the first block's factor."""
 
     def __init__(self, gain=1.0):
         super().__init__()
@@ -78,7 +78,7 @@ def test_layers(graph):
 
 
 def test_what_is_around_a_roi_align_stays(tmp_path):
-    """Its boxes are coordinates; the layers that take what it gives are lowered."""
+    """Its boxes are coordinates; the layers that take its outputs are lowered."""
     from torchvision.ops import RoIAlign
 
     class Extractor(nn.Module):
@@ -104,7 +104,7 @@ def test_what_is_around_a_roi_align_stays(tmp_path):
 
 @pytest.mark.parametrize("precision", [Half, lambda model: Int8(model, SAMPLES)])
 def test_kept_layers_are_exact(graph, precision):
-    """With all layers kept nothing changes; with one lowered, what comes before it does not."""
+    """With all layers kept nothing changes; with one layer lowered, the layers before it do not change."""
     precision = precision(graph)
     names = list(precision.layers)
     loss = output_error(precision, SAMPLES)
@@ -135,7 +135,7 @@ def test_half_file(graph):
 
 
 def test_int8_file(graph):
-    """Every product with weights has both factors in INT8, symmetric, as TensorRT asks; what is kept has neither."""
+    """Both factors of every product with weights are symmetric INT8, as TensorRT requires; kept products have none."""
     precision = Int8(graph, SAMPLES)
     assert list(precision.layers) == ["stem", "blocks.0.fc", "blocks.1.fc", "blocks.2.fc"]
     assert not problems(precision.lower())
@@ -194,7 +194,7 @@ def test_lower_all_where_that_is_good_enough(graph):
 
 
 def test_layers_that_overflow_stay(tmp_path):
-    """Half precision ends at 65504: the layer beyond, and what takes its values, stay in float32, and no others."""
+    """Half precision ends at 65504: only the layer beyond, and the layers that take its values, stay in float32."""
     torch.manual_seed(0)
     graph = exported(Model(gain=1e6), tmp_path)
     precision = Half(graph)
@@ -218,7 +218,7 @@ def test_lower_fails_where_no_choice_is_good_enough(graph):
 
 
 def test_lower_file(graph, tmp_path):
-    """What a metric says of the file and of each candidate decides; a file that loses too much has another name."""
+    """The metric of the file and of each candidate decides; a file that loses too much gets another name."""
     file, out = tmp_path / "float32.onnx", tmp_path / "out.onnx"
     onnx.save(graph, file)
     asked = []

@@ -87,7 +87,7 @@ def test_detector(run, detector, nuclei, tmp_path):
 
 
 def test_detection_metric_is_that_of_the_labels(detector, nuclei):
-    """A file that finds exactly what is there has 100 points, one that finds nothing has none."""
+    """A file that finds exactly the truth has 100 points; a file that finds nothing has no points."""
     cfg = load_config(detector[0], nuclei)
     metric = FileMetric(cfg)
 
@@ -139,7 +139,7 @@ def test_a_model_without_data(run, tmp_path):
         call = ("export", "resnet10t", weights, "--num-classes", 7, *SIZE, f"--{name}", *options)
         result = run(*call, "--format", "tensorrt", "--out", tmp_path / f"{name}.onnx")
         assert result.exit_code == 0, result.output
-        assert "no test data decides" in result.output
+        assert "there is no test data to decide by" in result.output
         assert "every node is among the documented operators" in result.output
         table = _table(tmp_path / f"{name}.precision.csv")
         assert 0 < table[name, "error of the outputs"] < {"fp16": 1e-2, "int8": 1e-1}[name]

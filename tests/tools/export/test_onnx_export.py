@@ -11,7 +11,7 @@ from terrazzo.tools.export.formats.onnx import export_onnx
 
 
 class Net(nn.Module):
-    """Two outputs, of real numbers and of integers; can be told to export as something else."""
+    """Two outputs, real numbers and integers; it can export as something else."""
 
     def __init__(self, shift: float = 0.0, mislabel: bool = False):
         super().__init__()
@@ -73,7 +73,7 @@ def test_opset_is_the_one_asked_for(tmp_path, image):
 
 
 def test_another_opset_than_asked_for_is_refused(tmp_path, image, monkeypatch):
-    """Where its conversion fails, PyTorch writes the opset that it began with, and only logs it."""
+    """If the conversion fails, PyTorch writes its original opset and only logs it."""
     whole = torch.onnx.export
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: whole(*args, **{**options, "opset_version": 18}))
     with pytest.raises(InputError, match="cannot be exported to opset 21, only to 18"):
@@ -116,7 +116,7 @@ def test_refuses_places_and_names(tmp_path, image):
 
 
 class Bent(nn.Module):
-    """Right in PyTorch; its ONNX form is bent by the test below."""
+    """Right in PyTorch; the test below breaks its ONNX form."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.erf(x.sigmoid()) * 2

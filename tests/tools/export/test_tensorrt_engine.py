@@ -1,4 +1,4 @@
-"""Engines by TensorRT's Python API, which a double on the CPU stands in for; and what is said without a GPU."""
+"""Engines through a fake of TensorRT's Python API on the CPU, and the messages without a GPU."""
 
 import contextlib
 import importlib
@@ -21,7 +21,7 @@ from terrazzo.tools.verbs import export
 
 @pytest.fixture
 def engines(monkeypatch):
-    """A machine with a GPU and TensorRT, as far as the export can tell; gives the module that builds engines."""
+    """Fakes a machine with a GPU and TensorRT; gives the module that builds engines."""
     monkeypatch.setattr(export, "why_no_engine", lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
     name, user = "terrazzo.tools.export.tensorrt.engine", "terrazzo.tools.export.precision.engine"
@@ -48,7 +48,7 @@ def test_is_checked_and_timed(run, engines, tmp_path):
 
 
 class Found(nn.Module):
-    """What is bright in an image, as many as there are, and how many."""
+    """The bright pixels of an image, and their number."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         values = x.flatten()
@@ -74,7 +74,7 @@ def test_sizes_that_are_computed(engines, image, tmp_path):
 
 
 def test_lower_precision(run, engines, tmp_path):
-    """The engine is built of the file in lower precision, and held against the one in float32."""
+    """The engine is built from the file in lower precision, and compared with the float32 file."""
     arguments = ("--format", "tensorrt", "--size", 64, 96, "--num-classes", 7, "--fp16")
     result = run("export", "resnet10t", *arguments, "--out", tmp_path / "m.engine")
     assert result.exit_code == 0, result.output
@@ -84,7 +84,7 @@ def test_lower_precision(run, engines, tmp_path):
 
 
 def test_an_engine_that_loses_too_much(engines, image, tmp_path, monkeypatch):
-    """The metric of the config decides of the engine as of the file."""
+    """The metric of the config decides about the engine as about the file."""
     from terrazzo.tools.export.precision.engine import lowered_engine
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Engines on a real GPU, by TensorRT itself: what the double on the CPU cannot show."""
+"""Engines on a real GPU, with TensorRT itself: what the fake on the CPU cannot show."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The clocks of the benchmarks, the GPU's with a GPU that is made up."""
+"""The timers of the benchmarks; the GPU's timers run with a fake GPU."""
 
 import contextlib
 import time

@@ -44,7 +44,7 @@ def _both(run, tmp_path, runtime, suffix, model, checkpoint, picture, size, clas
 
 @pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES + PYTORCH)
 def test_classifier(run, picture, tmp_path, runtime, suffix):
-    """Of any picture: it is resized and cropped as timm says."""
+    """Any picture is resized and cropped as timm says."""
     torch.manual_seed(0)
     checkpoint, classes = tmp_path / "weights.pth", ("--num-classes", 7)
     torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), checkpoint)

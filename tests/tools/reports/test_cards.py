@@ -20,7 +20,7 @@ def test_pages_are_up_to_date():
 
 
 def test_every_model_is_counted():
-    """That the counts are right is a test of every backbone (tests/support/contract.py)."""
+    """Every backbone's own test checks the counts (tests/support/contract.py)."""
     from terrazzo.tools.models import registered_models
 
     rows = results.read(cards.MODELS)

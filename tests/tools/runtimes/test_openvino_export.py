@@ -23,7 +23,7 @@ subprocess.run([sys.executable, "-c", ""], check=True)
 
 
 def test_signals_after_models_are_gone(tmp_path):
-    """Two of its cores, destroyed in the order in which they were made, leave the thread no stack for a signal."""
+    """Two cores, destroyed in the order in which they were made, leave the thread without a signal stack."""
     path = tmp_path / "model.onnx"
     program = torch.export.export(nn.Linear(2, 2).eval(), (torch.ones(1, 2),))
     torch.onnx.export(program, dynamo=True, verbose=False).save(path)

@@ -49,7 +49,7 @@ def test_refuses_foreign_folders_and_files(refused, tmp_path):
 
 
 def test_constant_miou(tmp_path):
-    """One class right on its share of the pixels, the others never: the mean over the classes that occur."""
+    """One class is right on its share of the pixels and the others never; the mean is over the classes that occur."""
     import numpy as np
 
     root = write_floors(tmp_path, train=2, val=1, size=48, seed=0)

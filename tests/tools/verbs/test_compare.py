@@ -1,4 +1,4 @@
-"""`terrazzo compare`: runs side by side, gone on with after an interruption."""
+"""`terrazzo compare`: runs side by side, continued after an interruption."""
 
 import json
 
@@ -38,13 +38,13 @@ def test_compare(floors, tmp_path):
         wanted = timm.create_model("dinat_mini", features_only=True, kernel_size=3, norm_outputs=True)
     assert found[SMALLER, "backbone parameters"].p50 == sum(x.numel() for x in wanted.parameters())
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
-    # What has ended is not run again.
+    # Finished runs are not run again.
     (tmp_path / "out" / "resnet18-0" / "iter_2.pth").unlink()
     again = compare(floors, tmp_path / "out")
     assert again.exit_code == 0, again.output
     assert not (tmp_path / "out" / "resnet18-0" / "iter_2.pth").exists()
     assert results.read(tmp_path / "out" / "training.csv") == rows
-    # One that logged no loss has the other figures.
+    # A run that logged no loss has the other figures.
     for path in (tmp_path / "out").glob("*/final.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"losses": []}))
     assert compare(floors, tmp_path / "out").exit_code == 0
@@ -52,7 +52,7 @@ def test_compare(floors, tmp_path):
 
 
 def test_one_loss_is_seen(tmp_path):
-    """Of a run as short as the interval of the log."""
+    """The loss of a run as short as the interval of the log."""
     draw({"resnet18": [{"losses": [(5, 1.8)]}]}, tmp_path / "curves.png")
     pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), int)
     pixels = pixels[:, : pixels.shape[1] * 2 // 3]  # the legend is in the upper right corner

@@ -89,7 +89,7 @@ def test_what_holds_no_named_tensors_is_refused(content, tmp_path):
 
 
 def test_licence_is_said(tmp_path):
-    """Of weights whose names say whose they are."""
+    """The licence of weights, when their names show the model."""
     save_file({"backbone.levels.2.blocks.0.mixer.A_log": torch.ones(2, 8)}, tmp_path / "in.safetensors")
     done = run(tmp_path / "in.safetensors", tmp_path / "out.pth")
     assert done.exit_code == 0

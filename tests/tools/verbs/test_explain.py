@@ -112,7 +112,7 @@ class TestReasons:
         assert "dinat_mini, 1x3x224x224, float32, on cpu" in out
         assert "neighborhood_attention, 18 calls" in out
         assert "stages.2.blocks.5.attn  1x14x14x8x32             7, 2              portable     9.8  0.77" in out
-        assert "portable runs: of fused, portable, reference, the first that is not refused (all calls)" in out
+        assert "portable runs: it is the first of fused, portable, reference that is not refused (all calls)" in out
         assert "fused is refused: needs a CUDA device, the tensors are on cpu (all calls)" in out
         assert "2.69 G (2,694,812,672)" in out
 
@@ -156,7 +156,7 @@ class TestReasons:
         facts = explain(mini, trace(mini, 64), gpu)
         assert {call["backend"] for call in facts["calls"]} == {"fused"}
         assert reasons(facts["calls"]) == [
-            "fused runs: of fused, portable, reference, the first that is not refused (all calls)"
+            "fused runs: it is the first of fused, portable, reference that is not refused (all calls)"
         ]
 
     def test_some_layers_only(self, gpu):
@@ -203,7 +203,7 @@ def test_narrow_terminal(run, monkeypatch):
 
 
 def test_a_new_operator_is_found_by_its_name(monkeypatch, gpu):
-    """An op `terrazzo::y` and a package `terrazzo.kernels.y` are all that there is to write."""
+    """A new operator needs only an op `terrazzo::y` and a module `terrazzo.kernels.y.op`."""
 
     @torch.library.custom_op("terrazzo::doubled", mutates_args=())
     def doubled(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -236,7 +236,7 @@ def test_a_new_operator_is_found_by_its_name(monkeypatch, gpu):
 
 def test_every_operator_describes_itself():
     folder = Path(terrazzo.kernels.__file__).parent
-    # An operator that is standard operations all the way has no op of its own.
+    # An operator made only of standard operations has no op.
     operators = [path.parent.name for path in folder.glob("*/op.py")]
     assert operators
     for name in operators:

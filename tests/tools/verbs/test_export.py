@@ -31,7 +31,7 @@ def test_classifier(run, tmp_path):
 
 
 def test_normalisation_is_in_the_graph(run, tmp_path):
-    """Raw pixels into the file give what normalised pixels into the model give."""
+    """Raw pixels into the file give the same result as normalised pixels into the model."""
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=7).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -197,7 +197,7 @@ def test_checkpoint_of_other_classes(refused, tmp_path, classes):
 
 @pytest.mark.slow
 def test_segmentor_with_deformable_attention(run, tmp_path):
-    """Mask2Former's results are compared with those of mmseg's own code."""
+    """Mask2Former's results are compared with the results of mmseg's own code."""
     from mmengine.registry import MODELS
 
     from terrazzo.openmmlab.config import load_config

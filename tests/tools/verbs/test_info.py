@@ -43,7 +43,7 @@ def test_large_models_allocate_nothing(run):
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_counts_do_not_depend_on_the_backend(run, monkeypatch, backend):
-    """One that cannot run here, and one that is not a single operation."""
+    """A backend that cannot run here, and a backend that is not a single operation."""
     monkeypatch.delenv("TERRAZZO_BACKEND", raising=False)
     arguments = ("info", "dinat_mini", "--size", 32, 32, "--json")
     before = run(*arguments).stdout

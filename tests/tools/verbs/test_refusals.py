@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def hook(name, **arguments):
         (["train_pipeline.3.prob=abc"], "options say train_pipeline.3.prob=abc"),
         (["train_pipeline.2.crop_size=(0,5)"], "train_dataloader of"),
         (["val_evaluator.type=IoUMetrik"], "did you mean IoUMetric"),
-        (["val_evaluator.iou_metrics=[mIoX]"], "choose of mIoU, mDice, mFscore"),
+        (["val_evaluator.iou_metrics=[mIoX]"], "choose from mIoU, mDice, mFscore"),
         (["val_evaluator.format_only=True"], "set val_evaluator.output_dir"),
         ([f"{BEST}=mDice"], "the validation gives aAcc, mAcc, mIoU"),
         (["val_evaluator.iou_metrics=[mDice]", f"{BEST}=mIoU"], "gives aAcc, mAcc, mDice"),
@@ -79,7 +80,7 @@ def test_training_is_refused_before_it_starts(refused, floors, tmp_path, options
         ("optim_wraper.lr=1", "did you mean optim_wrapper?"),
         ("test_dataloader.batchsize=2", "the test_dataloader of"),
         ("test_evaluator.format_only=True", "set test_evaluator.output_dir"),
-        ("test_evaluator.iou_metrics=[mIoX]", "choose of mIoU"),
+        ("test_evaluator.iou_metrics=[mIoX]", "choose from mIoU"),
         ("model.test_cfg.mode=slide", "crop_size is None"),
         ("model.neck.type=FPM", "did you mean"),
     ],
@@ -102,6 +103,7 @@ def used(run, floors, tmp_path_factory):
     work = tmp_path_factory.mktemp("used") / "work"
     result = run("train", CONFIG, "--data-root", floors, "--work-dir", work, "--max-iters", 1, *TINY)
     assert result.exit_code == 0, result.output
+    time.sleep(1)  # mmengine names the folder of a run's log by the second
     return work
 
 
@@ -113,7 +115,7 @@ def contents(folder):
     ("options", "words"),
     [
         (["model.decode_head.channels=32"], "decode_head.conv_seg.weight is 6x64x1x1 there and 6x32x1x1 in the config"),
-        (["model.backbone.name=resnet14t"], "is of another model: backbone."),
+        (["model.backbone.name=resnet14t"], "has another model: backbone."),
         (
             ["optim_wrapper.optimizer={'_delete_':True,'type':'SGD','lr':0.1,'momentum':0.9}"],
             "AdamW; the config has SGD",
@@ -150,7 +152,7 @@ def test_a_test_that_only_writes_predictions_says_where(run, trained, tmp_path):
 
 
 def test_a_detector_that_finds_nothing_is_said_to(monkeypatch, run, trained):
-    """A test whose metrics are empty, as CocoMetric's are without any box."""
+    """A test with empty metrics, like CocoMetric's without any box."""
     monkeypatch.setattr("mmseg.evaluation.metrics.IoUMetric.compute_metrics", lambda self, results: {})
     result = run("test", *trained)
     assert result.exit_code == 0, result.output
@@ -177,7 +179,7 @@ def test_plain_metrics():
 
 
 def test_an_unknown_metric_that_only_the_validation_shows(refused, monkeypatch, floors, tmp_path):
-    """Of a metric of the user's own nothing is known before: its first validation ends the run in one line."""
+    """A user's own metric is not known in advance: its first validation ends the run in one line."""
     from terrazzo.openmmlab import monitoring
 
     monkeypatch.delitem(monitoring._KEYS, "IoUMetric")

@@ -30,8 +30,8 @@ def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     assert first.returncode == 0, first.stderr
     assert first.stdout.rstrip().endswith("iter_2.pth")
     assert "Traceback" not in first.stderr
-    more = shell("train", CONFIG, *places, "--max-iters", 3, "--resume", *TINY)
-    assert more.returncode == 0, more.stderr
+    more = run("train", CONFIG, *places, "--max-iters", 3, "--resume", *TINY)
+    assert more.exit_code == 0, more.output
     assert "trained 3 iterations" in more.stdout
     assert (work_dir / "iter_3.pth").is_file()
     # A checkpoint brings all weights, so published ones are not fetched.
@@ -41,6 +41,18 @@ def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     assert tested.exit_code == 0, tested.output
     assert "mIoU" in tested.stdout
     assert 0 <= json.loads(out.read_text())["mIoU"] <= 100
+
+
+def test_the_model_is_built_once(run, floors, tmp_path, monkeypatch):
+    built, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: built.append(1) or create(*args, **kwargs))
+    places = ("--data-root", floors, "--work-dir", tmp_path)
+    trained = run("train", CONFIG, *places, "--max-iters", 1, *TINY)
+    assert trained.exit_code == 0, trained.output
+    assert len(built) == 1
+    tested = run("test", CONFIG, tmp_path / "iter_1.pth", "--data-root", floors, *TINY)
+    assert tested.exit_code == 0, tested.output
+    assert len(built) == 2
 
 
 def test_shortened_schedules_end_with_the_training():
@@ -58,7 +70,7 @@ def test_shortened_schedules_end_with_the_training():
 
 
 def points(cfg):
-    """What the schedules of a config say about time: begin, end and milestones of each."""
+    """The times in the schedules of a config: begin, end and milestones of each."""
     return [(item.get("begin"), item.get("end"), item.get("milestones")) for item in cfg.param_scheduler]
 
 

@@ -1,1 +1,1 @@
-"""The benchmark of neighborhood attention, whose peers differ between a CPU and a GPU."""
+"""The benchmark of neighborhood attention; its peers differ between a CPU and a GPU."""

@@ -305,7 +305,7 @@ def _box(entry: object, annotation: dict, image: dict) -> bool:
 
 
 def _segments(entry: object, annotation: dict, categories: dict, wanted: set, needs: Needs) -> int:
-    """Check the segments of a panoptic picture, and count those of wanted categories."""
+    """Check the segments of a panoptic picture, and count the segments of wanted categories."""
     segments = annotation.get("segments_info")
     if not isinstance(segments, list):
         raise InputError(f"{entry} {_lacks(annotation, 'segments_info')}; it is the list of its segments")

@@ -12,7 +12,7 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image
 
 from terrazzo.errors import InputError, first_line
-from terrazzo.openmmlab.config import registered_class
+from terrazzo.openmmlab.building import registered_class
 from terrazzo.tools.data.checks.pictures import PictureFacts, Sample, check_pictures, read_ends
 from terrazzo.tools.data.checks.remembered import look
 from terrazzo.tools.data.checks.source import Source, and_more, evaluators, near
@@ -239,7 +239,7 @@ def _refuse_empty(source: Source, dataset: Any) -> None:
 
 
 def _check_orphans(source: Source, dataset: Any, maps: Sequence[Path]) -> None:
-    """Refuse maps whose picture has a name that is not read, and warn of maps that have no picture at all."""
+    """Refuse maps if the name of their picture is not read, and warn about maps without any picture."""
     folder, suffix = Path(dataset.data_prefix["seg_map_path"]), dataset.seg_map_suffix
     known = set(maps)
     orphans = sorted(path for path in folder.rglob("*") if path.name.endswith(suffix) and path not in known)

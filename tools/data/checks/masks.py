@@ -16,8 +16,8 @@ def mask_fault(mask: Any, height: int, width: int) -> str:
 
     Args:
         mask: a list of polygons, each [x, y, x, y, ...], or {"size": [height, width], "counts": ...}.
-        height: of the picture.
-        width: of the picture.
+        height: height of the picture.
+        width: width of the picture.
     """
     if mask is None or mask == []:
         return "there is none, but masks are read; leave masks out of the config, or annotate them"

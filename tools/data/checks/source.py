@@ -10,7 +10,8 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab.config import placed_datasets, registered_class
+from terrazzo.openmmlab.building import registered_class
+from terrazzo.openmmlab.config import placed_datasets
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class OnnxForm:
         opset: version of the operator set; None for PyTorch's choice.
 
     Raises:
-        InputError: there is no such version, or PyTorch does not write it.
+        InputError: the version does not exist, or PyTorch does not write it.
     """
 
     suffixes = (".onnx",)

@@ -32,7 +32,7 @@ def ranges(
     """The shapes that an engine is for: for each input the smallest, the optimal and the largest.
 
     Args:
-        names: of the inputs.
+        names: the names of the inputs.
         shapes: the shapes of the example, B C H W each.
         dynamic: which of "batch" and "hw" are open; if neither is, the three shapes are equal.
     """

@@ -1,4 +1,4 @@
-"""The reader of checkpoints: what it takes, and that what attacks it ends in one line, in a process that lives."""
+"""The reader of checkpoints: what it accepts, and that attacks end in one line and do not kill the process."""
 
 import collections
 import contextlib
@@ -17,8 +17,8 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
+from terrazzo.checkpoints import _archives, _pickles, files
 from terrazzo.errors import InputError
-from terrazzo.openmmlab import _archives, _pickles
 from terrazzo.openmmlab.checkpoint import load_file, plain, save_checkpoint
 
 OLD = {"_use_new_zipfile_serialization": False}
@@ -52,7 +52,7 @@ def test_allowed_names_are_these():
 
 
 def test_names_stand_for_functions_of_the_reader_alone():
-    """So that no class or function of Python, NumPy or PyTorch is called with what a file gives it."""
+    """So no class or function of Python, NumPy or PyTorch is called with arguments from a file."""
     for name, value in _pickles.ALLOWED.items():
         if isinstance(value, _pickles.Call):
             assert value.function.__module__ == _pickles.__name__, name
@@ -160,6 +160,13 @@ def test_history_becomes_mmengines(tmp_path):
     assert len(loaded["none"].data[0]) == 0
 
 
+def test_history_without_mmengine_is_plain(tmp_path):
+    torch.save({"h": HistoryBuffer([1.0, 2.0], [1, 3], 5)}, tmp_path / "x.pth")
+    history = files.load_file(tmp_path / "x.pth")["h"]
+    assert type(history) is _pickles.History
+    assert (history.log.tolist(), history.count.tolist(), history.max_length) == ([1, 2], [1, 3], 5)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     "map_location",
@@ -181,7 +188,7 @@ def test_map_location(map_location, suffix, tmp_path):
 
 
 def test_strings_of_python_2(tmp_path):
-    """Text comes as bytes in its pickles, and so do the numbers of arrays."""
+    """Its pickles hold text and the numbers of arrays as bytes."""
     array = python_2_array(b"f8", b"\0\0\0\0\0\0\xf0\x3f")
     assert load(tmp_path, b"}" + short(b"name") + short(b"value") + b"s" + short(b"a") + array + b"s") == {
         "name": "value",
@@ -306,7 +313,7 @@ ATTACKS = {
     "NumPy type that is malformed": {
         "dtype without an order": array(of(whole(1)), EIGHT, dtype("f8", "x")),
     },
-    "not given as bytes": {
+    "with numbers that are not bytes": {
         "dtype that is text": array(of(whole(1)), EIGHT, text("f8")),
         "array without bytes": array(of(whole(1)), b"N"),
     },
@@ -321,7 +328,7 @@ ATTACKS = {
             "numpy._core.multiarray._reconstruct", name("torch.Tensor"), of(whole(0)), coded(b"b")
         ),
     },
-    "negative, too large or no whole number": {
+    "negative, too large or not a whole number": {
         "array of huge shape": array(of(HUGE, HUGE), coded(b"")),
         "array of a negative size": array(of(whole(-1), whole(-1)), EIGHT),
         "array of a fraction": array(of(b"G" + struct.pack(">d", 1.0)), EIGHT),
@@ -366,7 +373,7 @@ ATTACKS = {
         "tensor of no storage": calls("torch._utils._rebuild_tensor_v2", b"N", whole(0), of(), of(), b"\x89", b"N"),
         "untyped storage": tensor(0, (1,), (1,), kind="torch.storage.UntypedStorage"),
     },
-    "tensor without a type of number": {
+    "tensor without a dtype": {
         "truth values in other bytes": calls(
             "torch._utils._rebuild_tensor_v3",
             storage(),
@@ -387,7 +394,7 @@ ATTACKS = {
         "state of a class": name("mmengine.logging.history_buffer.HistoryBuffer") + b"N}" + text("x") + b"Ns\x86b",
         "state of a dict": b"}}b",
     },
-    "a tensor that is none": {
+    "a malformed tensor": {
         "tensor by another function": calls(
             "torch._tensor._rebuild_from_type_v2", name("torch.Size"), name("torch.Tensor"), of(), b"}"
         ),
@@ -416,7 +423,7 @@ ATTACKS = {
             of(array(of(whole(1)), EIGHT), array(of(whole(1)), EIGHT), of(whole(2))),
         ),
     },
-    "layout is unknown": {
+    "unknown layout": {
         "layout by any name": calls("torch.serialization._get_layout", text("torch.load")),
     },
     "lacks the data of a tensor": {
@@ -475,7 +482,7 @@ ATTACKS = {
         "name that is no text": b"K\x01K\x02\x93",
     },
 }
-"""By what the refusal says."""
+"""The pickles, by the text of the refusal."""
 
 
 def refusal(path):

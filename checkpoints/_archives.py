@@ -1,4 +1,4 @@
-"""The two formats of `torch.save`, a zip archive and the one before PyTorch 1.6, read without PyTorch's reader."""
+"""The two formats of `torch.save`, a zip archive and the format before PyTorch 1.6, read without PyTorch's reader."""
 
 import collections
 import io
@@ -11,32 +11,34 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from terrazzo.openmmlab._pickles import Kind, Reader, Refused, Stored
+from terrazzo.checkpoints._pickles import History, Kind, Reader, Refused, Stored
 
 PICKLE_BYTES = 512 * 2**20
-"""How large the pickle of an archive may be: it has names and numbers, while tensors lie beside it."""
+"""How large the pickle of an archive may be: it has names and numbers, and tensors are stored beside it."""
 
 GROWTH = 8
-"""How many times the file's size all arrays and tensors may have: tied weights and expanded ones repeat bytes."""
+"""How many times the file's size all arrays and tensors may have: tied and expanded weights repeat bytes."""
 
 _SPARE = 64 * 2**20
-"""What a small file may have beyond that."""
+"""How many bytes a small file may have beyond that."""
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
+MakeHistory = Callable[[Any, Any, int], Any]
 
 
-def read(file: BinaryIO, place: Place) -> Any:
+def read(file: BinaryIO, place: Place, history: MakeHistory = History) -> Any:
     """What `torch.save` wrote.
 
     Args:
         file: opened for reading bytes, with `seek`.
-        place: moves the bytes of tensors to a device; takes them and the name of the device that they were on.
+        place: moves the bytes of tensors to a device; it takes the bytes and the name of their former device.
+        history: see `Reader`.
 
     Raises:
-        Refused: it is no such file, or not one that can be read safely; see `Reader`.
-        Exception: of many kinds, if the file is damaged.
+        Refused: the file is not from `torch.save`, or cannot be read safely; see `Reader`.
+        Exception: many kinds, if the file is damaged.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -44,11 +46,11 @@ def read(file: BinaryIO, place: Place) -> Any:
         raise Refused("it is empty")
     head = file.read(4)
     file.seek(0)
-    return (_read_zip if head == b"PK\x03\x04" else _read_old)(file, size, place)
+    return (_read_zip if head == b"PK\x03\x04" else _read_old)(file, size, place, history)
 
 
-def _read_zip(file: BinaryIO, size: int, place: Place) -> Any:
-    """An archive; every part that is read is compared with its check sum."""
+def _read_zip(file: BinaryIO, size: int, place: Place, history: MakeHistory) -> Any:
+    """An archive; every part that is read is compared with its checksum."""
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
@@ -82,7 +84,7 @@ def _read_zip(file: BinaryIO, size: int, place: Place) -> Any:
         return Stored(found[key], kind.dtype)
 
     pickle = io.BytesIO(_bytes(archive, parts[pickles[0]]))
-    return Reader(pickle, storage, GROWTH * size + _SPARE).load()
+    return Reader(pickle, storage, GROWTH * size + _SPARE, history).load()
 
 
 def _bytes(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bytes:
@@ -91,7 +93,7 @@ def _bytes(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bytes:
 
 
 def _filled(content: BinaryIO, size: int, kind: Kind) -> torch.UntypedStorage:
-    """The next bytes of a file as a tensor's; Refused if there are fewer."""
+    """The next bytes of a file as a tensor's storage; Refused if the file has fewer."""
     tensor = torch.empty(size, dtype=torch.uint8)
     view, done = memoryview(tensor.numpy()), 0
     while done < size:
@@ -100,15 +102,15 @@ def _filled(content: BinaryIO, size: int, kind: Kind) -> torch.UntypedStorage:
             raise Refused("it is cut short")
         done += count
     if kind.dtype == torch.bool:
-        tensor.copy_(tensor != 0)  # PyTorch takes it for granted that truth values are 0 and 1
+        tensor.copy_(tensor != 0)  # PyTorch assumes that booleans are 0 and 1
     return tensor.untyped_storage()
 
 
-def _read_old(file: BinaryIO, size: int, place: Place) -> Any:
+def _read_old(file: BinaryIO, size: int, place: Place, history: MakeHistory) -> Any:
     """The format before PyTorch 1.6: pickles of a number, a version, the machine, the object and the names of storages.
 
-    The bytes of the storages follow, and only the object says of what type they are. So it is read twice, the first
-    time for these types.
+    The bytes of the storages follow, and only the object says which types they have. So the object is read twice, the
+    first time for these types.
     """
     budget = GROWTH * size + _SPARE
 
@@ -128,7 +130,7 @@ def _read_old(file: BinaryIO, size: int, place: Place) -> Any:
         _, kind, key, location, count, *view = said
         count *= kind.dtype.itemsize if kind.dtype else 1
         if any(view) or said_of.setdefault(key, (kind, location, count)) != (kind, location, count):
-            raise Refused("it has tensors whose data is a part of other tensors' data in an outdated form")
+            raise Refused("it has tensors that share other tensors' data in an outdated form")
         if key not in empty:
             if count + sum(storage.nbytes() for storage in empty.values()) > size:
                 raise Refused("it is cut short")
@@ -145,7 +147,7 @@ def _read_old(file: BinaryIO, size: int, place: Place) -> Any:
         kind, location, count = said_of[key]
         width = kind.dtype.itemsize if kind.dtype else 1
         if struct.unpack("<q", file.read(8)) != (count // width,):
-            raise Refused("it has a tensor's data of another size than it says")
+            raise Refused("the data of a tensor has another size than the file says")
         found[key] = Stored(place(_filled(file, count, kind), location), kind.dtype)
     file.seek(start)
-    return Reader(file, lambda said: found[said[2]], budget).load()
+    return Reader(file, lambda said: found[said[2]], budget, history).load()

@@ -1,9 +1,9 @@
 """Pickles read as data: an interpreter of pickle's opcodes that calls nothing but the stand-ins of this file.
 
-PyTorch's own `weights_only` reader calls constructors of PyTorch and NumPy with what the file gives them, and some of
-these trust it with memory; its list of allowed names is one for the whole process, and any code may add to it. Here,
-each name that a checkpoint may use is bound to a short function that checks what it is given before it makes an array
-or a tensor. Nothing outside of this list is looked up, imported or called.
+PyTorch's own `weights_only` reader calls constructors of PyTorch and NumPy with arguments from the file, and some of
+these trust the arguments with memory; its list of allowed names is global to the process, and any code may add to it.
+Here, each name that a checkpoint may use is bound to a short function that checks its arguments before it makes an
+array or a tensor. Nothing outside this list is looked up, imported or called.
 """
 
 import collections
@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
 
 DEPTH = 100
 """How deep a checkpoint's dicts, lists and tuples may be nested."""
@@ -25,18 +24,26 @@ OPERATIONS = 10_000_000
 
 
 class Refused(Exception):
-    """A file that is not read. The message says why, as the end of a sentence that begins with the file."""
+    """Raised for a file that is not read. The message says why, as the end of a sentence that begins with the file."""
+
+
+class History(NamedTuple):
+    """A log of mmengine's, where nobody asks for mmengine's own class: a value and a count for each step."""
+
+    log: Any
+    count: Any
+    max_length: int
 
 
 class Stored(NamedTuple):
-    """The bytes of tensors, and the type of number that they are; None where each tensor says it itself."""
+    """The bytes of tensors, and their dtype; None if each tensor has its own."""
 
     storage: torch.UntypedStorage
     dtype: torch.dtype | None
 
 
 class Kind(NamedTuple):
-    """Stands for a class that a pickle only names: of arrays, of tensors, or of storages, with their type of number."""
+    """Stands for a class that a pickle only names: a class of arrays, tensors, or storages with their dtype."""
 
     name: str
     dtype: torch.dtype | None = None
@@ -71,15 +78,23 @@ class Reader:
     """Reads one pickle.
 
     Args:
-        file: what to read from, up to the end of the pickle.
-        storage: gives the bytes of tensors for what the pickle says of them: "storage", class, name, place, count.
-        budget: how many bytes arrays and tensors may have in all, since a few bytes can claim terabytes.
+        file: the file to read, up to the end of the pickle.
+        storage: gives the bytes of tensors, from the pickle's reference: "storage", class, name, place, count.
+        budget: how many bytes all arrays and tensors together may have, because a few bytes can claim terabytes.
+        history: makes a log of values from its values, counts and largest length, which are checked.
     """
 
-    def __init__(self, file: BinaryIO, storage: Callable[[tuple], Stored], budget: int):
+    def __init__(
+        self,
+        file: BinaryIO,
+        storage: Callable[[tuple], Stored],
+        budget: int,
+        history: Callable[[Any, Any, int], Any] = History,
+    ):
         self.file = file
         self.storage = storage
         self.budget = budget
+        self.history = history
         self.stack: list = []
         self.outer: list[list] = []
         self.memo: dict[int, Any] = {}
@@ -94,7 +109,7 @@ class Reader:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
             if count > OPERATIONS:
                 raise Refused(f"its pickle has more than {OPERATIONS:,} operations")
-            if self.unknown:  # nothing is done any more; the message names what else is there
+            if self.unknown:  # the file is refused already; the message names everything else that it holds
                 if opcode.name == "GLOBAL":
                     self.find(*argument.split(" ", 1))
                 continue
@@ -107,10 +122,10 @@ class Reader:
                 f"it holds objects other than plain data, tensors and log histories ({', '.join(names)}), and "
                 "loading them could run code; save its state_dict alone where it was made"
             )
-        return _Result().of(self.stack.pop(), 0)[0]
+        return _Result(self.history).of(self.stack.pop(), 0)[0]
 
     def find(self, module: str, name: str) -> Any:
-        """What stands for a name. An unknown name is noted, and then nothing more is done."""
+        """The replacement for a name. After an unknown name, names are only collected for the message."""
         module = "builtins" if module == "__builtin__" else re.sub(r"^numpy\.core\.", "numpy._core.", module)
         full = f"{module}.{name}"
         if full not in ALLOWED:
@@ -118,7 +133,7 @@ class Reader:
         return ALLOWED.get(full)
 
     def spend(self, size: int) -> None:
-        """Takes bytes off what arrays and tensors may have."""
+        """Subtracts bytes from the budget of arrays and tensors."""
         self.budget -= size
         if self.budget < 0:
             raise Refused("its arrays and tensors claim to be far larger than the file")
@@ -187,7 +202,7 @@ class Reader:
 
 
 def _text(text: str) -> str | bytes:
-    """A string of Python 2, which pickletools gives in latin-1: text where it is text, else bytes."""
+    """A string of Python 2, which pickletools gives in latin-1: text if it is valid text, else bytes."""
     data = text.encode("latin-1")
     try:
         return data.decode()
@@ -240,7 +255,7 @@ def check_key(value: Any, depth: int = 0) -> Any:
     """Gives back a key of a dict or an item of a set.
 
     Raises:
-        Refused: it is an object, or a tuple that is deep or long: to hash a deep one overflows the stack.
+        Refused: it is an object, or a deep or long tuple: hashing a deep tuple overflows the stack.
     """
     if type(value) in (tuple, torch.Size) and depth < 3 and len(value) <= 100:
         for item in value:
@@ -250,11 +265,11 @@ def check_key(value: Any, depth: int = 0) -> Any:
     return value
 
 
-# What stands for Python's own functions.
+# Replacements for Python's own functions.
 
 
 def _encode(reader: Reader, text: str, encoding: str = "utf-8") -> bytes:
-    """`codecs.encode`, by which pickles write bytes."""
+    """`codecs.encode`, which pickles use to write bytes."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise Refused("its pickle encodes text in another way than latin1, which is how bytes are written")
     reader.spend(len(text))
@@ -262,7 +277,7 @@ def _encode(reader: Reader, text: str, encoding: str = "utf-8") -> bytes:
 
 
 def _bytes(reader: Reader) -> bytes:
-    """`bytes`, which pickles call for empty ones alone."""
+    """`bytes`, which pickles call only for empty bytes."""
     return b""
 
 
@@ -294,7 +309,7 @@ def _counter(reader: Reader, counts: dict = {}) -> collections.Counter:  # noqa:
 
 
 def _ordered(reader: Reader, pairs: list = []) -> collections.OrderedDict:  # noqa: B006  read only
-    """An OrderedDict, whose items follow, or of Python 2, whose items are pairs in a list."""
+    """An OrderedDict: its items follow, or from Python 2 they are pairs in a list."""
     if type(pairs) is not list or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
         raise Refused("it has a malformed OrderedDict")
     reader.spend(8 * len(pairs))
@@ -302,12 +317,12 @@ def _ordered(reader: Reader, pairs: list = []) -> collections.OrderedDict:  # no
 
 
 def _set_ordered(reader: Reader, target: collections.OrderedDict, state: Any) -> None:
-    """The attributes of an OrderedDict: what PyTorch notes beside a state dict, and nothing else."""
+    """The attributes of an OrderedDict: only what PyTorch stores beside a state dict."""
     if type(state) is dict and type(state.get("_metadata")) in (dict, collections.OrderedDict):
         target._metadata = state["_metadata"]
 
 
-# What stands for NumPy.
+# Replacements for NumPy's functions.
 
 _NUMBERS = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16)")
 
@@ -320,7 +335,7 @@ def _numpy_dtype(reader: Reader, code: str, align: Any = False, copy: Any = True
 
 
 def _set_dtype(reader: Reader, target: _Dtype, state: Any) -> None:
-    """The state of a dtype, of which only the byte order is taken."""
+    """The state of a dtype; only the byte order is taken."""
     if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "=", "|"):
         raise Refused("it holds a NumPy type that is malformed")
     if any(item is not None for item in state[2:5]):  # subtype, names and fields
@@ -329,16 +344,16 @@ def _set_dtype(reader: Reader, target: _Dtype, state: Any) -> None:
 
 
 def _numbers(reader: Reader, dtype: Any, shape: Any, data: Any, order: str = "C") -> np.ndarray:
-    """An array of a copy of the numbers, in the machine's byte order."""
-    data = data.encode("latin-1") if type(data) is str else data  # of Python 2
+    """An array with a copy of the numbers, in the machine's byte order."""
+    data = data.encode("latin-1") if type(data) is str else data  # from Python 2
     if type(dtype) is not _Dtype or type(data) not in (bytes, bytearray):
-        raise Refused("it holds a NumPy array whose numbers are not given as bytes")
+        raise Refused("it holds a NumPy array with numbers that are not bytes")
     shape = _sizes(shape)
     kind = dtype.value
     if len(shape) > 32 or math.prod(shape) * kind.itemsize != len(data):
         raise Refused(f"it holds a NumPy array of shape {shape[:8]} and {len(data)} bytes of {kind}, which do not fit")
     reader.spend(len(data))
-    if kind.kind == "b":  # a byte other than 0 and 1 is no truth value
+    if kind.kind == "b":  # a byte other than 0 and 1 is not a boolean
         flat = np.frombuffer(data, np.uint8) != 0
     else:
         flat = np.frombuffer(data, kind).astype(kind.newbyteorder("="))
@@ -364,19 +379,19 @@ def _set_array(reader: Reader, target: _Array, state: Any) -> None:
 
 
 def _numpy_buffer(reader: Reader, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """`_frombuffer`, by which pickles of protocol 5 make an array."""
+    """`_frombuffer`, which makes an array in pickles of protocol 5."""
     return _numbers(reader, dtype, shape, data, order)
 
 
-# What stands for PyTorch.
+# Replacements for PyTorch's functions.
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     """A shape, or strides."""
     if not isinstance(values, (tuple, list)) or len(values) > 64:
-        raise Refused("it has an array or a tensor whose shape is malformed")
+        raise Refused("it has an array or a tensor with a malformed shape")
     if any(type(value) is not int or not 0 <= value < 2**62 for value in values):
-        raise Refused("it has an array or a tensor with a size that is negative, too large or no whole number")
+        raise Refused("it has an array or a tensor with a size that is negative, too large or not a whole number")
     return tuple(values)
 
 
@@ -391,7 +406,7 @@ def _tensor(
     metadata: Any = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`_rebuild_tensor_v2`: a tensor that looks into bytes, and never past them."""
+    """`_rebuild_tensor_v2`: a tensor within its bytes, never past them."""
     if type(stored) is not Stored or (dtype := dtype or stored.dtype) is None:
         raise Refused("it has a tensor without data")
     if metadata:
@@ -420,9 +435,9 @@ def _tensor_of_dtype(
     dtype: Any,
     metadata: Any = None,
 ) -> torch.Tensor:
-    """`_rebuild_tensor_v3`: as v2, of a type of number that has no storage of its own."""
-    if type(dtype) is not torch.dtype or dtype == torch.bool:  # truth values come by their own storage
-        raise Refused("it has a tensor without a type of number")
+    """`_rebuild_tensor_v3`: as v2, for a dtype without its own storage class."""
+    if type(dtype) is not torch.dtype or dtype == torch.bool:  # booleans have their own storage class
+        raise Refused("it has a tensor without a dtype")
     return _tensor(reader, stored, offset, size, stride, requires_grad, hooks, metadata, dtype)
 
 
@@ -439,7 +454,7 @@ def _tensor_with_state(reader: Reader, function: Any, kind: Any, arguments: Any,
         raise Refused("it has a tensor of another class than torch.Tensor")
     tensor = function.function(reader, *arguments)
     if not isinstance(tensor, torch.Tensor):
-        raise Refused("it has a tensor that is none")
+        raise Refused("it has a malformed tensor")
     return tensor
 
 
@@ -461,7 +476,7 @@ def _sparse(reader: Reader, layout: Any, data: Any) -> torch.Tensor:
 def _layout(reader: Reader, name: Any) -> torch.layout:
     found = getattr(torch, name.removeprefix("torch.")) if name in _LAYOUTS else None
     if found is None:
-        raise Refused("it has a tensor whose layout is unknown")
+        raise Refused("it has a tensor with an unknown layout")
     return found
 
 
@@ -478,7 +493,7 @@ def _device(reader: Reader, kind: Any, index: Any = None) -> torch.device:
     return torch.device(kind) if index is None else torch.device(kind, index)
 
 
-# What stands for mmengine.
+# Replacements for mmengine's functions.
 
 
 def _set_history(reader: Reader, target: _History, state: Any) -> None:
@@ -487,7 +502,7 @@ def _set_history(reader: Reader, target: _History, state: Any) -> None:
     target.state = state
 
 
-def _history(state: dict | None) -> HistoryBuffer:
+def _history(state: dict | None) -> History:
     """The numbers of a HistoryBuffer; its methods, which the pickle also names, are dropped."""
     state = state or {}
     values = [state.get(name, ()) for name in ("_log_history", "_count_history")]
@@ -500,7 +515,7 @@ def _history(state: dict | None) -> HistoryBuffer:
     length = state.get("max_length", 1_000_000)
     if len(values[0]) != len(values[1]) or type(length) is not int or not 0 < length < 2**62:
         raise Refused("it has a log history that is malformed")
-    return HistoryBuffer(values[0][-length:], values[1][-length:], length)
+    return History(values[0][-length:], values[1][-length:], length)
 
 
 _NDARRAY, _TENSOR, _PARAMETER = Kind("ndarray"), Kind("Tensor"), Kind("Parameter")
@@ -511,16 +526,16 @@ _STORAGES = {
         bfloat16="BFloat16", float32="Float", float64="Double", complex64="ComplexFloat", complex128="ComplexDouble"
     ),
 }
-"""The types of number that PyTorch has a class of storages for, and the name of that class."""
+"""The dtypes that have a storage class in PyTorch, with the name of the class."""
 
 _MORE = "uint16 uint32 uint64 complex32 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
-"""The types of number without a class of storages; PyTorch 2.8 has all of them."""
+"""The dtypes without a storage class; PyTorch 2.8 has all of them."""
 
 ALLOWED: dict[str, Any] = {
     "builtins.bytearray": Call(_bytearray),
     "builtins.bytes": Call(_bytes),
     "builtins.complex": Call(_complex),
-    "builtins.getattr": Call(lambda reader, *names: None),  # by which a history refers to its methods
+    "builtins.getattr": Call(lambda reader, *names: None),  # a history uses it to refer to its methods
     "builtins.set": Call(_set),
     "_codecs.encode": Call(_encode),
     "collections.Counter": Call(_counter),
@@ -551,7 +566,7 @@ ALLOWED: dict[str, Any] = {
         for name, storage in _STORAGES.items()
     },
 }
-"""All that a checkpoint may name, and what stands for it. numpy.core counts as numpy._core, __builtin__ as builtins."""
+"""All names that a checkpoint may use, and their replacements; numpy.core means numpy._core, __builtin__ builtins."""
 
 _BUILDERS: dict[type, Callable[[Reader, Any, Any], None]] = {
     collections.OrderedDict: _set_ordered,
@@ -565,13 +580,14 @@ _LEAVES += (torch.Size, torch.dtype, torch.device, torch.layout)
 
 
 class _Result:
-    """What was read, with the objects whose state is complete by now, and with bounds to its depth and size."""
+    """The result, in which every object is now complete, and with bounds on its depth and size."""
 
-    def __init__(self) -> None:
+    def __init__(self, history: Callable[[Any, Any, int], Any]):
+        self.history = history
         self.done: dict[int, tuple[Any, int, int]] = {}
 
     def of(self, value: Any, depth: int) -> tuple[Any, int, int]:
-        """A value's final form, the height of what is nested in it, and the count of its items, repeated ones too."""
+        """A value's final form, its nesting depth, and the number of its items, including repeated items."""
         kind = type(value)
         if kind in _LEAVES or isinstance(value, np.generic):
             return value, -1, 1
@@ -590,7 +606,7 @@ class _Result:
     def made(self, value: Any, depth: int) -> tuple[Any, int, int]:
         kind = type(value)
         if kind is _History:
-            return _history(value.state), -1, 1
+            return self.history(*_history(value.state)), -1, 1
         if kind in (_Array, _Dtype) and value.value is not None:
             return value.value, -1, 1
         if kind not in (dict, collections.OrderedDict, collections.Counter, list, tuple, set, frozenset):
@@ -609,7 +625,7 @@ class _Result:
 
 
 def _versions(metadata: dict) -> collections.OrderedDict:
-    """The versions of modules that PyTorch keeps beside a state dict, and nothing else."""
+    """Only the versions of modules that PyTorch keeps beside a state dict."""
     return collections.OrderedDict(
         (name, {"version": said["version"]})
         for name, said in metadata.items()

@@ -1,0 +1,35 @@
+"""Putting what a checkpoint file holds into a model of timm."""
+
+from torch import nn
+
+from terrazzo.backbones._weights import filter_of, fitted, misfit, say_licence, weights_of
+from terrazzo.checkpoints.files import load_file
+from terrazzo.errors import InputError
+
+
+def load_weights(model: nn.Module, name: str, filename: str, optional: str = r"^$") -> None:
+    """Loads a checkpoint into a model: an official file, or one of a detector or classifier trained here.
+
+    The names of official files are mapped by the `checkpoint_filter_fn` of the model's family, if it has one; those of
+    detectors, wrappers and Lightning's modules have prefixes, which go.
+
+    Args:
+        model: the model.
+        name: its registered name.
+        filename: a `.pth` or `.safetensors` file.
+        optional: a pattern of parameters that the file may lack.
+
+    Raises:
+        InputError: if the file cannot be read, or lacks parameters of the model, or has them in other shapes.
+    """
+    checkpoint = load_file(filename, "cpu")
+    try:
+        weights = weights_of(checkpoint)
+        found = fitted(weights, model, filter_of(name))
+    except InputError as error:
+        raise InputError(f"checkpoint '{filename}' {str(error).removeprefix('the checkpoint ')}") from error
+    say_licence(weights)
+    if complaint := misfit(weights, found, model, name, optional):
+        raise InputError(f"checkpoint '{filename}' {complaint}")
+    own = model.state_dict()
+    model.load_state_dict({k: v for k, v in found.items() if k in own and v.shape == own[k].shape}, strict=False)
