@@ -1,6 +1,6 @@
-"""Every backbone, registered with timm on import.
+"""All backbones, registered with timm on import.
 
-A family is a file of this folder whose name does not begin with `_`. A new family is found by its file alone.
+A family is a file of this folder with a name that does not begin with `_`. A new family needs no entry elsewhere.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import pkgutil
 FAMILIES = tuple(
     sorted(found.name for found in pkgutil.iter_modules(__path__) if not (found.ispkg or found.name.startswith("_")))
 )
-"""Names of the families, which are those of their files."""
+"""Names of the families, which are the names of their files."""
 
 for _family in FAMILIES:
     importlib.import_module(f"{__name__}.{_family}")

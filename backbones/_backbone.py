@@ -1,4 +1,4 @@
-"""What timm asks of every model, written once for hierarchical (`_pyramid`) and isotropic (`_plain`) backbones."""
+"""timm's model interface, implemented once for hierarchical (`_pyramid`) and isotropic (`_plain`) backbones."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,17 +17,17 @@ from terrazzo.errors import InputError
 class Backbone(nn.Module):
     """A stem, a list of units, a norm and a classifier head.
 
-    A unit is what features are taken after: a stage of a pyramid, a block of a plain backbone. Units and blocks have
-    one interface, `block(x, state) -> x`: `x` is the map in `output_fmt`, `state` an object with whatever the family
-    carries beside it (global tokens, a record of merged tokens), None where there is nothing. It is made anew for each
-    forward pass, and blocks change it in place, so that what modules give are tensors. `begin` makes both from the
-    image, `to_map` turns both into the map that goes out, `to_features` into what the head takes: a family with a
-    state, a `_states.Beside`, overrides what it needs of these three, and its blocks.
+    Features are taken after units: the stages of a pyramid, or the blocks of a plain backbone. Units and blocks have
+    one interface, `block(x, state) -> x`. `x` is the map in `output_fmt`. `state` is an object with the data that a
+    family carries beside the map (global tokens, a record of merged tokens), or None. Each forward pass makes a new
+    state, and blocks change it in place, so that modules return tensors only. `begin` makes map and state from the
+    image, `to_map` turns both into an output map, `to_features` into the head's input. A family with a state, a
+    `_states.Beside`, overrides these three methods as needed.
 
     Attributes:
         output_fmt: Layout of maps between units, "NHWC" or "NCHW".
         feature_info: Per unit, channels, reduction and module name, as timm defines it.
-        no_decay: Last parts of the names of parameters that take no weight decay.
+        no_decay: Last parts of the names of parameters without weight decay.
     """
 
     output_fmt = "NHWC"
@@ -50,10 +50,10 @@ class Backbone(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         """Args:
-        stem: Image to the first map, in `output_fmt`.
-        units, channels, reductions: The units, and the channels and total stride after each.
-        norm_layer: Called with a channel count: the norm before the head, and the norms of the outputs.
-        norm_outputs: Make the detectors' and segmentors' flavour: `forward_intermediates` and `features_only` give
+        stem: Maps the image to the first map, in `output_fmt`.
+        units, channels, reductions: The units, and the channels and total stride after each unit.
+        norm_layer: Called with a channel count: makes the norm before the head, and the norms of the outputs.
+        norm_outputs: Make the variant for detectors and segmentors: `forward_intermediates` and `features_only` return
             maps normalised by `norm0`, `norm1`, ..., and there is no norm before the head.
         """
         super().__init__()
@@ -84,27 +84,27 @@ class Backbone(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels of what `forward_head(..., pre_logits=True)` gives."""
+        """Channels of the output of `forward_head(..., pre_logits=True)`."""
         return self.head.num_features
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The first map and the state beside it, from the image."""
+        """Make the first map and the state beside it from the image."""
         return self.stem(x), None
 
     def run_unit(self, unit: nn.Module, x: torch.Tensor, state: Any) -> torch.Tensor:
-        """What a unit makes of the map; it may change the state."""
+        """Run a unit on the map; the unit may change the state."""
         return unit(x, state)
 
     def to_map(self, x: torch.Tensor, state: Any) -> torch.Tensor:
-        """The map that goes out, (B, H, W, C) or (B, C, H, W) as `output_fmt` says."""
+        """The output map, (B, H, W, C) or (B, C, H, W) according to `output_fmt`."""
         return x
 
     def to_features(self, x: torch.Tensor, state: Any) -> torch.Tensor:
-        """What the head takes: the last map, normalised, in `output_fmt`."""
+        """The head's input: the last map, normalised, in `output_fmt`."""
         return self.norm(self.to_map(x, state))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) to what the head takes, by default the last map, normalised, in `output_fmt`."""
+        """(B, in_chans, H, W) to the head's input, by default the last map, normalised, in `output_fmt`."""
         check_image(x, self.in_chans)
         x, state = self.begin(x)
         for unit in self.units:
@@ -127,18 +127,18 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps after the chosen units, and what `forward_features` gives.
+        """The maps after the chosen units, and the output of `forward_features`.
 
         Args:
             x: (B, in_chans, H, W).
             indices: The last n units if an int, all if None, else the units' numbers.
-            norm: Also apply the final norm to the last unit's map (the only one that it fits).
-            stop_early: Do not run the units after the last chosen one.
+            norm: Also apply the final norm to the last unit's map (it fits no other map).
+            stop_early: Do not run the units after the last chosen unit.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: Return the list alone.
 
         Raises:
-            InputError: `output_fmt` is not one of the two.
+            InputError: `output_fmt` is neither "NCHW" nor "NHWC".
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -167,7 +167,7 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the chosen intermediates do not need; returns their numbers, counted from the front."""
+        """Remove modules that the chosen intermediates do not need; returns their numbers, counted from the front."""
         taken, last = feature_take_indices(len(self.units), indices)
         cut = last < len(self.units) - 1
         setattr(self, self.units_name, self.units[: last + 1])
@@ -184,9 +184,9 @@ class Backbone(nn.Module):
         return taken
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """PyTorch's. If strict, it also takes official checkpoints, and names with a prefix: see `load_strictly`.
+        """Like PyTorch's. If strict, it also takes official checkpoints, and names with a prefix: see `load_strictly`.
 
-        So does `timm.create_model(name, checkpoint_path=...)`, which reads a file and calls this.
+        So does `timm.create_model(name, checkpoint_path=...)`, which reads a file and calls this method.
 
         Raises:
             WeightsError: the weights do not fit.
@@ -198,7 +198,7 @@ class Backbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier (0 removes it); the pooling stays unless one is named."""
+        """Replace the classifier (0 removes it); the pooling stays unless `global_pool` is given."""
         self.num_classes = num_classes
         parameter = next(self.parameters())
         self.head.in_features = self.num_features

@@ -1,7 +1,7 @@
-"""Where a model may read a layer's weights past the layer: only where nobody would notice.
+"""When a model may use a layer's weights without calling the layer: only if this changes nothing for anybody.
 
-Adapters, quantized layers, sharded parameters and hooks all act when a layer is called. So layers are called. A layer
-that is exactly PyTorch's own, with nothing attached, may be computed together with others, or in part.
+Adapters, quantized layers, sharded parameters and hooks all act when a layer is called. So layers are called. Only an
+unmodified PyTorch layer, with nothing attached, may be computed together with others, or in part.
 """
 
 import torch
@@ -16,7 +16,7 @@ _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 def is_bare(*layers: nn.Module) -> bool:
-    """Whether calling these layers would be no more than computing with their weights."""
+    """Whether calling these layers does nothing but compute with their weights."""
     return not _all_are_watched() and all(_is_bare(layer) for layer in layers)
 
 
@@ -30,7 +30,7 @@ def _is_bare(layer: nn.Module) -> bool:
 
 
 def _all_are_watched() -> bool:
-    """Whether a hook of all modules is set, but for PyTorch's own that only notes which module runs, for counting."""
+    """Whether a global module hook is set, other than PyTorch's tracker of the running module (for FLOP counts)."""
     hooks = (
         *_everywhere._global_forward_hooks.values(),
         *_everywhere._global_forward_pre_hooks.values(),
@@ -41,16 +41,16 @@ def _all_are_watched() -> bool:
 
 
 def rows_of(linear: nn.Module, x: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Some of what a linear layer gives, (..., C) to (..., rows), at the cost of these rows if it is bare."""
+    """Some output channels of a linear layer, (..., C) to (..., rows); a bare layer computes only these rows."""
     if not is_bare(linear):
         return linear(x)[..., rows]
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
 def on_sequences(x: torch.Tensor, *convs: nn.Conv1d) -> torch.Tensor:
-    """Depthwise convolutions of one kind, each of its equal part of the channels: (B, L, C) to (B, L', C).
+    """Equal depthwise convolutions, each of an equal part of the channels: (B, L, C) to (B, L', C).
 
-    Bare layers are one convolution of an image of one row in channels_last, whose channels are together, as they came.
+    Bare layers are computed as one convolution of a channels_last image with one row, without copying the input.
     """
     if not is_bare(*convs):
         return torch.cat(
@@ -63,9 +63,9 @@ def on_sequences(x: torch.Tensor, *convs: nn.Conv1d) -> torch.Tensor:
 
 
 def step_sizes(linear: nn.Module, x: torch.Tensor, times: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a linear layer gives, and a bias (D,) to be added to it: together with its own bias so many `times`.
+    """A linear layer's output, and a bias (D,) to add to it; their sum contains the layer's bias `times` times.
 
-    A bare layer's bias is left to be added, so that a scan adds it in float32.
+    A bare layer's bias is not added here, so that a scan can add it in float32.
     """
     if is_bare(linear):
         return F.linear(x, linear.weight), times * linear.bias

@@ -1,4 +1,4 @@
-"""Checks of what users hand to a backbone: the image, and numbers among the arguments."""
+"""Checks of a backbone's input: the image, and numbers among the arguments."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,12 +12,12 @@ from terrazzo.kernels.dispatch.exporting import is_exporting, is_open_from_one
 
 
 def check_image(x: torch.Tensor, channels: int) -> None:
-    """Refuse what is no batch of images with so many channels.
+    """Check that `x` is a batch of images with the given number of channels.
 
     Raises:
-        InputError: `x` is no floating tensor (B, channels, H, W), or one that an exporter would take for a batch of 1.
+        InputError: `x` is not a floating tensor (B, channels, H, W), or an exporter would fix its batch at 1.
     """
-    if is_exporting():  # other sizes are not to be asked for; who exports has run the model
+    if is_exporting():  # the other sizes may be symbolic, and the exporting program has run the model before
         if is_open_from_one(x.shape[0]):
             raise InputError("an open batch is exported from an example of 2 images or more, got 1")
         return
@@ -38,10 +38,10 @@ def check_image(x: torch.Tensor, channels: int) -> None:
 
 
 def number(name: str, value: Any) -> float | int:
-    """A finite number as Python's; NumPy's and tensors of one number are taken, text and truth values are not.
+    """Convert a finite number to Python's int or float; takes NumPy's and 0-d tensors, but not text or bools.
 
     Raises:
-        InputError: It is none.
+        InputError: `value` is not a finite number.
     """
     if getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -51,10 +51,10 @@ def number(name: str, value: Any) -> float | int:
 
 
 def whole(name: str, value: Any) -> int:
-    """As `number`, without a fraction.
+    """Like `number`, for whole numbers.
 
     Raises:
-        InputError: It is none.
+        InputError: `value` is not a whole number.
     """
     found = number(name, value)
     if found != int(found):
@@ -70,18 +70,18 @@ def _listed(name: str, values: Any) -> Sequence[Any]:
 
 
 def numbers(name: str, values: Any) -> tuple[float | int, ...]:
-    """A sequence, or any iterable, of numbers as `number` takes them.
+    """Convert a sequence, or any iterable, of numbers; see `number`.
 
     Raises:
-        InputError: It is none.
+        InputError: `values` is not a sequence of finite numbers.
     """
     return tuple(number(name, value) for value in _listed(name, values))
 
 
 def wholes(name: str, values: Any) -> tuple[int, ...]:
-    """As `numbers`, without fractions.
+    """Like `numbers`, for whole numbers.
 
     Raises:
-        InputError: It is none.
+        InputError: `values` is not a sequence of whole numbers.
     """
     return tuple(whole(name, value) for value in _listed(name, values))

@@ -1,4 +1,4 @@
-"""DeiT, which more than one family reduces: its sizes, where its weights are and what they are called."""
+"""DeiT, the host of several reducing families: its sizes, the URLs of its weights, and their names."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -20,7 +20,7 @@ _norm_layer = partial(LayerNorm, eps=1e-6)
 
 
 class DeiT(PlainViT):
-    """timm's blocks, run by a reducer.
+    """DeiT with timm's blocks, run by a reducer.
 
     Source: arXiv 2012.12877.
     """
@@ -73,9 +73,9 @@ NAMES = [
 def from_official(
     checkpoint: dict[str, Any], model: PlainViT, names: Iterable[tuple[str, str]] = NAMES
 ) -> dict[str, torch.Tensor]:
-    """Turn a checkpoint of a plain ViT, by default DeiT's or one of timm's, into a state dict of `model`.
+    """Turn a checkpoint of a plain ViT, by default DeiT's or timm's, into a state dict of `model`.
 
-    Positions of another grid are resized, as the model itself resizes them for other images.
+    Positions of another grid are resized, as the model resizes them for images of other sizes.
 
     Args:
         names: pairs of a regular expression and a replacement.

@@ -1,4 +1,4 @@
-"""timm's classifiers of maps and of tokens, the same with every timm that terrazzo runs on."""
+"""timm's classifier heads for maps and tokens, with one behaviour in all supported versions of timm."""
 
 import torch
 from timm.layers import ClassifierHead, SelectAdaptivePool2d
@@ -7,16 +7,18 @@ from torch import nn
 from terrazzo.errors import InputError
 
 POOLINGS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
-"""What timm knows by name; "" leaves every position, "catavgmax" doubles the channels."""
+"""The poolings that timm has; "" keeps every position, "catavgmax" doubles the channels."""
 
 
 class Head(ClassifierHead):
-    """timm's pooling and classifier. Before timm 1.0.29 a reset took no device, before 1.0.31 none had `num_features`.
+    """timm's pooling and classifier, with features of newer versions.
+
+    Before timm 1.0.29 `reset` took no device; before 1.0.31 heads had no `num_features`.
 
     Attributes:
-        poolings: Names of those that the head knows.
-        in_features: Channels of what comes in.
-        num_features: Channels behind the pooling, which the classifier takes.
+        poolings: Names of the poolings that the head has.
+        in_features: Channels of the input.
+        num_features: Channels after the pooling, the input of the classifier.
     """
 
     poolings = POOLINGS
@@ -35,7 +37,7 @@ class Head(ClassifierHead):
         input_fmt: "NCHW" or "NHWC".
 
         Raises:
-            InputError: `pool_type` is none of `poolings`.
+            InputError: `pool_type` is not one of `poolings`.
         """
         super().__init__(in_features, 0, "", drop_rate, input_fmt=input_fmt)
         self._fit(num_classes, pool_type, device=device, dtype=dtype)
@@ -57,16 +59,16 @@ class Head(ClassifierHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """A new classifier of `in_features`, none for 0 classes; the pooling stays unless one is named.
+        """Replace the classifier; 0 classes remove it. The pooling stays unless `pool_type` is given.
 
         Raises:
-            InputError: `pool_type` is none of `poolings`.
+            InputError: `pool_type` is not one of `poolings`.
         """
         pool_type = self.global_pool.pool_type if pool_type is None else pool_type
         self._fit(num_classes, pool_type, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits (B, classes), without pooling in the layout of `x`; before the classifier with `pre_logits`."""
+        """Logits (B, classes), without pooling in the layout of `x`; with `pre_logits` the classifier's input."""
         x = self.drop(self.global_pool(x))
         return x if pre_logits else self.classify(x)
 
@@ -77,7 +79,7 @@ class Head(ClassifierHead):
 
 
 class ClassToken(SelectAdaptivePool2d):
-    """In the place of timm's pooling where one token is taken: timm reads there what it writes into a configuration."""
+    """A placeholder of the pooling "token": timm reads `pool_type` from it when it writes a configuration."""
 
     def __init__(self, input_fmt: str):
         super().__init__(pool_type="", input_fmt=input_fmt)
@@ -85,7 +87,7 @@ class ClassToken(SelectAdaptivePool2d):
 
 
 class TokenHead(Head):
-    """timm's head on tokens (B, T, C): the pooling "token" takes the class token, all others those of positions."""
+    """timm's head on tokens (B, T, C): the pooling "token" takes the class token, all others pool the positions."""
 
     poolings = ("token", *POOLINGS)
 
@@ -94,12 +96,12 @@ class TokenHead(Head):
 
     @property
     def token(self) -> bool:
-        """Whether the class token alone is taken."""
+        """Whether the head takes the class token alone."""
         return isinstance(self.global_pool, ClassToken)
 
     @property
     def of_positions(self) -> bool:
-        """Whether what comes out depends on how many positions a token stands for."""
+        """Whether the output depends on the number of positions that a token stands for."""
         return not self.token and not self.global_pool.is_identity()
 
     def _pooling(self, pool_type: str) -> SelectAdaptivePool2d:
@@ -107,16 +109,16 @@ class TokenHead(Head):
 
     @staticmethod
     def class_token(x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) to (B, C)."""
+        """The class token (B, C) of (B, T, C)."""
         return x[:, 0]
 
     @staticmethod
     def positions(x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) without the class token."""
+        """The tokens (B, T, C) without the class token."""
         return x[:, 1:]
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the image (B, classes) and, where there is a second classifier, of patches (B, T - 1, classes)."""
+        """Logits of the image (B, classes), and a second classifier's of patches (B, T - 1, classes) or None."""
         return self(x), None
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

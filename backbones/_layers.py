@@ -1,4 +1,4 @@
-"""What more than one family does with maps of any size."""
+"""Layers and functions on maps of any size that several families share."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
-    """Layers of (B, C, H, W) applied to (B, H, W, C), which is that in channels_last: nothing is copied."""
+    """Apply layers of (B, C, H, W) to (B, H, W, C), a channels_last view of it: nothing is copied."""
     x = x.permute(0, 3, 1, 2)
     for layer in layers:
         x = layer(x)
@@ -17,22 +17,22 @@ def on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
 
 
 def patch_conv(in_channels: int, out_channels: int, side: int, **kwargs) -> nn.Conv2d:
-    """A convolution whose stride is its kernel; it takes what `whole_patches` gives."""
+    """A convolution whose stride is its kernel size, for the output of `whole_patches`."""
     return nn.Conv2d(in_channels, out_channels, side, stride=side, **kwargs)
 
 
 def whole_patches(x: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, C, H, W) with zeros at the right and bottom, so that no patch that begins in the map is lost.
+    """Pad (B, C, H, W) with zeros at the right and bottom, so that no patch that begins in the map is lost.
 
-    It always pads by all but one and lets the convolution drop what is too much. That equals padding to a multiple of
-    the stride, as timm's patch embedding does, without a branch on the size, which makes compiling for symbolic sizes
-    several times faster.
+    The padding is always side - 1, and the convolution drops the excess. This equals padding to a multiple of the
+    stride, as timm's patch embedding does, but without a branch on the size. So compiling for symbolic sizes is several
+    times faster.
     """
     return F.pad(x, (0, side - 1, 0, side - 1)) if side > 1 else x
 
 
 def cells(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """(count, size) weights whose product with a side of that length is its adaptive average pooling."""
+    """(count, size) weights; their product with a side of length `size` is its adaptive average pooling."""
     cell = torch.arange(count, device=like.device)[:, None]
     place = torch.arange(size, device=like.device)[None]
     # floor(cell * size / count) <= place < ceil((cell + 1) * size / count), without a division.
@@ -41,9 +41,9 @@ def cells(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def bicubic(old: int, new: int, like: torch.Tensor, antialias: bool = False) -> torch.Tensor:
-    """(new, old) weights whose product with a side is its bicubic resizing, as by `F.interpolate`.
+    """(new, old) weights; their product with a side is its bicubic resizing, as by `F.interpolate`.
 
-    Of a side that keeps its length they are exactly 0 and 1.
+    For a side that keeps its length the weights are exactly 0 and 1.
     """
     index = torch.arange(new, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))[:, None]
     known = torch.arange(old, device=like.device)
@@ -67,19 +67,19 @@ def _cubic(distance: torch.Tensor, a: float) -> torch.Tensor:
 
 
 def learned_number(value: float, requires_grad: bool = True, **factory) -> nn.Parameter:
-    """A parameter (1,): PyTorch shards none that has no dimension. See `take_scalars`."""
+    """A parameter of shape (1,), because PyTorch cannot shard 0-d parameters. See `take_scalars`."""
     return nn.Parameter(torch.full((1,), float(value), **factory), requires_grad)
 
 
 def take_scalars(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *args) -> None:
-    """Before a module loads: its learned numbers had no dimension in older and in others' checkpoints."""
+    """A load hook: give a module's learned numbers their shape; in older and others' checkpoints they are 0-d."""
     for name, parameter in module.named_parameters(prefix[:-1], recurse=False):
         if name in state:
             state[name] = _dimensioned(state[name], parameter)
 
 
 def dimensioned(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict of `model`, its learned numbers in their shape."""
+    """A state dict of `model` with learned numbers in the model's shape."""
     own = model.state_dict()
     return {name: _dimensioned(value, own[name]) if name in own else value for name, value in state.items()}
 
@@ -89,21 +89,21 @@ def _dimensioned(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class WideLayerNorm(nn.LayerNorm):
-    """A layer norm in the dtype of what comes in, if that is wider than the norm's own."""
+    """A layer norm that computes in the dtype of its input, for inputs wider than its weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def window_counts(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
-    """Windows in a column and in a row; none is padding alone."""
-    # No remainders, here and in padding: exporters solve sums of products for sizes that they do not know.
+    """The number of windows in a column and in a row; no window is padding alone."""
+    # No remainders, here and in padding: exporters can solve sums of products for open sizes.
     rows, columns = ((extent + side - 1) // side for extent, side in zip(size, window))
     return rows, columns
 
 
 def split_windows(x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """(B, H, W, C) to (B, rows, columns, h, w, C): windows of one size, zeros below and on the right."""
+    """Split (B, H, W, C) into windows of one size, (B, rows, columns, h, w, C), with zeros below and on the right."""
     size = tuple(x.shape[1:3])
     rows, columns = window_counts(size, window)
     x = F.pad(x, (0, 0, 0, columns * window[1] - size[1], 0, rows * window[0] - size[0]))
@@ -111,16 +111,16 @@ def split_windows(x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
 
 
 def join_windows(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The inverse of `split_windows`, to (B, H, W, C) of that size."""
+    """The inverse of `split_windows`, to (B, H, W, C) with (H, W) = `size`."""
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
 
 
 def pixels_of_patches(x: torch.Tensor) -> torch.Tensor:
-    """The four pixels of each 2x2 patch side by side: (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4 C).
+    """Concatenate the four pixels of each 2x2 patch: (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4 C).
 
-    They come in Swin's order: upper left, lower left, upper right, lower right. Odd sides are zero-padded by one.
+    Pixels are in Swin's order: upper left, lower left, upper right, lower right. Odd sides are zero-padded by one.
     """
-    x = F.pad(x, (0, 0, 0, 1, 0, 1))  # of an even side the last row is not read
+    x = F.pad(x, (0, 0, 0, 1, 0, 1))  # for an even side the added row is not read
     even, odd = x[:, :-1:2], x[:, 1::2]
     return torch.cat([part for w in (slice(0, -1, 2), slice(1, None, 2)) for part in (even[:, :, w], odd[:, :, w])], -1)
 
@@ -139,7 +139,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Swin's downsampler: the four pixels of a 2x2 patch on channels, norm, linear; odd sides zero-padded by one."""
+    """Swin's downsampler: the four pixels of a 2x2 patch as channels, norm, linear; odd sides zero-padded by one."""
 
     def __init__(self, dim: int, **factory):
         super().__init__()
@@ -169,7 +169,7 @@ def trunc_normal_(tensor: torch.Tensor, std: float) -> None:
 
 
 def init_linear(module: nn.Module) -> None:
-    """What ViTs begin from, for `Module.apply`: linear layers of standard deviation 0.02, without biases."""
+    """The usual initialisation of ViTs, for `Module.apply`: linear layers of standard deviation 0.02, zero biases."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -177,7 +177,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def initial_step_bias(*shape: int, **factory) -> torch.Tensor:
-    """What a softplus turns into step sizes spread evenly, on a log scale, over 1e-3 to 1e-1.
+    """Biases that a softplus turns into step sizes spread evenly, on a log scale, from 1e-3 to 1e-1.
 
     Source: Mamba, arXiv 2312.00752, section 3.6.
     """

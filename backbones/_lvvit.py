@@ -1,4 +1,4 @@
-"""LV-ViT, which AS-ViT reduces: a convolutional stem, halved residual branches, a second classifier on patches."""
+"""LV-ViT, a host of AS-ViT: a convolutional stem, halved residual branches, a second classifier on patches."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ class Half(nn.Module):
 
 
 class ConvPatches(nn.Module):
-    """Three 3x3-like convolutions at half the size, then patches of 8: (B, in_chans, H, W) to (B, C, H/16, W/16)."""
+    """Three convolutions at half the size, then patches of 8: (B, in_chans, H, W) to (B, C, H/16, W/16)."""
 
     def __init__(self, in_chans: int, dim: int, width: int = 64, **factory):
         super().__init__()
@@ -44,7 +44,7 @@ class ConvPatches(nn.Module):
 
 
 class TwoHeads(TokenHead):
-    """The class token's logits, plus half of the largest that a second classifier finds among the patches."""
+    """The class token's logits, plus half of a second classifier's largest logits over the patches."""
 
     def _fit(self, num_classes: int, pool_type: str, **factory) -> None:
         super()._fit(num_classes, pool_type, **factory)
@@ -66,7 +66,7 @@ class TwoHeads(TokenHead):
 class LVViT(PlainViT):
     """LV-ViT, run by a reducer.
 
-    Source: arXiv 2104.10858; its form here is that of AS-ViT (arXiv 2209.13802).
+    Source: arXiv 2104.10858, in the form that AS-ViT uses (arXiv 2209.13802).
     """
 
     def __init__(

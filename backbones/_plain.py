@@ -1,4 +1,4 @@
-"""Isotropic backbones: one stride, one width; features after every block."""
+"""Isotropic backbones: one stride, one width, features after every block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,8 +45,8 @@ class TokenStem(nn.Module):
 
     def __init__(self, patches: nn.Module, dim: int, grid: tuple[int, int], **factory):
         """Args:
-        patches: The image to a map (B, C, H, W); if it is one convolution, images are padded to whole patches.
-        grid: For which positions are learned.
+        patches: Maps the image to (B, C, H, W); if it is a single convolution, images are padded to whole patches.
+        grid: The grid of the learned positions.
         """
         super().__init__()
         self.grid = grid
@@ -59,7 +59,7 @@ class TokenStem(nn.Module):
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         """Args:
-        state: A `State`, which is told the image's grid; None for none.
+        state: A `State`, which gets the image's grid; None for no state.
         """
         x = self.patches(whole_patches(x, self.patch_size))
         grid = tuple(x.shape[2:])
@@ -69,10 +69,10 @@ class TokenStem(nn.Module):
         return x + self.positions(grid)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """(1, 1 + H W, C) of a grid.
+        """The positions of a grid, (1, 1 + H W, C).
 
-        Exported or compiled, they are products with matrices: TensorRT resizes no such way, and torch 2.15 fails to
-        differentiate resizing to sizes that are open.
+        In exports and compiled models they are matrix products: TensorRT has no such resizing, and torch 2.15 fails to
+        differentiate resizing to open sizes.
         """
         if not (torch.compiler.is_compiling() or is_exporting()):
             return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
@@ -84,10 +84,10 @@ class TokenStem(nn.Module):
 
 
 class PlainViT(Plain):
-    """A plain ViT whose tokens a reducer may merge or park, and whose maps have every position all the same.
+    """A plain ViT with a reducer that may merge or park tokens; its maps still have every position.
 
-    The classifier reads the class token of what is left; maps are restored (`terrazzo.backbones._tokens.RESTORE`).
-    With a reducer that reduces nothing it is, to the bit, the ViT that it hosts.
+    The classifier reads the remaining class token; maps are restored (`terrazzo.backbones._tokens.RESTORE`). With a
+    reducer that reduces nothing, the result equals the plain ViT's, to the bit.
     """
 
     no_decay = ("cls_token", "pos_embed")
@@ -113,21 +113,21 @@ class PlainViT(Plain):
         **kwargs,
     ):
         """Args:
-        patches: The image to a map (B, C, H, W).
-        blocks: timm's; they become reducible (`terrazzo.backbones._reducible`).
-        reducer: Runs the blocks; None for one that reduces nothing.
-        restore: "copy", "delta" or "soft": how maps get every position.
-        full_last: So many blocks at the end run on restored tokens wherever maps are asked for, so that parked and
-            merged positions see what became of the others (last-layer fusion, arXiv 2412.00965). None for 1 with
-            `norm_outputs`, else 0. Classifying alone never restores. They attend to the whole image.
-        window: For large images: blocks attend within windows of the grid, of at most so many patches square, and what
-            is merged is merged there; None for the whole image (`terrazzo.backbones._windows`).
-        global_blocks: With `window`: which blocks attend to the whole image; None for the last of each quarter.
-        grid: For which positions are learned.
+        patches: Maps the image to (B, C, H, W).
+        blocks: timm's blocks; they become reducible (`terrazzo.backbones._reducible`).
+        reducer: Runs the blocks; None for a reducer that reduces nothing.
+        restore: "copy", "delta" or "soft": how positions are restored in maps.
+        full_last: The number of last blocks that run on restored tokens whenever maps are requested, so that parked and
+            merged positions see the final tokens (last-layer fusion, arXiv 2412.00965). These blocks attend to the
+            whole image. None for 1 with `norm_outputs`, else 0. Classification alone never restores.
+        window: For large images: blocks attend and merge within square windows of the grid with a side of at most this
+            many patches; None for the whole image (`terrazzo.backbones._windows`).
+        global_blocks: With `window`: blocks that attend to the whole image; None for the last block of each quarter.
+        grid: The grid of the learned positions.
         **kwargs: in_chans, norm_layer: see `Backbone`.
 
         Raises:
-            InputError: `restore` is none of the modes, `full_last` not a number of blocks, or `window` and
+            InputError: `restore` is not one of the modes, `full_last` is not a number of blocks, or `window` and
                 `global_blocks` do not fit the reducer (`_windows.Windows`).
         """
         if not isinstance(restore, str) or restore not in RESTORE:
@@ -157,7 +157,7 @@ class PlainViT(Plain):
 
     def begin(self, x: torch.Tensor, maps: bool = True, **choices) -> tuple[torch.Tensor, State]:
         """Args:
-        choices: What the reducer's `begin` lets one choose for one forward.
+        choices: Further arguments of the reducer's `begin`, for one forward pass.
         """
         state = self.reducer.begin((0, 0), 1, 0, maps, **choices)
         return self.stem(x, state), state
@@ -173,13 +173,13 @@ class PlainViT(Plain):
         return self.reducer.restored(x, state, self.restore)[:, state.prefix :].unflatten(1, state.grid)
 
     def to_features(self, x: torch.Tensor, state: State) -> torch.Tensor:
-        """The tokens (B, T, C), normalised: those that are left, unless the head pools positions."""
+        """Normalised tokens (B, T, C): the remaining tokens, or one for every position if the head pools positions."""
         if self.head.of_positions:
             return self.norm(self.reducer.restored(x, state, "copy"))
         return self.norm(self.reducer.left(x, state))
 
     def forward_features(self, x: torch.Tensor, **choices) -> torch.Tensor:
-        """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves. `choices`: see `begin`."""
+        """(B, in_chans, H, W) to normalised tokens (B, T, C); the reducer decides T. `choices`: see `begin`."""
         check_image(x, self.in_chans)
         x, state = self.begin(x, maps=self.head.of_positions, **choices)
         for unit in self.blocks:

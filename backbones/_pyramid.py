@@ -1,4 +1,4 @@
-"""Hierarchical backbones: a stem of stride 4 (or another), then stages, each of half the resolution."""
+"""Hierarchical backbones: a stem of stride 4 (or another stride), then stages, each with half the resolution."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,15 @@ from terrazzo.backbones._states import run
 
 
 class Stage(nn.Module):
-    """What fits the map to the stage, then blocks.
+    """A downsampler, then blocks.
 
-    The downsampler opens a stage (official code often closes one with it), so the stage's output is the feature.
+    The downsampler opens a stage (in official code it often closes the stage before), so the stage's output is the
+    feature.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
         """Args:
-        downsample: Of the map, None for none.
+        downsample: Fits the map to the stage; None for no change.
         """
         super().__init__()
         self.grad_checkpointing = False
@@ -29,14 +30,14 @@ class Stage(nn.Module):
         return self.run(self.downsample(x), state)
 
     def run(self, x: torch.Tensor, state: Any) -> torch.Tensor:
-        """The blocks alone."""
+        """Run the blocks alone."""
         for block in self.blocks:
             x = run(block, x, state, self.grad_checkpointing)
         return x
 
 
 class Pyramid(Backbone):
-    """A backbone whose units are stages, each with half the resolution of the one before."""
+    """A backbone whose units are stages, each with half the resolution of the stage before."""
 
     units_name = "stages"
 

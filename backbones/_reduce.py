@@ -1,4 +1,4 @@
-"""`terrazzo.reduce`: an existing plain ViT of timm reduces its tokens, and gives maps of every position."""
+"""`terrazzo.reduce`: make an existing plain ViT of timm reduce its tokens, and still return full maps."""
 
 import inspect
 from collections.abc import Sequence
@@ -20,30 +20,30 @@ from terrazzo.backbones.mctf import Fusion
 from terrazzo.errors import InputError
 
 METHODS: dict[str, type[Reducer]] = {"asvit": Pruning, "mctf": Fusion}
-"""What `reduce` knows by name: reducers, made of `blocks` and of options of their own."""
+"""The methods of `reduce`: reducers, which take `blocks` and further options."""
 
 
 class _Reducing:
-    """What replaces timm's loops over blocks; `reducer` and `restore` are set by `reduce`."""
+    """Replaces timm's loops over blocks; `reduce` sets `reducer` and `restore`."""
 
     reducer: Reducer
     restore: str
 
     def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, State]:
-        # Of a hybrid stem, too, the first weight with a kernel is that of the image.
+        # The first weight with a kernel takes the image, in a hybrid stem, too.
         check_image(x, next(p.shape[1] for p in self.patch_embed.parameters() if p.dim() == 4))
         grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[2:]))
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         return x, self.reducer.begin(grid, self.num_prefix_tokens, 0, maps)
 
     def _features(self, x: torch.Tensor, state: State) -> torch.Tensor:
-        """What is left; every position for a pooling in which each counts."""
+        """The normalised remaining tokens; one for every position if the head pools positions."""
         if self.global_pool in ("token", ""):
             return self.norm(self.reducer.left(x, state))
         return self.norm(self.reducer.restored(x, state, "copy"))
 
     def forward_features(self, x: torch.Tensor, attn_mask: None = None, is_causal: bool = False) -> torch.Tensor:
-        """(B, in_chans, H, W) to tokens (B, T, C), normalised; T is what the reducer leaves."""
+        """(B, in_chans, H, W) to normalised tokens (B, T, C); the reducer decides T."""
         _refuse_masks(attn_mask, is_causal)
         x, state = self._begin(x, maps=self.global_pool not in ("token", ""))
         for block in self.blocks:
@@ -63,7 +63,7 @@ class _Reducing:
         attn_mask: None = None,
         is_causal: bool = False,
     ) -> Any:
-        """As timm's, every map restored."""
+        """Like timm's method, with all maps restored."""
         _refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise InputError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -89,11 +89,11 @@ class _Reducing:
 
 
 class ReducedVisionTransformer(_Reducing, VisionTransformer):
-    """timm's VisionTransformer whose blocks a reducer runs; made by `reduce`."""
+    """timm's VisionTransformer with a reducer that runs its blocks; made by `reduce`."""
 
 
 class ReducedVisionTransformerDistilled(_Reducing, VisionTransformerDistilled):
-    """timm's ViT with a distillation token whose blocks a reducer runs; made by `reduce`."""
+    """timm's ViT with a distillation token and a reducer that runs its blocks; made by `reduce`."""
 
 
 _REDUCED = {
@@ -104,11 +104,11 @@ _REDUCED = {
 
 def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise InputError("a ViT that reduces tokens takes no mask: tokens do not stay what a mask says of them")
+        raise InputError("a ViT that reduces tokens takes no mask: a mask would no longer fit the reduced tokens")
 
 
 def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None, options: dict[str, Any]) -> Reducer:
-    """A method's reducer for a model, on its device and in its dtype."""
+    """The reducer of a method for a model, on the model's device and in its dtype."""
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     kind, depth = METHODS[method], len(model.blocks)
@@ -116,7 +116,7 @@ def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None
     if not options.keys() <= set(known):
         raise InputError(f"options of {method!r} are {', '.join(known)}, got {', '.join(options)}")
     if kind.by_class_token and model.cls_token is None:
-        raise InputError(f"{method!r} goes by the class token's attention, and this model has none")
+        raise InputError(f"{method!r} needs a class token's attention, and this model has no class token")
     reducer = kind(blocks=kind.default_blocks(depth) if blocks is None else blocks, **options)
     if not all(0 <= block < depth for block in reducer.blocks):
         raise InputError(f"blocks must be some of 0 to {depth - 1}, got {reducer.blocks}")
@@ -133,41 +133,41 @@ def reduce(
     global_blocks: Sequence[int] | None = None,
     **options: Any,
 ) -> VisionTransformer:
-    """Turn a plain ViT of timm, pretrained or not, into one that reduces its tokens, and return it.
+    """Make a plain ViT of timm, pretrained or not, reduce its tokens, and return it.
 
-    The model itself is changed: its class, the classes of its blocks and of their attention, and its attribute
+    The model is changed in place: its class, the classes of its blocks and of their attention, and its attribute
     `reducer`. Its parameters, their names and all of timm's methods stay; maps (`forward_intermediates`,
-    `features_only`) have every position. "mctf" with r = 0 computes what the model did, to the bit. "asvit" adds its
-    thresholds, `reducer.thresholds.0` and so on, which train with the model: load timm's weights before, or with
-    `strict=False`. A second call replaces the first one's reducer.
+    `features_only`) have every position. "mctf" with r = 0 computes the same as the model before, to the bit. "asvit"
+    adds thresholds, `reducer.thresholds.0` and so on, which train with the model: load timm's weights before, or with
+    `strict=False`. A second call replaces the reducer of the first call.
 
         model = terrazzo.reduce(timm.create_model("vit_small_patch16_224", pretrained=True), r=16)
         model = terrazzo.reduce(model, method="asvit", thresholds=(0.002, 0.004, 0.006))
         model = terrazzo.reduce(model, method="asvit", form="fixed", keep=(0.7, 0.5, 0.35))
 
-    Where the head pools all positions ("avg", "map", ...), a merged token counts for each that it stands for, and a
-    dropped one as it was when it was dropped.
+    If the head pools all positions ("avg", "map", ...), a merged token counts for each position that it stands for, and
+    a dropped token counts with the features that it had when it was dropped.
 
     Args:
-        model: timm's VisionTransformer or VisionTransformerDistilled, of timm's plain blocks.
-        method: "mctf" merges tokens that are alike, "asvit" drops those of low class attention.
-        blocks: Which blocks merge, or in front of which tokens are dropped, counted from 0; None for the method's own:
-            all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
-        restore: "copy", "delta" or "soft": how maps get every position that was merged.
-        window: Blocks attend within windows of at most so many patches square; see `_plain.PlainViT`.
-        global_blocks: With `window`: which attend to the whole image; None for the last of each quarter.
-        **options: Of "mctf": r, criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
-            Of "asvit": form, keep, thresholds: see `terrazzo.backbones.asvit.Pruning`.
+        model: timm's VisionTransformer or VisionTransformerDistilled with timm's plain blocks.
+        method: "mctf" merges similar tokens, "asvit" drops tokens of low class attention.
+        blocks: The blocks that merge tokens, or in front of which tokens are dropped, counted from 0. None for the
+            method's default: all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
+        restore: "copy", "delta" or "soft": how merged positions are restored in maps.
+        window: Blocks attend within square windows with a side of at most this many patches; see `_plain.PlainViT`.
+        global_blocks: With `window`: blocks that attend to the whole image; None for the last block of each quarter.
+        **options: For "mctf": r, criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
+            For "asvit": form, keep, thresholds: see `terrazzo.backbones.asvit.Pruning`.
 
     Raises:
-        InputError: The model is of another kind, or a method, an option or a number is not one that there is.
+        InputError: The model is of another kind, or a method, an option or a number is not valid.
     """
     kind = next((kind for kind, made in _REDUCED.items() if type(model) in (kind, made)), None)
     if kind is None:
         raise InputError(f"only timm's plain VisionTransformer can be reduced, got {type(model).__name__}")
     for i, block in enumerate(model.blocks):
         if not is_plain(block):
-            raise InputError(f"block {i} is no plain block of timm with plain attention: {type(block).__name__}")
+            raise InputError(f"block {i} is not a plain block of timm with plain attention: {type(block).__name__}")
         if block.attn.attn_drop.p > 0:
             raise InputError(f"block {i} drops attention weights at {block.attn.attn_drop.p}: set attn_drop_rate=0")
     if not isinstance(model.patch_drop, nn.Identity):

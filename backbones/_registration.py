@@ -1,7 +1,7 @@
-"""What timm is told of a family: a configuration for each set of weights, and a function for each variant.
+"""Registration of a family with timm: a configuration for each set of weights, and a function for each variant.
 
-timm's own files have a function for each variant, all of which do the same with other numbers. Here a variant is a row
-of a table, and `register_variants` makes the functions.
+timm's own files have a function for each variant; the functions differ only in numbers. Here a variant is a row of a
+table, and `register_variants` makes the functions.
 """
 
 import sys
@@ -46,8 +46,8 @@ def register_variants(
         model_cls: The class of all these variants.
         variants: The name of each variant, and the arguments with which it calls the class. A user's arguments replace
             them.
-        out_indices: Which maps `features_only` gives by default, or a function that derives this from the arguments. A
-            variant may have an `out_indices` of its own among its arguments.
+        out_indices: Which maps `features_only` returns by default, or a function that derives this from the arguments.
+            A variant may have a different `out_indices` among its arguments.
     """
     for name, arguments in variants.items():
         entrypoint = _entrypoint(module, model_cls, name, dict(arguments), out_indices)

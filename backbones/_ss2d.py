@@ -1,4 +1,4 @@
-"""SS2D: the mixer of VMamba and MedMamba, four selective scans over a map, each in its own order."""
+"""SS2D: the mixer of VMamba and MedMamba, four selective scans over a map in four orders."""
 
 import math
 
@@ -15,11 +15,11 @@ _SCANS = 4
 
 
 class SS2D(nn.Module):
-    """The cross-scan on (B, H, W, C): rows, columns, and both from behind, summed.
+    """The cross-scan on (B, H, W, C): scans by rows, by columns, and both reversed, summed.
 
-    Projections act on single pixels, so all are computed once, in the order of the image; only the scans know others.
+    Projections act on single pixels, so all are computed once, in the order of the image; only the scans reorder.
 
-    Source: VMamba, arXiv 2401.10166, section 4.2; names as in the authors' code. Ungated it is their "v05_noz".
+    Source: VMamba, arXiv 2401.10166, section 4.2; names as in the authors' code. Without a gate it is their "v05_noz".
     """
 
     no_decay = ("A_logs", "Ds", "dt_projs_bias")
@@ -28,7 +28,7 @@ class SS2D(nn.Module):
         """Args:
         dim: Channels of the map.
         ratio: Scanned channels per channel of the map.
-        states: Of each scanned channel.
+        states: Numbers of state per scanned channel.
         gated: The first version: a gate beside the scans, and a bias in the convolution.
         """
         super().__init__()
@@ -37,7 +37,7 @@ class SS2D(nn.Module):
         self.sizes = (rank, states, states)
         self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **factory)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=gated, **factory)
-        bound = inner**-0.5  # that of a linear layer
+        bound = inner**-0.5  # as in a linear layer
         self.x_proj_weight = nn.Parameter(
             torch.empty(_SCANS, sum(self.sizes), inner, **factory).uniform_(-bound, bound)
         )
@@ -56,12 +56,12 @@ class SS2D(nn.Module):
             x, gate = x.chunk(2, -1)
         x = F.silu(on_maps(x, self.conv2d))
         y = self.scan(x)
-        # The sum of the scans may leave the range of half precision: the norm sees it in float32.
+        # The sum of the scans may leave the range of half precision, so the norm takes it in float32.
         y = self.out_norm(y).to(x.dtype)
         return self.out_proj(y * F.silu(gate) if self.gated else y)
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, D) to the sum of its four scans, in float32 at least."""
+        """The sum of the four scans of (B, H, W, D), in float32 at least."""
         inputs = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (_SCANS, -1))
         steps, B, C = inputs.split(self.sizes, -1)  # B H W K R, B H W K N twice
         steps = steps.flatten(0, 2).transpose(0, 1) @ self.dt_projs_weight.transpose(1, 2)  # K BHW D

@@ -1,4 +1,4 @@
-"""What flows beside a map: an object that one forward pass makes, and that stem and blocks change in place."""
+"""States beside a map: an object that one forward pass makes, and that the stem and blocks change in place."""
 
 import inspect
 from typing import Any
@@ -11,9 +11,9 @@ from terrazzo.errors import InputError
 
 
 class Beside:
-    """Base of states. A subclass names its attributes by annotations with defaults.
+    """Base of states. A subclass declares its attributes by annotations with defaults.
 
-    It is no dataclass: sharding looks for tensors in these, and gives a block a copy, whose changes are lost.
+    It is not a dataclass: sharding looks for tensors in dataclasses, and gives a block a copy, so changes are lost.
     """
 
     names: tuple[str, ...] = ()
@@ -26,22 +26,22 @@ class Beside:
             setattr(self, name, values[name] if name in values else getattr(type(self), name))
 
     def become(self, other: "Beside") -> None:
-        """Make it equal to another state of its class."""
+        """Make this state equal to another state of its class."""
         for name in self.names:
             setattr(self, name, getattr(other, name))
 
     def copy(self) -> "Beside":
-        """Another state that is equal, until one of both changes."""
+        """A shallow copy: changing attributes of one state does not change the other."""
         return type(self)(**{name: getattr(self, name) for name in self.names})
 
 
 def run(block: nn.Module, x: torch.Tensor, state: Any, again: bool = False) -> torch.Tensor:
-    """What a block makes of a map and of the state beside it.
+    """Run a block on a map and on the state beside it.
 
     Args:
         state: A `Beside`, which the block may change, or None.
-        again: Keep nothing for the backward pass, which runs the block once more. Both runs must begin from one state,
-            so each changes a copy.
+        again: Checkpoint: keep no activations; the backward pass runs the block again. Both runs must begin from the
+            same state, so each changes a copy.
     """
     if not again:
         return block(x, state)
@@ -58,10 +58,10 @@ def run(block: nn.Module, x: torch.Tensor, state: Any, again: bool = False) -> t
 
 
 def needed(state: Any, block: nn.Module) -> Any:
-    """The state, without which a block cannot run.
+    """The state of a block that cannot run without it.
 
     Raises:
-        InputError: There is none.
+        InputError: `state` is None.
     """
     if state is None:
         name = type(block).__name__

@@ -1,7 +1,7 @@
-"""What flows beside the tokens of a reducing ViT, and the way back from what is left of them to every position.
+"""The state beside the tokens of a reducing ViT, and the way back from the remaining tokens to every position.
 
-A reducer merges tokens in front of some blocks. Between two reductions lies a level. Each level that was left
-is recorded, with the map into the next: from these a token is made for every position.
+A reducer merges tokens in front of some blocks. The blocks between two reductions are a level. Each completed level
+is recorded with the map into the next level. These records restore a token for every position.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ from torch import nn
 from terrazzo.backbones._states import Beside
 from terrazzo.kernels.token_reduction import compose, prop_bias, unmerge
 
-NEIGHBOURS, TEMPERATURE = 20, 0.01  # of the mode "soft": those of Expedite's SAM (arXiv 2210.01035)
+NEIGHBOURS, TEMPERATURE = 20, 0.01  # of the mode "soft", as in Expedite's SAM (arXiv 2210.01035)
 
 
 class Level(NamedTuple):
     """Tokens between two reductions.
 
     Attributes:
-        entered, left: (B, N, C), when the level began and when it ended.
+        entered, left: (B, N, C), the tokens at the beginning and at the end of the level.
         map: (B, N), to the tokens of the next level.
-        merged: (B, M, C), with which the next level begins.
-        size: (B, M), patches that each of those stands for; 0 for padding.
+        merged: (B, M, C), the tokens at the beginning of the next level.
+        size: (B, M), patches that each merged token stands for; 0 for padding.
     """
 
     entered: torch.Tensor
@@ -35,14 +35,14 @@ class Level(NamedTuple):
 
 
 class State(Beside):
-    """What flows beside the tokens of a plain ViT, whatever reduces them.
+    """The state beside the tokens of a plain ViT, for any reducer.
 
     Attributes:
         grid: Rows and columns of the patches.
-        prefix: Tokens in front that are no patches; nothing merges or parks them.
-        depth: Blocks that were run.
-        maps: Whether anybody will ask for maps; without that nothing is recorded.
-        reducer: What runs the blocks.
+        prefix: Tokens in front that are not patches; nothing merges or parks them.
+        depth: Number of blocks that have run.
+        maps: Whether maps will be needed; otherwise nothing is recorded.
+        reducer: Runs the blocks.
     """
 
     grid: tuple[int, int] = (0, 0)
@@ -53,14 +53,14 @@ class State(Beside):
 
 
 class TokenState(State):
-    """What flows beside the tokens (B, T, C) where they are merged.
+    """The state beside tokens (B, T, C) that are merged.
 
     Attributes:
         entered: Tokens at the beginning of the current level.
         size: (B, T), patches that each token stands for, 0 for padding; None for 1 each.
-        levels: Those that were left.
-        window: Rows and columns of the windows in whose order the patches are; None for the grid's order.
-        r: How many tokens each reduction takes away, where whoever began the forward says so.
+        levels: The completed levels.
+        window: Rows and columns of a window, if patches are ordered by windows; None for the grid's order.
+        r: Number of tokens that each reduction removes, as given at the beginning of the forward pass.
     """
 
     entered: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class TokenState(State):
     r: float | None = None
 
     def reduced(self, left: torch.Tensor, merged: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor) -> None:
-        """Note a reduction from the tokens `left` to `merged`."""
+        """Record a reduction from the tokens `left` to `merged`."""
         self.size = size
         if self.maps:
             entered = left if self.entered is None else self.entered
@@ -111,22 +111,22 @@ RESTORE: dict[str, Callable[[torch.Tensor, TokenState], torch.Tensor]] = {
     "delta": _updated,
     "soft": _blended,
 }
-"""From tokens to one for every position.
+"""Modes that restore a token for every position.
 
-copy: each gets the token that stands for it. delta: each keeps what it was when it was first merged, and gets the
-updates since of the tokens that stood for it. soft: each gets a mean of the tokens that were nearest to it when they
-were merged (Expedite, arXiv 2210.01035).
+copy: a position gets the token that stands for it. delta: a position keeps its features from before its first merge,
+and gets the later updates of the tokens that stood for it. soft: a position gets a mean of the tokens that were nearest
+to it when they were merged (Expedite, arXiv 2210.01035).
 """
 
 
 class Reducer(nn.Module):
-    """Runs a ViT's blocks: this one as they are, with keys weighted by the patches they stand for.
+    """Runs a ViT's blocks. This base reduces nothing; it weights keys by the patches that they stand for.
 
-    A reducer makes the state that its blocks carry, a `State` and what is theirs.
+    A reducer makes the state of its blocks, a `State` or a subclass.
 
     Attributes:
-        blocks: In front of which it reduces, counted from 0.
-        by_class_token: Whether it goes by the attention of a class token, the first of those in front.
+        blocks: The blocks in front of which it reduces, counted from 0.
+        by_class_token: Whether it depends on the attention of a class token, the first token in front.
     """
 
     blocks: tuple[int, ...] = ()
@@ -134,24 +134,24 @@ class Reducer(nn.Module):
 
     @staticmethod
     def default_blocks(depth: int) -> Sequence[int]:
-        """In front of which blocks to reduce where nobody says."""
+        """The blocks in front of which to reduce by default."""
         return ()
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> TokenState:
-        """The state in front of a block that gets every token."""
+        """The state in front of a block that gets all tokens."""
         return TokenState(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> torch.Tensor:
-        """What a block of timm's makes of tokens (B, T, C). A block calls this; it calls the block's parts."""
+        """Run a timm block on tokens (B, T, C). A block calls this method, which calls the block's parts."""
         bias = prop_bias(state.size)
         return Block.forward(block, x, attn_mask=None if bias is None else bias[:, None, None].to(x.dtype))
 
     def left(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
-        """What is left, (B, T, C)."""
+        """The remaining tokens, (B, T, C)."""
         return x
 
     def assignment(self, state: TokenState) -> torch.Tensor | None:
-        """For each position the token that stands for it, -1 for none: (B, prefix + H W); None before any reduction."""
+        """For each position the token that stands for it, or -1: (B, prefix + H W). None before any reduction."""
         if not state.levels:
             return None
         first, *others = state.levels
@@ -161,5 +161,5 @@ class Reducer(nn.Module):
         return found
 
     def restored(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
-        """A token for every position, (B, prefix + H W, C); `x` itself where nothing was reduced."""
+        """A token for every position, (B, prefix + H W, C); `x` itself if nothing was reduced."""
         return RESTORE[mode](x, state) if state.levels else x

@@ -1,4 +1,4 @@
-"""What families say of their weights, and what their `checkpoint_filter_fn` needs: unwrapping, renaming, resizing."""
+"""Loading of checkpoints: unwrapping, renaming and resizing for `checkpoint_filter_fn`, and notices of licences."""
 
 import functools
 import inspect
@@ -21,41 +21,42 @@ from terrazzo.backbones._names import registered_models
 from terrazzo.errors import InputError, WeightsError, first_line
 
 RECONSTRUCTED = "reconstructed from the paper; no public weights of the authors load"
-"""What a family whose authors published neither code nor weights says of itself: docstring, configuration and card."""
+"""The notice of a family without published code and weights, in its docstring, configuration and card."""
 
 _LICENCES = {
     r"levels\.\d+\.blocks\.\d+\.mixer\.A_log": (
-        "MambaVision's weights, by NVIDIA, are licensed CC-BY-NC-SA-4.0: no commercial use, and what is made from them "
-        "is shared alike"
+        "MambaVision's weights, by NVIDIA, are licensed CC-BY-NC-SA-4.0: no commercial use, and derived weights must "
+        "have the same licence"
     ),
 }
-"""By a name that only the authors' checkpoints have: what whoever takes their weights must know."""
+"""Licence notices, by a tensor name that only the authors' checkpoints have."""
 
 _logger = logging.getLogger(__name__)
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
-"""Under which keys training programs keep averaged weights. mmengine's `ema_state_dict` is not among them: where there
-is one, `state_dict` has the average, and it has the weights before averaging."""
+"""Keys under which training programs keep averaged weights. mmengine's `ema_state_dict` is not among them: in its
+checkpoints `state_dict` has the average, and `ema_state_dict` the weights before averaging."""
 
 _WEIGHTS = ("state_dict", "model", "module", "model_state_dict", "net", "network", "weights")
 
 _COUNTERS = ("steps", "n_averaged")
-"""What an average counts its updates in."""
+"""Names of tensors in which an average counts its updates."""
 
 
 def weights_of(checkpoint: Any, ema: bool | None = None) -> dict[str, torch.Tensor]:
-    """The named tensors of a checkpoint, wherever a training program put them: the one place that knows where.
+    """The named tensors of a checkpoint, wherever a training program put them. Only this function knows the places.
 
-    They may lie under `state_dict`, `model` or another usual key, also under more than one. Dicts in them are joined by
-    dots, arrays of NumPy become tensors, and other values are left out. `module.` and `_orig_mod.`, which
-    DistributedDataParallel and torch.compile put before every name, go.
+    Tensors may be under `state_dict`, `model` or another usual key, also nested. Names in nested dicts are joined by
+    dots, NumPy arrays become tensors, and other values are left out. The prefixes `module.` and `_orig_mod.`, which
+    DistributedDataParallel and torch.compile put before every name, are removed.
 
     Args:
-        checkpoint: what a file held.
-        ema: True for what EMA set aside, False for the other weights, None for averaged ones where there are any.
+        checkpoint: the content of a file.
+        ema: True for the weights that EMA set aside, False for the other weights, None for averaged weights if there
+            are any.
 
     Raises:
-        InputError: there are none; the message is the end of a sentence that begins with the file.
+        InputError: there are no weights; the message is the end of a sentence that begins with the file.
     """
     if not isinstance(checkpoint, Mapping):
         raise InputError(f"holds a {type(checkpoint).__name__}, and weights are a dict of names and tensors")
@@ -68,8 +69,8 @@ def weights_of(checkpoint: Any, ema: bool | None = None) -> dict[str, torch.Tens
     weights = dict(_named(found, nested=found is not checkpoint))
     if not weights:
         averaged = [key for key in _AVERAGED if isinstance(checkpoint.get(key), Mapping)]
-        raise InputError(f"holds no weights{f', but averaged ones under {averaged[0]}' if averaged else ''}")
-    for wrapper in ("module.", "_orig_mod.", "module."):  # either may be around the other
+        raise InputError(f"holds no weights{f', but averaged weights under {averaged[0]}' if averaged else ''}")
+    for wrapper in ("module.", "_orig_mod.", "module."):  # the wrappers may be nested in either order
         names = [name for name in weights if name not in _COUNTERS]
         if names and all(name.startswith(wrapper) for name in names):
             weights = {name.removeprefix(wrapper): weights[name] for name in names}
@@ -92,9 +93,9 @@ Filter = Callable[[dict[str, Any], nn.Module], dict[str, torch.Tensor]]
 
 
 def any_prefix(convert: Filter) -> Filter:
-    """Make a `checkpoint_filter_fn` take checkpoints as they are, and with any prefix: see `weights_of` and `fitted`.
+    """Make a `checkpoint_filter_fn` take unmodified checkpoints, with any prefix: see `weights_of` and `fitted`.
 
-    Where a licence goes with the weights, it is said.
+    Weights with a restrictive licence cause a notice.
     """
 
     @functools.wraps(convert)
@@ -107,11 +108,11 @@ def any_prefix(convert: Filter) -> Filter:
 
 
 def fitted(weights: dict[str, torch.Tensor], model: nn.Module, convert: Filter) -> dict[str, torch.Tensor]:
-    """What a family makes of weights whose names may begin with more than the model's do.
+    """Convert weights for a model; their names may have an additional prefix.
 
-    Detectors, Lightning's modules and wrappers put `backbone.`, `model.`, `encoder.` and the like before the names. All
-    that many names begin with is tried, and what gives the model most of its tensors is taken; no prefix, if nothing
-    gives it more.
+    Detectors, Lightning's modules and wrappers put `backbone.`, `model.`, `encoder.` and the like before the names.
+    Prefixes that many names share are tried, and the prefix that gives the model the most tensors is taken; no prefix,
+    if it gives as many.
 
     Raises:
         InputError: `convert` refuses the weights.
@@ -126,7 +127,7 @@ def fitted(weights: dict[str, torch.Tensor], model: nn.Module, convert: Filter) 
         except InputError as error:
             refusal = refusal or error
             continue
-        except Exception:  # a family may count on names that another prefix leaves without
+        except Exception:  # a family may need names that are missing under this prefix
             continue
         fit = (sum(name in found for name in own), sum(shape == _shape(found.get(name)) for name, shape in own.items()))
         if fit > most:
@@ -143,7 +144,7 @@ def _shape(value: Any) -> torch.Size | None:
 
 
 def filter_of(name: str) -> Filter:
-    """The `checkpoint_filter_fn` of a registered model's family as `fitted` takes it; without one, nothing changes."""
+    """The `checkpoint_filter_fn` of a registered model's family, for `fitted`; the identity if the family has none."""
     module = sys.modules[timm.models.model_entrypoint(name.split(".")[0]).__module__]
     return inspect.unwrap(getattr(module, "checkpoint_filter_fn", lambda weights, model: weights))
 
@@ -156,14 +157,14 @@ def misfit(
     optional: str = "^$",
     strict: bool = False,
 ) -> str:
-    """Why weights do not fit a model, as the end of a sentence that begins with where they are from; "" if they do.
+    """Why weights do not fit a model, as the end of a sentence that begins with their source; "" if they fit.
 
     Args:
-        weights: what `weights_of` gave.
-        found: what `fitted` made of them for the model.
-        name: the model's.
-        optional: a pattern of tensors that may be lacking. Counters of batch norms may, as PyTorch has it.
-        strict: whether every tensor must be one of the model's. Those of more blocks than it has never fit.
+        weights: the output of `weights_of`.
+        found: the output of `fitted` for these weights and the model.
+        name: name of the model.
+        optional: a pattern of tensors that may be missing. Counters of batch norms may always be missing.
+        strict: whether every tensor must be one of the model's. Tensors of surplus blocks never fit.
     """
     own = {key: value.shape for key, value in model.state_dict().items()}
     needed = [key for key in own if not re.search(optional, key) and not key.endswith("num_batches_tracked")]
@@ -188,7 +189,7 @@ def misfit(
         hint = "leave these out"
     else:
         other = nearest(weights)
-        hint = "no model of terrazzo's is near it" if other is None else f"it is nearest to model '{other}'"
+        hint = "no terrazzo model is similar" if other is None else f"it is nearest to model '{other}'"
     return (
         f"does not fit model '{name}': compared with the model's {len(own)} tensors it {what} {len(keys)}, such as "
         f"{', '.join(keys[:3])}; {hint}"
@@ -200,13 +201,13 @@ def _sizes(shape: torch.Size) -> str:
 
 
 def load_strictly(model: nn.Module, checkpoint: Any, load: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """What `load` gives for a state dict of a registered model, or for what `fitted` makes of another checkpoint.
+    """Load a state dict of a registered model, or another checkpoint that `fitted` converts first.
 
     Args:
-        load: PyTorch's own loading, which has the last word on what fits.
+        load: PyTorch's loading, which finally decides what fits. Its result is returned.
 
     Raises:
-        WeightsError: it does not fit; the message names the nearest model and the first tensors at fault.
+        WeightsError: the checkpoint does not fit; the message names the nearest model and the first wrong tensors.
     """
     own = model.state_dict()
     same = isinstance(checkpoint, Mapping) and checkpoint.keys() == own.keys()
@@ -226,7 +227,7 @@ def load_strictly(model: nn.Module, checkpoint: Any, load: Callable[[Mapping[str
 
 
 def nearest(weights: dict[str, torch.Tensor]) -> str | None:
-    """The model of terrazzo's that has most of these tensors, in name and shape; None if none has half of them."""
+    """The terrazzo model that has the most of these tensors, by name and shape; None if no model has half of them."""
     families: dict[str, list[str]] = {}
     for name, family in registered_models().items():
         families.setdefault(family, []).append(name)
@@ -236,7 +237,7 @@ def nearest(weights: dict[str, torch.Tensor]) -> str | None:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Skips what changes tensors in place: to initialise tensors of the meta device takes longest, and does nothing."""
+    """Skips in-place operations: initialising tensors on the meta device takes most of the time and does nothing."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -246,7 +247,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def _likeness(weights: dict[str, torch.Tensor], name: str) -> tuple[float, float]:
-    """Which share of tensors, in name and in name and shape, weights and a model have in common."""
+    """The shares of tensors that weights and a model have in common, by name, and by name and shape."""
     with _Uninitialised():
         model = timm.create_model(name, device="meta")
     try:
@@ -271,7 +272,7 @@ def rename(state_dict: Mapping[str, torch.Tensor], pairs: Iterable[tuple[str, st
 
 
 def flatten_pointwise(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of 1x1 convolutions as the matrices that the model's linear layers have."""
+    """Turn weights of 1x1 convolutions into matrices if the model has linear layers there."""
     own = model.state_dict()
     for name, value in state_dict.items():
         if name in own and own[name].dim() == 2 and tuple(value.shape[2:]) == (1, 1):
@@ -291,12 +292,12 @@ def resize_bias_tables(state_dict: dict[str, torch.Tensor], model: nn.Module, su
 
 
 def licence_notices(names: Iterable[str]) -> list[str]:
-    """What is to be said of the weights of a checkpoint whose tensors are so named; nothing of most."""
+    """Licence notices for a checkpoint with these tensor names; most checkpoints have no notice."""
     names = list(names)
     return [text for pattern, text in _LICENCES.items() if any(re.search(pattern, name) for name in names)]
 
 
 def say_licence(names: Iterable[str]) -> None:
-    """Put such notices where Python's warnings go, on the standard error unless logging is set up otherwise."""
+    """Log the licence notices as warnings; Python prints them to standard error unless logging is configured."""
     for notice in licence_notices(names):
         _logger.warning(notice)

@@ -1,8 +1,8 @@
-"""Attention within windows of the grid, as ViTDet has it for large images, around whatever merges tokens.
+"""Attention within windows of the grid, as in ViTDet for large images, around any reducer that merges tokens.
 
-Windows are of equal size and at most as large as asked for: a side of 64 patches has 5 windows of 13 where 14 is the
-limit. So padding, at the bottom and on the right, is less than one row or column a window, and a grid that fits into
-one window is attended to as a whole.
+Windows have equal sizes, not larger than the limit: with a limit of 14, a side of 64 patches has 5 windows of 13. So
+padding, at the bottom and on the right, is less than one row or column per window. A grid that fits into one window is
+attended to as a whole.
 """
 
 from collections.abc import Sequence
@@ -19,45 +19,45 @@ from terrazzo.errors import InputError
 
 
 def spread(depth: int) -> tuple[int, ...]:
-    """The last block of each quarter, as ViTDet's global ones: (2, 5, 8, 11) of 12."""
+    """The last block of each quarter, like ViTDet's global blocks: (2, 5, 8, 11) of 12."""
     return tuple(sorted({max(0, depth * k // 4 - 1) for k in range(1, 5)}))
 
 
 def even(side: int, window: int) -> int:
-    """How long windows are that divide a side, none longer than `window`, all equal but for padding."""
+    """The length of equal windows along a side, at most `window`; the last window may need padding."""
     return -(-side // -(-side // window))
 
 
 def to_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
-    """Patches in the grid's order (B, H W, C) to one window after another, (B, windows rows columns, C), with zeros."""
+    """Reorder patches (B, H W, C) window by window, (B, windows rows columns, C), padded with zeros."""
     return split_windows(x.unflatten(1, grid), window).flatten(1, 4)
 
 
 def from_windows(x: torch.Tensor, grid: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
-    """The inverse of `to_windows`, without what was padded."""
+    """The inverse of `to_windows`, without the padding."""
     return join_windows(x.unflatten(1, (*window_counts(grid, window), *window)), grid).flatten(1, 2)
 
 
 class Windows(Reducer):
-    """Has a reducer run each window as if it were an image, and some blocks on all that is left of the image.
+    """Runs a reducer on each window as on an image, and some global blocks on all remaining tokens of the image.
 
-    The tokens in front, of which each window has a copy, are means over the windows after each block, weighted by
-    their patches. Every window loses as many tokens in a block as every other. Padding is of size 0, so no token sees
-    it; its queries count in MCTF's informativeness, though. Stochastic depth drops branches of windows, not of images.
-    A single window is, to the bit, the reducer alone.
+    Each window has a copy of the tokens in front. After each block the copies are averaged over the windows, weighted
+    by their patches. All windows lose the same number of tokens in a block. Padding has size 0, so no token sees it,
+    but its queries count in MCTF's informativeness. Stochastic depth drops branches of windows, not of images. With a
+    single window the result equals the reducer's alone, to the bit.
 
-    Source: ViTDet, arXiv 2203.16527, section 3, which has no tokens in front and pads to windows of one size.
+    Source: ViTDet, arXiv 2203.16527, section 3. ViTDet has no tokens in front, and pads to windows of one size.
     """
 
     def __init__(self, reducer: Reducer, window: int, depth: int, global_blocks: Sequence[int] | None = None):
         """Args:
-        window: So many patches a window has at most in a row or column.
+        window: The largest number of patches in a row or column of a window.
         depth: Blocks of the ViT.
-        global_blocks: Which attend to all tokens, counted from 0; None for the last of each quarter.
+        global_blocks: Blocks that attend to all tokens, counted from 0; None for the last block of each quarter.
 
         Raises:
-            InputError: A number is out of range, a block both merges and attends to all, behind which windows could not
-                be told apart, or the reducer goes by the class token's attention, which a window has of its own alone.
+            InputError: A number is out of range; a block both merges and attends to all tokens (afterwards windows
+                could not be separated); or the reducer depends on the class token's attention over the whole image.
         """
         super().__init__()
         window = whole("window", window)
@@ -93,7 +93,7 @@ class Windows(Reducer):
         return self._unfold(out, state)
 
     def _enter(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
-        """Tokens in the order of windows; padding has size 0."""
+        """Order tokens by windows; padding has size 0."""
         state.window = tuple(even(side, self.window) for side in state.grid)
         front, body = x.tensor_split([state.prefix], 1)
         count = state.grid[0] * state.grid[1]
@@ -105,7 +105,7 @@ class Windows(Reducer):
         return torch.cat([front, body], 1)
 
     def _fold(self, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        """(B, prefix + windows T, C) to (B windows, prefix + T, C), and the state of tokens that are images."""
+        """Reshape (B, prefix + windows T, C) to (B windows, prefix + T, C), and make a state with windows as images."""
         rows, columns = window_counts(state.grid, state.window)
 
         def fold(x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ class Windows(Reducer):
 
     @staticmethod
     def _unfold(x: torch.Tensor, state: TokenState) -> torch.Tensor:
-        """(B windows, prefix + T, C) to (B, prefix + windows T, C)."""
+        """Reshape (B windows, prefix + T, C) to (B, prefix + windows T, C), with means of the tokens in front."""
         rows, columns = (
             (side - torch.arange(count, device=x.device) * length).clamp(max=length)
             for side, length, count in zip(state.grid, state.window, window_counts(state.grid, state.window))
@@ -134,7 +134,7 @@ class Windows(Reducer):
 
     @staticmethod
     def _unfold_map(assignment: torch.Tensor, state: TokenState, left: int) -> torch.Tensor:
-        """Maps within windows (B windows, prefix + T), to `left` tokens each, as one of the image."""
+        """Turn maps within windows (B windows, prefix + T), to `left` tokens each, into a map of the image."""
         rows, columns = window_counts(state.grid, state.window)
         windows = torch.arange(rows * columns, device=assignment.device)
         assignment = assignment.unflatten(0, (-1, rows * columns))
@@ -142,7 +142,7 @@ class Windows(Reducer):
         return torch.cat([assignment[:, 0, : state.prefix], body.flatten(1)], 1)
 
     def left(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
-        """What is left: in the order of windows and with padding, if anything was merged."""
+        """The remaining tokens; if anything was merged, they are ordered by windows and include padding."""
         if state.window is None:
             return x
         rows, columns = window_counts(state.grid, state.window)
@@ -166,7 +166,7 @@ class Windows(Reducer):
 
 
 def within(reducer: Reducer, window: int | None, depth: int, global_blocks: Sequence[int] | None) -> Reducer:
-    """The reducer in windows, or as it is where `window` is None; arguments as of `Windows`."""
+    """The reducer in windows, or unchanged if `window` is None; arguments as in `Windows`."""
     if window is not None:
         return Windows(reducer, window, depth, global_blocks)
     if global_blocks is not None:

@@ -1,13 +1,13 @@
-"""AS-ViT: DeiT that drops tokens of low class attention, by learned thresholds, so that images keep unlike numbers.
+"""AS-ViT: DeiT that drops tokens of low class attention by learned thresholds, a different number for each image.
 
 Paper: Adaptive Sparse ViT: Towards Learnable Adaptive Token Pruning by Fully Exploiting Self-Attention, IJCAI 2023,
 arXiv 2209.13802.
 Official code: github.com/Cydia2018/AS-ViT, without a licence, so nothing of it is used here; no weights are published.
 
-Ours differ from the official code, which this is a reimplementation of from the paper's and its formulas, in this:
-each image of a batch keeps what it keeps alone (theirs keeps the batch's mean number of each), any input size runs, and
-masks of later stages are multiplied by earlier ones. Maps have every position: a dropped token keeps the features that
-it was dropped with.
+This is a reimplementation from the formulas of the paper and of the official code. It differs from the official code:
+an image keeps the same tokens in a batch as alone (the official code keeps the batch's mean number for each image), any
+input size runs, and masks of later stages are multiplied by earlier masks. Maps have every position: a dropped token
+keeps the features that it had when it was dropped.
 """
 
 from collections.abc import Sequence
@@ -36,21 +36,21 @@ from terrazzo.kernels.varlen_attention import first_weights, varlen_attention
 __all__ = ["ASViT"]
 
 FORMS = ("auto", "masked", "packed", "fixed")
-TEMPERATURE = 1e-4  # of the sigmoid that thresholds learn by
+TEMPERATURE = 1e-4  # of the sigmoid that gives thresholds a gradient
 EPSILON = 1e-6  # of the masked softmax
 
 
 class PrunedState(State):
-    """What flows beside the tokens: (B, T, C), or packed (sum of T, C).
+    """The state beside the tokens (B, T, C), or packed tokens (sum of T, C).
 
     Attributes:
-        score: Of each token by the block before, as the tokens without channels.
-        keep: Masked, from the first stage on: (B, T), 1 where a token is kept, with the thresholds' gradient.
-        full: Features of every position, of which those of dropped tokens are read: (B, T, C), packed flat.
-        map: Fixed: (B, T) to the tokens that are left, -1 for a dropped one.
-        place: Packed: (sum of T,), where in `full` each token belongs.
-        lengths: Packed: tokens left of each image.
-        cu_seqlens: Packed: (B + 1,) int32, where each image's begin.
+        score: Each token's score by the block before: the tokens' shape without channels.
+        keep: Masked, from the first stage on: (B, T), 1 for a kept token, with the thresholds' gradient.
+        full: Features of every position (B, T, C), flat if packed; only the features of dropped tokens are read.
+        map: Fixed: (B, T) to the remaining tokens, -1 for a dropped token.
+        place: Packed: (sum of T,), the place of each token in `full`.
+        lengths: Packed: the number of remaining tokens of each image.
+        cu_seqlens: Packed: (B + 1,) int32, where the tokens of each image begin.
     """
 
     score: torch.Tensor | None = None
@@ -65,10 +65,10 @@ class PrunedState(State):
 def masked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in which a dropped token is seen by nobody but itself; the class token's row of weights, too.
+    """Attention in which only a dropped token itself sees it, and the class token's row of weights.
 
-    The mask multiplies exponentials whose maximum runs over all keys, and a part of 1e-6 goes to every key: dropped
-    tokens have a gradient, by which thresholds come back down.
+    The mask multiplies exponentials after subtracting the maximum over all keys, and all keys get a share of 1e-6. So
+    dropped tokens have a gradient, and thresholds can decrease again.
 
     Args:
         query, key, value: (B, H, T, D).
@@ -97,9 +97,9 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tu
 
 
 def token_scores(context: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Class attention, heads weighted by the norm of what they gave the token: (B, H, T, D), (B, H, T) to (B, T).
+    """Class attention, with heads weighted by the norm of their output for the token.
 
-    Packed, (sum of T, H, D) and (sum of T, H) to (sum of T,).
+    (B, H, T, D) and (B, H, T) to (B, T); packed, (sum of T, H, D) and (sum of T, H) to (sum of T,).
 
     Source: arXiv 2209.13802, section 3.2.
     """
@@ -108,10 +108,10 @@ def token_scores(context: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 
 
 class Pruning(Reducer):
-    """Drops tokens in front of some blocks, by the score that the block before gave them.
+    """Drops tokens in front of some blocks, by the scores from the block before.
 
-    Training, and wherever a gradient or a static graph is asked for, dropped tokens are masked; else they are removed,
-    and images are packed one after another. Both give the same up to 2e-6.
+    In training, and whenever a gradient or a static graph is needed, dropped tokens are masked. Otherwise they are
+    removed, and images are packed one after another. Both results agree up to 2e-6.
     """
 
     by_class_token = True
@@ -126,15 +126,14 @@ class Pruning(Reducer):
         dtype: torch.dtype | None = None,
     ):
         """Args:
-        blocks: In front of which tokens are dropped, counted from 0.
-        form: "masked", "packed", "auto" for the one of these that fits, or "fixed": every image keeps the same
-            number, as an engine with static shapes needs.
-        keep: With "fixed": which part of the patches is kept at each stage.
-        thresholds: With which each stage's parameter begins; scores are about 1 / tokens. None for 0.001, 0.002, ...
+        blocks: Blocks in front of which tokens are dropped, counted from 0.
+        form: "masked", "packed", "auto" for the suitable form of both, or "fixed": every image keeps the same
+            number of tokens, for engines with static shapes.
+        keep: With "fixed": the part of the patches that is kept at each stage.
+        thresholds: Initial value of each stage's parameter; scores are about 1 / tokens. None for 0.001, 0.002, ...
 
         Raises:
-            InputError: `form` is none of these, a stage is in front of the first block, or `keep` or `thresholds` do
-                not fit.
+            InputError: `form` is unknown, a stage is in front of the first block, or `keep` or `thresholds` do not fit.
         """
         super().__init__()
         if form not in FORMS:
@@ -152,7 +151,7 @@ class Pruning(Reducer):
         self.blocks = blocks
         self.form = form
         self.keep = keep
-        # No loss reaches those that are not read: parallel processes would wait for their gradient.
+        # "fixed" does not read the thresholds, so they get no gradient, for which parallel processes would wait.
         self.thresholds = nn.ParameterList(
             learned_number(value, requires_grad=form != "fixed", device=device, dtype=dtype) for value in thresholds
         )
@@ -166,7 +165,7 @@ class Pruning(Reducer):
         return PrunedState(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
 
     def form_of(self, x: torch.Tensor) -> str:
-        """What "auto" means for these tokens."""
+        """The form for these tokens, if `form` is "auto"."""
         if self.form != "auto":
             return self.form
         static = torch.compiler.is_compiling() or is_exporting() or x.device.type == "meta"
@@ -181,7 +180,7 @@ class Pruning(Reducer):
             return Block.forward(block, x)
 
         def among_kept(attn: nn.Module, normed: torch.Tensor) -> torch.Tensor:
-            """Attention to the tokens that are kept, which scores them, too."""
+            """Attention to the kept tokens; it also scores them."""
             if state.lengths is not None:
                 context, score = self._packed_context(attn, attn.qkv(normed), state, scored)
             else:
@@ -193,7 +192,7 @@ class Pruning(Reducer):
 
     @staticmethod
     def _context(attn: nn.Module, projected: torch.Tensor, keep: torch.Tensor | None):
-        """What attention gives each token (B, T, C), and scores (B, T)."""
+        """The attention's output (B, T, C), and scores (B, T)."""
         query, key, value = heads(attn, projected)
         query, key = attn.q_norm(query), attn.k_norm(key)
         if keep is None:
@@ -204,7 +203,7 @@ class Pruning(Reducer):
 
     @staticmethod
     def _packed_context(attn: nn.Module, projected: torch.Tensor, state: PrunedState, scored: bool):
-        """As `_context` for packed tokens (sum of T, C); scores only where they are asked for."""
+        """Like `_context` for packed tokens (sum of T, C); scores only if `scored`."""
         query, key, value = projected.unflatten(1, (-1, attn.num_heads, attn.head_dim)).unbind(1)
         query, key = attn.q_norm(query), attn.k_norm(key)
         context = varlen_attention(query, key, value, state.cu_seqlens, max(state.lengths))
@@ -212,19 +211,19 @@ class Pruning(Reducer):
         return context.flatten(1), score
 
     def _masked(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
-        """Straight through: the mask is hard, its gradient that of a steep sigmoid."""
+        """Mask tokens with a straight-through estimator: the mask is hard, its gradient is a steep sigmoid's."""
         above = state.score - self.thresholds[stage].to(state.score.dtype)
         soft = (above / TEMPERATURE).sigmoid()
         keep = (above > 0).to(soft.dtype) - soft.detach() + soft
         keep = keep if state.keep is None else keep * state.keep
-        # Of the graph's own sizes: the older ONNX exporter makes a constant of ones.
+        # Ones whose sizes come from the graph: the older ONNX exporter makes a constant of torch.ones.
         keep = torch.cat([keep[:, : state.prefix].detach() * 0 + 1, keep[:, state.prefix :]], 1)
         state.full = x if state.full is None else self.restored(x, state, "copy")
         state.keep = keep
         return x
 
     def _packed(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
-        """Dropped tokens are removed, and the host is asked how many are left."""
+        """Remove dropped tokens; the host reads the number of remaining tokens."""
         cu_seqlens, place, full = state.cu_seqlens, state.place, state.full
         if cu_seqlens is None:
             images, count = x.shape[:2]
@@ -239,7 +238,7 @@ class Pruning(Reducer):
         return x
 
     def _fixed(self, x: torch.Tensor, state: PrunedState, stage: int) -> torch.Tensor:
-        """The best of each image are kept, the same number of all, whatever the threshold."""
+        """Keep the best tokens of each image, the same number for all images; thresholds are not used."""
         patches = state.grid[0] * state.grid[1]
         kept = min(int(patches * self.keep[stage]), x.shape[1] - state.prefix)
         state.full = x if state.full is None else self.restored(x, state, "copy")
@@ -248,10 +247,10 @@ class Pruning(Reducer):
         return x
 
     def left(self, x: torch.Tensor, state: PrunedState) -> torch.Tensor:
-        """As many tokens as there are positions, since images keep unlike numbers.
+        """A token for every position, because images keep different numbers of tokens.
 
-        In the place of a dropped patch stands the first that is kept, so that a maximum over patches is one over kept
-        ones; the class token where none is.
+        A dropped patch is replaced by the first kept patch, so that a maximum over patches is a maximum over kept
+        patches; if no patch is kept, by the class token.
         """
         kept = self.kept(state)
         if kept is None:
@@ -268,7 +267,7 @@ class Pruning(Reducer):
 
     @staticmethod
     def kept(state: PrunedState) -> torch.Tensor | None:
-        """Which positions have a token of their own, (B, T); None before anything was dropped."""
+        """Which positions still have their token, (B, T); None before anything was dropped."""
         if state.lengths is not None:
             kept = torch.zeros(state.full.shape[0], dtype=torch.bool, device=state.full.device)
             return kept.index_fill(0, state.place, True).unflatten(0, (len(state.lengths), -1))
@@ -277,7 +276,7 @@ class Pruning(Reducer):
         return None if state.map is None else state.map >= 0
 
     def restored(self, x: torch.Tensor, state: PrunedState, mode: str) -> torch.Tensor:
-        """A token for every position; a dropped one keeps what it was dropped with, whatever the mode."""
+        """A token for every position; in all modes a dropped token keeps its features from when it was dropped."""
         if state.lengths is not None:
             full = state.full.index_copy(0, state.place, x)
             return full.unflatten(0, (len(state.lengths), -1))
@@ -287,7 +286,7 @@ class Pruning(Reducer):
 
 
 class ASLVViT(LVViT):
-    """LV-ViT whose tokens are dropped on the way."""
+    """LV-ViT that drops tokens."""
 
     def __init__(
         self,
@@ -310,7 +309,7 @@ class ASLVViT(LVViT):
 
 
 class ASViT(DeiT):
-    """DeiT whose tokens are dropped on the way."""
+    """DeiT that drops tokens."""
 
     def __init__(
         self,
@@ -337,7 +336,7 @@ NAMES = [(r"^score_predictor\.(\d+)\.keep_threshold$", r"reducer.thresholds.\1")
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """As `from_official`; a plain ViT leaves the thresholds as they are, a pooling no second classifier."""
+    """Like `from_official`. A plain ViT's checkpoint leaves the thresholds; pooling removes the second classifier."""
     own = {name: value for name, value in model.state_dict().items() if name.startswith("reducer.")}
     host = _lvvit if isinstance(model, LVViT) else _deit
     state_dict = own | dimensioned(from_official(state_dict, model, [*NAMES, *host.NAMES]), model)

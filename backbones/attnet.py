@@ -1,15 +1,15 @@
-"""AttNet: a convolutional network with attentive convolution, whose 3x3 kernels are made from each sample's own map.
+"""AttNet: a convolutional network with attentive convolution, which computes its 3x3 kernels from each sample's map.
 
 Paper: Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency, 2025,
     arXiv 2510.20092.
 Official code: github.com/price112/Attentive-Convolution, MIT licence; weights by the authors, in one shared folder.
 
-Where paper and code disagree the code is followed: the map is pooled row by row, as a sequence, not on a 3x3 grid, so
-kernels depend on the map's proportions and on what pads a batch.
+Where paper and code disagree, this follows the code: the map is pooled row by row, as a sequence, not on a 3x3 grid. So
+kernels depend on the map's proportions and on the padding of a batch.
 
-Deviations, without effect on outputs: the map is pooled before its projection for the kernels, not after (both are
-linear), which saves a third of the mixer's pointwise multiply-adds: the authors count them all. Drop path is 0 unless
-asked for; the rates of their training runs are in the configs.
+Deviations without effect on outputs: the map is pooled before its projection for the kernels, not after (both are
+linear). This saves a third of the mixer's pointwise multiply-adds; the authors count all of them. Drop path is 0 by
+default; the rates of the authors' training runs are in the configs.
 """
 
 import itertools
@@ -37,7 +37,7 @@ __all__ = ["AttNet"]
 
 
 class AttentiveConv(nn.Module):
-    """Attentive convolution of (B, C, H, W) between two pointwise ones.
+    """Attentive convolution of (B, C, H, W) between two pointwise convolutions.
 
     Source: arXiv 2510.20092, sections on adaptive routing and lateral inhibition; names as in the authors' code.
     """
@@ -67,7 +67,7 @@ class AttentiveConv(nn.Module):
         return self.proj(x)
 
     def kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to the kernels of each sample and channel, (B, C, taps), as `attentive_conv` makes them."""
+        """The kernels of each sample and channel, (B, C, taps), from (B, C, H, W); the same as in `attentive_conv`."""
         wide = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
         with without_autocast(wide):
             pooled = wide @ cells(self.taps, wide.shape[2], wide).t()
@@ -78,9 +78,9 @@ class AttentiveConv(nn.Module):
 
 
 def convolve(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """Depthwise convolution of (B, C, H, W) with a kernel (B, C, taps) of each sample's and channel's own.
+    """Depthwise convolution of (B, C, H, W) with separate kernels (B, C, taps) for each sample and channel.
 
-    It sums shifted maps: no operation of ONNX has weights of each sample's own.
+    It sums shifted maps, because no ONNX operation has separate weights for each sample.
     """
     side = math.isqrt(kernels.shape[2])
     height, width = x.shape[2:]
@@ -91,7 +91,7 @@ def convolve(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 
 
 class WideRmsNorm2d(RmsNorm2d):
-    """timm's norm, in float32 at least: gradients of small maps overflow float16 (autocast widens it on a GPU only)."""
+    """timm's norm in float32 at least: gradients of small maps overflow float16 (only on a GPU, autocast widens it)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -100,7 +100,7 @@ class WideRmsNorm2d(RmsNorm2d):
 
 
 class GatedMlp(nn.Module):
-    """An MLP on (B, C, H, W) whose gate, the first half of its hidden channels, takes a depthwise convolution."""
+    """An MLP on (B, C, H, W) with a gate: a depthwise convolution of the first half of the hidden channels."""
 
     def __init__(self, dim: int, hidden: int, norm: bool, **factory):
         super().__init__()
@@ -151,12 +151,12 @@ def downsampler(in_chans: int, out_chans: int, **factory) -> nn.Sequential:
 
 
 class NormedHead(Head):
-    """Pooling, a norm of the pooled vector, a classifier. A map that is not pooled goes through as it is."""
+    """Pooling, a norm of the pooled vector, a classifier. A map that is not pooled is not normalised."""
 
     def _fit(self, num_classes: int, pool_type: str, **factory) -> None:
         super()._fit(num_classes, pool_type, **factory)
         if self.global_pool.is_identity():
-            self.norm = nn.Identity()  # or it would be a parameter that nothing reaches
+            self.norm = nn.Identity()  # its parameters would get no gradient
         elif getattr(getattr(self, "norm", None), "normalized_shape", ()) != (self.num_features,):
             self.norm = nn.LayerNorm(self.num_features, eps=1e-5, **factory)
 
@@ -175,7 +175,7 @@ def _init_weights(module: nn.Module) -> None:
 class AttNet(Pyramid):
     """AttNet: four stages of attentive convolution and gated MLPs.
 
-    Source: arXiv 2510.20092; depths, widths and the rest from the authors' models/AttNet.py.
+    Source: arXiv 2510.20092; depths, widths and other details from the authors' models/AttNet.py.
     """
 
     output_fmt = "NCHW"
@@ -199,10 +199,10 @@ class AttNet(Pyramid):
         **kwargs,
     ):
         """Args:
-        depths, dims, expansions: Per stage; of the expansion of the gated MLP two thirds are hidden channels.
-        kernel_size: Of the attentive convolution, odd.
-        mlp_norm: An RMS norm of the hidden channels.
-        layer_scale: Initial value of the per-channel scales, None for none.
+        depths, dims, expansions: Per stage; the gated MLP has two thirds of the expansion as hidden channels.
+        kernel_size: Kernel size of the attentive convolution, odd.
+        mlp_norm: Whether the MLP has an RMS norm of its hidden channels.
+        layer_scale: Initial value of the per-channel scales; None for no scales.
         **kwargs: norm_outputs: see `Backbone`.
         """
         factory = dict(device=device, dtype=dtype)
@@ -230,7 +230,7 @@ class AttNet(Pyramid):
             **factory,
             **kwargs,
         )
-        if not self.norm_outputs:  # the norm before the classifier is of the pooled vector, not of the map
+        if not self.norm_outputs:  # the norm before the classifier takes the pooled vector, not the map
             self.norm = nn.Identity()
             self.head = NormedHead(dims[-1], pool_type=global_pool, **head, **factory)
         self.apply(_init_weights)
@@ -252,7 +252,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return rename(state_dict, OFFICIAL_NAMES)
 
 
-# The folder that the authors' readme links; no file that timm could fetch.
+# The folder that the authors' readme links; timm cannot fetch its files.
 _WEIGHTS = (
     "https://unioulu-my.sharepoint.com/:f:/g/personal/hayu23_univ_yo_oulu_fi/"
     "EtaWTnsh1ytNgsIYetHHwt4B1RxG_HDHN70a3NOq3fustw?e=MZ4w5w"

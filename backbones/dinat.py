@@ -5,14 +5,14 @@ Papers:
     Dilated Neighborhood Attention Transformer, 2022, arXiv 2209.15001.
 Official code: github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT licence; weights by the authors.
 
-Where paper and code disagree the code is followed: the bias is added outside of the scaling, `dinat_small` has no layer
-scale although `nat_small` has. A map smaller than kernel x dilation is zero-padded at the bottom and right before the
-projection, as with the operator (natten 0.14) that the published weights were trained and evaluated with; later natten
-versions refuse such maps.
+Where paper and code disagree, this follows the code: the bias is added outside of the scaling, and `dinat_small` has no
+layer scale although `nat_small` has. A map smaller than kernel x dilation is zero-padded at the bottom and right before
+the projection, as with natten 0.14, the operator that the published weights were trained and evaluated with; later
+natten versions refuse these maps.
 
-Deviations, without effect on outputs: a downsampler opens its stage instead of closing the one before, the isotropic
-models take any input size, and rpb takes no weight decay (the authors meant that too, but their classification recipe
-asks for it under a name that timm does not read).
+Deviations without effect on outputs: a downsampler opens its stage instead of closing the stage before, the isotropic
+models take any input size, and rpb has no weight decay (the authors intended this, too, but their classification recipe
+requests it under a name that timm does not read).
 """
 
 import re
@@ -134,12 +134,12 @@ class NAT(Pyramid):
         **kwargs,
     ):
         """Args:
-        embed_dim: Channels of the first stage; each later stage has twice those of the one before.
+        embed_dim: Channels of the first stage; each later stage has twice as many as the stage before.
         depths, num_heads: Per stage.
-        dilations: Per stage and block; None for 1 everywhere (NAT). Dilation is a property of a checkpoint: one
+        dilations: Per stage and block; None for 1 everywhere (NAT). Dilation is a property of a checkpoint: a model
             trained at 8, 4, 2, 1 loses 4.5 points of top-1 when tested at 1 (arXiv 2209.15001).
-        layer_scale: Initial value of the per-channel scales, None for none.
-        patches: DiNAT_s: non-overlapping patches and Swin's merging in place of convolutions.
+        layer_scale: Initial value of the per-channel scales; None for no scales.
+        patches: DiNAT_s: non-overlapping patches and Swin's merging instead of convolutions.
         **kwargs: num_classes, global_pool, drop_rate, norm_outputs: see `Backbone`.
 
         Raises:
@@ -194,7 +194,7 @@ class IsotropicNAT(Plain):
         **kwargs,
     ):
         """Args:
-        dilations: Per block; their number is the depth.
+        dilations: One dilation per block; their number is the depth.
         **kwargs: num_classes, global_pool, drop_rate, norm_outputs: see `Backbone`.
         """
         factory = dict(device=device, dtype=dtype)
@@ -236,7 +236,7 @@ HUB_NAMES = [
 
 
 def _from_hub(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The authors' form of a hub copy: query, key and value in one matrix, the two layer scales apart."""
+    """Convert a hub copy to the authors' form: query, key and value in one matrix, two separate layer scales."""
     out = {}
     state_dict = rename(state_dict, HUB_NAMES)
     for name, value in state_dict.items():
@@ -331,7 +331,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# Dilations at 224 (and at 384 with kernel 11): the largest that the nominal maps hold (arXiv 2209.15001, table 12).
+# Dilations at 224 (and at 384 with kernel 11): the largest that fit the nominal maps (arXiv 2209.15001, table 12).
 _AT_224 = {
     (3, 4, 6, 5): [[1, 8, 1], [1, 4] * 2, [1, 2] * 3, [1] * 5],
     (3, 4, 18, 5): [[1, 8, 1], [1, 4] * 2, [1, 2] * 9, [1] * 5],

@@ -3,13 +3,13 @@
 Paper: DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion, SDM 2024, arXiv 2309.12424.
 Official code: none was found.
 
-This is a reconstruction: reconstructed from the paper; no public weights of the authors load. Known of the paper are
-the two streams, the steps of a block (ConvNeXt block, step-wise downsampling, aggregation, enrichment by a weighted
-sum, broadcast, sum), the 7x7 tokens, both forms of the MLP, and that stem, patch merging and the bi-dimensional
-attention behind the FFN are LightViT's (arXiv 2207.05557), whose code (Apache-2.0) fixes those. Ours are all widths,
-depths and ratios, the layers within each step, and where the global tokens enter the head. They were found by counting
-(model_cards/dualtokenvit.md): multiply-adds come within 5 % of the published, and three differences that the paper's
-ablations state come out, too.
+This is a reconstruction: reconstructed from the paper; no public weights of the authors load. The paper gives the two
+streams, the steps of a block (ConvNeXt block, step-wise downsampling, aggregation, enrichment by a weighted sum,
+broadcast, sum), the 7x7 tokens and both forms of the MLP. Stem, patch merging and the bi-dimensional attention after
+the FFN are LightViT's (arXiv 2207.05557, code under Apache-2.0). Our choices are all widths, depths and ratios, the
+layers within each step, and the place where the global tokens enter the head. They were found by counting
+(model_cards/dualtokenvit.md): multiply-adds are within 5 % of the published values, and three differences from the
+paper's ablations are reproduced, too.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class Tokens(Beside):
 def pool_to_grid(x: torch.Tensor) -> torch.Tensor:
     """Adaptive average pooling, (B, H, W, C) to (B, GRID * GRID, C); a smaller map repeats its positions.
 
-    Exported it is two products with matrices, since no ONNX operator pools to cells of unequal size.
+    In exports it is two matrix products, because no ONNX operator pools to cells of unequal size.
     """
     if not is_exporting():
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), GRID).flatten(2).transpose(1, 2)
@@ -71,7 +71,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 class ConvEncoder(nn.Module):
-    """What a ConvNeXt block adds to its input, (B, H, W, C): depthwise 7x7, norm, MLP."""
+    """The residual branch of a ConvNeXt block, (B, H, W, C): depthwise 7x7, norm, MLP."""
 
     def __init__(self, dim: int, **factory):
         super().__init__()
@@ -86,7 +86,7 @@ class ConvEncoder(nn.Module):
 class HalvingStep(nn.Sequential):
     """One step of the downsampling: local information by convolutions, then half the size, on (B, C, H, W).
 
-    The last row or column of an odd side is a cell of its own, as if it were repeated once.
+    The last row or column of an odd side is a separate cell, as if it were repeated once.
     """
 
     def __init__(self, dim: int, **factory):
@@ -110,7 +110,7 @@ class MixMlp(nn.Module):
 
 
 class PositionAwareTokens(nn.Module):
-    """The global half of a block: (B, H, W, C) to what each position is told, and new global tokens in the state.
+    """The global half of a block: (B, H, W, C) to the global information per position; updates the state's tokens.
 
     Source: arXiv 2309.12424, section 3.1, the position-aware token module, and section 3.2.
     """
@@ -136,7 +136,7 @@ class PositionAwareTokens(nn.Module):
 
 
 class BiDimAttention(nn.Module):
-    """LightViT's bi-dimensional attention: each channel and each position of (B, H, W, C) scaled by a sigmoid.
+    """LightViT's bi-dimensional attention: sigmoids scale each channel and each position of (B, H, W, C).
 
     Source: arXiv 2207.05557, section 3.3; names as in the authors' code.
     """
@@ -184,7 +184,7 @@ class DualTokenBlock(nn.Module):
 
 
 class LightPatchMerging(nn.Module):
-    """LightViT's merging of (B, H, W, C): a linear layer of the pixels of a 2x2 patch plus one of their maximum."""
+    """LightViT's merging of (B, H, W, C): linear layers of the pixels of a 2x2 patch and of their maximum, summed."""
 
     def __init__(self, in_dim: int, dim: int, **factory):
         super().__init__()
@@ -198,7 +198,7 @@ class LightPatchMerging(nn.Module):
 
 
 class TokenMerging(nn.Module):
-    """The global tokens (B, 49, C) in the next stage's width: as many as before."""
+    """Project the global tokens (B, 49, C) to the next stage's width; their number stays."""
 
     def __init__(self, in_dim: int, dim: int, **factory):
         super().__init__()
@@ -210,11 +210,11 @@ class TokenMerging(nn.Module):
 
 
 class DualTokenStage(Stage):
-    """A stage that carries the global tokens into its width before its blocks."""
+    """A stage that projects the global tokens to its width before its blocks."""
 
     def __init__(self, blocks: Sequence[nn.Module], in_dim: int, dim: int, **factory):
         super().__init__([], LightPatchMerging(in_dim, dim, **factory))
-        del self.blocks  # they come last: checkpoints of optimizers know parameters by their order
+        del self.blocks  # set again below, as the last module: optimizer checkpoints identify parameters by order
         self.carry = TokenMerging(in_dim, dim, **factory)
         self.blocks = nn.ModuleList(blocks)
 
@@ -225,7 +225,7 @@ class DualTokenStage(Stage):
 
 
 class Stem(nn.Module):
-    """LightViT's stem of stride 8, (B, in_chans, H, W) to (B, H/8, W/8, C); it holds the global tokens, too."""
+    """LightViT's stem of stride 8, (B, in_chans, H, W) to (B, H/8, W/8, C), and the learned global tokens."""
 
     def __init__(self, in_chans: int, dim: int, **factory):
         super().__init__()
@@ -242,7 +242,7 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         """Args:
-        state: `Tokens`, which is given a copy for each image; None for none.
+        state: `Tokens`, which gets a copy of the global tokens for each image; None for no state.
         """
         x = self.norm(self.proj(self.stem(x)).permute(0, 2, 3, 1))
         if state is not None:
@@ -251,7 +251,7 @@ class Stem(nn.Module):
 
 
 class AllTokensHead(TokenHead):
-    """A head on tokens (B, N, C) none of which is a class token: it pools all of them."""
+    """A head on tokens (B, N, C) without a class token: it pools all tokens."""
 
     poolings = POOLINGS
 
@@ -263,8 +263,8 @@ class AllTokensHead(TokenHead):
 class DualTokenViT(Pyramid):
     """Three stages of dual token blocks at strides 8, 16 and 32.
 
-    `forward_features` gives what the head takes: the global tokens, then the positions of the last map, (B, 49 + N,
-    neck).
+    `forward_features` returns the head's input (B, 49 + N, neck): the global tokens, then the positions of the last
+    map.
     """
 
     no_decay = ("tokens", "alpha")
@@ -287,7 +287,7 @@ class DualTokenViT(Pyramid):
     ):
         """Args:
         widths, depths, mlp_ratios: Per stage; widths are multiples of 32, the channels of a head.
-        mix: The token-mixing MLP, not the one of the channels, where aggregated and global tokens are joined.
+        mix: Use the token-mixing MLP, not the channel MLP, before aggregated and global tokens are summed.
         neck: Channels in front of the classifier.
         norm_outputs: See `Backbone`; there is no neck then.
         """
@@ -324,7 +324,7 @@ class DualTokenViT(Pyramid):
         return self.neck(self.norm(torch.cat([state.tokens, x.flatten(1, 2)], 1)))
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """As `Backbone`; the neck goes with the norm."""
+        """Like `Backbone`'s method; the neck is removed together with the norm."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if isinstance(self.norm, nn.Identity):
             self.neck = nn.Identity()
@@ -335,7 +335,7 @@ class DualTokenViT(Pyramid):
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Turn a checkpoint, an older one whose `alpha` has no dimension too, into a state dict of `model`."""
+    """Turn a checkpoint into a state dict of `model`; older checkpoints may have a 0-d `alpha`."""
     return dimensioned(state_dict, model)
 
 

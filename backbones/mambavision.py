@@ -2,20 +2,21 @@
 
 Paper: MambaVision: A Hybrid Mamba-Transformer Vision Backbone, CVPR 2025, arXiv 2407.08083.
 Official code: github.com/NVlabs/MambaVision, NVIDIA Source Code License-NC; nothing here is taken from it. Weights by
-the authors, CC-BY-NC-SA-4.0, not for commercial use: loading them says so.
+the authors, CC-BY-NC-SA-4.0, not for commercial use; loading them logs this notice.
 
-Where paper and code disagree the code is followed: the mixer's convolutions have no bias, its bias of dt enters twice,
-all linear layers begin with a standard deviation of 0.02 (dt_proj, too), and of n blocks the last floor(n / 2) attend.
+Where paper and code disagree, this follows the code: the mixer's convolutions have no bias, its bias of dt enters
+twice, all linear layers begin with a standard deviation of 0.02 (dt_proj, too), and the last floor(n / 2) of n blocks
+attend.
 
-A map is padded with zeros to a multiple of the window before a stage's first norm, and the padding then takes part in
-scans and attention like anything else. Released detectors and segmentors have windows larger than most maps, so most
-of what they compute is padding. What the last block of a stage would make of padding is left out, for nothing reads it.
-Nothing else can be, exactly: k steps behind the map the state of a scan still holds a^k of it, with a learned
-0 < a < 1, so no two padded positions are equal for all weights, and attention reads all of them. `fit_windows` leaves
-out the padding of windows that are larger than the map, and changes outputs.
+A map is padded with zeros to a multiple of the window before a stage's first norm, and scans and attention treat the
+padding like any position. Released detectors and segmentors have windows larger than most maps, so most of their
+computation is padding. The last block of a stage skips the padding, because nothing reads it. No other block can skip
+it exactly: k steps after the map the state of a scan still holds a^k of the map, with a learned 0 < a < 1. So padded
+positions differ from each other in general, and attention reads all of them. `fit_windows` leaves out the padding of
+windows that are larger than the map, and changes outputs.
 
-Deviations, without effect on outputs: a downsampler opens its stage instead of closing the one before, A_log and D take
-no weight decay (the authors mark them, but with an attribute that timm does not read).
+Deviations without effect on outputs: a downsampler opens its stage instead of closing the stage before, and A_log and D
+have no weight decay (the authors mark them, but with an attribute that timm does not read).
 """
 
 from collections.abc import Sequence
@@ -57,9 +58,9 @@ class ConvBlock(nn.Module):
 
 
 class Kept(Beside):
-    """What of the windows of a map is to come out: the first rows and columns, as many as the map has.
+    """The state of a stage's blocks: the number of first rows and columns of a window that the output keeps.
 
-    It is the state of a stage's blocks, beside windows.
+    They are the height and width of the map.
     """
 
     height: int = 0
@@ -67,7 +68,7 @@ class Kept(Beside):
 
 
 class MambaVisionMixer(nn.Module):
-    """One scan by rows over half of the channels, beside the other half; no gate: windows (B, h, w, C).
+    """One scan by rows over half of the channels of windows (B, h, w, C); the other half bypasses it. No gate.
 
     Source: arXiv 2407.08083, section 3.2 (equation 5), with 8 states and C / 16 channels of dt.
     """
@@ -87,7 +88,7 @@ class MambaVisionMixer(nn.Module):
         self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **factory)
 
     def forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
-        """What it makes of the kept positions of a window, of all of which it reads."""
+        """The output at the kept positions of a window; it depends on all positions."""
         sides = x.shape[1:3]
         x = self.in_proj(x.flatten(1, 2))  # B L C
         x, z = F.silu(on_sequences(x, self.conv1d_x, self.conv1d_z)).chunk(2, -1)
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
-        """As of `MambaVisionMixer`."""
+        """The output at the kept positions of a window, as in `MambaVisionMixer`."""
         query, key, value = self.qkv(x).chunk(3, -1)
         query = query[:, : kept.height, : kept.width]
         heads = (y.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (query, key, value))
@@ -129,7 +130,7 @@ class WindowBlock(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module, last: bool, layer_scale: float | None, drop_path: float, **factory):
         """Args:
-        last: Of its stage: what it would make of the padding is left out.
+        last: Whether this is the last block of its stage, which skips the padding.
         """
         super().__init__()
         self.last = last
@@ -143,7 +144,7 @@ class WindowBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, kept: Any = None) -> torch.Tensor:
-        """Windows (B, h, w, C); what is to be kept of them (`Kept`, None for all) is left to the last block."""
+        """Run the block on windows (B, h, w, C). Only the last block of a stage uses `kept` (`Kept`; None for all)."""
         here = kept if kept is not None and self.last else Kept(height=x.shape[1], width=x.shape[2])
         update = self.mixer(self.norm1(x), here)
         x = x[:, : here.height, : here.width] + self.drop_path(
@@ -154,11 +155,11 @@ class WindowBlock(nn.Module):
 
 
 class WindowStage(Stage):
-    """A stage whose blocks see windows that know nothing of each other; maps are (B, C, H, W).
+    """A stage whose blocks run on separate windows; maps are (B, C, H, W).
 
     Attributes:
         window_size: Side of the windows.
-        fit_windows: A side of the map that is smaller is one window's.
+        fit_windows: Whether windows shrink to a map with a smaller side.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module, window_size: int, fit_windows: bool):
@@ -181,7 +182,7 @@ def _downsampler(dim: int, **factory) -> nn.Conv2d:
 
 
 class MambaVision(Pyramid):
-    """Two stages of convolutions, two of windows in which Mamba mixers come first and attention last.
+    """Two stages of convolutions, then two stages of windows, with Mamba mixers first and attention last.
 
     Source: arXiv 2407.08083, section 3 and figure 2.
     """
@@ -206,17 +207,17 @@ class MambaVision(Pyramid):
         **kwargs,
     ):
         """Args:
-        depths: Per stage.
-        dim: Channels of the first stage; each later stage has twice those of the one before.
+        depths: Blocks per stage.
+        dim: Channels of the first stage; each later stage has twice as many as the stage before.
         num_heads, window_size: Of the third and the fourth stage. No weight depends on the windows, but outputs do:
-            released detectors have (112, 56), segmentors (64, 32) and the small one (160, 56).
-        fit_windows: Treat a window larger than the map as the map's own size, instead of padding the map up to it.
+            released detectors have (112, 56), segmentors (64, 32) and the small segmentor (160, 56).
+        fit_windows: Shrink a window that is larger than the map to the map, instead of padding the map.
             Cheap, but not what released detectors and segmentors compute.
-        layer_scale: Initial value of the per-channel scales, None for none.
+        layer_scale: Initial value of the per-channel scales; None for no scales.
         **kwargs: num_classes, global_pool, drop_rate: see `Backbone`.
 
         Raises:
-            InputError: `window_size` or `num_heads` are not two positive numbers.
+            InputError: `window_size` or `num_heads` is not a pair of positive numbers.
         """
         for name, pair in (("window_size", window_size), ("num_heads", num_heads)):
             if len(pair) != 2 or min(pair) < 1:
@@ -269,10 +270,10 @@ OFFICIAL_NAMES = [
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Turn an official checkpoint into a state dict of `model`, and say the licence of one.
+    """Turn an official checkpoint into a state dict of `model`, and log its licence.
 
-    Takes the authors' classifiers, also those inside of a larger network (`model.` or `encoder.`), and the backbones of
-    their detectors and segmentors (`backbone.`, with `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
+    Takes the authors' classifiers, also inside a larger network (`model.` or `encoder.`), and the backbones of their
+    detectors and segmentors (`backbone.`, with `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
     """
     return rename(state_dict, OFFICIAL_NAMES)
 

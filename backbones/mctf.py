@@ -1,13 +1,13 @@
-"""MCTF: DeiT whose blocks merge tokens by similarity, informativeness and size, before they attend.
+"""MCTF: DeiT with blocks that merge tokens by similarity, informativeness and size, before they attend.
 
 Paper: Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers, CVPR 2024,
 arXiv 2403.10030.
-Official code: github.com/mlvlab/MCTF, MIT licence; weights by the authors. Merging adds no parameter: any DeiT or plain
-ViT of timm loads, too.
+Official code: github.com/mlvlab/MCTF, MIT licence; weights by the authors. Merging adds no parameters, so weights of
+any DeiT or plain ViT of timm load, too.
 
-Ours are the dense maps (`terrazzo.backbones._tokens`), any input size, and a few details where the official code fails
-or leaves the choice open: of equal attractions the lowest index comes first, and with fewer than 11 tokens nothing is
-merged.
+Additions are dense maps (`terrazzo.backbones._tokens`), any input size, and a few details where the official code fails
+or leaves the choice open: among equal attractions, the lowest index comes first, and with fewer than 11 tokens nothing
+is merged.
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ FEWEST = 10  # tokens that are always left
 class Fusion(Reducer):
     """Merges tokens in front of some blocks, and attends with attention that was computed one step ahead.
 
-    The attention of the tokens before they are merged says how informative each is, and serves the merged tokens, too:
-    rows of a group are averaged, columns added up. Averaging what comes out is the same (section 3.4 of the paper), so
-    no merged matrix is made. Where informativeness does not count, nobody asks for that attention: the block runs on
-    merged tokens as it is, at less cost.
+    The attention of the unmerged tokens says how informative each token is, and also serves the merged tokens: rows of
+    a group are averaged, columns added up. Averaging the output gives the same result (section 3.4 of the paper), so no
+    merged matrix is made. If informativeness does not count, this attention is not computed: the unchanged block runs
+    on merged tokens, at less cost.
 
     Source: arXiv 2403.10030, sections 3.2 to 3.4.
     """
@@ -54,19 +54,20 @@ class Fusion(Reducer):
         r_eval: float | None = None,
     ):
         """Args:
-        blocks: Which blocks merge, counted from 0.
-        r: How many tokens each block merges, or, below 1, which part of them; in windows, of each window.
-        criteria: tau of similarity, informativeness and size; 0 leaves one out. Without informativeness tokens are
-            averaged by size alone.
+        blocks: Blocks that merge, counted from 0.
+        r: Number of tokens that each block merges (of each window, if there are windows); below 1, the part of the
+            tokens.
+        criteria: tau of similarity, informativeness and size; 0 leaves a criterion out. Without informativeness tokens
+            are averaged by size alone.
         bidirectional: Merge half of r each way.
-        cells_first: The first merge is within 2x2 cells of the grid, one way (for dense maps: even and odd tokens of a
+        cells_first: The first merge is within 2x2 cells of the grid, one-way (for dense maps: even and odd tokens of a
             raster are stripes).
-        multiple: What is left is a multiple of this, or more than r would leave.
-        r_eval: In place of r outside of training; None for r.
+        multiple: Merge fewer than r tokens if needed, so that the number of remaining tokens is a multiple of this.
+        r_eval: Replaces r outside of training; None for r.
 
         Raises:
             InputError: r is less than 0, criteria are not three numbers of at least 0, `multiple` is less than 1, or
-                one of these is no number.
+                one of these values is not a number.
         """
         super().__init__()
         r, r_eval = number("r", r), None if r_eval is None else number("r_eval", r_eval)
@@ -95,7 +96,7 @@ class Fusion(Reducer):
         return range(1, depth)
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool, r: float | None = None) -> TokenState:
-        """As `Reducer`; `r` is merged in place of the model's own number."""
+        """Like `Reducer.begin`; `r` replaces the model's number of merged tokens."""
         if r is None:
             r = self.r if self.training or self.r_eval is None else self.r_eval
         state = super().begin(grid, prefix, depth, maps)
@@ -103,8 +104,8 @@ class Fusion(Reducer):
         return state
 
     def count(self, tokens: int, r: float, prefix: int = 1) -> int:
-        """How many of `tokens`, those in front that are no patches included, are merged."""
-        # Branches, not min and max: a compiler then knows sizes as sums.
+        """The number of merged tokens among `tokens`, which include `prefix` tokens in front that are not patches."""
+        # Branches instead of min and max, so that a compiler can express sizes as sums.
         if tokens <= FEWEST:
             return 0
         part = r < 1
@@ -128,7 +129,7 @@ class Fusion(Reducer):
         merged = x
 
         def ahead(attn: nn.Module, normed: torch.Tensor) -> torch.Tensor:
-            """Attention of the tokens as they were, which says what is merged, to the merged ones."""
+            """Merge tokens by the attention of the unmerged tokens, and apply this attention to the merged tokens."""
             nonlocal merged
             width = attn.num_heads * attn.head_dim
             query, key = heads(attn, rows_of(attn.qkv, normed, slice(None, -width)))
@@ -161,7 +162,7 @@ class Fusion(Reducer):
 
 
 class MCTF(DeiT):
-    """DeiT whose tokens are merged on the way."""
+    """DeiT that merges tokens."""
 
     def __init__(
         self,
@@ -176,8 +177,8 @@ class MCTF(DeiT):
         **kwargs,
     ):
         """Args:
-        r: How many tokens are merged in each of `blocks` (below 1: which part of them); 0 for DeiT as it is.
-        blocks: None for all but the first; with `window`, some that attend within windows.
+        r: Number of tokens that are merged in each of `blocks` (below 1: the part of the tokens); 0 for plain DeiT.
+        blocks: Blocks that merge; None for all but the first. With `window`, they must attend within windows.
         criteria, bidirectional, cells_first, multiple, r_eval: See `Fusion`.
         **kwargs: See `DeiT`.
         """
@@ -195,7 +196,7 @@ class MCTF(DeiT):
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """As `from_official`: merging has no parameters."""
+    """Like `from_official`, because merging has no parameters."""
     return from_official(state_dict, model)
 
 

@@ -1,17 +1,17 @@
-"""MedMamba: blocks whose channels go half through convolutions, half through four selective scans over the map (SS2D).
+"""MedMamba: half of a block's channels go through convolutions, half through four selective scans over the map (SS2D).
 
 Paper: MedMamba: Vision Mamba for Medical Image Classification, 2024, arXiv 2403.03849.
 Official code: github.com/YubiaoYue/MedMamba, without a licence; weights by the authors, for medical data sets, in one
-shared folder that asks for a password. None of ImageNet exist.
+shared folder that asks for a password. There are no ImageNet weights.
 
-Where paper and code disagree there are both: the sizes that the paper publishes for S and B are those of 12 and 16
-blocks in the third stage, `medmamba_s_paper` and `medmamba_b_paper`; the authors' script builds 8 and 12, `medmamba_s`
-and `medmamba_b`. A checkpoint of the other depth is refused, by the name of the model that takes it.
+Paper and code disagree, and both versions are here. The paper publishes the sizes of S and B with 12 and 16 blocks in
+the third stage, `medmamba_s_paper` and `medmamba_b_paper`; the authors' script builds 8 and 12, `medmamba_s` and
+`medmamba_b`. A checkpoint of the wrong depth is refused; the error names the model that takes it.
 
-Deviations, without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
-closing the one before, drop path is 0 unless asked for (the authors': 0.1). With an effect: where a map does not divide
-into patches it is zero-padded at the right and bottom, as VMamba does, so that features have ceil(size / stride)
-pixels; the authors' code drops the last row and column. At multiples of 32 both are the same.
+Deviations without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
+closing the stage before, drop path is 0 by default (the authors': 0.1). Deviation with an effect: a map that does not
+divide into patches is zero-padded at the right and bottom, as in VMamba, so features have ceil(size / stride) pixels;
+the authors' code drops the last row and column. At multiples of 32 both are the same.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ __all__ = ["MedMamba"]
 
 
 def _convolutions(dim: int, **factory) -> nn.Sequential:
-    """Batch norm, two 3x3 convolutions and a 1x1, with batch norm and ReLU between them and a ReLU behind."""
+    """Batch norm, two 3x3 and one 1x1 convolution, with batch norm and ReLU between them, and a final ReLU."""
     return nn.Sequential(
         nn.BatchNorm2d(dim, **factory),
         nn.Conv2d(dim, dim, 3, padding=1, **factory),
@@ -48,9 +48,10 @@ def _convolutions(dim: int, **factory) -> nn.Sequential:
 
 
 class SSConvSSMBlock(nn.Module):
-    """The first half of the channels of (B, H, W, C) through convolutions, the second through SS2D, then mixed.
+    """Convolutions on the first half of the channels of (B, H, W, C), SS2D on the second half, then a channel shuffle.
 
-    Of the result channels 2i are of the convolutions, 2i + 1 of SS2D; it is added to the map. Only SS2D is dropped.
+    Channels 2i of the result come from the convolutions, channels 2i + 1 from SS2D; the result is added to the map.
+    Stochastic depth drops only SS2D.
     """
 
     def __init__(self, dim: int, states: int, drop_path: float, **factory):
@@ -90,10 +91,10 @@ class MedMamba(Pyramid):
         **kwargs,
     ):
         """Args:
-        embed_dim: Channels of the first stage; each later stage has twice those of the one before.
-        depths: Per stage.
-        states: Of each scanned channel.
-        **kwargs: num_classes, global_pool, drop_rate, norm_outputs: see `Backbone`. The norms of the outputs are ours.
+        embed_dim: Channels of the first stage; each later stage has twice as many as the stage before.
+        depths: Blocks per stage.
+        states: Numbers of state per scanned channel.
+        **kwargs: num_classes, global_pool, drop_rate, norm_outputs: see `Backbone`. The authors have no output norms.
         """
         factory = dict(device=device, dtype=dtype)
         channels = [embed_dim * 2**i for i in range(len(depths))]
@@ -107,7 +108,7 @@ class MedMamba(Pyramid):
         ]
         stem = PatchEmbed(in_chans, embed_dim, 4, **factory)
         super().__init__(stem, stages, channels, norm_layer=nn.LayerNorm, in_chans=in_chans, **factory, **kwargs)
-        self.norm = nn.Identity()  # the head takes the map as it is
+        self.norm = nn.Identity()  # the head takes the map without a norm
         self.apply(_init_weights)
 
 
@@ -128,7 +129,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Turn an official checkpoint into a state dict of `model`.
 
     Raises:
-        InputError: The checkpoint is of another width or depth: S and B of the paper and of the authors' script differ.
+        InputError: The checkpoint has another width or depth: S and B differ between the paper and the authors' script.
     """
     weights = rename(state_dict, OFFICIAL_NAMES)
     blocks = {name.split(".")[3] for name in weights if name.startswith("stages.2.blocks.")}
@@ -136,7 +137,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         found = (len(weights["stem.norm.weight"]), len(blocks))
         wanted = (model.feature_info[0]["num_chs"], len(model.stages[2].blocks))
         if found != wanted:
-            name = next((name for name, variant in _VARIANTS.items() if variant == found), "one of that shape")
+            name = next((name for name, variant in _VARIANTS.items() if variant == found), "a model of this shape")
             raise InputError(
                 f"the checkpoint has {found[0]} channels and {found[1]} blocks in the third stage, "
                 f"the model {wanted[0]} and {wanted[1]}: build {name}"
@@ -144,7 +145,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return weights
 
 
-# The folder that the authors' readme links; it asks for a password, and no file of it could be fetched by timm.
+# The folder that the authors' readme links; it asks for a password, and timm cannot fetch its files.
 _WEIGHTS = "the folder that github.com/YubiaoYue/MedMamba links, which asks for a password"
 
 # Channels of the first stage and blocks of the third.

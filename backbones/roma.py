@@ -1,18 +1,18 @@
-"""RoMA: ARM's plain Mamba backbone, its sequence scanned in four directions, the class token in its middle.
+"""RoMA: ARM's plain Mamba backbone, which scans a sequence in four directions, with the class token in its middle.
 
 Papers:
     RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing, NeurIPS 2025, arXiv 2503.10392.
     Autoregressive Pretraining with Mamba in Vision (ARM), ICLR 2025, arXiv 2406.07537: the architecture.
-Official code: github.com/MiliLab/RoMA and github.com/OliverRensu/ARM; licences unstated. Weights by the authors, of
-pretraining, for base and large: hub initiacms/RoMA; licence unstated.
+Official code: github.com/MiliLab/RoMA and github.com/OliverRensu/ARM; licences unstated. Pretraining weights by the
+authors, for base and large: hub initiacms/RoMA; licence unstated.
 
-The authors' tiny and small have other widths for pretraining (192, 384) than for fine-tuning (384, 512), so their own
-code cannot fine-tune what it pretrained; here they are those of fine-tuning, and have no weights. The gate is common to
-the four directions up to their order, so it acts once, on their sum; the causal convolutions run in scan order.
+The authors' tiny and small have different widths for pretraining (192, 384) and fine-tuning (384, 512), so their code
+cannot fine-tune their pretrained models. Here they have the widths of fine-tuning, and no weights. The gate is the same
+for all four directions up to their order, so it acts once, on their sum; the causal convolutions run in scan order.
 
-Deviations, without effect at the size that a model is built for: images of any size, zero-padded at the right and
-bottom to whole patches, with the position embedding resized bicubically; the mean over an odd number of patches
-(`global_pool="avg"`) weighs all alike, where the authors' mean of two halves' means does not.
+Deviations without effect at the size that a model is built for: images of any size are zero-padded at the right and
+bottom to whole patches, and the position embedding is resized bicubically. The mean over an odd number of patches
+(`global_pool="avg"`) weighs all patches equally; the authors' mean of two halves' means does not.
 """
 
 import math
@@ -39,18 +39,18 @@ from terrazzo.kernels.dispatch.dtypes import without_autocast
 __all__ = ["RoMA"]
 
 STATE = 16  # numbers of state per channel
-KERNEL = 4  # of the causal convolution
+KERNEL = 4  # kernel size of the causal convolution
 DIRECTIONS = ("", "_b", "_c", "_c_b")  # the authors' suffixes: by rows, reversed, by columns, reversed
 
 
 class Grid(Beside):
-    """Where the pixels of a map (height, width) are in its sequence, by rows, with a token in the middle.
+    """The order of a map's pixels (height, width) in sequences by rows and by columns, with a token in the middle.
 
-    The order is in the numbers of tensors, not in slices of sizes: tracing for symbolic sizes is many times faster.
+    The order is stored as index tensors, not computed by slices: tracing for symbolic sizes is many times faster.
 
     Attributes:
-        columns: (L,), what the sequence by columns takes from the one by rows; the token stays in the middle.
-        rows: (L,), the way back.
+        columns: (L,), indices that reorder a sequence by rows to a sequence by columns; the token stays in the middle.
+        rows: (L,), the inverse.
     """
 
     height: int = 0
@@ -74,29 +74,29 @@ def _by_columns(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def _insertion(count: int, device: torch.device) -> torch.Tensor:
-    """What a sequence takes from its `count` patches and the token behind them."""
+    """Indices that move a token from behind `count` patches to their middle."""
     place = torch.arange(count + 1, device=device)
     return torch.where(place == count // 2, count, place - (place > count // 2).long())
 
 
 def with_token(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Patches (B, M, C) and a token (B, 1, C) to the sequence (B, M + 1, C) with the token at M // 2."""
+    """Insert a token (B, 1, C) into patches (B, M, C) at M // 2: (B, M + 1, C)."""
     return torch.cat([x, token], 1).index_select(1, _insertion(x.shape[1], x.device))
 
 
 def without_token(x: torch.Tensor) -> torch.Tensor:
-    """The patches of a sequence with a token."""
+    """The patches (B, M, C) of a sequence (B, M + 1, C) with a token in the middle."""
     place = torch.arange(x.shape[1] - 1, device=x.device)
     return x.index_select(1, place + (place >= (x.shape[1] - 1) // 2).long())
 
 
 def middle_token(x: torch.Tensor) -> torch.Tensor:
-    """(B, M + 1, C) to (B, C)."""
+    """The token (B, C) in the middle of a sequence (B, M + 1, C)."""
     return x[:, (x.shape[1] - 1) // 2]
 
 
 class Scan(nn.Module):
-    """What one direction has of its own: the convolution, and what the selective scan takes."""
+    """The parameters of one direction: the convolution, and the inputs of the selective scan."""
 
     def __init__(self, dim: int, **factory):
         super().__init__()
@@ -108,7 +108,7 @@ class Scan(nn.Module):
         self.D = nn.Parameter(torch.empty(dim, **factory))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the selective scan takes of a sequence (B, L, C) in scan order.
+        """The inputs of the selective scan, from a sequence (B, L, C) in scan order.
 
         Returns:
             u and delta (B, L, C), A (C, STATE), B and C (B, L, STATE), D (C,) and the bias of delta (C,).
@@ -116,11 +116,11 @@ class Scan(nn.Module):
         u = F.silu(on_sequences(F.pad(x, (0, 0, KERNEL - 1, 0)), self.conv1d))
         delta, B, C = self.x_proj(u).split([self.rank, STATE, STATE], -1)
         delta, bias = step_sizes(self.dt_proj, delta)
-        # All parameters are read in here, and none goes out itself: a sharded module has them only while it runs.
+        # All parameters are read here, and none is returned itself: a sharded module has them only while it runs.
         return u, delta, -torch.exp(self.A_log), B, C, self.D.clone(), bias
 
     def reset_parameters(self) -> None:
-        """Mamba's: decays 1 to STATE, steps between 0.001 and 0.1 (arXiv 2312.00752, section 3.6)."""
+        """Mamba's initialisation: decays 1 to STATE, steps between 0.001 and 0.1 (arXiv 2312.00752, section 3.6)."""
         with torch.no_grad():
             self.A_log.copy_(torch.arange(1, STATE + 1, device=self.A_log.device).log().expand_as(self.A_log))
             self.D.fill_(1)
@@ -130,7 +130,7 @@ class Scan(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Mamba of (B, H W + 1, C), or of any sequence where there is one direction.
+    """Mamba on (B, H W + 1, C); with a single direction, on any sequence.
 
     Source: ARM, arXiv 2406.07537, section 3.2, and its code's "v3".
     """
@@ -143,7 +143,7 @@ class Mixer(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
         """Args:
-        grid: The `Grid` of the sequence; one direction needs none.
+        grid: The `Grid` of the sequence; a single direction does not need it.
         """
         x, gate = self.in_proj(x).chunk(2, -1)
         if len(self.scans) == 1:
@@ -156,7 +156,7 @@ class Mixer(nn.Module):
         return self.out_proj(y * (F.silu(gate) / len(self.scans)))
 
     def _scan(self, sequences: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The scans of sequences (B, L, C), each by a direction of its own, as groups of channels of one call."""
+        """Scan sequences (B, L, C), one for each direction, as groups of channels of one call."""
         u, delta, A, B, C, D, bias = zip(*(scan(x) for scan, x in zip(self.scans, sequences)))
         y = selective_scan(
             torch.cat(u, -1).transpose(1, 2),  # B directions*C L
@@ -172,7 +172,7 @@ class Mixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm mixer and SwiGLU on a sequence (B, L, C). The state is its grid, None where one direction needs none."""
+    """Pre-norm mixer and SwiGLU on a sequence (B, L, C). The state is its grid; None for a single direction."""
 
     def __init__(self, dim: int, directions: int, drop_path: float, **factory):
         super().__init__()
@@ -188,10 +188,10 @@ class Block(nn.Module):
 
 
 def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Embeddings of a square's positions, (1, M, C), for a map of another size, bicubically; the same for its own.
+    """Resize position embeddings of a square map, (1, M, C), bicubically to another size; unchanged for the same size.
 
-    Products with matrices: TensorRT resizes linearly only. A graph has no branch on the size, so that it serves all;
-    the weights for the own size are exactly 0 and 1.
+    Computed by matrix products, because TensorRT resizes linearly only. A graph has no branch on the size, so that it
+    serves all sizes; for the same size the weights are exactly 0 and 1.
     """
     side = math.isqrt(x.shape[1])
     if not torch.compiler.is_compiling() and tuple(size) == (side, side):
@@ -208,7 +208,7 @@ def init_patches(proj: nn.Conv2d) -> None:
 
 
 class Stem(nn.Module):
-    """Patches, the class token in their middle, and the position embedding: (B, in_chans, H, W) to (B, M + 1, C)."""
+    """Patches with the class token in the middle and position embeddings: (B, in_chans, H, W) to (B, M + 1, C)."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, img_size: int, **factory):
         super().__init__()
@@ -219,7 +219,7 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
         """Args:
-        grid: A `Grid`, which becomes that of the patches; None for none.
+        grid: A `Grid`, which becomes the grid of the patches; None for no grid.
         """
         x = self.proj(whole_patches(x, self.patch_size))
         if grid is not None:
@@ -235,7 +235,7 @@ class Stem(nn.Module):
 
 
 class MiddleTokenHead(TokenHead):
-    """A classifier of sequences (B, M + 1, C) with the class token in their middle."""
+    """A classifier of sequences (B, M + 1, C) with the class token in the middle."""
 
     class_token = staticmethod(middle_token)
     positions = staticmethod(without_token)
@@ -248,7 +248,7 @@ class MiddleTokenHead(TokenHead):
 
 
 def init_blocks(blocks: Sequence[Block]) -> None:
-    """The authors': PyTorch's own, no biases, and the smaller a mixer's last projection the more blocks there are."""
+    """The authors' initialisation: PyTorch's, with zero biases; mixers' last projections shrink with the depth."""
     for block in blocks:
         for part in block.modules():
             if isinstance(part, nn.Linear) and part.bias is not None:
@@ -262,8 +262,8 @@ def init_blocks(blocks: Sequence[Block]) -> None:
 class RoMA(Plain):
     """Patches of 16 pixels, then blocks of Mamba and SwiGLU of one width.
 
-    `forward_features` gives what the head takes, the normalised sequence (B, M + 1, C) with the class token at M // 2;
-    features are maps, without the token.
+    `forward_features` returns the head's input, the normalised sequence (B, M + 1, C) with the class token at M // 2.
+    Features are maps, without the token.
     """
 
     no_decay = ("A_log", "D", "cls_token", "pos_embed")
@@ -284,12 +284,12 @@ class RoMA(Plain):
         dtype: torch.dtype | None = None,
     ):
         """Args:
-        img_size: side of the images that the position embedding is made for; others have it resized.
-        global_pool: "token" for the class token, others for patches, as timm pools them.
-        norm_outputs: see `Backbone`. The authors' segmentors take the last block's map with their one norm.
+        img_size: side of the images that the position embedding is made for; for other images it is resized.
+        global_pool: "token" for the class token; timm's other poolings take the patches.
+        norm_outputs: see `Backbone`. The authors' segmentors have a single norm, for the last block's map.
         """
         factory = dict(device=device, dtype=dtype)
-        # The authors shift them by one block, and so drop fewer paths than they say.
+        # The authors shift the rates by one block, and so drop fewer paths than they state.
         rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
         options = dict(in_chans=in_chans, num_classes=num_classes, global_pool="avg", drop_rate=drop_rate)
         super().__init__(
@@ -318,7 +318,7 @@ class RoMA(Plain):
 
 
 def _of_directions() -> list[tuple[str, str]]:
-    """From the authors' names, where each parameter says its direction, to a module for each direction."""
+    """Renamings from the authors' names, with the direction in each name, to a module for each direction."""
     pairs = []
     for i, suffix in enumerate(DIRECTIONS):
         pairs += [
@@ -341,7 +341,7 @@ OFFICIAL_NAMES = [
     (r"^norm_f\.", "norm."),
     (r"^head\.(?=weight|bias)", "head.fc."),
 ]
-# What a pretraining checkpoint lacks, and what of it fine-tuning does not take: the decoder.
+# Tensors that a pretraining checkpoint lacks, and tensors that fine-tuning does not take: the decoder.
 NEW_NAMES = re.compile(r"^(stem\.cls_token$|norm\d*\.|head\.)")
 DECODER_NAMES = re.compile(
     r"^(angle_embed|ar_token|dec_pos_embed|mask)$|^(enc2dec|dec_block|norm_\d|ar_norm|ar_pred|decoder)\."
@@ -349,9 +349,10 @@ DECODER_NAMES = re.compile(
 
 
 def _from_pretraining(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """An encoder of one direction, without a class token, as a state dict of `model`.
+    """Turn an encoder of one direction, without a class token, into a state dict of `model`.
 
-    All directions begin as the one; the class token's position is zero; norm, token and classifier stay the model's.
+    All directions begin with its weights; the class token's position is zero; norm, token and classifier stay the
+    model's.
     """
     out = {name: value for name, value in model.state_dict().items() if NEW_NAMES.match(name)}
     for name, value in state_dict.items():
@@ -368,9 +369,9 @@ def _from_pretraining(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint, or one of `RoMAPretraining`, into a state dict of `model`.
 
-    Takes the authors' classifiers; their segmentors' backbones, whose one norm becomes that of the last map where the
-    model has `norm_outputs`, and whose pyramid is a neck here (`PlainPyramid`); and pretraining checkpoints. A position
-    embedding of another size is resized.
+    Takes the authors' classifiers, their segmentors' backbones, and pretraining checkpoints. The single norm of a
+    segmentor becomes the norm of the last map if the model has `norm_outputs`; its pyramid is a neck here
+    (`PlainPyramid`). A position embedding of another size is resized.
     """
     state_dict = rename(state_dict, OFFICIAL_NAMES)
     if not any(".scans.1." in name for name in state_dict):

@@ -3,13 +3,13 @@
 Paper: S2AFormer: Strip Self-Attention for Efficient Vision Transformer, IEEE TIP 2025, arXiv 2505.22195.
 Official code: none was found.
 
-This is a reconstruction: reconstructed from the paper; no public weights of the authors load. Known of the paper are
-the four equations of a block, the stem of three 3x3 convolutions, strides 4, 8, 16, 32, that keys and values are
-reduced in space by a convolution and queries and keys compressed in channels by 1x1 convolutions, and the parameters
-and multiply-adds of the five variants. Ours are all widths, depths, numbers of heads and ratios, the local interaction
+This is a reconstruction: reconstructed from the paper; no public weights of the authors load. The paper gives the four
+equations of a block, the stem of three 3x3 convolutions, strides 4, 8, 16, 32, and the parameters and multiply-adds of
+the five variants. It says that a convolution reduces keys and values in space and that 1x1 convolutions compress
+queries and keys in channels. Our choices are all widths, depths, numbers of heads and ratios, the local interaction
 module (XCiT's), the stem's order and the classifier's head (CMT's), one channel of queries and keys per head, norms,
-activations and initialisation. They were found by counting: parameters come within 0.4 % and multiply-adds within 0.9 %
-of the published (model_cards/s2aformer.md), which other choices would, too.
+activations and initialisation. They were found by counting: parameters are within 0.4 % and multiply-adds within 0.9 %
+of the published values (model_cards/s2aformer.md). Other choices would match, too.
 """
 
 from collections.abc import Sequence
@@ -34,15 +34,17 @@ _norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 
 class StripSelfAttention(nn.Module):
-    """Global attention on (B, H, W, C): one channel per head for queries and keys, a map reduced in space behind keys
-    and values."""
+    """Global attention on (B, H, W, C) with one channel per head for queries and keys.
+
+    Keys and values come from a map that is reduced in space.
+    """
 
     def __init__(self, dim: int, num_heads: int, reduction: int, **factory):
         super().__init__()
         self.num_heads = num_heads
         self.reduction = reduction
         self.q = nn.Linear(dim, num_heads, **factory)
-        self.k = nn.Linear(dim, num_heads, **factory)  # its bias shifts all scores of a query alike: no effect
+        self.k = nn.Linear(dim, num_heads, **factory)  # its bias shifts all scores of a query equally: no effect
         self.v = nn.Linear(dim, dim, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
         self.reduce = None
@@ -61,7 +63,7 @@ class StripSelfAttention(nn.Module):
 
 
 class LocalInteraction(nn.Module):
-    """Two depthwise 3x3 convolutions with GELU and batch norm between them, on (B, H, W, C): XCiT's."""
+    """XCiT's module: two depthwise 3x3 convolutions with GELU and batch norm between them, on (B, H, W, C)."""
 
     def __init__(self, dim: int, **factory):
         super().__init__()
@@ -111,7 +113,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first of stride 2, each with GELU and batch norm behind it: image to (B, H, W, C)."""
+    """Three 3x3 convolutions, the first of stride 2, each followed by GELU and batch norm: image to (B, H, W, C)."""
 
     def __init__(self, in_chans: int, dim: int, **factory):
         super().__init__()
@@ -128,7 +130,7 @@ class Stem(nn.Module):
 
 
 class ConvHead(Head):
-    """A 1x1 convolution, batch norm and SiLU in front of pooling and classifier, on (B, H, W, C): CMT's head."""
+    """CMT's head: a 1x1 convolution, batch norm and SiLU before pooling and classifier, on (B, H, W, C)."""
 
     def __init__(self, in_features: int, hidden: int, num_classes: int, pool_type: str, drop_rate: float, **factory):
         super().__init__(hidden, num_classes, pool_type, drop_rate, input_fmt="NHWC", **factory)
@@ -138,10 +140,10 @@ class ConvHead(Head):
         self.act = nn.SiLU()
         if num_classes == 0 and pool_type == "":
             self.in_features = in_features
-            self.reset(0, "", **factory)  # as a head that was reset so
+            self.reset(0, "", **factory)  # the same as a head after this reset
 
     def reset(self, num_classes: int, pool_type: str | None = None, **factory) -> None:
-        """As timm's. Without classes and pooling nothing of a head is wanted: the convolution goes, too, for good."""
+        """Like timm's. Without classes and pooling the head becomes empty: the convolution is removed for good, too."""
         if num_classes == 0 and pool_type == "":
             self.proj = self.norm = self.act = nn.Identity()
         if not isinstance(self.proj, nn.Identity):
@@ -156,13 +158,13 @@ class ConvHead(Head):
 def _init_weights(module: nn.Module) -> None:
     init_linear(module)
     if isinstance(module, nn.Conv2d):
-        # Fan-out counts all channels, so depthwise ones begin small: a block's first adds to a map without a norm.
+        # Fan-out counts all channels, so depthwise convolutions begin small: a block's first has no norm before it.
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(module.bias)
 
 
 class S2AFormer(Pyramid):
-    """Four stages of hybrid perception blocks behind patch embeddings of stride 2."""
+    """Four stages of hybrid perception blocks, each after a patch embedding of stride 2."""
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class S2AFormer(Pyramid):
         **kwargs,
     ):
         """Args:
-        widths, depths, heads: Per stage.
+        widths, depths, heads: Channels, blocks and attention heads per stage.
         reductions: Per stage, the stride at which keys and values are taken from the map.
         head_width: Channels of the convolution in the classifier's head.
         **kwargs: norm_outputs: see `Backbone`.
@@ -200,7 +202,7 @@ class S2AFormer(Pyramid):
         options = dict(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
         stem = Stem(in_chans, stem_width, **factory)
         super().__init__(stem, stages, list(widths), norm_layer=_norm_layer, **options, **factory, **kwargs)
-        self.norm = nn.Identity()  # the head brings its own
+        self.norm = nn.Identity()  # the head has a norm
         self.head = ConvHead(widths[-1], head_width, num_classes, global_pool, drop_rate, **factory)
         self.apply(_init_weights)
 

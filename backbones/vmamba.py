@@ -3,14 +3,13 @@
 Paper: VMamba: Visual State Space Model, NeurIPS 2024, arXiv 2401.10166.
 Official code: github.com/MzeroMiko/VMamba, MIT licence; weights by the authors.
 
-The names are those of the authors' tables: sXlY has X scanned channels per channel and Y blocks in the third stage; v0
-is the version of January 2024, gated, with 16 states and without MLPs. The main models of the paper are
+The names come from the authors' tables: sXlY has X scanned channels per channel and Y blocks in the third stage; v0 is
+the version of January 2024, gated, with 16 states and without MLPs. The main models of the paper are
 `vmamba_tiny_s1l8`, `vmamba_small_s2l15` and `vmamba_base_s2l15`.
 
-Deviations, without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
-closing the one before, projections for all four scans are computed at once in the order of the image, drop path is 0
-unless asked for. With an effect: v0 pads images to a multiple of 4 where the authors' patch embedding drops what is
-left over.
+Deviations without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
+closing the stage before, projections for all four scans are computed at once in the order of the image, drop path is 0
+by default. Deviation with an effect: v0 pads images to a multiple of 4; the authors' patch embedding drops the rest.
 """
 
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ class Stem(nn.Module):
 
 
 class VSSBlock(nn.Module):
-    """Pre-norm SS2D and, but in the first version, MLP, on (B, H, W, C)."""
+    """Pre-norm SS2D, and a pre-norm MLP except in the first version, on (B, H, W, C)."""
 
     def __init__(self, dim: int, ratio: float, states: int, first_version: bool, drop_path: float, **factory):
         super().__init__()
@@ -67,7 +66,7 @@ class VSSBlock(nn.Module):
 
 
 class VMamba(Pyramid):
-    """Four stages of SS2D blocks. Source: arXiv 2401.10166, section 4 and table of the architectures."""
+    """Four stages of SS2D blocks. Source: arXiv 2401.10166, section 4 and the table of architectures."""
 
     no_decay = SS2D.no_decay
 
@@ -85,10 +84,10 @@ class VMamba(Pyramid):
         **kwargs,
     ):
         """Args:
-        embed_dim: Channels of the first stage; each later stage has twice those of the one before.
-        depths: Per stage.
+        embed_dim: Channels of the first stage; each later stage has twice as many as the stage before.
+        depths: Blocks per stage.
         ratio: Scanned channels per channel of the map.
-        states: Of each scanned channel.
+        states: Numbers of state per scanned channel.
         first_version: v0: patches, Swin's merging and gated SS2D, no MLPs.
         **kwargs: num_classes, global_pool, drop_rate, norm_outputs: see `Backbone`.
         """
@@ -112,7 +111,7 @@ class VMamba(Pyramid):
         self.apply(init_linear)
 
 
-# From the authors' names to ours; where they had other names in the first version, those too.
+# From the authors' names to ours, including their different names in the first version.
 OFFICIAL_NAMES = [
     (r"^patch_embed\.0\.", "patch_embed.proj."),
     (r"^patch_embed\.2\.", "patch_embed.norm."),

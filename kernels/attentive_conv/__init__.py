@@ -12,7 +12,7 @@ _SIDES = (3, 5, 7, 9)
 
 
 def _check(x, value, weight, bias, mixing, mixing_bias, inhibition) -> None:
-    """Raise `InputError` for what the definition does not allow."""
+    """Raise `InputError` for arguments that the definition does not allow."""
     given = {"x": x, "value": value, "weight": weight, "bias": bias, "mixing": mixing, "mixing_bias": mixing_bias}
     arguments.check_tensors({**given, "inhibition": inhibition})
     if x.dim() != 4 or x.shape != value.shape:

@@ -26,7 +26,7 @@ def _hint(query: torch.Tensor, kernel_size: tuple[int, ...], dilation: tuple[int
 
 
 def _check(query, key, value, kernel_size, dilation, rpb) -> None:
-    """Raise `InputError` for what the definition does not allow."""
+    """Raise `InputError` for arguments that the definition does not allow."""
     if not query.shape == key.shape == value.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise InputError(f"query, key and value must have one shape, got {shapes}")

@@ -97,7 +97,7 @@ def _backward(
 def _setup_context(ctx, inputs, output):
     query, key, value, rpb, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend = inputs
     out, lse = output
-    # A gradient with respect to the sums is not defined, and nothing asks for one.
+    # The gradient with respect to the sums is not defined, and nothing asks for it.
     ctx.mark_non_differentiable(lse)
     # The backward pass takes the form of the forward pass, even if another backend is requested by then.
     ctx.save_for_backward(query, key, value, rpb, out if ctx.backend == "fused" else None, lse)

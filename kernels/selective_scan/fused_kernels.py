@@ -502,7 +502,7 @@ def backward(
         b_bias = numbers(p_bias + scan.to(tl.int64) * stride_bk, o_d * stride_bd, b_d)
     b_bias = b_bias[None, :]
     o_delta = tile(o_pixel, o_d, stride_dl, stride_dd)
-    b_dt = steps(p_delta, o_delta, b_both, b_bias, HAS_SOFTPLUS)  # a step that is not real has size 0, holds the state
+    b_dt = steps(p_delta, o_delta, b_both, b_bias, HAS_SOFTPLUS)  # steps that are not real have size 0: no change
     b_x = b_dt * numbers(p_u, tile(o_pixel, o_d, stride_ul, stride_ud), b_both)
     b_dt_after = steps(p_delta, tile(o_after, o_d, stride_dl, stride_dd), b_after_both, b_bias, HAS_SOFTPLUS)
     b_x_before = steps(p_delta, tile(o_before, o_d, stride_dl, stride_dd), b_before_both, b_bias, HAS_SOFTPLUS)

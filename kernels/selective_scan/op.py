@@ -105,7 +105,7 @@ def _backward(
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.delta_softplus, ctx.orders, ctx.width, ctx.merge, ctx.backend = inputs
     _, states = output
-    # A gradient with respect to the states is not defined, and nothing asks for one.
+    # The gradient with respect to the states is not defined, and nothing asks for it.
     ctx.mark_non_differentiable(states)
     ctx.save_for_backward(states, *tensors)
 

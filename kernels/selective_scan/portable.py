@@ -118,7 +118,7 @@ class _Part:
             self._put(into, index[first : first + self.steps], x[:, :, k], add=shared)
 
     def add_states(self, out: torch.Tensor, x: torch.Tensor, first: int) -> None:
-        """Add (steps, B, K, N) to their places in (B, L, K, N); the other channels are added, too."""
+        """Add (steps, B, K, N) to their places in (B, L, K, N), which sums over all parts of the channels."""
         for k, index in enumerate(self.pixels):
             into = out[self.images, :, self.scans.start + k]
             self._put(into, index[first : first + self.steps], x[:, :, k], add=True)

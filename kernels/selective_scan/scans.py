@@ -41,7 +41,7 @@ class Scans(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the call computes."""
+        """The dtype in which the call computes."""
         return accumulator(self.u, self.delta, self.A, self.B, self.C)
 
     @property

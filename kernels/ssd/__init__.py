@@ -12,7 +12,7 @@ __all__ = ["ssd"]
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias) -> None:
-    """Raise `InputError` for what the definition does not allow."""
+    """Raise `InputError` for arguments that the definition does not allow."""
     arguments.check_tensors({"x": x, "dt": dt, "A": A, "B": B, "C": C}, D=D, z=z, dt_bias=dt_bias)
     if x.dim() != 4 or B.dim() != 4 or arguments.any_empty(*x.shape[1:], B.shape[3]):
         raise InputError(

@@ -10,7 +10,7 @@ __all__ = ["strip_attention"]
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Raise `InputError` for what the definition does not allow."""
+    """Raise `InputError` for arguments that the definition does not allow."""
     arguments.check_tensors({"query": query, "key": key, "value": value})
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 4:
         raise InputError(

@@ -1,6 +1,6 @@
 """Triton kernels of a plan: each token's best partner, ranks by counting, and the map.
 
-A program owns some tokens of one image and compares them with all others, a tile at a time; no tensor of all pairs is
+A program owns some tokens of one image and compares them with the others, a tile at a time; no tensor of all pairs is
 stored. Among equals, the lowest index comes first: within a tile the smallest index is taken, and between tiles only a
 larger value replaces the best.
 

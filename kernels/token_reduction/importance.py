@@ -11,7 +11,7 @@ from terrazzo.kernels.token_reduction import op, portable
 
 
 def _check_queries(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise `InputError` for what the mean of attention does not take."""
+    """Raise `InputError` for arguments that the mean of attention does not take."""
     arguments.check_tensors({"query": query, "key": key}, bias=bias)
     if query.dim() != 4 or query.shape != key.shape or arguments.any_empty(*query.shape[1:]):
         raise InputError(

@@ -38,7 +38,7 @@ def limit(
 
 
 def _check(metric, r, size, importance, partition, protect, criteria, bidirectional, window, grid) -> None:
-    """Raise `InputError` for what the definition does not allow."""
+    """Raise `InputError` for arguments that the definition does not allow."""
     if metric.dim() != 3 or metric.shape[2] < 1:
         raise InputError(f"metric must be floating (B, N, D), D at least 1, got {tuple(metric.shape)}")
     batch, count = metric.shape[:2]

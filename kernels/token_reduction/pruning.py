@@ -86,7 +86,7 @@ def prune_packed(
         The kept tokens, the new cu_seqlens, and the kept tokens' indices in x.
 
     Raises:
-        InputError: Shapes that do not agree, or a threshold that is no number.
+        InputError: Shapes that do not agree, or a threshold that is NaN.
     """
     _check_scores(x, score, 2)
     arguments.check_together({"x": x, "cu_seqlens": cu_seqlens})

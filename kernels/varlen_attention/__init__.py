@@ -14,7 +14,7 @@ __all__ = ["first_weights", "varlen_attention"]
 def _check(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None = None
 ) -> None:
-    """Raise `InputError` for what the definition does not allow."""
+    """Raise `InputError` for arguments that the definition does not allow."""
     arguments.check_tensors({"query": query, "key": key, "value": value})
     if query.dim() != 3 or not query.shape == key.shape == value.shape:
         raise InputError(

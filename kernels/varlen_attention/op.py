@@ -66,7 +66,7 @@ def _backward(
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.max_seqlen = inputs
     out, lse = output
-    # A gradient with respect to the logarithms is not defined, and nothing asks for one.
+    # The gradient with respect to the logarithms is not defined, and nothing asks for it.
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors, out, lse)
 

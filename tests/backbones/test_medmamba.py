@@ -96,7 +96,7 @@ class TestOfficial:
     def test_a_depth_of_nobody(self):
         weights = timm.create_model("medmamba_t", depths=(2, 2, 5, 2), device="meta").state_dict()
         with pytest.raises(
-            InputError, match="5 blocks in the third stage, the model 96 and 4: build one of that shape"
+            InputError, match="5 blocks in the third stage, the model 96 and 4: build a model of this shape"
         ):
             medmamba.checkpoint_filter_fn(weights, timm.create_model("medmamba_t", device="meta"))
 

@@ -113,7 +113,7 @@ def test_trains_and_copies():
             "vit_small_patch16_18x2_224",
             {},
             {},
-            "block 0 is no plain block of timm with plain attention: ParallelThingsBlock",
+            "block 0 is not a plain block of timm with plain attention: ParallelThingsBlock",
         ),
         ("vit_tiny_patch16_224", {}, dict(restore="none"), "restore must be one of copy, delta, soft"),
         ("vit_tiny_patch16_224", {}, dict(r=-1), "r must be a part below 1"),
@@ -136,7 +136,7 @@ def test_trains_and_copies():
             "vit_base_patch16_siglip_224",
             {},
             dict(method="asvit"),
-            "'asvit' goes by the class token's attention, and this model has none",
+            "'asvit' needs a class token's attention, and this model has no class token",
         ),
     ],
 )

@@ -242,7 +242,8 @@ def test_one_graph_for_any_size():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for size in (ODD, (160, 208), (304, 112)):
         x = image(size).double()
-        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-10)
+        # Not exact: timm resizes positions in float32, whatever the model's dtype.
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])

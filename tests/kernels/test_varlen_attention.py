@@ -85,7 +85,7 @@ class TestOperator:
             (dict(cu_seqlens=torch.tensor([0, 21])), "from 0 to the 22 tokens, got"),
             (dict(cu_seqlens=torch.tensor([1, 22])), "from 0 to the 22 tokens"),
             (dict(cu_seqlens=torch.tensor([0, 9, 5, 22])), "from 0 to the 22 tokens"),
-            (dict(cu_seqlens=torch.tensor([0, 22], device="meta")), "where query is, on cpu"),
+            (dict(cu_seqlens=torch.tensor([0, 22], device="meta")), "on the same device as query, cpu"),
             (dict(backend="cuda"), "not one of"),
         ],
     )
