@@ -15,6 +15,7 @@ TINY = "asvit_deit_tiny"
 class TestASViT(BackboneContract):
     """Parameters: the hosts' and three thresholds; multiply-adds in G: the hosts', which masking does not lower."""
 
+    operators_of = "mctf"
     representatives = (TINY,)
     shallow = {TINY: dict(depth=3, blocks=(1, 2))}
     costs = {

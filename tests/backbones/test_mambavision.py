@@ -20,6 +20,7 @@ from terrazzo.tools.inspect.measure import measure
 class TestMambaVision(BackboneContract):
     """Parameters: the authors' classes, counted. Multiply-adds: convolutions, linear layers and attention, in G."""
 
+    operators_of = "vmamba"
     representatives = ("mambavision_t",)
     shallow = {"mambavision_t": dict(depths=(1, 1, 2, 1), dim=32, num_heads=(4, 8))}
     costs = {

@@ -17,6 +17,7 @@ from terrazzo.tools.inspect.trace import trace
 class TestMedMamba(BackboneContract):
     """Parameters: the authors' class, counted. Multiply-adds: with nine for each step, channel and state of a scan."""
 
+    operators_of = "vmamba"
     representatives = ("medmamba_t",)
     costs = {
         "medmamba_t": (15_221_608, 2.979),

@@ -16,6 +16,7 @@ from terrazzo.kernels.selective_scan.reference import sequence
 class TestRoMA(BackboneContract):
     """Parameters: the authors' classes, counted. Multiply-adds: linear layers, convolutions, 9 L D N for a scan."""
 
+    operators_of = "vmamba"
     representatives = ("roma_tiny",)
     untrained = ("roma_tiny", "roma_small")
     shallow = {"roma_tiny": dict(depth=1)}

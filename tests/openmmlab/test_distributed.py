@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import distributed_worker
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import build_runner, load_config
@@ -33,17 +33,17 @@ OPTIONS = {
 
 
 def run(tiny_data, work_dir, processes=1, options=None, **arguments):
-    """The losses of each iteration, averaged over processes."""
+    """The losses of each iteration, averaged over processes; one process is this one."""
     work_dir.mkdir(exist_ok=True)
-    settings = work_dir / "settings.json"
-    arguments = {"seed": 4, **arguments}
-    if processes > 1:
-        arguments["launcher"] = "pytorch"
     content = {"config": CONFIG, "root": str(tiny_data("clothing96")), "work_dir": str(work_dir)}
-    settings.write_text(json.dumps({**content, "options": {**OPTIONS, **(options or {})}, "arguments": arguments}))
-    worker = str(Path(__file__).parents[1] / "support" / "distributed_worker.py")
+    content |= {"options": {**OPTIONS, **(options or {})}, "arguments": {"seed": 4, **arguments}}
+    if processes == 1:
+        return np.array(distributed_worker.train(**content))
+    content["arguments"]["launcher"] = "pytorch"
+    settings = work_dir / "settings.json"
+    settings.write_text(json.dumps(content))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*(command if processes > 1 else [sys.executable]), worker, str(settings)]
+    command += [distributed_worker.__file__, str(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,6 +11,8 @@ family cannot do among the tests of tests/support/capabilities.py, with the text
 its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient`: a
 part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow` holds, by
 representative, arguments that keep one block of each kind, for tests that would take minutes to compile or export.
+`operators_of` names the family whose operators a family shares. OpenVINO, fp16 and INT8 are tested on that family; on
+the others they are slow tests.
 """
 
 import copy
@@ -54,12 +56,15 @@ class BackboneContract(CapabilityContract):
     reconstructed = False
     untrained: tuple[str, ...] = ()
     cut_gradient = False
+    operators_of = ""
 
     def pytest_generate_tests(self, metafunc):
         if "variant" in metafunc.fixturenames:
             metafunc.parametrize("variant", list(self.costs))
         for fixture, quick in (("name", self.representatives), ("example", self.representatives[:1])):
             if fixture in metafunc.fixturenames:
+                if self.operators_of and metafunc.function.__name__ in ("test_openvino", "test_fp16", "test_int8"):
+                    quick = ()
                 models = [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in self.costs]
                 metafunc.parametrize(fixture, models, scope="class")
 

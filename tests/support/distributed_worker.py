@@ -1,4 +1,4 @@
-"""One of several processes, or the only one: trains a tiny classifier and writes its losses.
+"""Trains a tiny classifier, in one of several processes, and writes the losses.
 
 Usage: distributed_worker.py SETTINGS.json, with the keys `config`, `root`, `work_dir`, `options` and `arguments`.
 """
@@ -23,10 +23,16 @@ class Losses(Hook):
         self.values.append(float(outputs["loss"]))
 
 
-settings = json.loads(Path(sys.argv[1]).read_text())
-cfg = load_config(settings["config"], settings["root"], settings["options"])
-runner = build_runner(cfg, settings["work_dir"], **settings["arguments"])
-losses = Losses()
-runner.register_hook(losses)
-runner.train()
-Path(settings["work_dir"], f"losses_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(losses.values))
+def train(config: str, root: str, work_dir: str, options: dict, arguments: dict) -> list[float]:
+    """The losses of this process."""
+    runner = build_runner(load_config(config, root, options), work_dir, **arguments)
+    losses = Losses()
+    runner.register_hook(losses)
+    runner.train()
+    return losses.values
+
+
+if __name__ == "__main__":
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    losses = train(**settings)
+    Path(settings["work_dir"], f"losses_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(losses))
