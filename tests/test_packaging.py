@@ -25,7 +25,7 @@ ARROWS = {
 ROOMS = ("", "data", "inspect", "runtimes", "predict", "export", "training", "bench", "reports", "doctor", "verbs")
 # Packages that a layer must not import at the top of a module.
 FOREIGN = {
-    "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba", "llvmlite"},
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
@@ -54,7 +54,7 @@ def test_arrows(path):
         parts = name.split(".")
         if parts[0] == "terrazzo" and len(parts) > 1 and parts[1] not in ("TerrazzoError", "__version__"):
             assert parts[1] == layer or parts[1] in ARROWS[layer], f"{layer} must not import {name}"
-        if layer == "kernels" and path.stem.startswith("fused_") and parts[0] == "triton":
+        if layer == "kernels" and path.stem.startswith("fused_") and parts[0] in ("triton", "numba", "llvmlite"):
             continue  # Triton's kernels; the fused forms import them at the first launch
         assert parts[0] not in FOREIGN.get(layer, ()), f"{layer} must not import {name}"
 
@@ -74,9 +74,10 @@ def test_rooms_of_tools(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_rooms_of_kernels(path):
-    """Operators share dispatch/ and triton_host/, and nothing else."""
+    """Operators share dispatch/, triton_host/ and numba_host/, and nothing else."""
     own = path.relative_to(ROOT / "kernels").parts[0]
-    below = {"dispatch": {"dispatch", "triton_host"}, "triton_host": {"triton_host"}}
+    hosts = {"triton_host", "numba_host"}
+    below = {"dispatch": {"dispatch", *hosts}, **{host: {host} for host in hosts}}
     for name in imports(path):
         parts = name.split(".")
         if parts[:2] == ["terrazzo", "kernels"] and own != "__init__.py":
@@ -88,7 +89,7 @@ def test_importing_terrazzo_is_light():
     code = (
         "import sys, torch, timm; import torch._dynamo; before = set(sys.modules); import terrazzo\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(*sorted(new & {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'triton', 'cv2'}))"
+        "print(*sorted(new & {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'triton', 'cv2', 'numba'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -12,9 +12,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from terrazzo.kernels.dispatch import backend as backends
-from terrazzo.kernels.dispatch import opaque
+from terrazzo.kernels.dispatch import fused, opaque
 from terrazzo.kernels.dispatch.exporting import is_exporting
-from terrazzo.kernels.triton_host import machine
 
 EXPORTED = "exported"
 
@@ -26,11 +25,13 @@ class Needs(NamedTuple):
         device: where the tensors are.
         dtype: the dtype in which the kernels would compute.
         misfit: why the kernels cannot take the call's sizes; None if they can.
+        cpu: whether the operator has kernels for CPUs, which take all sizes.
     """
 
     device: torch.device
     dtype: torch.dtype
     misfit: str | None = None
+    cpu: bool = False
 
 
 class Call(NamedTuple):
@@ -75,8 +76,8 @@ class Operator:
         if is_exporting():
             backends.check_name(requested)
             return EXPORTED
-        device, dtype, misfit = self.needs(*arguments)
-        return _choose(self.name, self.opaque, requested, device, dtype, misfit)
+        device, dtype, misfit, cpu = self.needs(*arguments)
+        return _choose(self.name, self.opaque, requested, device, dtype, misfit, cpu)
 
     def why(self, requested: str, *arguments, device: torch.device | None = None, **more) -> backends.Choice:
         """Which backend would run a call outside of exporters, and why the others would not.
@@ -89,7 +90,7 @@ class Operator:
             InputError: the requested name is not a backend.
         """
         needs = self.needs(*arguments, **more)
-        return backends.consider(requested, *machine.refusals(device or needs.device, needs.dtype, needs.misfit))
+        return backends.consider(requested, *fused.refusals(device or needs.device, *needs[1:]))
 
     def op(self, part: str = "", *, fake: Callable, flops: Callable | None = None) -> Callable:
         """Register a function, by its annotations, as the opaque op `terrazzo::<name>`; see `opaque.op`.
@@ -114,11 +115,9 @@ def _choose(
     name: str,
     opaque_forms: tuple[str, ...],
     requested: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    misfit: str | None,
+    *needs,
 ) -> str:
-    return backends.choose(name, requested, *machine.refusals(device, dtype, misfit), opaque=opaque_forms).name
+    return backends.choose(name, requested, *fused.refusals(*needs), opaque=opaque_forms).name
 
 
 # Dynamo cannot trace what a choice reads (context, environment, device), so it takes the name as a constant while

@@ -1,6 +1,7 @@
 """Numba's host side, which all CPU kernels share.
 
-`machine` says whether kernels can run on a CPU, and compiles them once for each user and version. `threads` divides a call
-among as many threads as PyTorch has. `fused_maths` holds functions of vectors that kernels are made from; like the kernels
-(`<operator>/fused_cpu_kernels.py`) it imports numba, at the first call.
+`machine` says whether kernels can run on a CPU. `arrays` gives them tensors, and `threads` divides a call among
+PyTorch's number of threads. `fused_compile` compiles kernels once for each user and version, and `fused_maths` holds
+functions that kernels are made from. These two files and the kernels (`<operator>/fused_cpu_kernels.py`) import numba,
+at the first call.
 """

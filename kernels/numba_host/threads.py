@@ -1,7 +1,7 @@
-"""One call of a kernel on several threads: plain Python threads, since compiled kernels do not hold the interpreter's lock.
+"""One call of a kernel on several Python threads: compiled kernels do not hold the interpreter's lock.
 
-Numba's own layers of threads are not used. They end the process after a fork (DataLoader workers) or when two Python threads
-call a kernel at once, and they would keep a second pool beside PyTorch's.
+Numba's own threading layers are not used. They end the process after a fork (DataLoader workers), or when two Python
+threads call a kernel at once.
 """
 
 import functools

@@ -1,21 +1,20 @@
 """The selective scan in Numba, for CPUs: what the kernels are given, and how a call is divided.
 
-The kernels are in fused_cpu_kernels.py, which imports numba; this file does so at the first call. A call is divided by its
-sizes alone, never by the number of threads, so the same call gives the same bits.
+The kernels are in fused_cpu_kernels.py, which imports numba; this file does so at the first call. A call is divided by
+its sizes alone, never by the number of threads, so the same call gives the same bits.
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.numba_host import threads
+from terrazzo.kernels.numba_host.arrays import array_of
 from terrazzo.kernels.selective_scan.orders import pixels
 from terrazzo.kernels.selective_scan.scans import Scans
 
 # Steps between two states that are kept, and channels of a program; the kernels say the same.
 CHUNK = 64
-_WIDTH = 64
+_WIDTH = 16
 # Programs of the backward pass add up gradients of B and C by groups: few groups, as each has a sum of its own.
 _GROUPS = 8
 
@@ -27,15 +26,19 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
     arrays, channels = _arrays(call)
     batch, length, scans, _ = call.delta.shape
     wide = arrays[0].shape[-1]
-    out = torch.empty(batch, length, 1 if call.merge else scans, wide, dtype=call.dtype)
+    merged = call.merge and call.z is None  # gates come before the sum
+    out = torch.empty(batch, length, 1 if merged else scans, wide, dtype=call.dtype)
     kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=call.dtype)
-    given = [*map(_numpy, arrays[:7]), call.delta_softplus, *map(_numpy, (arrays[7], out, kept))]
+    given = [*map(array_of, arrays[:7]), call.delta_softplus, *map(array_of, (arrays[7], out, kept))]
     blocks = wide // _WIDTH
     threads.run(lambda i: kernels.forward(*given, i // blocks, i % blocks * _WIDTH), batch * blocks)
     out, kept = out[..., :channels], kept[..., :channels]
     if call.z is not None:
         out = out * F.silu(call.z.to(call.dtype))
-    out = out.squeeze(2) if call.merge else out.to(call.u.dtype)
+    if call.merge:
+        out = out.squeeze(2) if merged else out.sum(2)
+    else:
+        out = out.to(call.u.dtype)
     return out.contiguous(), kept.contiguous()
 
 
@@ -45,12 +48,14 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
 
     grad, dz = (grad.unsqueeze(2) if call.merge else grad).to(call.dtype), None
     if call.z is not None:
-        out, gate = forward(call._replace(z=None, u=call.u.to(call.dtype)))[0], torch.sigmoid(z := call.z.to(call.dtype))
+        z = call.z.to(call.dtype)
+        out = forward(call._replace(z=None, u=call.u.to(call.dtype), merge=False))[0]
+        gate = torch.sigmoid(z)
         dz = grad * out * gate * (1 + z * (1 - gate))
         grad = grad * gate * z
     arrays, channels = _arrays(call)
     u, delta, A, B, C, skip, bias, index = arrays
-    batch, _, scans, wide = delta.shape
+    batch, wide = delta.shape[0], delta.shape[3]
     blocks = wide // _WIDTH
     groups = max(1, min(blocks, _GROUPS // batch))
     kept, grad = (_padded(x, wide) for x in (kept, grad))
@@ -58,8 +63,8 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
     dB, dC = (torch.empty(groups, *x.shape, dtype=call.dtype) for x in (B, C))
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dskip, dbias = (torch.zeros(batch, *x.shape, dtype=call.dtype) for x in (skip, bias))
-    given = [*map(_numpy, arrays[:7]), call.delta_softplus]
-    given += map(_numpy, (index, grad, kept, du, ddelta, dA, dB, dC, dskip, dbias))
+    given = [*map(array_of, arrays[:7]), call.delta_softplus]
+    given += map(array_of, (index, grad, kept, du, ddelta, dA, dB, dC, dskip, dbias))
     threads.run(lambda i: kernels.backward(*given, i // groups, i % groups, groups), batch * groups)
     found = (
         du[..., :channels],
@@ -100,7 +105,3 @@ _LOG2_E = 1.4426950408889634
 def _padded(x: torch.Tensor, wide: int) -> torch.Tensor:
     """Contiguous, with zeros behind the last channel."""
     return (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x).contiguous()
-
-
-def _numpy(x: torch.Tensor):
-    return x.detach().numpy()

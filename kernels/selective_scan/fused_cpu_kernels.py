@@ -1,16 +1,16 @@
 """The selective scan step by step on a CPU: states stay in the nearest cache, and each step is computed once.
 
-A program owns WIDTH channels of an image, whose arithmetic becomes vector instructions. Numba compiles the kernels at the first
-call. Arrays are contiguous: u (B, L, 1 or K, D), delta (B, L, K, D), A (K, N, D) times log2(e), B and C (B, L, K, N), skip
-(which is D of the operator) and bias (K, D), index (K, L), the pixel of each step.
+A program owns WIDTH channels of an image, and loops over them become vector instructions. Numba compiles the kernels at
+the first call. Arrays are contiguous: u (B, L, 1 or K, D), delta (B, L, K, D), A (K, N, D) times log2(e), B and C
+(B, L, K, N), skip (the operator's D) and bias (K, D), or (0, D) for none, and index (K, L), the pixel of each step.
 """
 
 import numpy as np
 
+from terrazzo.kernels.numba_host.fused_compile import jit
 from terrazzo.kernels.numba_host.fused_maths import LOG2_E, exp2, log1p
-from terrazzo.kernels.numba_host.machine import jit
 
-WIDTH = 64
+WIDTH = 16
 CHUNK = 64
 
 
@@ -24,7 +24,7 @@ def forward(u, delta, A, B, C, skip, bias, softplus, index, out, kept, image, fi
     """
     scans, states, length = A.shape[0], A.shape[1], u.shape[1]
     dtype = u.dtype
-    log2_e, one, limit = dtype.type(LOG2_E), dtype.type(1), dtype.type(20)
+    log2_e, limit = dtype.type(LOG2_E), dtype.type(20)
     decay, h = np.empty((states, WIDTH), dtype), np.empty((states, WIDTH), dtype)
     dt, dx, y = np.empty(WIDTH, dtype), np.empty(WIDTH, dtype), np.empty(WIDTH, dtype)
     for k in range(scans):
@@ -70,7 +70,27 @@ def forward(u, delta, A, B, C, skip, bias, softplus, index, out, kept, image, fi
 
 @jit
 def backward(
-    u, delta, A, B, C, skip, bias, softplus, index, grad, kept, du, ddelta, dA, dB, dC, dskip, dbias, image, group, groups
+    u,
+    delta,
+    A,
+    B,
+    C,
+    skip,
+    bias,
+    softplus,
+    index,
+    grad,
+    kept,
+    du,
+    ddelta,
+    dA,
+    dB,
+    dC,
+    dskip,
+    dbias,
+    image,
+    group,
+    groups,
 ):
     """Gradients by the channels of one group of programs; the states within a chunk are computed again.
 
@@ -91,7 +111,12 @@ def backward(
     decays = np.empty((CHUNK, states, WIDTH), dtype)
     dts, slopes = np.empty((CHUNK, WIDTH), dtype), np.empty((CHUNK, WIDTH), dtype)
     lanes_b, lanes_c = np.empty((CHUNK, states, WIDTH), dtype), np.empty((CHUNK, states, WIDTH), dtype)
-    dx, dy, ddt, from_state = (np.empty(WIDTH, dtype), np.empty(WIDTH, dtype), np.empty(WIDTH, dtype), np.empty(WIDTH, dtype))
+    dx, dy, ddt, from_state = (
+        np.empty(WIDTH, dtype),
+        np.empty(WIDTH, dtype),
+        np.empty(WIDTH, dtype),
+        np.empty(WIDTH, dtype),
+    )
     chunks = (length + CHUNK - 1) // CHUNK
     for k in range(scans):
         own_u, own_out = k if u.shape[2] > 1 else 0, k if grad.shape[2] > 1 else 0

@@ -1,13 +1,15 @@
 """The operator as PyTorch sees it: one opaque custom op with a fake form, a gradient and a FLOP formula."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.fused import is_for_cpu
 from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
-from terrazzo.kernels.selective_scan import exported, fused, portable, reference
+from terrazzo.kernels.selective_scan import exported, fused, fused_cpu, portable, reference
 from terrazzo.kernels.selective_scan.orders import ORDERS
 from terrazzo.kernels.selective_scan.scans import Scans
 
@@ -15,7 +17,7 @@ from terrazzo.kernels.selective_scan.scans import Scans
 def _needs(u, delta, A, B, C, *_) -> Needs:
     """The dtype is u's, which the kernels read, or float64 if any tensor is float64."""
     dtype = torch.float64 if accumulator(u, delta, A, B, C) == torch.float64 else u.dtype
-    return Needs(u.device, dtype, fused.STATES.misfit(A.shape[-1]))
+    return Needs(u.device, dtype, fused.STATES.misfit(A.shape[-1]), cpu=True)
 
 
 def _describe(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend) -> Call:
@@ -27,9 +29,16 @@ def _describe(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width
 OPERATOR = Operator("selective_scan", ("fused", "portable"), _needs, _describe)
 
 
+def _form(backend: str, u: torch.Tensor) -> ModuleType:
+    """The module that runs inside of the op."""
+    if backend == "fused":
+        return fused_cpu if is_for_cpu(u.device) else fused
+    return portable
+
+
 def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend):
     batch, length, scans, channels = delta.shape
-    chunk = (fused if backend == "fused" else portable).CHUNK
+    chunk = _form(backend, u).CHUNK
     dtype = accumulator(u, delta, A, B, C)
     states = A.new_empty(batch, (length + chunk - 1) // chunk, scans, A.shape[2], channels, dtype=dtype)
     if merge:
@@ -60,7 +69,7 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the state before every chunk of steps, (B, chunks, K, N, D). `run` has chosen `backend`."""
-    form = fused if backend == "fused" else portable
+    form = _form(backend, u)
     return form.forward(Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge))
 
 
@@ -97,7 +106,7 @@ def _backward(
 
     The backward pass takes the form of the forward pass, even if another backend is requested by then.
     """
-    form = fused if backend == "fused" else portable
+    form = _form(backend, u)
     call = Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge)
     return tuple(u.new_empty(0) if x is None else x for x in form.backward(call, grad, states))
 

@@ -1,0 +1,268 @@
+"""The selective scan's CPU kernels against the definition in float64, with memory poisoned by NaN."""
+
+import importlib
+import math
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+from support import triton_scan
+from support.triton_common import check
+
+import terrazzo  # noqa: F401
+from terrazzo.errors import BackendError
+from terrazzo.kernels import selective_scan, use_backend
+from terrazzo.kernels.numba_host import machine, threads
+from terrazzo.kernels.triton_host import machine as triton_machine
+
+numba = pytest.importorskip("numba", reason="needs the extra 'cpu'")
+kernels = importlib.import_module("terrazzo.kernels.selective_scan.fused_cpu_kernels")
+OPERATOR = importlib.import_module("terrazzo.kernels.selective_scan.op").OPERATOR
+
+pytestmark = pytest.mark.skipif(triton_machine.interpreting(), reason="Triton interprets in this process")
+
+
+class TestKernels:
+    @pytest.mark.parametrize("length", [1, kernels.CHUNK - 1, kernels.CHUNK, kernels.CHUNK + 1, 2 * kernels.CHUNK + 9])
+    def test_lengths(self, length):
+        check(triton_scan.errors(length=length, channels=7))
+
+    @pytest.mark.parametrize("states", [1, 2, 8, 15, 16, 70])
+    @pytest.mark.parametrize("channels", [kernels.WIDTH, kernels.WIDTH + 1, 3 * kernels.WIDTH - 1])
+    def test_channels_and_states(self, channels, states):
+        check(triton_scan.errors(length=70, channels=channels, states=states, leave=("z",)))
+
+    @pytest.mark.parametrize(("height", "width"), [(5, 7), (7, 5), (1, 35), (35, 1), (11, 13)])
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_orders(self, height, width, shared):
+        options = dict(length=height * width, width=width, orders=(0, 1, 2, 3), channels=18, states=1)
+        check(triton_scan.errors(shared=shared, merge=True, **options))
+
+    @pytest.mark.parametrize("orders", [(2,), (3, 1), (2, 2, 2), (0, 3, 1, 2, 0)])
+    def test_any_scans(self, orders):
+        check(triton_scan.errors(length=35, width=7, orders=orders, channels=4, states=2, batch=3))
+
+    @pytest.mark.parametrize("layout", ["packed", "sequences", "turned"])
+    @pytest.mark.parametrize("leave", [(), ("D",), ("delta_bias",), ("z", "D", "delta_bias")])
+    def test_layouts_and_what_is_left_out(self, layout, leave):
+        check(triton_scan.errors(length=10, channels=9, batch=2, layout=layout, leave=leave))
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("merge", [True, False])
+    def test_dtypes(self, dtype, merge):
+        options = dict(orders=(0, 3), width=4, length=36, channels=5, shared=merge, merge=merge, leave=())
+        check(triton_scan.errors(dtype=dtype, **options))
+
+    @pytest.mark.parametrize("merge", [True, False])
+    def test_float64(self, merge):
+        arguments = triton_scan.inputs(2, 150, 2, 20, 3, shared=merge, leave=(), dtype=torch.float64)
+        found, wanted = (triton_scan.run(arguments, (0, 3), 10, merge, backend=x) for x in ("fused", "reference"))
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    def test_without_softplus(self):
+        check(triton_scan.errors(length=40, channels=9, softplus=False, leave=("z",)))
+
+    def test_step_sizes_of_any_size(self):
+        """softplus(N(0, 8)): some steps hold the state, some forget everything; nothing overflows."""
+        check(triton_scan.errors(length=70, channels=9, states=4, spread=8.0))
+
+    def test_held_and_forgotten(self):
+        held, forgotten = triton_scan.held()
+        assert held == 0
+        assert forgotten < 1e-6
+
+    def test_what_is_not_a_number_stays_so(self):
+        assert triton_scan.not_a_number()
+
+    def test_infinity(self):
+        """As in the definition: it fills the state, and turns into NaN where it meets a 0."""
+        x = torch.zeros(1, 1, 5)
+        x[0, 0, 2] = math.inf
+        one, two = torch.ones(1, 1, 5), torch.ones(1, 2, 5)
+        A = torch.tensor([[-1.0, -200.0]])
+        found, wanted = (selective_scan(x, one, A, two, two, backend=name) for name in ("fused", "reference"))
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+    def test_nothing_to_do(self):
+        shapes = [(0, 4, 1, 3), (1, 3, 2), (0, 4, 1, 2), (0, 4, 1, 2), (1, 3)]
+        assert triton_scan.empty() == [(0, 4, 1, 3), (0, 4, 1, 3), *shapes, None, (1, 3)]
+
+
+class TestMutations:
+    """Break the kernels' arithmetic on purpose: the comparison must notice."""
+
+    @pytest.mark.parametrize("helper", ["", "exp2", "log1p", "orders", "chunks"])
+    def test_a_broken_piece_shows(self, monkeypatch, helper):
+        fused_cpu = importlib.import_module("terrazzo.kernels.selective_scan.fused_cpu")
+        for name in ("forward", "backward"):
+            plain = getattr(kernels, name).py_func  # interpreted, with pieces that can be replaced
+            monkeypatch.setattr(kernels, name, plain)
+        monkeypatch.setattr(kernels, "exp2", lambda x: x.dtype.type(2.0**x * (0.9 if helper == "exp2" else 1)))
+        monkeypatch.setattr(kernels, "log1p", lambda x: x.dtype.type(math.log1p(x) * (0.9 if helper == "log1p" else 1)))
+        if helper == "orders":
+            monkeypatch.setattr(fused_cpu, "pixels", lambda code, steps, length, width: steps)
+        if helper == "chunks":
+            monkeypatch.setattr(kernels, "CHUNK", kernels.CHUNK - 1)
+        options = dict(length=kernels.CHUNK + 2, channels=1, states=2, orders=(0, 3), width=2, merge=True)
+        found = triton_scan.errors(**options)
+        broken = [name for name, (error, allowed) in found.items() if not error <= 2 * allowed]
+        assert bool(broken) == bool(helper)
+
+
+class TestMaths:
+    def test_exp2_over_its_whole_range(self):
+        """Within 2 units in the last place, down to the smallest number and up to infinity."""
+        exp2 = importlib.import_module("terrazzo.kernels.numba_host.fused_maths").exp2
+
+        @numba.njit
+        def run(x, out):
+            for i in range(len(x)):
+                out[i] = exp2(x[i])
+
+        x = np.concatenate([np.linspace(-152, 128.5, 1_000_003), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+        out = np.empty_like(x)
+        run(x, out)
+        with np.errstate(over="ignore"):
+            exact = np.exp2(x.astype(np.float64))
+            rounded = exact.astype(np.float32)
+        finite = np.isfinite(rounded)
+        assert np.array_equal(np.isinf(out), ~finite)
+        assert (np.abs(out[finite] - exact[finite]) <= 2 * np.spacing(rounded[finite])).all()
+        special = np.array([np.nan, np.inf, -np.inf, -1e30, 1e30, 0], np.float32)
+        out = np.empty_like(special)
+        run(special, out)
+        assert np.array_equal(out, np.array([np.nan, np.inf, 0, 0, np.inf, 1], np.float32), equal_nan=True)
+
+
+class TestThreads:
+    def test_the_number_of_threads_changes_no_bit(self):
+        before = torch.get_num_threads()
+        arguments = triton_scan.inputs(2, 150, 2, 70, 3, leave=(), dtype=torch.float32)
+        results = []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                results.append(triton_scan.run(arguments, (0, 3), 10))
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+    def test_two_python_threads_at_once(self):
+        arguments = [triton_scan.inputs(1, 200, 1, 64, 4, dtype=torch.float32) for _ in range(2)]
+        wanted = [triton_scan.run(x) for x in arguments]
+        found = [[], []]
+
+        def work(i):
+            found[i] = [triton_scan.run(arguments[i]) for _ in range(20)]
+
+        started = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join(60)
+        for i in range(2):
+            assert len(found[i]) == 20
+            for result in found[i]:
+                assert all(torch.equal(a, b) for a, b in zip(result, wanted[i]) if a is not None)
+
+    def test_forked_workers_run_a_model(self):
+        """The parent has used its threads before four workers of a DataLoader are forked from it."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            model = timm.create_model("vmamba_tiny_s1l8", depths=(1, 1, 1, 1), embed_dim=16).eval()
+            data = _Predictions(model)
+            with torch.no_grad():
+                wanted = [data[i] for i in range(8)]
+                loader = torch.utils.data.DataLoader(data, num_workers=4, multiprocessing_context="fork", timeout=120)
+                found = [x[0] for x in loader]
+        finally:
+            torch.set_num_threads(before)
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b)
+
+    def test_an_error_of_any_thread_is_raised(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+
+        def work(i):
+            if i % 2:
+                raise ValueError(f"no {i}")
+
+        try:
+            with pytest.raises(ValueError, match="no "):
+                threads.run(work, 6)
+        finally:
+            torch.set_num_threads(before)
+
+
+class _Predictions(torch.utils.data.Dataset):
+    """What a model makes of a picture, computed where it is asked for."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 8
+
+    @torch.no_grad()
+    def __getitem__(self, i):
+        image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(i))
+        return self.model(image)[0]
+
+
+class TestOperator:
+    def test_auto_takes_it(self):
+        x = torch.zeros(1, 9, 1, 4)
+        choice = OPERATOR.why("auto", x, x, torch.zeros(1, 4, 2), torch.zeros(1, 9, 1, 2), torch.zeros(1, 9, 1, 2))
+        assert choice.name == "fused"
+
+    def test_without_numba_everything_works(self, monkeypatch):
+        monkeypatch.setattr(machine, "has_numba", lambda: False)
+        arguments = triton_scan.inputs(dtype=torch.float32)
+        auto, portable = (triton_scan.run(arguments, backend=name) for name in ("auto", "portable"))
+        assert all(torch.equal(a, b) for a, b in zip(auto, portable) if a is not None)
+        with use_backend("fused"), pytest.raises(BackendError, match=r"needs the package numba.*terrazzo\[cpu\]"):
+            triton_scan.run(arguments, backend="auto")
+
+    @pytest.mark.parametrize("merge", [True, False])
+    def test_opcheck(self, merge):
+        triton_scan.opcheck(merge)
+
+    @pytest.mark.parametrize("dynamic", [True, False])
+    def test_compiles_without_a_break(self, dynamic):
+        torch._dynamo.reset()
+        assert triton_scan.compiled(dynamic) == 0
+
+    def test_numba_comes_at_the_first_call(self):
+        code = (
+            "import sys, torch, terrazzo.kernels as k; x = torch.zeros(1, 2, 8)\n"
+            "assert 'numba' not in sys.modules\n"
+            "k.selective_scan(x, x, -torch.ones(2, 1), torch.ones(1, 1, 8), torch.ones(1, 1, 8))\n"
+            "assert 'numba' in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_a_cache_that_cannot_be_written_costs_only_time(self, tmp_path):
+        (tmp_path / "cache").write_text("a file in the place of the folder")
+        code = (
+            "import os, sys, torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"
+            "print(k.selective_scan(x, x, -torch.ones(2, 1), x[:, :1], x[:, :1], backend='fused')[0, 0, 1].item())"
+        )
+        environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "", "HOME": str(tmp_path / "cache")}
+        environment |= {name: value for name, value in _environment().items() if name not in environment}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) == pytest.approx(1 + math.exp(-1))
+
+
+def _environment():
+    import os
+
+    return dict(os.environ)
