@@ -2,12 +2,19 @@
 
 import gc
 import importlib.util
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 # Failures in these modules show both sides of a comparison, as in test files.
 pytest.register_assert_rewrite("support")
+
+
+def pytest_configure(config):
+    # Compiled kernels are kept from run to run, and for all processes. Numba reads this when it is imported.
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "numba"))
 
 
 def pytest_addoption(parser):

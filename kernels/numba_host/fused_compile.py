@@ -13,8 +13,9 @@ import numba
 def jit(function: Callable) -> Callable:
     """Compile a kernel at its first call, without the interpreter's lock, and keep the code for later processes.
 
-    The code is in the user's cache, for one version of the sources. If no folder can be written, later processes
-    compile again. A product and a sum may become one operation, which rounds once; their order stays.
+    The code is in the user's cache (or in NUMBA_CACHE_DIR), for one version of the sources. If no folder can be
+    written, later processes compile again. A product and a sum may become one operation, which rounds once; their
+    order stays.
     """
     # Without numpy's error model each division would have a branch, and no loop with one would become vector code.
     options = dict(nogil=True, fastmath={"contract"}, error_model="numpy")
@@ -29,8 +30,8 @@ def jit(function: Callable) -> Callable:
 def _cache_folder() -> Iterator[None]:
     """Inside, numba takes a folder of terrazzo's for the compiled code of what it decorates."""
     before = numba.config.CACHE_DIR
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    numba.config.CACHE_DIR = before or str(Path(home, "terrazzo", "kernels", _digest()))
+    home = before or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "terrazzo")
+    numba.config.CACHE_DIR = str(Path(home, "kernels", _digest()))
     try:
         yield
     finally:
