@@ -24,9 +24,9 @@ OPTIONS = {
     "param_scheduler": None,  # it counts iterations, and accumulation needs more iterations
     "model.mixup": None,  # it mixes within a batch
     "model.loss": {"type": "CrossEntropyLoss"},
-    "train_cfg.max_epochs": 4,
+    "train_cfg.max_epochs": 2,
     "train_cfg.val_interval": 100,
-    "default_hooks.checkpoint.interval": 2,
+    "default_hooks.checkpoint.interval": 1,
     "default_hooks.checkpoint.max_keep_ckpts": -1,
     "optim_wrapper.clip_grad": {"max_norm": 1.0},
 }
@@ -58,9 +58,9 @@ def single(tiny_data, tmp_path_factory):
 
 def test_two_processes_with_half_the_batch(single, tiny_data, tmp_path):
     losses = run(tiny_data, tmp_path, 2, {"train_dataloader.batch_size": 5})
-    assert len(losses) == len(single[0]) == 4
+    assert len(losses) == len(single[0]) == 2
     np.testing.assert_allclose(losses, single[0], rtol=0, atol=1e-4)
-    assert torch.load(tmp_path / "epoch_4.pth", weights_only=True)["meta"]["epoch"] == 4
+    assert torch.load(tmp_path / "epoch_2.pth", weights_only=True)["meta"]["epoch"] == 2
 
 
 @pytest.mark.slow  # a minute and a half: three trainings, two of them of two processes
@@ -68,7 +68,7 @@ def test_sharded_processes_and_their_checkpoints(single, tiny_data, tmp_path):
     half = {"train_dataloader.batch_size": 5}
     losses = run(tiny_data, tmp_path, 2, half, sharded=True)
     np.testing.assert_allclose(losses, single[0], rtol=0, atol=1e-4)
-    saved, plain = (torch.load(folder / "epoch_2.pth", weights_only=True) for folder in (tmp_path, single[1]))
+    saved, plain = (torch.load(folder / "epoch_1.pth", weights_only=True) for folder in (tmp_path, single[1]))
     assert saved["state_dict"].keys() == plain["state_dict"].keys()
     for key, value in plain["state_dict"].items():
         assert type(saved["state_dict"][key]) is torch.Tensor
@@ -77,9 +77,9 @@ def test_sharded_processes_and_their_checkpoints(single, tiny_data, tmp_path):
         assert saved["optimizer"]["state"][key]["exp_avg"].shape == entry["exp_avg"].shape
     # One process continues a run of two processes, and two processes continue a run of one.
     middle = len(losses) // 2
-    alone = run(tiny_data, tmp_path / "alone", resume=str(tmp_path / "epoch_2.pth"))
+    alone = run(tiny_data, tmp_path / "alone", resume=str(tmp_path / "epoch_1.pth"))
     np.testing.assert_allclose(alone, losses[middle:], rtol=0, atol=1e-4)
-    again = run(tiny_data, tmp_path / "again", 2, half, resume=str(single[1] / "epoch_2.pth"), sharded=True)
+    again = run(tiny_data, tmp_path / "again", 2, half, resume=str(single[1] / "epoch_1.pth"), sharded=True)
     np.testing.assert_allclose(again, losses[middle:], rtol=0, atol=1e-4)
 
 
@@ -91,8 +91,8 @@ def test_accumulated_batches(single, tiny_data, tmp_path):
 def test_bfloat16_is_close_and_keeps_float32_weights(single, tiny_data, tmp_path):
     losses = run(tiny_data, tmp_path, amp="bf16")
     assert not np.array_equal(losses, single[0])
-    np.testing.assert_allclose(losses[:2], single[0][:2], rtol=2e-2)
-    state = torch.load(tmp_path / "epoch_4.pth", weights_only=True)["state_dict"]
+    np.testing.assert_allclose(losses, single[0], rtol=2e-2)
+    state = torch.load(tmp_path / "epoch_2.pth", weights_only=True)["state_dict"]
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
 
 
