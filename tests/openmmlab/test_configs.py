@@ -1,8 +1,8 @@
 """Every packaged config builds at full size, and takes a training step, validates and predicts on tiny data.
 
 For the step, a large backbone is made small or swapped for `dinat_mini`, and pictures are small; head, losses,
-pipeline, metric and optimizer come from the config. For each task, the first config of every head and data set runs, and
-the first of every family under any dense head; the other tests are marked slow.
+pipeline, metric and optimizer come from the config. For each task, the first config of every head and data set runs,
+and the first of every family under any dense head; the other tests are marked slow.
 """
 
 import math
