@@ -10,6 +10,7 @@ installed, makes mmengine's checkpoints plain data, lets mmcv read pictures as t
 among the optimizers, because PyTorch has no LAMB. It imports neither mmdet nor mmseg.
 """
 
+import terrazzo.openmmlab._transformers  # isort: skip  before mmengine's optimizers are imported
 from mmengine.registry import OPTIMIZERS
 from timm.optim import Lamb
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
-from torchmetrics.functional.classification import multiclass_accuracy
 
 
 @METRICS.register_module()
@@ -28,6 +27,9 @@ class ClassificationAccuracy(BaseMetric):
         Returns:
             `top1`, `top5` and `mean_class`, in percent.
         """
+        # At its use: torchmetrics imports transformers where it is installed, which takes seconds.
+        from torchmetrics.functional.classification import multiclass_accuracy
+
         scores = torch.stack([result["scores"] for result in results])
         targets = torch.tensor([result["gt_label"] for result in results])
         classes = scores.shape[1]

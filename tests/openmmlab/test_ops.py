@@ -292,6 +292,10 @@ def test_fork_of_mmcv_keeps_its_own_operators(tmp_path):
 
 
 def test_bridge_imports_neither_mmdet_nor_mmseg():
-    code = "import sys, terrazzo.openmmlab; print([m for m in ('mmdet', 'mmseg') if m in sys.modules])"
+    """Nor transformers, of which mmengine registers an optimizer: that is imported when it is built."""
+    code = (
+        "import sys, terrazzo.openmmlab; from mmengine.registry import OPTIMIZERS; assert 'Adafactor' in OPTIMIZERS\n"
+        "print([m for m in ('mmdet', 'mmseg', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
