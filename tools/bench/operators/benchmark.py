@@ -75,7 +75,8 @@ def cases(name: str, plan: Plan) -> list[Case]:
 def _forms(operator: Operator, inputs: list[torch.Tensor], plan: Plan) -> dict[str, Function]:
     """The forms by name: each computes the output of these inputs."""
     gpu = plan.device.type == "cuda"
-    functions = {name: partial(operator.run, backend=name) for name in (("fused",) if gpu else ()) + ("portable",)}
+    own = ("fused", "portable") if gpu or operator.cpu else ("portable",)
+    functions = {name: partial(operator.run, backend=name) for name in own}
     functions |= {**operator.peers, **(operator.gpu_peers if gpu else {})}
     if plan.compiles:
         torch.compiler.reset()  # otherwise it would run uncompiled after as many shapes as Dynamo caches
@@ -114,7 +115,8 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
         The rows, and a reason for each form without rows.
     """
     operator, rows, reasons = case.operator, [], {}
-    about = results.about(plan.device, *(("triton",) if plan.device.type == "cuda" else ()))
+    compilers = ("triton",) if plan.device.type == "cuda" else ("numba",) if operator.cpu else ()
+    about = results.about(plan.device, *compilers)
     timer = kernel_timer(plan.device)
     inputs = case.inputs(plan.device)
     with torch.no_grad():
