@@ -16,7 +16,7 @@ def refusals(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Why backends cannot run a call, and why "auto" skips a backend that can; see `backend.consider`.
 
-    Args: see `terrazzo.kernels.dispatch.operator.Needs`.
+    Args: see `Needs` and `Operator` in `terrazzo.kernels.dispatch.operator`.
     """
     if not (cpu and is_for_cpu(device)):
         return triton_machine.refusals(device, dtype, misfit)

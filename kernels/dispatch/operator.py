@@ -25,13 +25,11 @@ class Needs(NamedTuple):
         device: where the tensors are.
         dtype: the dtype in which the kernels would compute.
         misfit: why the kernels cannot take the call's sizes; None if they can.
-        cpu: whether the operator has kernels for CPUs, which take all sizes.
     """
 
     device: torch.device
     dtype: torch.dtype
     misfit: str | None = None
-    cpu: bool = False
 
 
 class Call(NamedTuple):
@@ -55,12 +53,14 @@ class Operator:
         opaque: the backends that run as an opaque op, which has one gradient only (see `opaque`).
         needs: maps the arguments of the op to `Needs`; trailing arguments may be missing.
         describe: maps the arguments of the op to a `Call`.
+        cpu: whether the operator has kernels for CPUs, which take all sizes.
     """
 
     name: str
     opaque: tuple[str, ...]
     needs: Callable[..., Needs]
     describe: Callable[..., Call]
+    cpu: bool = False
 
     def choose(self, requested: str, *arguments) -> str:
         """The form of a call: "fused", "portable" or "reference", or "exported" while an exporter traces.
@@ -76,8 +76,8 @@ class Operator:
         if is_exporting():
             backends.check_name(requested)
             return EXPORTED
-        device, dtype, misfit, cpu = self.needs(*arguments)
-        return _choose(self.name, self.opaque, requested, device, dtype, misfit, cpu)
+        device, dtype, misfit = self.needs(*arguments)
+        return _choose(self.name, self.opaque, requested, device, dtype, misfit, self.cpu)
 
     def why(self, requested: str, *arguments, device: torch.device | None = None, **more) -> backends.Choice:
         """Which backend would run a call outside of exporters, and why the others would not.
@@ -90,7 +90,7 @@ class Operator:
             InputError: the requested name is not a backend.
         """
         needs = self.needs(*arguments, **more)
-        return backends.consider(requested, *fused.refusals(device or needs.device, *needs[1:]))
+        return backends.consider(requested, *fused.refusals(device or needs.device, *needs[1:], self.cpu))
 
     def op(self, part: str = "", *, fake: Callable, flops: Callable | None = None) -> Callable:
         """Register a function, by its annotations, as the opaque op `terrazzo::<name>`; see `opaque.op`.

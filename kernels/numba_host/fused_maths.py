@@ -11,8 +11,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
-LOG2_E = 1.4426950408889634
-
 
 @intrinsic
 def float_of(typingctx, bits):

@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -33,8 +33,9 @@ def run(kernel: Callable[[int], None], count: int) -> None:
     try:
         work()
     finally:
-        for other in others:
-            other.result()
+        wait(others)  # nobody writes to the call's tensors any more
+    for other in others:
+        other.result()
 
 
 @functools.lru_cache(maxsize=1)

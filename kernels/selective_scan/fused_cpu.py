@@ -12,9 +12,10 @@ from terrazzo.kernels.numba_host.arrays import array_of
 from terrazzo.kernels.selective_scan.orders import pixels
 from terrazzo.kernels.selective_scan.scans import Scans
 
-# Steps between two states that are kept, and channels of a program; the kernels say the same.
+# Steps between two states that are kept, and channels of a program.
 CHUNK = 64
-_WIDTH = 16
+WIDTH = 16
+LOG2_E = 1.4426950408889634
 # Programs of the backward pass add up gradients of B and C by groups: few groups, as each has a sum of its own.
 _GROUPS = 8
 
@@ -30,8 +31,8 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(batch, length, 1 if merged else scans, wide, dtype=call.dtype)
     kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=call.dtype)
     given = [*map(array_of, arrays[:7]), call.delta_softplus, *map(array_of, (arrays[7], out, kept))]
-    blocks = wide // _WIDTH
-    threads.run(lambda i: kernels.forward(*given, i // blocks, i % blocks * _WIDTH), batch * blocks)
+    blocks = wide // WIDTH
+    threads.run(lambda i: kernels.forward(*given, i // blocks, i % blocks * WIDTH), batch * blocks)
     out, kept = out[..., :channels], kept[..., :channels]
     if call.z is not None:
         out = out * F.silu(call.z.to(call.dtype))
@@ -56,7 +57,7 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
     arrays, channels = _arrays(call)
     u, delta, A, B, C, skip, bias, index = arrays
     batch, wide = delta.shape[0], delta.shape[3]
-    blocks = wide // _WIDTH
+    blocks = wide // WIDTH
     groups = max(1, min(blocks, _GROUPS // batch))
     kept, grad = (_padded(x, wide) for x in (kept, grad))
     dA = torch.empty(batch, *A.shape, dtype=call.dtype)
@@ -83,13 +84,13 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
 def _arrays(call: Scans) -> tuple[list[torch.Tensor], int]:
     """What the kernels take, in the dtype of the computation and with whole programs of channels; the real channels."""
     channels = call.delta.shape[3]
-    wide = -(-channels // _WIDTH) * _WIDTH
+    wide = -(-channels // WIDTH) * WIDTH
     nothing = call.A.new_empty(0, wide, dtype=call.dtype)
     steps = torch.arange(call.length)
     found = [
         _padded(call.u.to(call.dtype), wide),
         _padded(call.delta.to(call.dtype), wide),
-        _padded(call.A.to(call.dtype).transpose(1, 2) * _LOG2_E, wide),
+        _padded(call.A.to(call.dtype).transpose(1, 2) * LOG2_E, wide),
         call.B.to(call.dtype).contiguous(),
         call.C.to(call.dtype).contiguous(),
         nothing if call.D is None else _padded(call.D.to(call.dtype), wide),
@@ -97,9 +98,6 @@ def _arrays(call: Scans) -> tuple[list[torch.Tensor], int]:
         torch.stack([pixels(code, steps, call.length, call.width) for code in call.orders]),
     ]
     return found, channels
-
-
-_LOG2_E = 1.4426950408889634
 
 
 def _padded(x: torch.Tensor, wide: int) -> torch.Tensor:

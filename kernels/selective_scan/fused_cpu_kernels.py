@@ -8,10 +8,8 @@ the first call. Arrays are contiguous: u (B, L, 1 or K, D), delta (B, L, K, D), 
 import numpy as np
 
 from terrazzo.kernels.numba_host.fused_compile import jit
-from terrazzo.kernels.numba_host.fused_maths import LOG2_E, exp2, log1p
-
-WIDTH = 16
-CHUNK = 64
+from terrazzo.kernels.numba_host.fused_maths import exp2, log1p
+from terrazzo.kernels.selective_scan.fused_cpu import CHUNK, LOG2_E, WIDTH
 
 
 @jit

@@ -17,7 +17,7 @@ from terrazzo.kernels.selective_scan.scans import Scans
 def _needs(u, delta, A, B, C, *_) -> Needs:
     """The dtype is u's, which the kernels read, or float64 if any tensor is float64."""
     dtype = torch.float64 if accumulator(u, delta, A, B, C) == torch.float64 else u.dtype
-    return Needs(u.device, dtype, fused.STATES.misfit(A.shape[-1]), cpu=True)
+    return Needs(u.device, dtype, fused.STATES.misfit(A.shape[-1]))
 
 
 def _describe(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend) -> Call:
@@ -26,7 +26,7 @@ def _describe(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width
     return Call(shape, {"orders": ", ".join(ORDERS[code] for code in orders)})
 
 
-OPERATOR = Operator("selective_scan", ("fused", "portable"), _needs, _describe)
+OPERATOR = Operator("selective_scan", ("fused", "portable"), _needs, _describe, cpu=True)
 
 
 def _form(backend: str, u: torch.Tensor) -> ModuleType:

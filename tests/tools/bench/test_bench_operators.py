@@ -53,10 +53,14 @@ def test_peers(operator):
             torch.testing.assert_close(a, b)
 
 
+def _cpu_kernels(operator):
+    return {"fused"} if bench_operators.has_cpu_kernels(operator) else set()
+
+
 def test_runs_and_writes(operator, tmp_path):
     said = call(operator, "--out", tmp_path / "rows.csv")
     rows = results.read(tmp_path / "rows.csv")
-    assert {row.backend for row in rows} == {"portable", *operator.peers} | ({"fused"} if operator.cpu else set())
+    assert {row.backend for row in rows} == {"portable", *operator.peers} | _cpu_kernels(operator)
     assert {row.metric for row in rows} == {FORWARD, TRAINING}
     assert all(0 < row.p20 <= row.p50 <= row.p80 for row in rows)
     assert f"{'x'.join(map(str, (1, *operator.at_224[0])))}, float32" in said
@@ -102,10 +106,8 @@ def test_compiled_forms_are_measured_on_a_gpu(operator):
         plan = dataclasses.replace(PLAN, device=torch.device(device))
         found[device] = bench_operators._forms(operator, [], plan).keys()
     compiled = {f"{name} compiled" for name in operator.compiled}
-    assert found["cuda"] - found["cpu"] == {"fused", *compiled, *operator.gpu_peers} - (
-        {"fused"} if operator.cpu else set()
-    )
-    assert ("fused" in found["cpu"]) == operator.cpu
+    assert found["cuda"] - found["cpu"] == {"fused", *compiled, *operator.gpu_peers} - _cpu_kernels(operator)
+    assert found["cpu"] == {"portable", *operator.peers} | _cpu_kernels(operator)
     asked = dataclasses.replace(PLAN, device=torch.device("cpu"), compiled=True)
     assert bench_operators._forms(operator, [], asked).keys() == found["cpu"] | compiled
 

@@ -3,6 +3,7 @@
 (Neighborhood attention has a separate benchmark, because its peers are other packages.)
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,10 +73,14 @@ def cases(name: str, plan: Plan) -> list[Case]:
     return [Case(operator, size, dtype) for size in sizes]
 
 
+def has_cpu_kernels(operator: Operator) -> bool:
+    return importlib.import_module(f"terrazzo.kernels.{operator.name}.op").OPERATOR.cpu
+
+
 def _forms(operator: Operator, inputs: list[torch.Tensor], plan: Plan) -> dict[str, Function]:
     """The forms by name: each computes the output of these inputs."""
     gpu = plan.device.type == "cuda"
-    own = ("fused", "portable") if gpu or operator.cpu else ("portable",)
+    own = ("fused", "portable") if gpu or has_cpu_kernels(operator) else ("portable",)
     functions = {name: partial(operator.run, backend=name) for name in own}
     functions |= {**operator.peers, **(operator.gpu_peers if gpu else {})}
     if plan.compiles:
@@ -115,7 +120,7 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
         The rows, and a reason for each form without rows.
     """
     operator, rows, reasons = case.operator, [], {}
-    compilers = ("triton",) if plan.device.type == "cuda" else ("numba",) if operator.cpu else ()
+    compilers = ("triton",) if plan.device.type == "cuda" else ("numba",) if has_cpu_kernels(operator) else ()
     about = results.about(plan.device, *compilers)
     timer = kernel_timer(plan.device)
     inputs = case.inputs(plan.device)

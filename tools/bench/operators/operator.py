@@ -23,7 +23,6 @@ class Operator:
         at_224: sizes, without the batch, of a small model's layers at 224 x 224; a quick run measures only these.
         larger: further sizes.
         gpu_peers: as `peers`, for peers that PyTorch has only for GPUs.
-        cpu: whether the operator has fused kernels for CPUs.
     """
 
     name: str
@@ -37,4 +36,3 @@ class Operator:
     at_224: tuple[tuple[int, ...], ...]
     larger: tuple[tuple[int, ...], ...]
     gpu_peers: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
-    cpu: bool = False

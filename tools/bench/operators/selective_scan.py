@@ -51,5 +51,4 @@ SELECTIVE_SCAN = Operator(
     # MambaVision-T's two windows, VMamba-T's second and third stage and its first version's second, at 224.
     at_224=((160, 196, 8), (320, 49, 8), (768, 784, 1), (1536, 196, 1), (1536, 784, 16)),
     larger=((384, 3136, 1), (768, 3136, 16)),
-    cpu=True,
 )
