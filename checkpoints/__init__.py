@@ -1,5 +1,5 @@
-"""Files of weights, read and written without mmengine: what a model of timm and the OpenMMLab bridge share.
+"""Checkpoint files, read and written without mmengine: timm models and the OpenMMLab bridge share this package.
 
-`files` opens a file and refuses what could run code; `_archives` knows the formats of `torch.save`, `_pickles` the
-objects in them. `loading` puts what a file holds into a model.
+`files` opens a file and refuses whatever could run code; `_archives` reads the formats of `torch.save`, and `_pickles`
+reads the objects in them. `loading` loads a file's weights into a model.
 """

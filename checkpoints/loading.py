@@ -1,4 +1,4 @@
-"""Putting what a checkpoint file holds into a model of timm."""
+"""Loads the weights of a checkpoint file into a timm model."""
 
 from torch import nn
 
@@ -8,10 +8,10 @@ from terrazzo.errors import InputError
 
 
 def load_weights(model: nn.Module, name: str, filename: str, optional: str = r"^$") -> None:
-    """Loads a checkpoint into a model: an official file, or one of a detector or classifier trained here.
+    """Loads a checkpoint into a model: an official file, or a file of a detector or classifier trained here.
 
-    The names of official files are mapped by the `checkpoint_filter_fn` of the model's family, if it has one; those of
-    detectors, wrappers and Lightning's modules have prefixes, which go.
+    The `checkpoint_filter_fn` of the model's family, if it has one, maps the names of official files. The prefixes of
+    detectors, wrappers and Lightning's modules are removed.
 
     Args:
         model: the model.

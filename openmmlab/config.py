@@ -277,7 +277,7 @@ def check_class_counts(cfg: Config) -> None:
     Raises:
         InputError: if a head has another count; the message names both.
     """
-    if "model" not in cfg or "language_model" in cfg.model:  # such a model gets the classes as words
+    if "model" not in cfg or "language_model" in cfg.model:  # a language model gets the classes as words
         return
     metainfo = next((d["metainfo"] for d in datasets(cfg) if (d.get("metainfo") or {}).get("classes")), None)
     whose, step = "the data set has", "make them equal"
