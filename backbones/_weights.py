@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from terrazzo.backbones._names import registered_models
 from terrazzo.errors import InputError, WeightsError, first_line
 
-RECONSTRUCTED = "reconstructed from the paper; no public weights of the authors load"
+RECONSTRUCTED = "reconstructed from the paper; no official weights are public"
 """The notice of a family without published code and weights, in its docstring, configuration and card."""
 
 _LICENCES = {

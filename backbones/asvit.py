@@ -65,7 +65,7 @@ class PrunedState(State):
 def masked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in which only a dropped token itself sees it, and the class token's row of weights.
+    """Attention in which a dropped token is seen only by itself, and the class token's row of weights.
 
     The mask multiplies exponentials after subtracting the maximum over all keys, and all keys get a share of 1e-6. So
     dropped tokens have a gradient, and thresholds can decrease again.
@@ -97,7 +97,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tu
 
 
 def token_scores(context: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Class attention, with heads weighted by the norm of their output for the token.
+    """Class attention; each head is weighted by the norm of its output for the token.
 
     (B, H, T, D) and (B, H, T) to (B, T); packed, (sum of T, H, D) and (sum of T, H) to (sum of T,).
 
@@ -111,7 +111,7 @@ class Pruning(Reducer):
     """Drops tokens in front of some blocks, by the scores from the block before.
 
     In training, and whenever a gradient or a static graph is needed, dropped tokens are masked. Otherwise they are
-    removed, and images are packed one after another. Both results agree up to 2e-6.
+    removed, and images are packed one after another. The results agree within 2e-6.
     """
 
     by_class_token = True
@@ -127,7 +127,7 @@ class Pruning(Reducer):
     ):
         """Args:
         blocks: Blocks in front of which tokens are dropped, counted from 0.
-        form: "masked", "packed", "auto" for the suitable form of both, or "fixed": every image keeps the same
+        form: "masked", "packed", "auto" for the suitable form of the two, or "fixed": every image keeps the same
             number of tokens, for engines with static shapes.
         keep: With "fixed": the part of the patches that is kept at each stage.
         thresholds: Initial value of each stage's parameter; scores are about 1 / tokens. None for 0.001, 0.002, ...
@@ -299,7 +299,7 @@ class ASLVViT(LVViT):
         **kwargs,
     ):
         """Args:
-        blocks: None for three that are evenly spread.
+        blocks: None for three evenly spread blocks.
         form, keep: See `Pruning`.
         **kwargs: See `LVViT`.
         """
@@ -322,7 +322,7 @@ class ASViT(DeiT):
         **kwargs,
     ):
         """Args:
-        blocks: None for three that are evenly spread.
+        blocks: None for three evenly spread blocks.
         form, keep: See `Pruning`.
         **kwargs: See `DeiT`.
         """
@@ -350,12 +350,12 @@ def _cfg(size: str, top1: str) -> dict[str, Any]:
         origin_url="https://github.com/Cydia2018/AS-ViT",
         paper_name="Adaptive Sparse ViT: Towards Learnable Adaptive Token Pruning by Fully Exploiting Self-Attention",
         paper_ids="arXiv:2209.13802",
-        description="the weights are DeiT's, with thresholds as training begins; the authors published none",
+        description="the weights are DeiT's, with thresholds at their initial values; the authors published no weights",
     )
 
 
 def _lv_cfg(file: str, top1: str) -> dict[str, Any]:
-    by_hand = f"LV-ViT's weights are to be fetched by hand from github.com/zihangJiang/TokenLabeling: {file}"
+    by_hand = f"LV-ViT's weights must be fetched by hand from github.com/zihangJiang/TokenLabeling: {file}"
     heads = ("head.fc", "head.aux")
     own = dict(url="", first_conv="stem.patches.conv1", classifier=heads, description=by_hand)
     return {**_cfg("small", top1), **own}
@@ -363,12 +363,12 @@ def _lv_cfg(file: str, top1: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "asvit_deit_tiny": _cfg("tiny", "none of the authors for AS-ViT; DeiT 72.2"),
+        "asvit_deit_tiny": _cfg("tiny", "none from AS-ViT's authors; DeiT 72.2"),
         "asvit_deit_small": _cfg("small", "79.6 at 65 % of the cost, 78.7 at 50 % (fine-tuned; DeiT 79.8)"),
         "asvit_lvvit_small": _lv_cfg(
             "lvvit_s-224-83.3.pth.tar", "83.1 at 70 % of the cost, 82.6 at 60 % (fine-tuned; LV-ViT 83.3)"
         ),
-        "asvit_lvvit_medium": _lv_cfg("lvvit_m-56M-224-84.0.tar", "none of the authors for AS-ViT; LV-ViT 84.0"),
+        "asvit_lvvit_medium": _lv_cfg("lvvit_m-56M-224-84.0.tar", "none from AS-ViT's authors; LV-ViT 84.0"),
     }
 )
 

@@ -39,7 +39,7 @@ __all__ = ["AttNet"]
 class AttentiveConv(nn.Module):
     """Attentive convolution of (B, C, H, W) between two pointwise convolutions.
 
-    Source: arXiv 2510.20092, sections on adaptive routing and lateral inhibition; names as in the authors' code.
+    Source: arXiv 2510.20092, sections on adaptive routing and lateral inhibition; names follow the authors' code.
     """
 
     def __init__(self, dim: int, kernel_size: int, **factory):
@@ -252,14 +252,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return rename(state_dict, OFFICIAL_NAMES)
 
 
-# The folder that the authors' readme links; timm cannot fetch its files.
+# The authors' readme links to this folder; timm cannot fetch its files.
 _WEIGHTS = (
     "https://unioulu-my.sharepoint.com/:f:/g/personal/hayu23_univ_yo_oulu_fi/"
     "EtaWTnsh1ytNgsIYetHHwt4B1RxG_HDHN70a3NOq3fustw?e=MZ4w5w"
 )
 
 
-def _cfg(top1: float | str = "not known here") -> dict[str, Any]:
+def _cfg(top1: float | str = "unknown") -> dict[str, Any]:
     return imagenet_cfg(
         top1,
         first_conv="stem.0.0",
@@ -267,7 +267,7 @@ def _cfg(top1: float | str = "not known here") -> dict[str, Any]:
         origin_url="https://github.com/price112/Attentive-Convolution",
         paper_name="Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency",
         paper_ids="arXiv:2510.20092",
-        description=f"the authors' weights are to be fetched by hand from {_WEIGHTS}",
+        description=f"the authors' weights must be fetched by hand from {_WEIGHTS}",
     )
 
 

@@ -3,9 +3,9 @@
 Paper: DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion, SDM 2024, arXiv 2309.12424.
 Official code: none was found.
 
-This is a reconstruction: reconstructed from the paper; no public weights of the authors load. The paper gives the two
-streams, the steps of a block (ConvNeXt block, step-wise downsampling, aggregation, enrichment by a weighted sum,
-broadcast, sum), the 7x7 tokens and both forms of the MLP. Stem, patch merging and the bi-dimensional attention after
+This model is reconstructed from the paper; no official weights are public. The paper gives the two streams, the steps
+of a block (ConvNeXt block, step-wise downsampling, aggregation, enrichment by a weighted sum, broadcast, sum), the 7x7
+tokens and both forms of the MLP. Stem, patch merging and the bi-dimensional attention after
 the FFN are LightViT's (arXiv 2207.05557, code under Apache-2.0). Our choices are all widths, depths and ratios, the
 layers within each step, and the place where the global tokens enter the head. They were found by counting
 (model_cards/dualtokenvit.md): multiply-adds are within 5 % of the published values, and three differences from the
@@ -98,7 +98,7 @@ class HalvingStep(nn.Sequential):
 
 
 class MixMlp(nn.Module):
-    """A token-mixing MLP added to the tokens (B, N, C), then a linear layer of the channels."""
+    """A token-mixing MLP, added to the tokens (B, N, C), then a linear layer over the channels."""
 
     def __init__(self, tokens: int, dim: int, **factory):
         super().__init__()
@@ -138,7 +138,7 @@ class PositionAwareTokens(nn.Module):
 class BiDimAttention(nn.Module):
     """LightViT's bi-dimensional attention: sigmoids scale each channel and each position of (B, H, W, C).
 
-    Source: arXiv 2207.05557, section 3.3; names as in the authors' code.
+    Source: arXiv 2207.05557, section 3.3; names follow the authors' code.
     """
 
     def __init__(self, dim: int, **factory):
@@ -184,7 +184,7 @@ class DualTokenBlock(nn.Module):
 
 
 class LightPatchMerging(nn.Module):
-    """LightViT's merging of (B, H, W, C): linear layers of the pixels of a 2x2 patch and of their maximum, summed."""
+    """LightViT's merging of (B, H, W, C): the sum of linear layers of a 2x2 patch's pixels and of their maximum."""
 
     def __init__(self, in_dim: int, dim: int, **factory):
         super().__init__()
@@ -341,7 +341,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def _cfg(top1: float | None) -> dict[str, Any]:
     return imagenet_cfg(
-        "not known here" if top1 is None else f"{top1} (the authors' own model)",
+        "unknown" if top1 is None else f"{top1} (the authors' model, not this reconstruction)",
         first_conv="stem.stem.0",
         origin_url="https://arxiv.org/abs/2309.12424",
         paper_name="DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion",

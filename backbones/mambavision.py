@@ -8,7 +8,7 @@ Where paper and code disagree, this follows the code: the mixer's convolutions h
 twice, all linear layers begin with a standard deviation of 0.02 (dt_proj, too), and the last floor(n / 2) of n blocks
 attend.
 
-A map is padded with zeros to a multiple of the window before a stage's first norm, and scans and attention treat the
+A map is padded with zeros to a multiple of the window before a stage's first norm; scans and attention treat the
 padding like any position. Released detectors and segmentors have windows larger than most maps, so most of their
 computation is padding. The last block of a stage skips the padding, because nothing reads it. No other block can skip
 it exactly: k steps after the map the state of a scan still holds a^k of the map, with a learned 0 < a < 1. So padded
@@ -16,7 +16,7 @@ positions differ from each other in general, and attention reads all of them. `f
 windows that are larger than the map, and changes outputs.
 
 Deviations without effect on outputs: a downsampler opens its stage instead of closing the stage before, and A_log and D
-have no weight decay (the authors mark them, but with an attribute that timm does not read).
+have no weight decay (the authors mark them, too, but with an attribute that timm does not read).
 """
 
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ class MambaVisionMixer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention within windows (B, h, w, C), without any notion of position."""
+    """Multi-head attention within windows (B, h, w, C), without position embeddings."""
 
     def __init__(self, dim: int, num_heads: int, **factory):
         super().__init__()
@@ -209,7 +209,7 @@ class MambaVision(Pyramid):
         """Args:
         depths: Blocks per stage.
         dim: Channels of the first stage; each later stage has twice as many as the stage before.
-        num_heads, window_size: Of the third and the fourth stage. No weight depends on the windows, but outputs do:
+        num_heads, window_size: For the third and the fourth stage. No weight depends on the windows, but outputs do:
             released detectors have (112, 56), segmentors (64, 32) and the small segmentor (160, 56).
         fit_windows: Shrink a window that is larger than the map to the map, instead of padding the map.
             Cheap, but not what released detectors and segmentors compute.
@@ -221,7 +221,7 @@ class MambaVision(Pyramid):
         """
         for name, pair in (("window_size", window_size), ("num_heads", num_heads)):
             if len(pair) != 2 or min(pair) < 1:
-                raise InputError(f"{name} must be two positive numbers, of the third and the fourth stage, got {pair}")
+                raise InputError(f"{name} must be two positive numbers, for the third and the fourth stage, got {pair}")
         factory = dict(device=device, dtype=dtype)
         channels = [dim * 2**i for i in range(4)]
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -272,7 +272,7 @@ OFFICIAL_NAMES = [
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint into a state dict of `model`, and log its licence.
 
-    Takes the authors' classifiers, also inside a larger network (`model.` or `encoder.`), and the backbones of their
+    It takes the authors' classifiers, also inside a larger network (`model.` or `encoder.`), and the backbones of their
     detectors and segmentors (`backbone.`, with `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
     """
     return rename(state_dict, OFFICIAL_NAMES)

@@ -201,7 +201,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _cfg(size: str, top1: str, folder: str | None = None) -> dict[str, Any]:
-    by_hand = "" if folder is None else f"; the authors' are to be fetched by hand from {_DRIVE}/{folder}"
+    by_hand = "" if folder is None else f"; the authors' weights must be fetched by hand from {_DRIVE}/{folder}"
     return cfg(
         size,
         top1,
@@ -222,8 +222,8 @@ default_cfgs = generate_default_cfgs(
             "small", "80.1 (fine-tuned; 79.2 with DeiT's weights; DeiT 79.8)", "1JFebSnWF77O3MqBE1Dln_W4RAjqi19ro"
         ),
         "mctf_deit_small_fast": _cfg("small", "80.1 (fine-tuned; DeiT 79.8)", "1Ofsab5gtBHJ-TkD8gJbEbTBtB7UX3fXA"),
-        "mctf_deit_base": _cfg("base", "none of the authors for MCTF; DeiT 81.8"),
-        "mctf_deit_base_fast": _cfg("base", "none of the authors for MCTF; DeiT 81.8"),
+        "mctf_deit_base": _cfg("base", "none from MCTF's authors; DeiT 81.8"),
+        "mctf_deit_base_fast": _cfg("base", "none from MCTF's authors; DeiT 81.8"),
     }
 )
 

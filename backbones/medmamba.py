@@ -1,4 +1,4 @@
-"""MedMamba: half of a block's channels go through convolutions, half through four selective scans over the map (SS2D).
+"""MedMamba: half of a block's channels pass convolutions, half pass four selective scans over the map (SS2D).
 
 Paper: MedMamba: Vision Mamba for Medical Image Classification, 2024, arXiv 2403.03849.
 Official code: github.com/YubiaoYue/MedMamba, without a licence; weights by the authors, for medical data sets, in one
@@ -9,9 +9,9 @@ the third stage, `medmamba_s_paper` and `medmamba_b_paper`; the authors' script 
 `medmamba_b`. A checkpoint of the wrong depth is refused; the error names the model that takes it.
 
 Deviations without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
-closing the stage before, drop path is 0 by default (the authors': 0.1). Deviation with an effect: a map that does not
-divide into patches is zero-padded at the right and bottom, as in VMamba, so features have ceil(size / stride) pixels;
-the authors' code drops the last row and column. At multiples of 32 both are the same.
+closing the stage before, drop path is 0 by default (0.1 in the authors' code). Deviation with an effect: a map that
+does not divide into patches is zero-padded at the right and bottom, as in VMamba, so features have
+ceil(size / stride) pixels; the authors' code drops the last row and column. At multiples of 32 both are the same.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class MedMamba(Pyramid):
-    """Four stages of SS-Conv-SSM blocks. Source: arXiv 2403.03849, section 3; the rest from the authors' code."""
+    """Four stages of SS-Conv-SSM blocks. Sources: arXiv 2403.03849, section 3, and the authors' code."""
 
     no_decay = SS2D.no_decay
 
@@ -145,10 +145,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return weights
 
 
-# The folder that the authors' readme links; it asks for a password, and timm cannot fetch its files.
-_WEIGHTS = "the folder that github.com/YubiaoYue/MedMamba links, which asks for a password"
+# The authors' readme links to this folder; it asks for a password, and timm cannot fetch its files.
+_WEIGHTS = "the folder that github.com/YubiaoYue/MedMamba links to, which asks for a password"
 
-# Channels of the first stage and blocks of the third.
+# Channels of the first stage, and blocks of the third stage.
 _VARIANTS = {
     "medmamba_t": (96, 4),
     "medmamba_s": (96, 8),
@@ -171,7 +171,7 @@ default_cfgs = generate_default_cfgs(
             origin_url="https://github.com/YubiaoYue/MedMamba",
             paper_name="MedMamba: Vision Mamba for Medical Image Classification",
             paper_ids="arXiv:2403.03849",
-            description=f"the authors' weights are to be fetched by hand from {_WEIGHTS}",
+            description=f"the authors' weights must be fetched by hand from {_WEIGHTS}",
         )
         for name in _VARIANTS
     }

@@ -12,7 +12,7 @@ for all four directions up to their order, so it acts once, on their sum; the ca
 
 Deviations without effect at the size that a model is built for: images of any size are zero-padded at the right and
 bottom to whole patches, and the position embedding is resized bicubically. The mean over an odd number of patches
-(`global_pool="avg"`) weighs all patches equally; the authors' mean of two halves' means does not.
+(`global_pool="avg"`) weighs all patches equally; the authors average the means of two unequal halves.
 """
 
 import math
@@ -116,7 +116,7 @@ class Scan(nn.Module):
         u = F.silu(on_sequences(F.pad(x, (0, 0, KERNEL - 1, 0)), self.conv1d))
         delta, B, C = self.x_proj(u).split([self.rank, STATE, STATE], -1)
         delta, bias = step_sizes(self.dt_proj, delta)
-        # All parameters are read here, and none is returned itself: a sharded module has them only while it runs.
+        # All parameters are read here, and no parameter is returned: a sharded module has them only while it runs.
         return u, delta, -torch.exp(self.A_log), B, C, self.D.clone(), bias
 
     def reset_parameters(self) -> None:
@@ -318,7 +318,7 @@ class RoMA(Plain):
 
 
 def _of_directions() -> list[tuple[str, str]]:
-    """Renamings from the authors' names, with the direction in each name, to a module for each direction."""
+    """Pairs that turn the authors' names, which contain the direction, into names with a module for each direction."""
     pairs = []
     for i, suffix in enumerate(DIRECTIONS):
         pairs += [
@@ -367,9 +367,9 @@ def _from_pretraining(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Turn an official checkpoint, or one of `RoMAPretraining`, into a state dict of `model`.
+    """Turn an official checkpoint, or a checkpoint of `RoMAPretraining`, into a state dict of `model`.
 
-    Takes the authors' classifiers, their segmentors' backbones, and pretraining checkpoints. The single norm of a
+    It takes the authors' classifiers, their segmentors' backbones, and pretraining checkpoints. The single norm of a
     segmentor becomes the norm of the last map if the model has `norm_outputs`; its pyramid is a neck here
     (`PlainPyramid`). A position embedding of another size is resized.
     """
@@ -401,14 +401,14 @@ def _cfg(weights: str, *notes: str, license: str | None = "unstated") -> dict[st
     )
 
 
-_BY_HAND = "weights are to be fetched by hand from https://huggingface.co/initiacms/RoMA (of pretraining, 192x192)"
-_NONE = "no public weights fit: the authors' code pretrains other widths under this name than it fine-tunes"
+_BY_HAND = "pretraining weights must be fetched by hand from https://huggingface.co/initiacms/RoMA (for 192x192 images)"
+_NONE = "no public weights fit: under this name, the authors' code pretrains and fine-tunes different widths"
 
 default_cfgs = generate_default_cfgs(
     {
         "roma_tiny": _cfg(_NONE, license=None),
         "roma_small": _cfg(_NONE, license=None),
-        "roma_base": _cfg(_BY_HAND, "published linear probes: AID 87.36, UCM 59.45 % (half of the data)"),
+        "roma_base": _cfg(_BY_HAND, "published linear probes: AID 87.36, UCM 59.45 % (with half of the data)"),
         "roma_large": _cfg(_BY_HAND),
     }
 )

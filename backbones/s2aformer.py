@@ -3,9 +3,9 @@
 Paper: S2AFormer: Strip Self-Attention for Efficient Vision Transformer, IEEE TIP 2025, arXiv 2505.22195.
 Official code: none was found.
 
-This is a reconstruction: reconstructed from the paper; no public weights of the authors load. The paper gives the four
-equations of a block, the stem of three 3x3 convolutions, strides 4, 8, 16, 32, and the parameters and multiply-adds of
-the five variants. It says that a convolution reduces keys and values in space and that 1x1 convolutions compress
+This model is reconstructed from the paper; no official weights are public. The paper gives the four equations of a
+block, the stem of three 3x3 convolutions, strides 4, 8, 16, 32, and the parameters and multiply-adds of the five
+variants. It says that a convolution reduces keys and values in space and that 1x1 convolutions compress
 queries and keys in channels. Our choices are all widths, depths, numbers of heads and ratios, the local interaction
 module (XCiT's), the stem's order and the classifier's head (CMT's), one channel of queries and keys per head, norms,
 activations and initialisation. They were found by counting: parameters are within 0.4 % and multiply-adds within 0.9 %
@@ -143,7 +143,7 @@ class ConvHead(Head):
             self.reset(0, "", **factory)  # the same as a head after this reset
 
     def reset(self, num_classes: int, pool_type: str | None = None, **factory) -> None:
-        """Like timm's. Without classes and pooling the head becomes empty: the convolution is removed for good, too."""
+        """Like timm's `reset`. Without classes and pooling the head becomes empty: the convolution is removed, too."""
         if num_classes == 0 and pool_type == "":
             self.proj = self.norm = self.act = nn.Identity()
         if not isinstance(self.proj, nn.Identity):
@@ -158,7 +158,7 @@ class ConvHead(Head):
 def _init_weights(module: nn.Module) -> None:
     init_linear(module)
     if isinstance(module, nn.Conv2d):
-        # Fan-out counts all channels, so depthwise convolutions begin small: a block's first has no norm before it.
+        # Fan-out counts all channels, so depthwise convolutions begin small: the first in a block has no norm in front.
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(module.bias)
 
@@ -209,7 +209,7 @@ class S2AFormer(Pyramid):
 
 def _cfg(top1: float) -> dict[str, Any]:
     return imagenet_cfg(
-        f"{top1} (the authors' own model)",
+        f"{top1} (the authors' model, not this reconstruction)",
         first_conv="stem.conv1",
         origin_url="https://arxiv.org/abs/2505.22195",
         paper_name="S2AFormer: Strip Self-Attention for Efficient Vision Transformer",

@@ -8,8 +8,9 @@ the version of January 2024, gated, with 16 states and without MLPs. The main mo
 `vmamba_tiny_s1l8`, `vmamba_small_s2l15` and `vmamba_base_s2l15`.
 
 Deviations without effect on outputs: maps are channels-last throughout, a downsampler opens its stage instead of
-closing the stage before, projections for all four scans are computed at once in the order of the image, drop path is 0
-by default. Deviation with an effect: v0 pads images to a multiple of 4; the authors' patch embedding drops the rest.
+closing the stage before, projections for all four scans are computed at once in the order of the image, and drop path
+is 0 by default. Deviation with an effect: v0 pads images to a multiple of 4; the authors' patch embedding drops the
+rest.
 """
 
 from collections.abc import Sequence
@@ -134,7 +135,7 @@ OFFICIAL_NAMES = [
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Turn an official checkpoint into a state dict of `model`.
 
-    Takes the authors' classifiers, their projections as matrices or as 1x1 convolutions, and their detectors' and
+    It takes the authors' classifiers, with projections as matrices or as 1x1 convolutions, and their detectors' and
     segmentors' backbones (`backbone.` prefix, `outnorm0`..`outnorm3`: build the model with `norm_outputs=True`).
     """
     return flatten_pointwise(rename(state_dict, OFFICIAL_NAMES), model)

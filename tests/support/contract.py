@@ -76,7 +76,7 @@ class BackboneContract(CapabilityContract):
         assert cfg.origin_url
         assert cfg.paper_ids
         assert "top-1" in " ".join(cfg.notes), "the published accuracy is not named"
-        by_hand = "weights are to be fetched by hand from" in (cfg.description or "")
+        by_hand = "weights must be fetched by hand from" in (cfg.description or "")
         published = not self.reconstructed and variant not in self.untrained
         assert bool(cfg.has_weights or by_hand) == published
         assert bool(cfg.license) == published, "the licence is that of the weights"

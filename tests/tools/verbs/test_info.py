@@ -28,7 +28,7 @@ def test_text(run):
 
 
 def test_weights_that_timm_cannot_fetch(run):
-    assert "weights are to be fetched by hand from https" in " ".join(run("info", "attnet_xxs").stdout.split())
+    assert "weights must be fetched by hand from https" in " ".join(run("info", "attnet_xxs").stdout.split())
 
 
 def test_models_of_timm_itself(run):

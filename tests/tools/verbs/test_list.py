@@ -29,7 +29,7 @@ def test_row(run):
 
 def test_a_reconstruction_has_no_weights(run):
     assert run("list", "s2aformer_mini").stdout.splitlines()[1].endswith("no weights")
-    assert "no public weights of the authors load" in run("info", "s2aformer_mini").stdout
+    assert "no official weights are public" in run("info", "s2aformer_mini").stdout
 
 
 def test_patterns(run):
