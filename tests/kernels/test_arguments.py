@@ -1,4 +1,4 @@
-"""What every operator says of arguments that it cannot take: one line that names the argument."""
+"""Every operator refuses arguments that it cannot take, with one line that names the argument."""
 
 import importlib
 import math
@@ -25,7 +25,7 @@ WRONG = {
     "another axis": lambda x: x.unsqueeze(0),
     "one more": lambda x: torch.cat([x, x[..., :1]], -1),
 }
-# Sizes that are free, tensors that only give data, and one that is given later.
+# Wrong tensors that an operator accepts: a free size, a tensor whose dtype or rank is free, a tensor of a later call.
 FREE = {
     "merge": {"x": ("one more",)},
     "unmerge": {"tokens": tuple(set(WRONG) - {"list", "array", "number", "meta"})},
@@ -74,7 +74,7 @@ def test_required_tensors_are_not_none(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_mixed_dtypes_are_refused_or_computed(name):
-    """Where operators take parameters in another precision, the result is that of the wider one's inputs."""
+    """If an operator accepts parameters of another precision, its result equals the result for float32 inputs."""
     call = CALLS[name]
     tensors = call.tensors(dtype=torch.float32)
     wanted = several(call.bound()(*tensors.values()))
@@ -95,7 +95,7 @@ def test_mixed_dtypes_are_refused_or_computed(name):
 def test_shapes_are_the_same_on_the_meta_device(name, device):
     call = CALLS[name]
     if call.operator in ("token_reduction_pool", "varlen_attention"):
-        pytest.skip("takes numbers of tokens from the data")
+        pytest.skip("the data sets the numbers of tokens")
     found = several(call.bound()(*(x.to(device) for x in call.tensors().values())))
     with use_backend("reference"):
         wanted = several(call.bound()(*call.tensors().values()))

@@ -1,4 +1,4 @@
-"""Attentive convolution: the definition against worked examples, the portable form against it in float64."""
+"""Attentive convolution: worked examples check the definition, and the definition checks the portable form."""
 
 import importlib
 
@@ -18,7 +18,7 @@ portable = importlib.import_module("terrazzo.kernels.attentive_conv.portable")
 reference = importlib.import_module("terrazzo.kernels.attentive_conv.reference")
 BACKENDS = ("reference", "portable")
 
-# Batch, channels, height, width: AttNet's maps among them, bins that repeat (below 9 positions), rows and columns of 1.
+# Batch, channels, height, width: some of AttNet's maps, repeated bins (below 9 positions), maps of 1 row or column.
 SHAPES = [
     (1, 1, 1, 1),
     (2, 5, 1, 5),
@@ -37,13 +37,13 @@ def assert_all_close(found, wanted, **tolerance):
 
 
 def form(name):
-    """A form by its name; "exported" is what exporters see."""
+    """A form by its name; "exported" is the form for exporters."""
     return exported.forward if name == "exported" else lambda *arguments: attentive_conv(*arguments, backend=name)
 
 
 class TestDefinition:
     def test_bins(self):
-        """Seven by seven, as adaptive pooling cuts it, and fewer positions than bins."""
+        """Adaptive pooling's bins for a 7x7 map, and for fewer positions than bins."""
         wanted = [(0, 6), (5, 11), (10, 17), (16, 22), (21, 28), (27, 33), (32, 39), (38, 44), (43, 49)]
         assert reference.bins(49, 9) == wanted
         assert reference.bins(4, 9) == [(0, 1), (0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (2, 4), (3, 4), (3, 4)]
@@ -65,17 +65,17 @@ class TestDefinition:
 
 @pytest.mark.parametrize("name", [*BACKENDS, "exported"])
 class TestProperties:
-    """What the definition implies, of every form."""
+    """Every form has the properties that follow from the definition."""
 
     def test_a_kernel_that_looks_down_right(self, name):
-        """Without mixing all kernels are the bias: 1 at the last tap gives each position its neighbour's value."""
+        """Without mixing, all kernels equal the bias: 1 at the last tap gives each position its neighbour's value."""
         x, value, weight, bias, mixing, _, inhibition = (y.detach() for y in inputs(2, 3, 5, 4))
         tap = (torch.arange(9) == 8).double()
         out = form(name)(x, value, weight, bias, mixing * 0, tap, inhibition * 0 - 100)
         torch.testing.assert_close(out, F.pad(value, (0, 1, 0, 1))[:, :, 1:, 1:])
 
     def test_full_inhibition_leaves_no_mean(self, name):
-        """So a constant map gives nothing where the kernel lies inside of it."""
+        """A constant map gives 0 wherever the whole kernel lies inside the map."""
         x, value, *weights, inhibition = (y.detach() for y in inputs(2, 3, 6, 5))
         out = form(name)(x, torch.ones_like(value), *weights, inhibition * 0 + 100)
         inner = out[:, :, 1:-1, 1:-1]
@@ -95,7 +95,7 @@ class TestProperties:
         torch.testing.assert_close(form(name)(x, value, *weights)[1:2], alone)
 
     def test_bins_are_bands_of_rows(self, name):
-        """Nine rows are nine bins: with a projection and a mixing of 1, row t makes tap t."""
+        """Nine rows are nine bins: if projection and mixing are 1, row t gives tap t."""
         rows = torch.arange(1, 10, dtype=torch.float64)
         x = rows.view(1, 1, 9, 1).expand(1, 1, 9, 4) * 10  # GELU leaves large numbers as they are
         value = torch.zeros(1, 1, 9, 4, dtype=torch.float64)
@@ -127,7 +127,7 @@ class TestPortable:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("shape", [(2, 16, 14, 14), (1, 8, 40, 36)])
     def test_error_is_no_worse_than_plain_pytorch(self, shape, dtype):
-        """Two-sided: at most twice the error that the plain form makes in the same dtype."""
+        """The error is at most twice the definition's error in the same dtype."""
         arguments = inputs(*shape, dtype=dtype)
         found, plain = run(arguments, "portable"), run(arguments, "layers")
         check(limits(NAMES, found, plain, exact(arguments)))
@@ -162,7 +162,7 @@ class TestOperator:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast_does_not_round_means_and_kernels(self, dtype):
-        """As in a model: x and the weights in float32, the value from a convolution in half precision."""
+        """As in a model, x and the weights are float32, and the value comes from a convolution in half precision."""
         arguments = inputs(1, 8, 40, 36, dtype=torch.float32)
         arguments[1] = arguments[1].detach().to(dtype).requires_grad_()
         wanted = run(arguments, "portable")
@@ -234,7 +234,7 @@ class TestErrors:
 
 
 class TestMutations:
-    """Break a piece of the portable form on purpose: the comparisons above must notice."""
+    """Break a piece of the portable form on purpose: the comparisons above must fail."""
 
     def mismatch(self, changes):
         arguments = inputs(2, 5, 7, 6)

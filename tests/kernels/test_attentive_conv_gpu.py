@@ -1,4 +1,4 @@
-"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+"""The fused form on a real GPU, beyond the limits of Triton's interpreter. `make bench` runs it before it measures."""
 
 import importlib
 
@@ -11,7 +11,7 @@ import terrazzo  # noqa: F401
 from terrazzo.kernels import attentive_conv
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and this machine has none: these tests did not run", allow_module_level=True)
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -19,7 +19,7 @@ operator = importlib.import_module("terrazzo.kernels.attentive_conv.op").OPERATO
 
 
 def check(*arguments, **options):
-    """Output and all gradients against float64, memory poisoned with NaN; see `triton_attentive.errors`."""
+    """Compare output and all gradients with float64, in memory poisoned with NaN; see `triton_attentive.errors`."""
     triton_common.check(triton_attentive.errors(*arguments, device=GPU, **options))
 
 
@@ -48,7 +48,7 @@ class TestAgainstDouble:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("height", "width"), [(200, 336), (100, 168), (199, 301)])
     def test_maps_of_dense_prediction(self, height, width, dtype):
-        """Means of bins in many parts."""
+        """The means of bins are computed in many parts."""
         check(2, 32, height, width, dtype)
 
     def test_half_values_beside_float32(self):
@@ -62,7 +62,7 @@ class TestAgainstDouble:
             assert triton_attentive.repeats(dtype, GPU)
 
     def test_addresses_have_64_bits(self):
-        """The last of so many images that it begins past 2^31 elements."""
+        """There are enough images that the last image begins beyond 2^31 elements."""
         one = [y.detach() for y in triton_attentive.inputs(1, 64, 56, 56, dtype=torch.float16, device=GPU)]
         images = 2**31 // one[0].numel() + 2
         x, value = (y.expand(images, -1, -1, -1) for y in one[:2])
@@ -88,7 +88,7 @@ class TestPyTorch:
         assert triton_attentive.model(compile_it, GPU, "inductor") < 5e-3
 
     def test_compiled_classifier(self):
-        """AttNet-XXS in one graph under autocast: as near to float32 as it is without being compiled."""
+        """AttNet-XXS in one graph under autocast is about as near to float32 as without compilation."""
         torch.manual_seed(0)
         model = timm.create_model("attnet_xxs", num_classes=10).to(GPU).eval()
         images = torch.randn(2, 3, 224, 288, device=GPU)
@@ -103,7 +103,7 @@ class TestPyTorch:
         assert compiled <= 2 * eager < 0.1
 
     def test_cuda_graph(self):
-        """Captured once, forward and backward, and replayed on other numbers."""
+        """Forward and backward are captured once, and replayed on other numbers."""
         arguments = triton_attentive.inputs(2, 40, 28, 30, dtype=torch.bfloat16, device=GPU)
         grad = torch.randn_like(arguments[1])
 

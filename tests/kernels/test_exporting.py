@@ -1,4 +1,4 @@
-"""An exporter gets standard operations; a compiler the operators themselves."""
+"""An exporter gets standard operations; a compiler gets the operators themselves."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_tracing():
 
 
 class Operators(torch.nn.Module):
-    """Those whose exported form is not their usual one."""
+    """The operators whose exported form differs from their usual form."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # B 9 8 2 16
         attended = neighborhood_attention(x, x, x, kernel_size=3, dilation=2)

@@ -1,4 +1,4 @@
-"""Every form of neighborhood attention against its float64 definition, and the definition against worked examples."""
+"""Neighborhood attention: worked examples check the float64 definition, and the definition checks every form."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,9 @@ tiling = importlib.import_module("terrazzo.kernels.neighborhood_attention.tiling
 
 BACKENDS = ("reference", "portable")
 
-# (height, width), kernel, dilation: tile sizes 7, 8 and 16 by one either way, map = kernel, map = kernel x dilation and
-# one more, dilations that do not divide the map (remainders 1 and dilation - 1), even and unequal kernels.
+# (height, width), kernel, dilation: maps one smaller and larger than tiles of 7, 8 and 16, map = kernel,
+# map = kernel x dilation and one more, dilations that do not divide the map (remainders 1 and dilation - 1), even and
+# unequal kernels.
 SHAPES = [
     ((7, 7), 7, 1),
     ((8, 7), 7, 1),
@@ -51,7 +52,7 @@ def pair(value):
 
 
 def inputs(size, kernel, heads=2, dim=8, batch=2, dtype=torch.float64, bias=True, packed=True):
-    """Query, key, value and bias that require gradients; packed: three views of one tensor, as a model has them."""
+    """Query, key, value and bias that require gradients; packed: three views of one tensor, as in a model."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, *size, 3, heads, dim)
     qkv = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
@@ -61,7 +62,7 @@ def inputs(size, kernel, heads=2, dim=8, batch=2, dtype=torch.float64, bias=True
 
 
 def run(arguments, kernel, dilation, backend, scale=None):
-    """Output and every gradient."""
+    """The output and all gradients."""
     rpb = arguments[3] if len(arguments) > 3 else None
     out = neighborhood_attention(*arguments[:3], kernel, dilation, rpb, scale, backend=backend)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out.dtype)
@@ -74,7 +75,7 @@ def assert_all_close(found, wanted, **tolerance):
 
 
 class TestDefinition:
-    """The reference against index sets worked out by hand."""
+    """Index sets worked out by hand check the reference."""
 
     @pytest.mark.parametrize(
         ("length", "kernel", "dilation", "means"),
@@ -113,7 +114,7 @@ class TestDefinition:
 
 
 def test_tiles_of_a_kind_lie_side_by_side():
-    """The backward pass adds them back as one strip."""
+    """The backward pass adds tiles of a kind as one strip."""
     for members in range(2, 90):
         for kernel in range(2, min(members, 24) + 1):
             kinds = tiling.kinds(members, kernel)
@@ -127,7 +128,7 @@ def test_tiles_of_a_kind_lie_side_by_side():
 
 @contextlib.contextmanager
 def poisoned():
-    """Fresh memory is full of NaN, so what is read without having been written shows."""
+    """Fresh memory is filled with NaN, so that a read of unwritten memory changes results."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -160,7 +161,7 @@ class TestPortable:
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_error_is_no_worse_than_plain_pytorch(self, size, kernel, dilation, dtype):
-        """Two-sided: at most twice the error that the plain form makes in the same dtype."""
+        """The error is at most twice the definition's error in the same dtype."""
         arguments = inputs(size, pair(kernel), dim=32, dtype=dtype)
         exact = run([x.detach().double().requires_grad_() for x in arguments], kernel, dilation, "reference")
         plain = run(arguments, kernel, dilation, "reference")
@@ -170,7 +171,7 @@ class TestPortable:
             assert error <= 2 * limit, f"{name}: {error:.2e} against {limit:.2e}"
 
     def test_big_map_in_parts(self, monkeypatch):
-        """Several heads, tiles and batches to a part, and the reverse, give the same gradients."""
+        """Gradients are equal whether a part has several heads, tiles and images, or these have several parts."""
         arguments = inputs((33, 40), (7, 7), heads=3, batch=2)
         wanted = run(arguments, 7, 1, "portable")
         for chunk in (1, 49 * 169, 3 * 49 * 169 * 4):
@@ -195,7 +196,7 @@ class TestPortable:
         assert_all_close(run(arguments, kernel, dilation, "portable"), wanted, rtol=1e-10, atol=1e-10)
 
     def test_unwritten_memory_is_not_read(self):
-        """With fresh memory full of NaN, nothing but the inputs reaches the outputs."""
+        """With fresh memory full of NaN, outputs and gradients stay finite."""
         with poisoned():
             for size, kernel, dilation in SHAPES:
                 results = run(inputs(size, pair(kernel)), kernel, dilation, "portable")
@@ -207,7 +208,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("limits", [{}, {"_CACHED": 0}, {"_PIECE": 1}, {"_PIECE": 3000}])
     def test_exported_form_equals_portable(self, monkeypatch, limits):
-        """However it is cut into pieces, and whichever products a piece takes."""
+        """The forms agree for every way to cut pieces, and for both kinds of products."""
         for name, value in limits.items():
             monkeypatch.setattr(portable, name, value)
         for size, kernel, dilation in SHAPES:
@@ -221,7 +222,7 @@ class TestPortable:
 
 
 class TestProperties:
-    """What the definition implies, on the portable form."""
+    """The portable form has the properties that follow from the definition."""
 
     def test_whole_map_is_dense_attention(self):
         q, k, v, rpb = inputs((7, 6), (7, 6))
@@ -234,7 +235,7 @@ class TestProperties:
         torch.testing.assert_close(out, dense.transpose(1, 2).reshape(out.shape))
 
     def test_grid_attention(self):
-        """On a map of kernel x dilation each residue class attends to itself, densely."""
+        """On a map of kernel x dilation, each residue class has dense attention to itself."""
         q, k, v, rpb = inputs((21, 14), (7, 7))
         out = neighborhood_attention(q, k, v, 7, (3, 2), rpb)
         for r in range(3):
@@ -254,7 +255,7 @@ class TestProperties:
         q, k, v, rpb = inputs((20, 17), (7, 5))
         out = neighborhood_attention(q, k, v, (7, 5), (2, 3), rpb)
         flipped = neighborhood_attention(*(x.flip(2) for x in (q, k, v)), (7, 5), (2, 3), rpb.flip(2))
-        # Mirroring maps residue class r to (W - 1 - r) mod d: the same classes, in another order.
+        # Mirroring maps residue class r to (W - 1 - r) mod d: the classes stay, their order changes.
         torch.testing.assert_close(flipped.flip(2), out)
 
     def test_transpose(self):
@@ -269,7 +270,7 @@ class TestProperties:
         torch.testing.assert_close(out, torch.ones_like(out))
 
     def test_gradient_sums(self):
-        """Softmax ignores a shift, so the gradients of the bias, and of the keys, sum to zero for each head."""
+        """Softmax ignores a shift, so gradients of the bias, and also of the keys, sum to zero for each head."""
         _, _, grad_k, _, grad_rpb = run(inputs((20, 17), (7, 7)), 7, 2, "portable")
         torch.testing.assert_close(grad_rpb.sum((1, 2)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-11)
         total = grad_k.sum((1, 2))
@@ -321,7 +322,7 @@ class TestOperator:
             torch.testing.assert_close(compiled(*arguments[:3], 7, 2, arguments[3]), wanted)
 
     def test_half_inputs_with_a_float32_bias(self):
-        """What a model passes under autocast."""
+        """A model passes these dtypes under autocast."""
         arguments = inputs((15, 14), (7, 7), dtype=torch.bfloat16)
         arguments[3] = arguments[3].detach().float().requires_grad_()
         results = run(arguments, 7, 2, "portable")
@@ -443,7 +444,7 @@ def _forget_plans():
 
 
 class TestMutations:
-    """Break the window mask, the bias index or the class lengths on purpose: the comparisons above must notice."""
+    """Break the window mask, the bias index or the class lengths on purpose: the comparisons above must fail."""
 
     def mismatch(self, size, kernel, dilation):
         _forget_plans()
@@ -480,14 +481,14 @@ class TestMutations:
 
     @pytest.mark.parametrize("part", [tables, portable], ids=["tables", "strides"])
     def test_class_length(self, monkeypatch, part):
-        """Every class as long as the shortest, as floor(L / d) would have it."""
+        """Every class is as long as the shortest, floor(L / d)."""
 
         def broken(length, dilation):
             return (tiling.Fold(0, dilation, length // dilation),)
 
         monkeypatch.setattr(part, "folds", broken)
         if part is tables:
-            with pytest.raises(RuntimeError):  # the lost positions do not even reshape
+            with pytest.raises(RuntimeError):  # without the lost positions, a reshape fails
                 self.mismatch((25, 30), 7, 3)
         else:
             assert self.mismatch((25, 30), 7, 3) > 1e-3
@@ -507,7 +508,7 @@ class TestMutations:
 
 
 def _clamped(indices):
-    """`_indices` whose bias offsets stay in the table: a wrong number instead of an error."""
+    """`_indices` with bias offsets clamped to the table: they give a wrong number instead of an error."""
 
     def call(kind, kernel):
         inside, offset = indices(kind, kernel)
@@ -517,7 +518,7 @@ def _clamped(indices):
 
 
 def _slots_by_hand(axis, device):
-    """`_slots` that finds the repeats itself, so that only the backward pass is misled."""
+    """`_slots` that finds repeated queries itself, so that only the backward pass is wrong."""
     tile = len(axis[0].start)
     count = max(max(queries) for kind in axis for queries in kind.queries) + 1
     homes = sorted((number, k, t) for k, kind in enumerate(axis) for t, number in enumerate(kind.tiles))
@@ -528,7 +529,7 @@ def _slots_by_hand(axis, device):
 @pytest.mark.parametrize("size", [(23, 30), (7, 11), (45, 12)])
 @pytest.mark.parametrize("dilation", [(2, 2), (4, 7), (5, 3), (1, 4)])
 def test_places_undo_the_folding(size, dilation):
-    """The gather behind the groups is the inverse of those in front of them, though nothing is sorted."""
+    """The gather after the groups inverts the gathers before them, without sorting."""
     from terrazzo.kernels.neighborhood_attention.tables import build_folding
 
     folding = build_folding(size, dilation, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+"""The fused form on a real GPU, beyond the limits of Triton's interpreter. `make bench` runs it before it measures."""
 
 import importlib
 
@@ -12,7 +12,7 @@ import terrazzo  # noqa: F401
 from terrazzo.kernels import neighborhood_attention
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and this machine has none: these tests did not run", allow_module_level=True)
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -20,7 +20,7 @@ why = importlib.import_module("terrazzo.kernels.neighborhood_attention.op").OPER
 
 
 def check(size, kernel, dilation=1, **options):
-    """Output and all gradients against float64, memory poisoned with NaN; see `triton_neighborhood.errors`."""
+    """Compare output and all gradients with float64, in memory poisoned with NaN; see `triton_neighborhood.errors`."""
     triton_common.check(triton_neighborhood.errors(size, kernel, dilation, device=GPU, **options))
 
 
@@ -70,7 +70,7 @@ class TestAgainstDouble:
         check(size, 7, dilation, heads=heads, dim=32, dtype=dtype, judge="portable")
 
     def test_kernels_too_large_for_the_bias_gradient(self):
-        """Forward fused, backward portable."""
+        """The forward pass is fused, the backward pass is portable."""
         check((39, 38), 17, dim=32)
 
 
@@ -92,7 +92,7 @@ class TestNumbers:
         assert triton_neighborhood.mixed_autocast(device=GPU) == ("torch.bfloat16", "torch.float32")
 
     def test_tf32_only_where_allowed(self):
-        """What is exact by default may err as TF32 does once the user allows it, and no more."""
+        """If the user allows TF32, errors are at most TF32's."""
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("high")
@@ -119,7 +119,7 @@ class TestPyTorch:
         assert triton_neighborhood.model(compile_it, device=GPU, compiler="inductor") < 5e-3
 
     def test_compiled_classifier(self):
-        """DiNAT-Mini in one graph under autocast: as near to float32 as it is without being compiled."""
+        """DiNAT-Mini in one graph under autocast is about as near to float32 as without compilation."""
         torch.manual_seed(0)
         model = timm.create_model("dinat_mini", num_classes=10).to(GPU).eval()
         images = torch.randn(2, 3, 224, 288, device=GPU)
@@ -135,7 +135,7 @@ class TestPyTorch:
 
     @pytest.mark.parametrize(("size", "dilation"), [((14, 14), 2), ((30, 33), 1)])
     def test_cuda_graph(self, size, dilation):
-        """Captured once, forward and backward, and replayed on other numbers."""
+        """Forward and backward are captured once, and replayed on other numbers."""
         torch.manual_seed(0)
         shape = (2, *size, 2, 32)
         inputs = [torch.randn(shape, device=GPU, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
@@ -162,7 +162,7 @@ class TestPyTorch:
         assert all(torch.equal(a, b) for a, b in zip(captured, wanted))
 
     def test_forward_keeps_nothing_of_the_size_of_windows(self):
-        """The peak is the output and one float for each row: no tensor of tokens x heads x kernel x kernel."""
+        """The peak is the output and a float for each row: no tensor of tokens x heads x kernel x kernel exists."""
         query, key, value = (torch.randn(2, 200, 320, 2, 32, device=GPU, dtype=torch.bfloat16) for _ in range(3))
         rpb = torch.randn(2, 13, 13, device=GPU)
         with torch.no_grad():

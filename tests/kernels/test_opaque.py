@@ -1,4 +1,4 @@
-"""What PyTorch can ask of every operator beside its value and its gradient: other derivatives, and an empty batch."""
+"""PyTorch's demands on every operator beside value and gradient: other derivatives, transforms, and an empty batch."""
 
 import importlib
 
@@ -19,13 +19,13 @@ opaque_calls = pytest.mark.parametrize(
 
 
 def registered() -> set[str]:
-    """Every op of the package, once all operators are imported."""
+    """All ops of the package; all operators must be imported before."""
     return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("terrazzo::")}
 
 
 @pytest.fixture(autouse=True)
 def ops_alone(monkeypatch):
-    """The smallest calls of strip attention skip the op: here none does."""
+    """Small calls of strip attention skip the op; in these tests all calls use it."""
     op = importlib.import_module("terrazzo.kernels.strip_attention.op")
     monkeypatch.setattr(op, "_is_small", lambda query, value: False)
 
@@ -42,7 +42,7 @@ def by_reference(function, *arguments):
 
 
 def dummy(argument):
-    """Something that an op takes in the place of an argument."""
+    """A value that an op accepts for this argument."""
     kind = str(argument.type)
     if kind.startswith("Optional"):
         return None
@@ -61,7 +61,7 @@ class TestEveryOp:
 
     @pytest.mark.parametrize("name", sorted(registered()))
     def test_refuses_forward_mode(self, name):
-        """Whatever reaches an op in forward mode would get tangents of 0: a new op must be made by `opaque.op`."""
+        """Without `opaque.op`, an op would return tangents of 0 in forward mode; every new op must be made by it."""
         op = getattr(torch.ops.terrazzo, name.removeprefix("terrazzo::"))
         schema = op.default._schema
         arguments = [torch.float32 if a.name.endswith("dtype") else dummy(a) for a in schema.arguments]
@@ -90,7 +90,7 @@ class TestForwardMode:
         wanted = several(by_reference(jvp, function, tensors, tangents)[1])
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(x, t) for x, t in zip(tensors, tangents)]
-            duals[0].requires_grad_()  # in both modes at once
+            duals[0].requires_grad_()  # forward and reverse mode at once
             found = [forward_ad.unpack_dual(out).tangent for out in several(function(*duals))]
             torch.testing.assert_close(found, list(wanted))
 
@@ -102,7 +102,7 @@ class TestForwardMode:
 
     @opaque_calls
     def test_a_gradient_of_a_graph_from_outside_is_refused(self, call):
-        """Its op was chosen before anybody could know."""
+        """The op was chosen before the transform was known."""
         (tensors, _), function = given(call), call.bound()
         leaf = tensors[0].clone().requires_grad_()
         out = several(function(leaf, *tensors[1:]))[0]
@@ -119,7 +119,7 @@ class TestForwardMode:
             grad(lambda weight: gradient(weight).sum())(weight)
 
     def test_compiled(self):
-        """Traced within or around a compiled function: right, or refused."""
+        """Inside or outside of a compiled function, tangents are right or are refused."""
         torch._dynamo.reset()
         call = CALLS["strip_attention"]
         (tensors, tangents), function = given(call), call.bound()
@@ -127,7 +127,7 @@ class TestForwardMode:
         inside = torch.compile(lambda *x: jvp(function, x[:3], x[3:]), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(several(inside(*tensors, *tangents)[1]), wanted)
         outside = torch.compile(function, backend="aot_eager")
-        outside(*tensors)  # without tangents first
+        outside(*tensors)  # the first call has no tangents
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(x, t) for x, t in zip(tensors, tangents)]
             try:
@@ -166,7 +166,7 @@ class TestTransforms:
 
     @every_call
     def test_vmap(self, call):
-        """Alone it calls the op for each slice."""
+        """vmap alone calls the op for each slice."""
         (tensors, _), function = given(call), call.bound()
         stacked = torch.stack([tensors[0], tensors[0].flip(0) / 2])
         found = several(vmap(lambda first: function(first, *tensors[1:]))(stacked))
@@ -175,7 +175,7 @@ class TestTransforms:
 
     @every_call
     def test_second_derivatives(self, call):
-        """Right, or refused by name."""
+        """Second derivatives are right, or an error names the operator."""
         tensors, function = [x.requires_grad_() for x in given(call)[0]], call.bound()
 
         def twice():
@@ -204,7 +204,7 @@ class TestTransforms:
         torch.testing.assert_close(found, wanted)
 
     def test_without_transform_nothing_changes(self):
-        """Neither a functional call nor vmap over gradients of an op asks for more than the op has."""
+        """A functional call and vmap over gradients still use the op."""
         call = CALLS["neighborhood_attention"]
         (tensors, _), function = given(call), call.bound()
         leaf = tensors[0].clone().requires_grad_()

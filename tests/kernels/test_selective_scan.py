@@ -1,4 +1,4 @@
-"""The selective scan: its definition by hand and by other formulas, the portable form against it, the operator."""
+"""The selective scan: its definition by hand and by other formulas, its portable form, and the operator."""
 
 import importlib
 import math
@@ -22,7 +22,7 @@ NAMES = ("out", "u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 def sequences(
     batch=2, channels=6, length=5, states=3, groups=1, extras=True, softplus=True, dtype=torch.float64, seed=0
 ):
-    """u, delta, A, B, C, D, z and delta_bias that require gradients; decays are at most 1 also without softplus."""
+    """u, delta, A, B, C, D, z and delta_bias that require gradients; decays are at most 1, also without softplus."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -60,7 +60,7 @@ def maps(batch=2, height=5, width=7, channels=6, states=3, scans=4, shared=True,
 
 
 def run(arguments, backend, function=selective_scan, **options):
-    """Output and every gradient."""
+    """The output and all gradients."""
     out = function(*arguments, backend=backend, **options)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, [x for x in arguments if x is not None], grad)]
@@ -102,7 +102,7 @@ class TestByHand:
         assert simple((1, 1), (0, 0), [0.0, -math.log(2)], backend=backend, **options) == pytest.approx((12, 13.5))
 
     def test_map(self, backend):
-        """Prefix sums of 1 to 6 on a 2 x 3 map, by rows, by columns, and both reversed."""
+        """The prefix sums of 1 to 6 on a 2 x 3 map, by rows, by columns, and both reversed."""
         ones = torch.ones(1, 2, 3, 4, 1, dtype=torch.float64)
         u, A = torch.arange(1.0, 7, dtype=torch.float64).reshape(1, 2, 3, 1), ones.new_zeros(4, 1, 1)
         wanted = {
@@ -154,7 +154,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("order", ORDERS)
     def test_orders_are_permutations(self, order):
-        """Step t of an order reads pixel t of the map turned so that the order is by rows."""
+        """Step t of an order reads pixel t of the map, if the map is turned so that the order is by rows."""
         (code,) = scan_orders.codes((order,))
         pixels = torch.arange(35).reshape(5, 7)
         turned = pixels.T if order.startswith("columns") else pixels
@@ -163,7 +163,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("backend", ["reference", "portable"])
     def test_turned_maps(self, backend):
-        """Both axes flipped, orders change places with their reverses; transposed, rows with columns."""
+        """If both axes are flipped, each order becomes its reverse; if a map is transposed, rows become columns."""
         u, delta, A, B, C, D, bias = maps()
         wanted = selective_scan_2d(u, delta, A, B, C, D, bias, True, backend=backend)
         for orders, turn in (
@@ -185,7 +185,7 @@ SIZES = [  # batch, channels, length, states, groups
     (1, 130, 129, 4, 1),
     (1, 2, 700, 64, 1),
 ]
-# Numbers of state in a piece and in a step: as they are; steps one by one; some runs; everything split.
+# The numbers of state in a piece and in a step: the defaults; single steps; some runs; everything split.
 CUTS = [(1 << 19, 1 << 14), (1 << 19, 1), (1 << 12, 1 << 9), (1, 1 << 14)]
 
 
@@ -215,7 +215,7 @@ class TestPortable:
         assert_all_close(found, run(arguments, "reference", **options), rtol=1e-9, atol=1e-9)
 
     def test_parts_of_channels(self, monkeypatch):
-        """So many channels that they are passed over in parts, whose gradients of B and C add up."""
+        """There are enough channels for several parts, and the parts' gradients of B and C add up."""
         arguments = maps(2, 3, 5, 160, 60, 2)
         parts, cut = [], portable._parts
         monkeypatch.setattr(portable, "_parts", lambda call: parts.extend(cut(call)) or cut(call))
@@ -237,7 +237,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_error_is_no_worse_than_plain_pytorch(self, dtype):
-        """Two-sided: at most twice the error of the definition, which computes in float32, too."""
+        """The error is at most twice the definition's error; the definition also computes in float32."""
         arguments = sequences(2, 20, 200, 8, dtype=dtype)
         wanted = run([x.detach().double().requires_grad_() for x in arguments], "reference", delta_softplus=True)
         plain, found = (run(arguments, form, delta_softplus=True) for form in ("reference", "portable"))
@@ -248,7 +248,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("length", [4096, pytest.param(65536, marks=pytest.mark.slow)])
     def test_strong_decays(self, length):
-        """Step sizes up to 30 with decays down to exp(-16 x 30): nothing overflows, and float32 is exact to 1e-6."""
+        """With step sizes up to 30 and decays down to exp(-16 x 30), nothing overflows; float32 is exact to 1e-6."""
         generator = torch.Generator().manual_seed(0)
         u, delta = (torch.randn(1, 4, length, generator=generator) for _ in range(2))
         B, C = (torch.randn(1, 16, length, generator=generator) for _ in range(2))
@@ -259,7 +259,7 @@ class TestPortable:
         assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
     def test_half_precision_is_summed_in_float32(self):
-        """The output in the dtype of u; merged over a map in float32, for a sum of scans may leave float16's range."""
+        """The output has the dtype of u; over a map it is float32, because a sum of scans may leave float16's range."""
         assert selective_scan(*sequences(dtype=torch.float16), delta_softplus=True).dtype == torch.float16
         arguments = maps(dtype=torch.float16)
         arguments[0] = torch.full_like(arguments[0], 6e4)
@@ -270,7 +270,7 @@ class TestPortable:
         assert found.abs().max() > torch.finfo(torch.float16).max
 
     def test_mixed_dtypes(self):
-        """Half precision beside float32 parameters, as under autocast."""
+        """Half precision with float32 parameters, as under autocast."""
         arguments = sequences(dtype=torch.float32)
         mixed = [x.detach().to(torch.bfloat16 if i in (0, 1, 3, 4) else x.dtype) for i, x in enumerate(arguments)]
         mixed = [x.requires_grad_() for x in mixed]
@@ -285,7 +285,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("broken", ["wholes", "scan_back", "take"])
     def test_mutation(self, monkeypatch, broken):
-        """A decay of 1 between runs, gradients without the steps behind, a reversed order that is not: all show."""
+        """A decay of 1 between runs, gradients without later steps, a reversed order that runs forward: tests fail."""
         arguments = sequences(1, 4, 200, 2)
         options = dict(delta_softplus=True, reverse=True)
         wanted = run(arguments, "reference", **options)
@@ -305,7 +305,7 @@ class TestPortable:
 class TestOperator:
     @pytest.mark.parametrize("extras", [True, False])
     def test_opcheck(self, extras):
-        """Its fake form, its gradient, as PyTorch's compiler wants them."""
+        """The op's fake form and its gradient meet the rules of PyTorch's compiler."""
         u, delta, A, B, C, D, z, bias = sequences(2, 4, 9, 2, extras=extras)
         of_maps = [None if x is None else x.transpose(1, 2).unsqueeze(2) for x in (u, delta, z)]
         of_states = [x.permute(0, 3, 1, 2) for x in (B, C)]
@@ -339,7 +339,7 @@ class TestOperator:
 
     def test_backends(self, monkeypatch):
         arguments = sequences(dtype=torch.float32)
-        # Whatever this machine has: without Numba the portable form is the fastest.
+        # On every machine, the portable form is the fastest without Numba.
         machine = importlib.import_module("terrazzo.kernels.numba_host.machine")
         monkeypatch.setattr(machine, "has_numba", lambda: False)
         with pytest.raises(BackendError, match=r"selective_scan: backend 'fused'.*needs the package numba"):
@@ -355,7 +355,7 @@ class TestOperator:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
     def test_two_hundred_steps_of_mixed_precision_training(self, dtype):
-        """Every loss, gradient and weight stays finite, and the loss falls."""
+        """All losses, gradients and weights stay finite, and the loss falls."""
         torch.manual_seed(0)
         weights = [(torch.randn(8, 8) / 3).requires_grad_() for _ in range(3)]
         A_log = torch.arange(1.0, 5).log().repeat(8, 1).requires_grad_()
@@ -425,7 +425,7 @@ class TestOperator:
 
 
 class TestLastState:
-    """What mamba_ssm returns for a decoder that goes on from there."""
+    """The last state, which mamba_ssm also returns, lets a decoder continue a sequence."""
 
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     @pytest.mark.parametrize("groups", [1, 2])
@@ -451,7 +451,7 @@ class TestLastState:
         torch.testing.assert_close(last.double(), wanted, rtol=1e-4, atol=1e-5)
 
     def test_goes_on(self):
-        """The first steps, then the others from their last state: as all at once."""
+        """The first steps, then the other steps from the last state, give the same as all steps at once."""
         u, delta, A, B, C = (x.detach() for x in sequences()[:5])
         whole, wanted = selective_scan(u, delta, A, B, C, delta_softplus=True, return_last_state=True)
         cut = [(..., slice(0, 3)), (..., slice(3, None))]
@@ -465,7 +465,7 @@ class TestLastState:
         )
 
     def test_gradients(self):
-        """mamba_ssm gives the last state none; here it has its own."""
+        """The last state has a gradient; in mamba_ssm it has none."""
         tensors = sequences(batch=1, length=4)[:5]
         assert torch.autograd.gradcheck(
             lambda *x: selective_scan(*x, delta_softplus=True, return_last_state=True), tensors

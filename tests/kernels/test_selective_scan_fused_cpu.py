@@ -1,4 +1,4 @@
-"""The selective scan's CPU kernels against the definition in float64, with memory poisoned by NaN."""
+"""The selective scan's CPU kernels are compared with the definition in float64, in memory poisoned with NaN."""
 
 import importlib
 import math
@@ -69,7 +69,7 @@ class TestKernels:
         check(triton_scan.errors(length=40, channels=9, softplus=False, leave=("z",)))
 
     def test_step_sizes_of_any_size(self):
-        """softplus(N(0, 8)): some steps hold the state, some forget everything; nothing overflows."""
+        """For steps of softplus(N(0, 8)), some hold the state and some forget it; nothing overflows."""
         check(triton_scan.errors(length=70, channels=9, states=4, spread=8.0))
 
     def test_held_and_forgotten(self):
@@ -81,7 +81,7 @@ class TestKernels:
         assert triton_scan.not_a_number()
 
     def test_infinity(self):
-        """As in the definition: it fills the state, and turns into NaN where it meets a 0."""
+        """As in the definition, infinity fills the state, and a product with 0 is NaN."""
         x = torch.zeros(1, 1, 5)
         x[0, 0, 2] = math.inf
         one, two = torch.ones(1, 1, 5), torch.ones(1, 2, 5)
@@ -95,13 +95,13 @@ class TestKernels:
 
 
 class TestMutations:
-    """Break the kernels' arithmetic on purpose: the comparison must notice."""
+    """Break the kernels' arithmetic on purpose: the comparison must fail."""
 
     @pytest.mark.parametrize("helper", ["", "exp2", "log1p", "orders", "chunks"])
     def test_a_broken_piece_shows(self, monkeypatch, helper):
         fused_cpu = importlib.import_module("terrazzo.kernels.selective_scan.fused_cpu")
         for name in ("forward", "backward"):
-            plain = getattr(kernels, name).py_func  # interpreted, with pieces that can be replaced
+            plain = getattr(kernels, name).py_func  # runs in Python, so its pieces can be replaced
             monkeypatch.setattr(kernels, name, plain)
         monkeypatch.setattr(kernels, "exp2", lambda x: x.dtype.type(2.0**x * (0.9 if helper == "exp2" else 1)))
         monkeypatch.setattr(kernels, "log1p", lambda x: x.dtype.type(math.log1p(x) * (0.9 if helper == "log1p" else 1)))
@@ -117,7 +117,7 @@ class TestMutations:
 
 class TestMaths:
     def test_exp2_over_its_whole_range(self):
-        """Within 2 units in the last place, down to the smallest number and up to infinity."""
+        """Errors are within 2 units in the last place, from the smallest number to infinity."""
         exp2 = importlib.import_module("terrazzo.kernels.numba_host.fused_maths").exp2
 
         @numba.njit
@@ -173,7 +173,7 @@ class TestThreads:
                 assert all(torch.equal(a, b) for a, b in zip(result, wanted[i]) if a is not None)
 
     def test_forked_workers_run_a_model(self):
-        """The parent has used its threads before four workers of a DataLoader are forked from it."""
+        """The parent process uses its threads before a DataLoader forks four workers."""
         before = torch.get_num_threads()
         torch.set_num_threads(2)
         try:
@@ -204,7 +204,7 @@ class TestThreads:
 
 
 class _Predictions(torch.utils.data.Dataset):
-    """What a model makes of a picture, computed where it is asked for."""
+    """A model's outputs for random pictures; the process that asks for an output computes it."""
 
     def __init__(self, model):
         self.model = model

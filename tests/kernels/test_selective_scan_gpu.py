@@ -1,4 +1,4 @@
-"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+"""The fused form on a real GPU, beyond the limits of Triton's interpreter. `make bench` runs it before it measures."""
 
 import importlib
 
@@ -7,7 +7,7 @@ import torch
 from support import triton_common, triton_scan
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and this machine has none: these tests did not run", allow_module_level=True)
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -15,7 +15,7 @@ fused = importlib.import_module("terrazzo.kernels.selective_scan.fused")
 
 
 def check(times=1, **options):
-    """Output and all gradients against float64, memory poisoned with NaN; see `triton_scan.errors`."""
+    """Compare output and all gradients with float64, in memory poisoned with NaN; see `triton_scan.errors`."""
     triton_common.check(triton_scan.errors(device=GPU, **options), times)
 
 
@@ -29,7 +29,7 @@ class TestAgainstDouble:
     @pytest.mark.parametrize("states", [1, 2, 5, 8, 16, 33, 64])
     @pytest.mark.parametrize("channels", [1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 130])
     def test_channels_and_states(self, channels, states, dtype):
-        # The errors of few numbers differ by luck.
+        # With few channels, errors vary by chance.
         check(length=70, channels=channels, states=states, dtype=dtype, times=4 if channels < 15 else 1)
 
     @pytest.mark.parametrize("split", [False, True])
@@ -59,13 +59,13 @@ class TestAgainstDouble:
     ("batch", "length", "channels", "states"), [(64, 196, 320, 8), (64, 49, 640, 8), (8, 197, 768, 16)]
 )
 def test_sequences_of_classifiers(batch, length, channels, states):
-    """Of MambaVision's windows, and of a class token beside 14 x 14 pixels."""
+    """Sequences of MambaVision's windows, and of 14 x 14 pixels with a class token."""
     check(batch=batch, length=length, channels=channels, states=states, layout="sequences", dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("height", "width", "states"), [(200, 334, 1), (128, 128, 16)])
 def test_maps_of_dense_prediction(height, width, states):
-    """Few programs and many steps: chunks get programs of their own."""
+    """With few programs and many steps, chunks get separate programs."""
     assert fused.splits(4, height * width)
     options = dict(orders=(0, 1, 2, 3), shared=True, merge=True, dtype="bfloat16", judge="portable")
     check(length=height * width, width=width, channels=16, states=states, **options)
@@ -101,12 +101,12 @@ def test_opcheck(merge):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_break(dynamic):
-    """By inductor; what surrounds the op may be rounded otherwise."""
+    """inductor compiles; it may round operations around the op differently."""
     assert triton_scan.compiled(dynamic, GPU, "inductor") < 1e-4
 
 
 def test_what_is_kept_is_small():
-    """A map of 800 x 1280 at stride 4 in four orders, 16 states: no state of every step is ever in memory."""
+    """For an image of 800 x 1280 at stride 4, four orders and 16 states, memory never holds the states of all steps."""
     options = dict(length=64000, scans=4, channels=96, states=16, shared=True, dtype=torch.bfloat16)
     arguments = [x if x is None else x.detach() for x in triton_scan.inputs(device=GPU, **options)]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The state space dual: its definition, the chunked form against it, and its kin, the selective scan."""
+"""The state space dual: its definition, its chunked form, and its relation to the selective scan."""
 
 import importlib
 
@@ -35,7 +35,7 @@ def inputs(batch=2, length=45, heads=4, width=3, groups=2, states=5, extras=True
 
 
 def run(arguments, **options):
-    """Output and every gradient."""
+    """The output and all gradients."""
     out = ssd(*arguments, dt_softplus=True, **options)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, [x for x in arguments if x is not None], grad)]
@@ -49,7 +49,7 @@ def assert_all_close(found, wanted, **tolerance):
 
 class TestDefinition:
     def test_by_hand(self):
-        """One head, one number of input and state: 1, 1/2 + 1, 3/4 + 1 where a step halves the state."""
+        """With one head, one channel and one state, and steps that halve the state, outputs are 1, 1/2 + 1, 3/4 + 1."""
         ones = torch.ones(1, 3, 1, 1, dtype=torch.float64)
         decay = -torch.tensor([2.0], dtype=torch.float64).log()
         for backend in ("reference", "portable"):
@@ -67,7 +67,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("reverse", [False, True])
     def test_is_a_selective_scan_with_equal_decays(self, reverse):
-        """One channel per head, whose states decay alike."""
+        """Each head has one channel, and its states have equal decays."""
         x, dt, A, B, C, D, z, bias = inputs(2, 21, 6, 1, 3, 4)
         given = [t.squeeze(-1).transpose(1, 2) for t in (x, dt.unsqueeze(-1), z)]
         states = [t.permute(0, 2, 3, 1) for t in (B, C)]
@@ -99,7 +99,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_error_is_no_worse_than_plain_pytorch(self, dtype):
-        """At most twice the error of the definition, or three units in the last place of the result's size."""
+        """The error is at most twice the definition's error, or three units in the last place of the result's size."""
         arguments = inputs(2, 200, 4, 16, 2, 16, dtype=dtype)
         wanted = run([x.detach().double().requires_grad_() for x in arguments], backend="reference")
         plain = run(arguments, backend="reference")
@@ -110,7 +110,7 @@ class TestPortable:
 
     @pytest.mark.parametrize(("length", "chunk"), [(4096, 64), pytest.param(65536, 256, marks=pytest.mark.slow)])
     def test_long_sequences_lose_no_digits(self, length, chunk):
-        """Step sizes up to 20: running sums reach 10^5, their differences must not be what decays are made of."""
+        """With step sizes up to 20, running sums reach 10^5: decays must not be computed from their differences."""
         arguments = [x.detach().float() for x in inputs(1, length, 2, 2, 1, 4, extras=False)[:5]]
         arguments[1] *= 8
         found = ssd(*arguments, dt_softplus=True, chunk=chunk)
@@ -119,7 +119,7 @@ class TestPortable:
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
     def test_mutation(self, monkeypatch):
-        """Decays that count a step too many: the comparisons must notice."""
+        """If decays count one step too many, the comparisons must fail."""
         sums = portable._sums_between
         monkeypatch.setattr(portable, "_sums_between", lambda x: sums(x) + x[..., :, None])
         arguments = inputs()
@@ -128,14 +128,14 @@ class TestPortable:
 
     @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_compiles_without_a_break(self, dynamic):
-        """Standard operations all the way; for sizes that it does not know the compiler takes a minute."""
+        """The form consists of standard operations. The compiler takes a minute for symbolic sizes."""
         compiled = torch.compile(ssd, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         for length in (45, 70):
             arguments = inputs(length=length)
             torch.testing.assert_close(compiled(*arguments), ssd(*arguments))
 
     def test_onnx(self, tmp_path):
-        """Matrix products, no Scan; any length of more than one chunk in one file."""
+        """The file has matrix products and no Scan, and takes any length of more than one chunk."""
         onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
         onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
 
@@ -191,7 +191,7 @@ class TestOperator:
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     @pytest.mark.parametrize("reverse", [False, True])
     def test_final_states(self, reverse, backend):
-        """With the layout of mamba_ssm, (B, H, P, N), and a gradient."""
+        """Final states have mamba_ssm's layout (B, H, P, N), and equal the recurrence's states."""
         x, dt, A, B, C = (tensor.detach() for tensor in inputs()[:5])
         options = dict(dt_softplus=True, reverse=reverse, backend=backend)
         out, found = ssd(x, dt, A, B, C, return_final_states=True, **options)

@@ -1,18 +1,18 @@
-"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+"""The fused form on a real GPU, beyond the limits of Triton's interpreter. `make bench` runs it before it measures."""
 
 import pytest
 import torch
 from support import triton_common, triton_ssd
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and this machine has none: these tests did not run", allow_module_level=True)
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check(**options):
-    """Output and all gradients against float64, memory poisoned with NaN; see `triton_ssd.errors`."""
+    """Compare output and all gradients with float64, in memory poisoned with NaN; see `triton_ssd.errors`."""
     triton_common.check(triton_ssd.errors(device=GPU, **options))
 
 

@@ -1,4 +1,4 @@
-"""Strip attention: the definition against worked examples, the portable form against the definition in float64."""
+"""Strip attention: worked examples check the definition, and the definition checks the portable form."""
 
 import importlib
 import math
@@ -17,7 +17,7 @@ op = importlib.import_module("terrazzo.kernels.strip_attention.op")
 portable = importlib.import_module("terrazzo.kernels.strip_attention.portable")
 BACKENDS = ("reference", "portable")
 
-# Images, queries, keys, heads, head_dim; the maps of S2AFormer at 224 among them.
+# Images, queries, keys, heads, head_dim; some are the maps of S2AFormer at 224.
 SHAPES = [
     (2, 1, 1, 1, 1),
     (1, 7, 5, 3, 8),
@@ -34,14 +34,14 @@ def assert_all_close(found, wanted, **tolerance):
 
 
 def numbers(*values):
-    """(1, n, 1) in float64."""
+    """The values as a tensor (1, n, 1) in float64."""
     return torch.tensor(values, dtype=torch.float64).view(1, -1, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestDefinition:
     def test_by_hand(self, backend):
-        """Keys 0 and ln 2 with values 0 and 1: a query q gives 2^q / (1 + 2^q)."""
+        """With keys 0 and ln 2 and values 0 and 1, a query q gives 2^q / (1 + 2^q)."""
         query, key, value = numbers(1, 0, -1, 2), numbers(0, math.log(2)), numbers(0, 1).unsqueeze(-1)
         out = strip_attention(query, key, value, backend=backend)
         torch.testing.assert_close(out.flatten(), torch.tensor([2 / 3, 1 / 2, 1 / 3, 4 / 5], dtype=torch.float64))
@@ -58,7 +58,7 @@ class TestDefinition:
             torch.testing.assert_close(row, value[0, place])
 
     def test_invariances(self, backend):
-        """Shifted keys, both signs turned, keys in another order with their values."""
+        """Outputs stay if keys are shifted, if queries and keys are negated, or if keys and values are reordered."""
         query, key, value = (x.detach() for x in inputs(2, 9, 7, 3, 4))
         out = strip_attention(query, key, value, backend=backend)
         order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ class TestDefinition:
             torch.testing.assert_close(strip_attention(*other, backend=backend), out)
 
     def test_derivative_is_a_covariance(self, backend):
-        """do/dq is the covariance of keys and values under the weights, so keys' gradients sum to zero."""
+        """do/dq is the covariance of keys and values under the weights; keys' gradients sum to zero."""
         arguments = inputs(1, 4, 6, 2, 3)
         _, grad_query, grad_key, _ = run(arguments, backend)
         query, key, value = (x.detach() for x in arguments)
@@ -89,7 +89,7 @@ class TestDefinition:
 class TestPortable:
     @pytest.fixture(autouse=True)
     def _in_pieces(self, monkeypatch):
-        """Small calls, too; how those are done by themselves, TestDefinition holds against worked examples."""
+        """Cut small calls into pieces, too. TestDefinition checks how small calls usually run."""
         monkeypatch.setattr(op, "_SMALL", 0)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -102,7 +102,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("piece", [1, 30, 100, 7 * 300, 10**9])
     def test_pieces(self, monkeypatch, piece):
-        """Parts of a head's queries, single heads, several heads: the same numbers."""
+        """Pieces of a head's queries, of single heads and of several heads give the same numbers."""
         arguments = inputs(2, 300, 7, 3, 8)
         monkeypatch.setattr(portable, "_PIECE", piece)
         with poisoned():
@@ -117,14 +117,14 @@ class TestPortable:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_error_is_no_worse_than_plain_pytorch(self, dtype):
-        """Two-sided: at most twice the error that the definition makes in the same dtype."""
+        """The error is at most twice the definition's error in the same dtype."""
         arguments = inputs(2, 130, 49, 3, 32, dtype)
         for name, e, p, f in zip(NAMES, exact(arguments), run(arguments, "reference"), run(arguments, "portable")):
             error, limit = ((x.double() - e).square().mean().sqrt() for x in (f, p))
             assert error <= 2 * limit, f"{name}: {error:.2e} against {limit:.2e}"
 
     def test_half_precision_does_not_overflow(self):
-        """A product of two numbers that float16 holds, but not their product."""
+        """float16 holds queries and keys, but not their product."""
         query, key, value = inputs(1, 8, 5, 1, 4, torch.float16)
         query, key = (x.detach().mul(2000).requires_grad_() for x in (query, key))
         assert all(x.isfinite().all() for x in run((query, key, value), "portable"))
@@ -137,7 +137,7 @@ class TestPortable:
 
     @pytest.mark.parametrize(("weights", "at_once"), [(2 * 9 * 7 * 3, True), (2 * 9 * 7 * 3 - 1, False)])
     def test_small_calls_are_done_at_once(self, monkeypatch, weights, at_once):
-        """Outside of the op, with the same results; in half precision never."""
+        """Small calls run outside of the op with equal results, but never in half precision."""
         arguments = inputs(2, 9, 7, 3, 4)
         wanted = run(arguments, "reference")
         calls = []
@@ -149,7 +149,7 @@ class TestPortable:
         assert len(calls) == (1 if at_once else 2)
 
     def test_mutation(self, monkeypatch):
-        """Queries that fall between two pieces: the comparisons above must notice."""
+        """If queries between two pieces are lost, the comparisons above must fail."""
         pieces = portable._pieces
 
         def broken(*sizes):

@@ -1,4 +1,4 @@
-"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+"""The fused form on a real GPU, beyond the limits of Triton's interpreter. `make bench` runs it before it measures."""
 
 import itertools
 
@@ -9,14 +9,14 @@ from support import triton_common, triton_strip
 from terrazzo.kernels import strip_attention
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and this machine has none: these tests did not run", allow_module_level=True)
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check(**options):
-    """Output and all gradients against float64, memory poisoned with NaN; see `triton_strip.errors`."""
+    """Compare output and all gradients with float64, in memory poisoned with NaN; see `triton_strip.errors`."""
     triton_common.check(triton_strip.errors(device=GPU, **options))
 
 
@@ -64,12 +64,12 @@ def test_opcheck():
 
 @pytest.mark.parametrize("compile_it", [False, True])
 def test_whole_model(compile_it):
-    """A small S2AFormer with every gradient, eager and compiled by inductor in one graph; products may use TF32."""
+    """A small S2AFormer and all its gradients, eager and compiled by inductor in one graph; products may use TF32."""
     assert triton_strip.model(compile_it, device=GPU, compiler="inductor") < 5e-3
 
 
 def test_nothing_of_the_size_of_all_weights_is_kept():
-    """A map of 800 x 1280 at stride 4: 64 M weights, which are never in memory."""
+    """An image of 800 x 1280 at stride 4 has 64 M weights; they are never in memory."""
     query, key, value = (x.bfloat16() for x in triton_strip.inputs(1, 64000, 1000, 1, 32, torch.float32, device=GPU))
     with torch.no_grad():
         for _ in range(2):  # the first call compiles

@@ -1,4 +1,4 @@
-"""Token reduction: the algebra, every form against the definition, ties, windows, padding, export."""
+"""Token reduction: its algebra, its forms compared with the definition, ties, windows, padding, export."""
 
 import importlib
 import math
@@ -72,7 +72,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_invariants(self, case):
-        """Onto [0, M), protected tokens alone in their places, sizes add up to the number of patches."""
+        """The map is onto [0, M), protected tokens stay alone in their places, and the sum of sizes stays."""
         x, size, importance = inputs(case["count"])
         found = planned(case, size, importance, x)
         for row in found.map:
@@ -107,7 +107,7 @@ class TestPlan:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("bidirectional", [False, True])
     def test_ties_go_to_the_lowest_index(self, backend, bidirectional):
-        """A constant image: the first sources are merged, all into the first destination."""
+        """On a constant image, the first sources are merged, all into the first destination."""
         found = plan(torch.ones(2, 11, 3), r=4, bidirectional=bidirectional, backend=backend)
         #             0  1  2  3  4  5  6  7  8  9 10   sources 2 4 6 8 10, destinations 1 3 5 7 9
         one_way = [0, 2, 2, 3, 2, 4, 2, 5, 2, 6, 1]
@@ -122,7 +122,7 @@ class TestPlan:
         assert torch.equal(portable.rank(score), wanted)
 
     def test_cells_keep_a_token(self):
-        """With every source gone each cell's own token is left, and patches of an odd last row are there, too."""
+        """If all sources are merged, each cell keeps one token; cells of an odd last row do, too."""
         found = planned(dict(count=16, protect=1, r="max", partition="cell2x2", grid=(5, 3)))
         assert found.M == 1 + 2 * 1
         assert found.map[0, [1, 7]].tolist() == [1, 2]
@@ -141,7 +141,7 @@ class TestPlan:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("bidirectional", [False, True])
     def test_padding_changes_nothing(self, backend, bidirectional):
-        """Tokens of size 0 behind a sequence: the others are merged as without them."""
+        """Tokens of size 0 behind a sequence do not change how other tokens are merged."""
         x, size, importance = inputs(13)
         padded = [torch.cat([t, t[:, :4]], 1) for t in (x, size, importance)]
         padded[1][:, 13:] = 0
@@ -165,7 +165,7 @@ class TestPlan:
         assert torch.equal(found.map, plan(x.float(), r=12).map)
 
     def test_mutation(self, monkeypatch):
-        """Factors that are not inverted favour important tokens: the comparisons must notice."""
+        """Factors that are not inverted favour important tokens: the comparisons must fail."""
         monkeypatch.setattr(portable, "_factor", lambda values, tau: (values / values.amax(-1, True)) ** (1 / tau))
         x, size, importance = inputs(13)
         found, wanted = (
@@ -217,7 +217,7 @@ class TestAlgebra:
 
     @pytest.mark.parametrize("proportional", [True, False])
     def test_attention_of_merged_duplicates(self, proportional):
-        """Keys that stand for several equal tokens count as many; without the bias they do not."""
+        """A merged key counts as often as its equal tokens; without the bias it counts once."""
         z, _, _ = inputs(5)
         assignment = torch.stack([torch.arange(5).repeat_interleave(torch.tensor([3, 1, 2, 1, 2]))] * 3)
         x = unmerge(z, assignment)
@@ -270,7 +270,7 @@ class TestPrune:
 
     @pytest.mark.parametrize("protect", [0, 2])
     def test_by_threshold_behind_other_tokens_in_front(self, protect):
-        """Of images of unlike lengths, one of which has no token and one fewer than are protected."""
+        """Images have different lengths: one has no token, and one has fewer tokens than are protected."""
         x, _, score = (t[0] for t in inputs(9))
         lengths = [3, 0, 1, 5]
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -291,7 +291,7 @@ class TestImportance:
     @pytest.mark.parametrize(("whole", "tile"), [(1 << 24, 40), (0, 200), (0, 100), (0, 40), (0, 1)])
     @pytest.mark.parametrize("biased", [False, True])
     def test_column_mean(self, whole, tile, biased, monkeypatch):
-        """At once; two images, one, two queries and one at a time. Weights add up to 1 for each query."""
+        """All at once, or by two images, one image, two queries, one query. Weights add up to 1 for each query."""
         monkeypatch.setattr(portable, "_WHOLE", whole)
         monkeypatch.setattr(portable, "_TILE", tile)
         q, k, v = torch.randn(3, 3, 2, 7, 4, dtype=torch.float64, requires_grad=True).unbind()
@@ -341,7 +341,7 @@ class TestOperator:
         ids=str,
     )
     def test_onnx(self, options, tmp_path):
-        """Static shapes, any batch, and neither a scatter that reduces nor a sort of data."""
+        """The file has static shapes and any batch, and no reducing scatter and no loop."""
         onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
         onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
         x, _, importance = inputs(21, batch=2, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+"""The fused form on a real GPU, beyond the limits of Triton's interpreter. `make bench` runs it before it measures."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from support.triton_common import check
 from terrazzo.kernels.token_reduction import column_mean
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and this machine has none: these tests did not run", allow_module_level=True)
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -19,7 +19,7 @@ BOTH = dict(size=True, importance=True)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestPlan:
-    """The map is that of float64, to the number: no attractions are nearly equal (`triton_reduction.inputs`)."""
+    """The map equals the float64 map exactly: no attractions are nearly equal (`triton_reduction.inputs`)."""
 
     def plans(self, cases, dtype):
         found = triton_reduction.plans([dict(case, dtype=dtype, exact=True, judge="portable") for case in cases], GPU)
@@ -93,12 +93,12 @@ def test_opcheck():
 
 
 def test_whole_model():
-    """A small MCTF with every gradient; products may use TF32."""
+    """A small MCTF and all its gradients; products may use TF32."""
     assert triton_reduction.model(GPU) < 5e-3
 
 
 def test_the_attention_matrix_is_not_kept():
-    """4096 tokens of 12 heads, twice: 400 M weights, which are never in memory."""
+    """4096 tokens with 12 heads and two images have 400 M weights; they are never in memory."""
     query, key = torch.randn(2, 2, 12, 4096, 64, device=GPU, dtype=torch.bfloat16).unbind()
     for _, bias in itertools.product(range(2), (None, torch.zeros(2, 4096, device=GPU))):  # the first call compiles
         torch.cuda.synchronize()

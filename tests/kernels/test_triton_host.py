@@ -1,4 +1,4 @@
-"""What every fused form asks of the machine."""
+"""Every fused form's demands on the machine."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def test_precision_follows_the_user():
 
 
 def test_kernels_are_imported_at_first_use_only():
-    """Calls on a CPU import no Triton kernel of any operator, and so not triton; and no other kernel than Numba's."""
+    """Calls on a CPU import no kernels except Numba's: no operator's Triton kernels, and so not triton."""
     code = (
         "import sys, torch, terrazzo.kernels as k; x = torch.zeros(1, 8, 8, 1, 8)\n"
         "k.neighborhood_attention(x, x, x, 3); k.strip_attention(x[0, :1, :, :, 0], x[0, :1, :, :, 0], x[0, :1])\n"

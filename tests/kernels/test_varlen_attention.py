@@ -1,4 +1,4 @@
-"""Attention within sequences: every form against the definition, one sequence against many, gradients, errors."""
+"""Attention within sequences: all forms, one sequence compared with many, gradients, errors."""
 
 import importlib
 
@@ -22,7 +22,7 @@ def inputs(lengths=LENGTHS, heads=2, dim=4, dtype=torch.float64):
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 class TestForms:
     def test_a_sequence_is_what_it_is_alone(self, backend):
-        """By PyTorch's attention of each."""
+        """Each sequence's result equals PyTorch's attention of this sequence alone."""
         tensors, cu_seqlens = inputs()
         found = varlen_attention(*tensors, cu_seqlens, backend=backend)
         for begin, end in zip(cu_seqlens.tolist(), cu_seqlens[1:].tolist()):

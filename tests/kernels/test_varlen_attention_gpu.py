@@ -1,18 +1,18 @@
-"""The fused form on a real GPU: what Triton's interpreter cannot show. `make bench` runs this before it measures."""
+"""The fused form on a real GPU, beyond the limits of Triton's interpreter. `make bench` runs it before it measures."""
 
 import pytest
 import torch
 from support import triton_common, triton_varlen
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, and this machine has none: nothing of this ran", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and this machine has none: these tests did not run", allow_module_level=True)
 
 GPU = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check(**options):
-    """Output and all gradients against float64, memory poisoned with NaN; see `triton_varlen.errors`."""
+    """Compare output and all gradients with float64, in memory poisoned with NaN; see `triton_varlen.errors`."""
     triton_common.check(triton_varlen.errors(device=GPU, **options))
 
 
@@ -59,5 +59,5 @@ def test_opcheck():
 
 
 def test_whole_model():
-    """A small AS-ViT that packs, with gradients; products may use TF32."""
+    """A small packed AS-ViT and its gradients; products may use TF32."""
     assert triton_varlen.model(GPU) < 5e-3

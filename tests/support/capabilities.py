@@ -1,4 +1,4 @@
-"""What a family can do, proven both ways: a refusal must fail for the reason it gives, and everything else must work.
+"""Tests of a family's capabilities, both ways: a refusal must fail with the stated reason, all others must work.
 
 `BackboneContract` inherits these tests; `test_NAME` tests the capability NAME of the list in
 tools/reports/capabilities.py. The results must equal model_cards/results/capabilities.csv, the source of the pages'
@@ -41,7 +41,7 @@ model = dict(
 
 @contextlib.contextmanager
 def proven(cell: Cell, write: bool) -> Iterator[None]:
-    """Wraps the body of a capability's test: it must work or fail as the cell says; the stored cell must agree.
+    """Wrap the body of a capability's test: it must work or fail as the cell says, and equal the stored cell.
 
     Args:
         cell: the claim of the family's test class.
@@ -54,12 +54,12 @@ def proven(cell: Cell, write: bool) -> Iterator[None]:
         return
     stored = capability_results.read().get((cell.family, cell.capability))
     hint = f"run `pytest {cell.test.split('::')[0]} --write-capabilities`, then `terrazzo cards`"
-    assert stored is not None, f"{capability_results.PATH} has no row of {cell.family}, {cell.capability}; {hint}"
+    assert stored is not None, f"{capability_results.PATH} has no row for {cell.family}, {cell.capability}; {hint}"
     assert stored == dataclasses.replace(cell, versions=stored.versions, commit=stored.commit), hint
 
 
 class Files:
-    """The exported files of a model, each made at its first use.
+    """The exported files of a model; each file is made at its first use.
 
     Args:
         model: a classifier.
@@ -107,7 +107,7 @@ def pixels(size: tuple[int, int], batch: int = 1) -> torch.Tensor:
 
 
 class CapabilityContract:
-    """`example` is the first representative, and under `-m slow` every variant."""
+    """Tests of capabilities. `example` is the first representative; with `-m slow` it is every variant."""
 
     representatives: tuple[str, ...] = ()
     refused: dict[str, str] = {}
@@ -142,7 +142,7 @@ class CapabilityContract:
     @pytest.fixture
     def openmmlab(self):
         pytest.importorskip("mmengine", reason="needs the extra 'openmmlab'")
-        import terrazzo.openmmlab  # noqa: F401  before mmdet and mmseg, which want mmcv's operators
+        import terrazzo.openmmlab  # noqa: F401  before mmdet and mmseg, which need mmcv's operators
 
     def test_timm(self, example, capability):
         with capability, torch.no_grad():
@@ -174,7 +174,7 @@ class CapabilityContract:
 
     @pytest.mark.parametrize("backend", ["eager", *(pytest.param(x, marks=pytest.mark.slow) for x in COMPILERS)])
     def test_compile(self, name, backend, capability):
-        """One graph for every size, without breaks; "eager" runs it as traced, without a code generator."""
+        """One graph serves every size, without breaks; "eager" runs the traced graph without a code generator."""
         torch._dynamo.reset()
         limit = 1e-3 if backend == "inductor" else 1e-4
         model = self.shallow_model(name)
@@ -228,7 +228,7 @@ class CapabilityContract:
 
         with capability:
             form = OpenVinoForm()
-            form.onnx = Copy(files.classifier.path)  # the costly half of the export is made already
+            form.onnx = Copy(files.classifier.path)  # the costly half of the export already exists
             report = files.export(form, "RawClassifier", ODD, files.allowed, ".xml")
             assert report.passed, report
 
@@ -242,10 +242,10 @@ class CapabilityContract:
 
 
 def check_lowered(files: Files, precision: str, limit: float, pictures: int) -> None:
-    """Most layers are in the precision, the error is within the limit, and every runtime can take the file.
+    """Check that most layers are in the precision, that the error is within the limit, and that runtimes take the file.
 
     Args:
-        pictures: how many pictures set its ranges and judge it.
+        pictures: the number of pictures for calibration and for the comparison.
     """
     import onnx
 
@@ -268,7 +268,7 @@ def check_lowered(files: Files, precision: str, limit: float, pictures: int) -> 
 
 
 class Copy:
-    """Stands for `OnnxForm`: an ONNX file that already exists."""
+    """Replaces `OnnxForm` by an ONNX file that already exists."""
 
     def __init__(self, source: Path):
         self.source = source

@@ -4,15 +4,15 @@
         representatives = ("family_tiny",)
         costs = {"family_tiny": (28_288_354, 4.491), ...}
 
-`costs` holds every variant's parameters and G multiply-adds at its default size. Structure is checked for every variant
-on the meta device; numbers for the representatives, and under `-m slow` for every variant. `refused` names what the
-family cannot do among the tests of tests/support/capabilities.py, with the text of the error:
-`refused = {"onnx dynamic hw": "..."}`. A family without published weights has `reconstructed = True`, and says so in
-its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient`: a
-part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow` holds, by
-representative, arguments that keep one block of each kind, for tests that would take minutes to compile or export.
-`operators_of` names the family whose operators a family shares. OpenVINO, fp16 and INT8 are tested on that family; on
-the others they are slow tests.
+`costs` holds every variant's parameters and G multiply-adds at its default size. Tests of structure run on every
+variant on the meta device. Tests of numbers run on the representatives, and with `-m slow` on every variant. `refused`
+names the tests of tests/support/capabilities.py that the family fails, with the text of the error:
+`refused = {"onnx dynamic hw": "..."}`. A family without published weights sets `reconstructed = True`, and says so
+in its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient`
+says that a part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow`
+holds, by representative, arguments that keep one block of each kind, for tests that would take minutes to compile or
+export. `operators_of` names another family with the same operators. OpenVINO, fp16 and INT8 are tested on that family;
+on other families these tests are slow tests.
 """
 
 import copy
@@ -39,8 +39,8 @@ from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.reports import cards
 
-SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest, odd and non-square, plain
-MAX_SIDE = 96  # of the costlier checks
+SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest size, an odd and non-square size, a plain size
+MAX_SIDE = 96  # for costly checks
 
 
 def output_and_gradients(run, model, x):
@@ -68,7 +68,7 @@ class BackboneContract(CapabilityContract):
                 models = [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in self.costs]
                 metafunc.parametrize(fixture, models, scope="class")
 
-    # Structure, every variant, on the meta device.
+    # Structure: every variant, on the meta device.
 
     def test_registered_and_says_where_it_comes_from(self, variant):
         cfg = timm.models.get_pretrained_cfg(variant)
@@ -167,7 +167,7 @@ class BackboneContract(CapabilityContract):
                 assert tuple(found.shape) == wanted
                 assert found.isfinite().all()
             torch.testing.assert_close(model.forward_head(out), model(x))
-        assert torch.equal(model(image((64, 96))), first), "another size changed what the model computes"
+        assert torch.equal(model(image((64, 96))), first), "an image of another size changed the model"
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     def test_batch_is_independent(self, name):
@@ -176,7 +176,7 @@ class BackboneContract(CapabilityContract):
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
 
     def test_empty_batch(self, example):
-        """No image gives no output, and no gradient."""
+        """An empty batch gives an empty output, and gradients of 0."""
         model, x = self.shallow_model(example), torch.empty(0, 3, 64, 64)
         out, grads = output_and_gradients(lambda x: model(x).sum(0), model, x)
         assert model(x).shape == (0, model.num_classes)
@@ -192,7 +192,7 @@ class BackboneContract(CapabilityContract):
         generator = torch.Generator().manual_seed(2)
         x = image((32, 32)).double()
         tangent = torch.randn(x.shape, dtype=x.dtype, generator=generator)
-        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's own attention kernels have no forward mode
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention kernels have no forward mode
             out, found = torch.func.jvp(model, (x,), (tangent,))
         weight = torch.randn(out.shape, dtype=x.dtype, generator=generator)
         x.requires_grad_()
@@ -259,7 +259,7 @@ class BackboneContract(CapabilityContract):
         assert model(x).shape == features.shape
 
     def test_poolings(self, name):
-        """`head_hidden_size` is the classifier's input width, in a new model and after its head was reset."""
+        """`head_hidden_size` is the classifier's input width, in a new model and after a reset of its head."""
         options = self.shallow.get(name, {})
         model = timm.create_model(name, **options)
         features = model.forward_features(image((64, 64)))
@@ -282,7 +282,7 @@ class BackboneContract(CapabilityContract):
             model.reset_classifier(7, "mean")
 
     def test_hub(self, name, tmp_path):
-        """The files of timm's `save_for_hf` restore the model, whatever its head is."""
+        """The files of timm's `save_for_hf` restore the model with any head."""
         heads = [
             {},
             dict(num_classes=0),
@@ -337,9 +337,9 @@ class BackboneContract(CapabilityContract):
         assert out.isfinite().all()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
-    @pytest.mark.slow  # a quarter of a minute each
+    @pytest.mark.slow  # each takes 15 s
     def test_compiled_gradients(self, name):
-        """For images of any size, from one graph."""
+        """One graph gives the gradients for images of any size."""
         torch._dynamo.reset()
         model = self.shallow_model(name)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -353,7 +353,7 @@ class BackboneContract(CapabilityContract):
         "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:Constant folding"
     )
     def test_traced(self, name):
-        """`torch.jit.trace`: right at its size, and made of standard operations, so that it loads without terrazzo."""
+        """A traced model is right at its size, and holds standard operations only, so it loads without terrazzo."""
         model, x = self.shallow_model(name), image((64, 64))
         with torch.no_grad():
             traced = torch.jit.trace(model, image((64, 64), batch=2), check_trace=False)
@@ -365,7 +365,7 @@ class BackboneContract(CapabilityContract):
         "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:Constant folding"
     )
     def test_older_onnx_exporter(self, name, tmp_path):
-        """`dynamo=False`, which timm's script asks for, from one image and for more."""
+        """timm's script uses `dynamo=False`; the export of one image works for a larger batch."""
         onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
         model, path = self.shallow_model(name), tmp_path / "model.onnx"
         names = dict(input_names=["image"], output_names=["logits"])
@@ -379,7 +379,7 @@ class BackboneContract(CapabilityContract):
                 torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-4)
 
     def test_open_batch_from_an_example_of_one(self, example):
-        """torch would make a graph only for a batch of 1."""
+        """An example of one image is refused, because torch would make a graph for a batch of 1 only."""
         torch._dynamo.reset()
         as_its_onnx_exporter = torch.fx.experimental._config.patch(backed_size_oblivious=True)
         model, shapes = self.shallow_model(example), ({0: torch.export.Dim.DYNAMIC},)

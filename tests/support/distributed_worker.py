@@ -1,4 +1,4 @@
-"""Trains a tiny classifier, in one of several processes, and writes the losses.
+"""Train a tiny classifier in one of several processes, and write the losses.
 
 Usage: distributed_worker.py SETTINGS.json, with the keys `config`, `root`, `work_dir`, `options` and `arguments`.
 """
@@ -14,7 +14,7 @@ from terrazzo.openmmlab.config import build_runner, load_config
 
 
 class Losses(Hook):
-    """Keeps the loss of this process at each iteration."""
+    """Keep the loss of this process at each iteration."""
 
     def __init__(self):
         self.values = []
@@ -24,7 +24,7 @@ class Losses(Hook):
 
 
 def train(config: str, root: str, work_dir: str, options: dict, arguments: dict) -> list[float]:
-    """The losses of this process."""
+    """Train, and return the losses of this process."""
     runner = build_runner(load_config(config, root, options), work_dir, **arguments)
     losses = Losses()
     runner.register_hook(losses)

@@ -1,9 +1,9 @@
 """A fake of the part of TensorRT's Python API that `terrazzo.tools.export.tensorrt.engine` calls, on the CPU.
 
 Every name and the arguments of every method follow the bindings of TensorRT 10.15 and 11.4 (looked up in the modules
-themselves); nothing else exists. An engine is the ONNX file and the profile. It runs in ONNX Runtime, on memory that is
-given by address, and writes its outputs where the allocators say. So the tests check the calls of the API, not
-TensorRT.
+themselves); there are no other names. An engine is the ONNX file and the profile. It runs in ONNX Runtime, on memory
+that is given by address, and writes its outputs to the addresses from the allocators. So the tests check the calls of
+the API, not TensorRT.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ __version__ = "10.15.1.29"
 
 STREAM = 7
 REFUSED = "Erf"
-"""An operator that this parser refuses if a file has it."""
+"""This parser refuses files with this operator."""
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):

@@ -1,7 +1,7 @@
-"""Golden packs: the outputs of an official implementation with parameters that are drawn from the parameters' names.
+"""Golden packs: outputs of official implementations with random parameters; a parameter's name seeds its values.
 
-A pack (`tests/golden/<family>/<variant>[.<task>].npz`) names every parameter of the official state dict: `weights`
-draws them, `image` draws the input, and the pack holds the official logits and samples of the official maps.
+A pack (`tests/golden/<family>/<variant>[.<task>].npz`) names every parameter of the official state dict and holds the
+official logits and samples of the official maps. `weights` draws the parameters, and `image` draws the input.
 """
 
 import json
@@ -32,7 +32,7 @@ def _parameter(name: str, shape: list[int]) -> np.ndarray:
 
 
 class Pack:
-    """One pack: `meta` as stored, `arrays` by "<H>x<W>.<what>"."""
+    """A pack: `meta` as stored, and `arrays` by "<H>x<W>.logits" or "<H>x<W>.stage<i>"."""
 
     def __init__(self, path: Path):
         self.arrays = dict(np.load(path))
@@ -54,7 +54,7 @@ class Pack:
         return torch.from_numpy(_generator(key).standard_normal(shape))
 
     def sample(self, case: dict[str, Any], stage: int, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sampled values of our map of a stage, and the official ones."""
+        """Sampled values of our map of a stage, and the official values."""
         key = f"{case['size'][0]}x{case['size'][1]}.stage{stage}"
         index = _generator(f"sample:{key}").randint(0, features.numel(), 256)
         return features.detach().reshape(-1)[torch.from_numpy(index)], torch.from_numpy(self.arrays[key])

@@ -1,4 +1,4 @@
-"""Detectors with random weights that find many things, so that an export has something to compare."""
+"""Detectors with random weights that find many objects, so that an export can be compared."""
 
 import torch
 
@@ -33,25 +33,25 @@ _SPREADS = {
     "mask2former": _QUERIES,
     "dino-4scale": {"bbox_head.cls_branches.{last}": (-2.0, 1.0)},
 }
-"""For the first part of a config's name: mean and spread of the outputs of the layers that decide what is found."""
+"""The mean and spread that outputs of a detector's deciding layers get, by the first part of the config's name."""
 
 
 def enliven(detector, name, size):
-    """Fresh weights outside the backbone, and layers whose every output on noise has the mean and spread above.
+    """Initialise weights outside the backbone, and scale deciding layers to the mean and spread above on noise.
 
     Args:
         detector: built from a config, in evaluation mode; changed in place.
-        name: of the config.
-        size: H, W of the noise.
+        name: the name of the config.
+        size: the height and width of the noise.
     """
     for part, module in detector.named_modules():
-        if isinstance(module, torch.nn.Embedding):  # queries that differ
+        if isinstance(module, torch.nn.Embedding):  # so that queries differ
             torch.nn.init.normal_(module.weight, std=10.0)
         if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)) and "backbone" not in part:
             torch.nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
-    if hasattr(detector, "level_embed"):  # DINO's parameter, which is not initialised when built
+    if hasattr(detector, "level_embed"):  # DINO does not initialise this parameter when it is built
         torch.nn.init.normal_(detector.level_embed)
     raw = RawDetector(detector, size)
     for path, (mean, spread) in _SPREADS[name.split("_")[0]].items():

@@ -1,6 +1,6 @@
-"""The contract of every backbone with tools that reach into it: hooks, adapters, quantised layers, sharded parameters.
+"""The contract of every backbone with tools that use its modules: hooks, adapters, quantised layers, sharding.
 
-All these tools act when a module is called, and expect that it returns a tensor.
+These tools act when a module is called, and expect that it returns a tensor.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ ODD = (70, 50)  # not a multiple of the patch size
 
 @contextlib.contextmanager
 def alone():
-    """One process that is a group of its own."""
+    """A process group with a single process."""
     with socket.socket() as port:
         port.bind(("localhost", 0))
         address = f"tcp://localhost:{port.getsockname()[1]}"
@@ -58,13 +58,13 @@ def check_hooks(model: nn.Module) -> None:
         found = model(x)
     for hook in hooks:
         hook.remove()
-    assert set(watched) - set(seen) == set(), "never called"
+    assert set(watched) - set(seen) == set(), "these modules were never called"
     assert [name for name, out in seen.items() if not isinstance(out, torch.Tensor)] == []
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def check_maps_for_gradients(model: nn.Module) -> None:
-    """The last stage and block give tensors whose gradient explains a class (Grad-CAM)."""
+    """The outputs of the last stage and of its last block are tensors with gradients of a class, as Grad-CAM needs."""
     kept, units = [], model.stages if hasattr(model, "stages") else model.blocks
     last = [units[-1], *([units[-1].blocks[-1]] if hasattr(units[-1], "blocks") else [])]
     hooks = [module.register_forward_hook(lambda _, __, out: kept.append(out)) for module in last]
@@ -76,7 +76,7 @@ def check_maps_for_gradients(model: nn.Module) -> None:
 
 
 def check_alone(model: nn.Module) -> None:
-    """A stage and a block accept a map alone, or say that a state is missing."""
+    """A stage or block accepts a map alone, or refuses it and says that a state is missing."""
     x, units = image(SIZE), model.stages if hasattr(model, "stages") else model.blocks
     with torch.no_grad():
         wanted = model.forward_intermediates(x, indices=[0], output_fmt=model.output_fmt, intermediates_only=True)[0]
@@ -91,7 +91,7 @@ def check_alone(model: nn.Module) -> None:
 
 
 def check_timms_hooks(model: nn.Module) -> None:
-    """timm's extractor by hooks finds what the model's own interface gives."""
+    """timm's extractor by hooks gives the same maps as the model's interface."""
     x, last = image(SIZE), len(model.feature_info) - 1
     found = FeatureHookNet(copy.deepcopy(model), out_indices=(0, last))(x)
     own = model.forward_intermediates(x, indices=[0, last], output_fmt=model.output_fmt, intermediates_only=True)
@@ -104,7 +104,7 @@ def check_timms_hooks(model: nn.Module) -> None:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """LoRA trains on every layer that PEFT can merge it into, and its merged weights compute the same."""
+    """LoRA trains on every layer that PEFT can merge, and a merged model gives the same outputs."""
     peft = pytest.importorskip("peft")
     names = [name for name, layer in layers_of(model).items() if getattr(layer, "groups", 1) == 1]
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=names)).eval()
@@ -124,7 +124,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def check_dynamic_int8(model: nn.Module) -> None:
-    """All linear layers run in int8 and compute nearly the same."""
+    """All linear layers run in int8, and outputs stay nearly the same."""
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     assert not any(type(module) is nn.Linear for module in quantized.modules())
     x = image(SIZE, batch=2)
@@ -135,7 +135,7 @@ def check_dynamic_int8(model: nn.Module) -> None:
 
 
 def check_sharded(model: nn.Module) -> None:
-    """A step with sharded parameters has the gradients of whole parameters, also with checkpointing."""
+    """A step with sharded parameters has the gradients of unsharded parameters, also with checkpointing."""
     pytest.importorskip("mmengine", reason="needs the extra 'openmmlab'")
     import terrazzo.openmmlab  # noqa: F401
     from terrazzo.openmmlab.sharded import FullyShardedModel

@@ -12,10 +12,10 @@ QUICK = [
     ((17, 15), 7, 1),  # twice the tile, one more and one less
     ((16, 17), 5, 1),
     ((15, 16), 2, 1),
-    ((17, 19), (9, 7), (1, 2)),  # the awkward ones of the NATTEN tests
+    ((17, 19), (9, 7), (1, 2)),  # awkward shapes from NATTEN's tests
     ((15, 20), (5, 15), (3, 1)),
     ((11, 14), (6, 4), (1, 3)),  # even kernels
-    ((17, 14), (4, 3), (4, 4)),  # dilation leaves 1, 2 or dilation - 1 of an axis
+    ((17, 14), (4, 3), (4, 4)),  # an axis has a remainder of 1, 2 or dilation - 1
     ((15, 19), 3, (4, 5)),
     ((13, 12), 11, 1),  # tiles of 4 columns
 ]

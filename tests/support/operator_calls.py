@@ -23,12 +23,12 @@ first_weights = importlib.import_module("terrazzo.kernels.varlen_attention").fir
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """The operator that is called, its tensors by name, and properties that tests need.
+    """A call of an operator: its tensors by name, and properties that tests need.
 
     Attributes:
-        operator: the op of that name under `torch.ops.terrazzo`.
+        operator: the name of the op in `torch.ops.terrazzo`.
         weights: names of tensors that have no batch axis.
-        constants: further arguments by batch size: whole numbers, or functions that make a tensor.
+        constants: a function from the batch size to further arguments.
         opaque: whether the portable form is an opaque op.
         twice: whether it has second derivatives.
     """
@@ -178,12 +178,12 @@ def several(out: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
 
 
 def total(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A number that depends on all elements of an output, with a second derivative in each."""
+    """A number that depends on all elements of an output, and has a second derivative in each element."""
     return sum((x * x.detach().cos() + x.square() / 3).sum() for x in several(out))
 
 
 def run_without_batch(name: str, backend: str, dtype: torch.dtype) -> tuple[list, list]:
-    """Outputs, and gradients by all tensors, of a call with an empty batch."""
+    """The outputs of a call with an empty batch, and the gradients of all tensors."""
     call = CALLS[name]
     tensors = [x.requires_grad_() for x in call.tensors(0, dtype).values()]
     with use_backend(backend):

@@ -1,4 +1,4 @@
-"""Models and images that are the same at every run."""
+"""Models and images that are the same in every run."""
 
 import timm
 import torch
@@ -7,7 +7,7 @@ import terrazzo  # noqa: F401
 
 
 def build(name: str, **kwargs) -> torch.nn.Module:
-    """The model with fixed weights, none of them at a value that could hide a mistake."""
+    """The model with fixed weights; no weight has a value that could hide a mistake."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
     with torch.no_grad():

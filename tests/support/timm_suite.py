@@ -18,19 +18,19 @@ _list_models = timm.list_models
 
 @functools.cache
 def _gives_tokens(name):
-    """Whether the head takes tokens rather than a map."""
+    """Whether the head takes tokens instead of a map."""
     model = timm.create_model(name, device="meta")
     return model.forward_features(torch.empty(1, *model.default_cfg["input_size"], device="meta")).ndim == 3
 
 
 def _narrowed(filter="", module="", exclude_filters="", **kwargs):
-    # The suite knows models whose features are tokens by patterns of timm's names, "vit_*" the first of them.
+    # The suite lists models with features of tokens by patterns of timm's names; the first pattern is "vit_*".
     tokens = None
     if "vit_*" in filter:
         filter, tokens = "", True
     elif "vit_*" in exclude_filters:
         exclude_filters, tokens = "", False
-    # The suite names the modules with forward_intermediates; all of ours have it.
+    # The suite names the modules with forward_intermediates; all of our modules have it.
     module = "" if isinstance(module, list) else module
     found = _list_models(filter, module=module, exclude_filters=exclude_filters, **kwargs)
     found = [name for name in found if name.split(".")[0] in _MODELS]

@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts of the real ones: a few small pictures of noise with made-up labels."""
+"""Tiny data sets in the layouts of real data sets: a few small pictures of noise with random labels."""
 
 import json
 
@@ -24,7 +24,7 @@ def objects():
 
 
 def write_segmentation(root, suffix, classes, size):
-    """CamVid's and the floors' layout: images/SPLIT/NAME, labels/SPLIT/NAME.png."""
+    """Write CamVid's and the floors' layout: images/SPLIT/NAME, labels/SPLIT/NAME.png."""
     random = np.random.default_rng(0)
     for split in SPLITS:
         for kind in ("images", "labels"):
@@ -37,7 +37,7 @@ def write_segmentation(root, suffix, classes, size):
 
 
 def segmentation_batch(classes, channels, size):
-    """Two pictures (height, width) of noise with a class and an edge for each pixel, as mmseg's pipelines give them."""
+    """Two noise pictures of size (height, width) with classes and edges of all pixels, as from mmseg's pipelines."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
@@ -51,7 +51,7 @@ def segmentation_batch(classes, channels, size):
 
 
 def write_instances(file, images, categories, size, masks=True):
-    """COCO's json: three objects in each of the named images, of the categories (number to name) in turn."""
+    """Write COCO's json: three objects in each of `images`; they take the categories (number to name) in turn."""
     numbers, annotations = list(categories), []
     for index in range(len(images)):
         for x, y, w, h in objects():
@@ -83,7 +83,7 @@ def write_instances(file, images, categories, size, masks=True):
 
 
 def write_detection(root, names, size, masks):
-    """BCCD's and the nuclei's layout: images/SPLIT/NAME.jpg, annotations/instances_SPLIT.json."""
+    """Write BCCD's and the nuclei's layout: images/SPLIT/NAME.jpg, annotations/instances_SPLIT.json."""
     random = np.random.default_rng(0)
     for split in SPLITS:
         (root / "images" / split).mkdir(parents=True)
@@ -95,7 +95,7 @@ def write_detection(root, names, size, masks):
 
 
 def write_folders(root, names, size, suffix=".jpg", splits=SPLITS, count=1):
-    """One folder per class: SPLIT/CLASS/NAME."""
+    """Write a folder per class: SPLIT/CLASS/NAME."""
     random = np.random.default_rng(0)
     for split in splits:
         for name in names:
@@ -105,13 +105,13 @@ def write_folders(root, names, size, suffix=".jpg", splits=SPLITS, count=1):
 
 
 def write_imagenet(root):
-    """ImageNet-1k as it unpacks, with ten of its thousand folders."""
+    """Write ImageNet-1k's unpacked layout, with ten of its thousand folders."""
     names = [f"n0144{index:04d}" for index in range(10)]
     write_folders(root, names, (80, 64), ".JPEG", splits=("train", "val"), count=2)
 
 
 def write_coco(root):
-    """COCO 2017: pictures, instances and panoptic segmentations; category numbers have gaps, like the real numbers."""
+    """Write COCO 2017: pictures, instances, panoptic segmentations; category numbers have gaps, as in COCO."""
     from mmdet.datasets import CocoDataset, CocoPanopticDataset
 
     random, size = np.random.default_rng(0), (96, 64)
@@ -154,7 +154,7 @@ def write_coco(root):
 
 
 def write_ade20k(root):
-    """ADE20K of the 2016 challenge: labels 1 to 150, and 0 for none."""
+    """Write ADE20K of the 2016 challenge: labels 1 to 150, and 0 for unlabelled pixels."""
     random, size = np.random.default_rng(0), (96, 64)
     for split in ("training", "validation"):
         for kind in ("images", "annotations"):
@@ -166,7 +166,7 @@ def write_ade20k(root):
 
 
 def write_loveda(root):
-    """LoveDA as mmseg converts it: labels 1 to 7, and 0 for none."""
+    """Write LoveDA as mmseg converts it: labels 1 to 7, and 0 for unlabelled pixels."""
     random, size = np.random.default_rng(0), (96, 64)
     for split in ("train", "val"):
         for kind in ("img_dir", "ann_dir"):
@@ -177,7 +177,7 @@ def write_loveda(root):
 
 
 def write_cityscapes(root):
-    """Cityscapes: one folder per city, maps of 19 training classes and 255, and instances as mmdet converts them."""
+    """Write Cityscapes: a folder per city, maps of 19 training classes and 255, and mmdet's form of instances."""
     from mmdet.datasets import CityscapesDataset
 
     random, size = np.random.default_rng(0), (128, 64)
@@ -206,4 +206,4 @@ FULL_SIZE = {
     "loveDA": write_loveda,
     "cityscapes": write_cityscapes,
 }
-"""The functions that write tiny doubles of full-size data sets, by the names of the folders."""
+"""The functions that write tiny versions of full-size data sets, by the names of the folders."""

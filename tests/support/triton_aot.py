@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time for GPUs that are not here, and the resources that each needs."""
+"""Triton kernels compiled ahead of time for GPUs that this machine lacks, and the resources that each kernel needs."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-# Shared memory of one program, in bytes, and of its registers what the target's own assembler says.
+# Shared memory available to one program, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -18,12 +18,12 @@ def compile_kernel(function, values, dtype, target, warps, stages, floats=(), on
     Args:
         function: the `triton.jit` function.
         values: its constants by name; others may be among them.
-        dtype: of what its pointers point to.
-        target: "sm_90", "gfx942" and the like.
-        floats: pointers to float32 whatever `dtype` is, and numbers of float32; `scale` always is one, any other
-            argument an int32.
+        dtype: the dtype of tensors that its pointers point to.
+        target: a GPU architecture, for example "sm_90" or "gfx942".
+        floats: arguments that are pointers to float32 for every `dtype`, or float32 numbers. `scale` is always float32;
+            any other argument is an int32.
         ones: arguments that are 1, which Triton takes as constants.
-        others: types of pointers to anything else by name, such as "i64".
+        others: types of other pointers by name, for example "i64".
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -41,14 +41,14 @@ def compile_kernel(function, values, dtype, target, warps, stages, floats=(), on
             signature[name] = "*" + ("fp32" if name in floats else dict(others).get(name, TYPES[dtype]))
         else:
             signature[name] = "fp32" if name == "scale" or name in floats else "i32"
-        if name.startswith(("p_", "stride")) and name not in ones:  # what Triton sees of a packed tensor of a model
+        if name.startswith(("p_", "stride")) and name not in ones:  # so Triton sees a model's packed tensor
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, {k: v for k, v in values.items() if k in constant}, attributes)
     return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
 
 
 def resources(compiled, target):
-    """Registers per thread and bytes of spilled registers."""
+    """The registers per thread and the bytes of spilled registers, as the target's assembler reports them."""
     import triton
 
     if target.startswith("gfx"):

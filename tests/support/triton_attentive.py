@@ -1,7 +1,6 @@
-"""What the tests of attentive convolution run: in this process, in Triton's interpreter, on a GPU where there is one.
+"""Checks of attentive convolution's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
 
-Functions for the interpreter take and return plain values: they are called through a process pool
-(`tests/kernels/conftest.py`).
+Functions take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """
 
 import importlib
@@ -20,10 +19,10 @@ NAMES = ("out", "x", "value", "weight", "bias", "mixing", "mixing_bias", "inhibi
 def inputs(
     batch, channels, height, width, taps=9, dtype=torch.float64, layout="channels last", x_dtype=None, device="cpu"
 ):
-    """The seven tensors, that require gradients and stand amid NaN.
+    """The seven tensors; they require gradients, and NaN surrounds them in memory.
 
-    layout: of both maps: "channels last", "contiguous", "parts" of a wider map, or "turned", rows for columns. x_dtype:
-    of x, if it is another.
+    layout: the layout of both maps: "channels last", "contiguous", "parts" of a wider map, or "turned" (transposed).
+    x_dtype: the dtype of x, if it differs.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -51,12 +50,12 @@ def inputs(
 
 
 def upstream(out):
-    """The gradient that comes from above."""
+    """A gradient of the output, random but always the same."""
     return torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
 
 
 def run(arguments, backend):
-    """Output and every gradient; of a backend, or of what "layers" of PyTorch compute."""
+    """The output and all gradients; of a backend, or of PyTorch's layers ("layers")."""
     out = plain(*arguments) if backend == "layers" else attentive_conv(*arguments, backend=backend)
     return [out, *torch.autograd.grad(out, arguments, upstream(out))]
 
@@ -66,37 +65,37 @@ def exact(arguments):
 
 
 def errors(batch=1, channels=8, height=9, width=7, dtype="float32", device="cpu", **options):
-    """Errors of the fused form and what they may be: see `triton_common.limits`."""
+    """The errors of the fused form and their limits: see `triton_common.limits`."""
     arguments = inputs(batch, channels, height, width, dtype=getattr(torch, dtype), device=device, **options)
     wanted, plain = exact(arguments), run(arguments, "layers")
     with poisoned(device):
         found = run(arguments, "fused")
-    # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
+    # The interpreter truncates to bfloat16; a GPU rounds.
     units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
     return limits(NAMES, found, plain, wanted, units.items())
 
 
 def splits(parts):
-    """Errors where the mean of a bin is computed in parts."""
+    """The errors if the mean of a bin is computed in parts."""
     with replaced(FOLDER, {"fused._SPLIT": -(-9 * 7 // (9 * parts))}):
         return errors()
 
 
 def mutated(helper):
-    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("")."""
+    """The largest difference between a result and the reference if a kernel's helper is broken; "" breaks none."""
     module = next(
         (name for name in ("fused_pool", "fused_generate", "fused_convolve") if hasattr(_module(name), helper)), None
     )
     original = getattr(_module(module), helper) if module else None
 
     def broken(*arguments):
-        if helper == "inside":  # the last column is none
+        if helper == "inside":  # the last column counts as outside
             rows, columns, o_c, height, width, channels = arguments
             return original(rows, columns, o_c, height, width - 1, channels)
-        if helper == "shift":  # mirrored
+        if helper == "shift":  # offsets are mirrored
             down, right = original(*arguments)
             return -down, -right
-        if helper == "bin_begin":  # bins share no position
+        if helper == "bin_begin":  # bins do not overlap
             number, length, taps = arguments
             return (number * length + taps - 1) // taps
         if helper == "bin_end":
@@ -129,7 +128,7 @@ def opcheck(device="cpu"):
 
 
 def compiled(dynamic):
-    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    """The largest difference between compiled and eager outputs and gradients; the graph must not break."""
     function = torch.compile(attentive_conv, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     worst = 0.0
     for height, width in ((9, 7), (6, 11)):
@@ -142,7 +141,7 @@ def compiled(dynamic):
 
 
 def model(compile_it, device="cpu", compiler="aot_eager"):
-    """Largest relative difference of a small AttNet, fused against portable: outputs and each weight's gradient."""
+    """The largest relative difference between fused and portable form in a small AttNet: outputs and all gradients."""
     from terrazzo.backbones.attnet import AttNet
 
     torch.manual_seed(0)
@@ -154,7 +153,7 @@ def model(compile_it, device="cpu", compiler="aot_eager"):
     results = []
     for backend in ("portable", "fused"):
         with use_backend(backend):
-            # Only the fused form: Dynamo would find the graph of the other, for it does not guard the choice.
+            # Compile only the fused form: Dynamo does not guard on the backend, so it would reuse the portable graph.
             compile_now = compile_it and backend == "fused"
             forward = torch.compile(net, fullgraph=True, backend=compiler) if compile_now else net
             out = forward(image)
@@ -163,7 +162,7 @@ def model(compile_it, device="cpu", compiler="aot_eager"):
 
 
 def mixed(device="cpu"):
-    """Errors with half values beside a float32 x and weights, as under autocast; dtypes of output and gradients."""
+    """Errors for bfloat16 `value` with float32 x and weights, as under autocast; dtypes of output and gradients."""
     arguments = inputs(1, 8, 9, 7, dtype=torch.float32, device=device)
     arguments[1] = arguments[1].detach().bfloat16().requires_grad_()
     found, wanted = run(arguments, "fused"), exact(arguments)
@@ -172,7 +171,7 @@ def mixed(device="cpu"):
 
 
 def choices():
-    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    """The forms that run on CPU tensors with "auto" and with a named backend, while Triton interprets."""
     operator = importlib.import_module(f"{FOLDER}.op").OPERATOR
     value = torch.zeros(1, 8, 4, 4)
 

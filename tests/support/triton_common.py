@@ -1,4 +1,4 @@
-"""What the tests of every operator's Triton kernels share: guarded and poisoned memory, broken pieces, tolerances."""
+"""Tools for tests of Triton kernels: guarded and poisoned memory, broken pieces, tolerances."""
 
 import contextlib
 import importlib
@@ -8,7 +8,7 @@ import torch
 
 
 def guarded(x):
-    """The same numbers amid NaN, so that what is read beside a tensor shows."""
+    """Copy a tensor and surround it with NaN in memory, so that a read outside of it changes results."""
     margin = 4096
     storage = torch.full((x.numel() + 2 * margin,), math.nan, dtype=x.dtype, device=x.device)
     return storage.as_strided(x.shape, x.stride(), margin).copy_(x)
@@ -16,8 +16,8 @@ def guarded(x):
 
 @contextlib.contextmanager
 def poisoned(device="cpu"):
-    """Fresh memory is full of NaN, so what is read without having been written shows."""
-    # Only a warning of what is not deterministic: on a GPU that may be the portable form's products.
+    """Fresh memory is filled with NaN, so that a read of unwritten memory changes results."""
+    # Only warn of nondeterministic operations: on a GPU, the portable form's products may be nondeterministic.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -29,7 +29,7 @@ def poisoned(device="cpu"):
 
 @contextlib.contextmanager
 def replaced(folder, changes):
-    """Attributes of the modules of a package, {"module.name": value}, for the time of a test."""
+    """Replace attributes of the modules of a package, {"module.name": value}, during a test."""
     before = []
     try:
         for path, value in changes.items():
@@ -48,11 +48,12 @@ def _size(x):
 
 
 def limits(names, found, plain, exact, units=((torch.float32, 3),), sums=()):
-    """Root mean square errors against float64: {name: (of what was found, largest allowed)}.
+    """Root mean square errors against float64: {name: (error, limit)}.
 
-    Two-sided: at most twice the error of plain PyTorch in the same dtype, or so many units in the last place of the
-    result's root mean square: in float32 three, which the one number per row that is kept for the backward pass costs.
-    Names among `sums` are few numbers, each a sum over all steps, whose errors differ by luck: twice as much.
+    The limit is twice the error of plain PyTorch in the same dtype, or a number of units in the last place of the
+    result's root mean square, `units`, whichever is larger. It is three units in float32, because the backward pass
+    uses a rounded number for each row. The second limit is doubled for names in `sums`: these tensors are small, each
+    element is a sum over all steps, and their errors vary by chance.
     """
     allowed = {}
     for name, f, p, e in zip(names, found, plain, exact):
@@ -64,6 +65,6 @@ def limits(names, found, plain, exact, units=((torch.float32, 3),), sums=()):
 
 
 def check(errors, times=1):
-    """What `limits` found, each of so many times what it allows at most."""
+    """Check the errors from `limits`: each must be at most `times` its limit."""
     for name, (error, allowed) in errors.items():
-        assert error <= times * allowed, f"{name}: {error:.2e}, allowed are {times * allowed:.2e}"
+        assert error <= times * allowed, f"{name}: {error:.2e}, the limit is {times * allowed:.2e}"

@@ -1,7 +1,7 @@
-"""What the tests of Triton kernels run: in Triton's interpreter, and on a GPU where there is one.
+"""Checks of neighborhood attention's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
 
-The interpreter wants a process of its own, where TRITON_INTERPRET=1 was set before triton came. So functions take and
-return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+The interpreter needs a separate process in which TRITON_INTERPRET=1 was set before triton was imported. So functions
+take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """
 
 import importlib
@@ -27,7 +27,7 @@ def _inputs(size, kernel, heads, dim, batch, dtype, bias, layout, device="cpu"):
     qkv = list(guarded(qkv).unbind(-3))
     if layout == "plain":
         qkv = [guarded(x.contiguous()) for x in qkv]
-    if layout == "turned":  # no two of one stride, none with its last axis contiguous
+    if layout == "turned":  # all strides differ, and no last axis is contiguous
         qkv = [x.transpose(i, -1).contiguous().transpose(i, -1) for i, x in enumerate(qkv, 1 if len(size) > 1 else 0)]
     table = torch.randn(heads, *(2 * k - 1 for k in kernel), dtype=torch.float64, generator=generator).to(device, dtype)
     return [x.detach().requires_grad_() for x in (*qkv, *([guarded(table)] if bias else []))]
@@ -58,13 +58,12 @@ def errors(
     device="cpu",
     judge="reference",
 ):
-    """Root mean square errors against the float64 reference: {name: (of the fused form, largest allowed)}.
+    """Root mean square errors of the fused form against the float64 reference: {name: (error, limit)}.
 
-    Two-sided: at most twice the error of plain PyTorch in the same dtype, or in float32 three units in the last place
-    of the result's root mean square, which the one number per row that is kept for the backward pass costs.
+    Limits are those of `triton_common.limits`.
 
-    half_blocks: cut as half precision is; programs: at most so many with partial sums of the bias' gradient; judge: the
-    form that says what is right, for maps whose gathered windows fit no memory.
+    half_blocks: use the blocks of half precision. programs: the largest number of programs with partial sums of the
+    bias' gradient. judge: the form that gives the expected result, for maps with too many windows for the reference.
     """
     fused = importlib.import_module(f"{FOLDER}.fused")
     kernel = _pair(kernel) if len(size) == 2 else (kernel,)
@@ -83,14 +82,14 @@ def errors(
 
 
 def mutated(helper, size, kernel, dilation):
-    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("")."""
+    """The largest difference between a result and the reference if a kernel's helper is broken; "" breaks none."""
     common = importlib.import_module(f"{FOLDER}.fused_common")
 
     def broken(*arguments):
         if helper == "in_window":  # one key too many
             start, key, length = arguments
             return (key >= start) & (key <= start + length)
-        if helper == "class_members":  # every class as long as the shortest
+        if helper == "class_members":  # every class is as long as the shortest class
             length, _, dilation = arguments
             return length // dilation
         return getattr(common, helper)(*arguments) + (-1 if helper == "last_query" else 1)
@@ -123,7 +122,7 @@ def large_scores(magnitude, device="cpu"):
 
 
 def far_apart(device="cpu"):
-    """Error for maps whose images lie 2^31 elements apart: addresses need 64 bits."""
+    """The error if images are 2^31 elements apart in memory: addresses need 64 bits."""
     storage = torch.empty(2**31 + 3 * 81 * 8, dtype=torch.float16, device=device)
     qkv = [storage.as_strided((2, 9, 9, 1, 8), (2**31, 216, 24, 8, 1), 8 * i) for i in range(3)]
     near = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).half() for i, x in enumerate(qkv)]
@@ -143,7 +142,7 @@ def opcheck(size, kernel, dilation, bias, device="cpu"):
 
 
 def compiled(dynamic):
-    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    """The largest difference between compiled and eager outputs and gradients; the graph must not break."""
     function = torch.compile(neighborhood_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     worst = 0.0
     for size in ((9, 10), (11, 7)):
@@ -156,7 +155,7 @@ def compiled(dynamic):
 
 
 def model(compile_it, device="cpu", compiler="aot_eager"):
-    """Largest relative difference of a small DiNAT, fused against portable: outputs and the gradient of each weight."""
+    """The largest relative difference between fused and portable form in a small DiNAT: outputs and all gradients."""
     from terrazzo.backbones.dinat import NAT
 
     torch.manual_seed(0)
@@ -165,7 +164,7 @@ def model(compile_it, device="cpu", compiler="aot_eager"):
     results = []
     for backend in ("portable", "fused"):
         with use_backend(backend):
-            # Only the fused form: Dynamo would find the graph of the other, for it does not guard the choice.
+            # Compile only the fused form: Dynamo does not guard on the backend, so it would reuse the portable graph.
             compile_now = compile_it and backend == "fused"
             run = torch.compile(net, fullgraph=True, backend=compiler) if compile_now else net
             out = run(image)
@@ -175,7 +174,7 @@ def model(compile_it, device="cpu", compiler="aot_eager"):
 
 
 def mixed_autocast(device="cpu"):
-    """dtypes of the output and of the bias' gradient with half inputs and a float32 bias, as under autocast."""
+    """The dtypes of output and bias' gradient for half-precision inputs and a float32 bias, as under autocast."""
     arguments = _inputs((9, 9), (7, 7), 1, 8, 1, torch.bfloat16, True, "packed", device)
     arguments[3] = arguments[3].detach().float().requires_grad_()
     results = _run(arguments, 7, 1, "fused")
@@ -183,7 +182,7 @@ def mixed_autocast(device="cpu"):
 
 
 def choices():
-    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    """The forms that run on CPU tensors with "auto" and with a named backend, while Triton interprets."""
     why = importlib.import_module(f"{FOLDER}.op").OPERATOR.why
     double = torch.zeros(1, 9, 9, 1, 8, dtype=torch.float64)
     wide = torch.zeros(1, 9, 9, 1, 136)

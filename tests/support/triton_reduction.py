@@ -1,6 +1,6 @@
-"""What the tests of token reduction's Triton kernels run: in Triton's interpreter, and on a GPU where there is one.
+"""Checks of token reduction's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
 
-Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+Functions take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """
 
 import importlib
@@ -16,10 +16,11 @@ FOLDER = "terrazzo.kernels.token_reduction"
 
 
 def inputs(count, batch=2, dim=5, dtype="float32", padding=0, seed=0, exact=False, device="cpu"):
-    """Tokens, sizes of 1 to 5 with `padding` of 0 among the last, importances that add up to 1; all amid NaN.
+    """Tokens, sizes of 1 to 5, importances that add up to 1; NaN surrounds them in memory.
 
-    exact: tokens of 1 and -1, sizes of 1 and 2, importances of 1 and 3 with them. With a power of 4 for `dim` cosines
-    have no rounding error in any dtype: two attractions are equal, to the bit, or far from equal.
+    padding: the number of last tokens with size 0.
+    exact: tokens hold 1 and -1; tokens of size 1 have importance 1, tokens of size 2 have importance 3. If `dim` is a
+    power of 4, cosines have no rounding error in any dtype: two attractions are equal to the bit, or far from equal.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, count, dim, generator=generator, dtype=torch.float64)
@@ -36,9 +37,9 @@ def inputs(count, batch=2, dim=5, dtype="float32", padding=0, seed=0, exact=Fals
 
 
 def plans(cases, device="cpu"):
-    """Of each case the largest difference between the fused map and the definition's, in float64 on the same numbers.
+    """The largest difference of each case between the fused map and the definition's map in float64.
 
-    Each is keyword arguments of `plan`, and those of `inputs`; True for `size` and `importance`.
+    A case holds keyword arguments of `plan` and of `inputs`; `size=True` and `importance=True` pass these tensors.
     """
     names = ("count", "batch", "dim", "dtype", "padding", "seed", "exact")
     found = []
@@ -65,7 +66,7 @@ def ties(bidirectional, count=11, dtype="float32", device="cpu"):
 
 
 def not_a_number(device="cpu"):
-    """Whether NaN still gives a map onto [0, M): nothing outside of a tensor may be read with it as an index."""
+    """Whether tokens of NaN still give a map onto [0, M): as indices, its values must not leave a tensor."""
     x, size, _ = inputs(70, device=device)
     x[0] = math.nan
     x[1, ::3] = math.nan
@@ -80,7 +81,7 @@ def _pooled(x, found, weight, size, backend):
 
 
 def _groups(kind, tokens, groups, batch, device):
-    """Maps onto [0, groups): of a plan, "random" ones, or with all but one token of each group in the first."""
+    """Maps onto [0, groups): "random", or each group has a single token and the first group has all others."""
     generator = torch.Generator().manual_seed(2)
     found = torch.cat([torch.arange(groups), torch.zeros(tokens - groups, dtype=torch.int64)]).repeat(batch, 1)
     if kind == "random":
@@ -90,10 +91,10 @@ def _groups(kind, tokens, groups, batch, device):
 
 
 def pool_errors(tokens, groups, channels=8, dtype="float32", kind="random", padding=0, device="cpu"):
-    """Errors of pooling, of its gradient and of sizes, and what they may be: see `triton_common.limits`."""
+    """The errors of pooling, of its gradient and of sizes, and their limits: see `triton_common.limits`."""
     x, size, weight = inputs(tokens, 2, channels, dtype, padding, device=device)
     found = _groups(kind, tokens, groups, 2, device)
-    weight = guarded(weight * (size > 0))  # padding weighs nothing; a group may be of padding alone
+    weight = guarded(weight * (size > 0))  # padding has no weight; a group may hold only padding
     wanted = _pooled(x.detach().double().requires_grad_(), found, weight.double(), size.double(), "reference")
     plain = _pooled(x.detach().requires_grad_(), found, weight, size, "reference")
     with poisoned(device):
@@ -116,9 +117,9 @@ def repeats(device="cpu"):
 
 
 def column_errors(count, heads=2, dim=8, bias=None, dtype="float32", layout="plain", batch=2, scale=1.0, device="cpu"):
-    """Errors of the column mean. layout: "plain", or "packed" as heads of one projection; bias: sizes' logarithms,
-    "padded" with minus infinity at both ends, or None; scale: what queries are multiplied by, and so the errors of the
-    one number that is kept for each row."""
+    """The errors of the column mean. layout: "plain", or "packed" as heads of one projection; bias: logarithms of sizes
+    ("padded": minus infinity at both ends), or None; scale: a factor of queries, and so of the rounding error of the
+    number that is kept for each row."""
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(batch, count, 2, heads, dim, generator=generator, dtype=torch.float64)
     both = guarded(both.to(device, getattr(torch, dtype)))
@@ -130,7 +131,7 @@ def column_errors(count, heads=2, dim=8, bias=None, dtype="float32", layout="pla
         size = torch.randint(1, 6, (batch, count), generator=generator).float().to(device)
         if bias == "padded":
             size[:, count - count // 3 :] = 0
-            size[0, :40] = 0  # the first keys of all, too
+            size[0, :40] = 0  # also the first keys
         bias = guarded(reduction.prop_bias(size))
     exact = None if bias is None else bias.double()
     wanted = reduction.column_mean(query.double(), key.double(), exact, backend="reference")
@@ -141,7 +142,7 @@ def column_errors(count, heads=2, dim=8, bias=None, dtype="float32", layout="pla
 
 
 def attends(device="cpu"):
-    """Largest error of `attention` under the fused backend, mean, output and gradients, against the portable form."""
+    """The largest difference between fused and portable form in `attention`: mean, output and gradients."""
     results = []
     for backend in ("fused", "portable"):
         generator = torch.Generator().manual_seed(0)
@@ -155,7 +156,7 @@ def attends(device="cpu"):
 
 
 def mutated(helper):
-    """How much results differ from the definition where one helper of the kernels is broken, or none ("")."""
+    """How much results differ from the definition if a helper of the kernels is broken; "" breaks none."""
     modules = {
         "source_at": "fused_match",
         "target_at": "fused_match",
@@ -206,7 +207,7 @@ class Reduce(torch.nn.Module):
 
 
 def compiled():
-    """Largest difference between compiled and eager, with no break of the graph."""
+    """The largest difference between compiled and eager results; the graph must not break."""
     function, worst = torch.compile(Reduce(), fullgraph=True, backend="aot_eager", dynamic=True), 0.0
     with use_backend("fused"):
         for count, r in ((21, 6), (34, 7)):
@@ -221,7 +222,7 @@ def compiled():
 
 
 def model(device="cpu"):
-    """Largest relative difference of a small MCTF, fused against portable: outputs, maps and each weight's gradient."""
+    """The largest relative difference between fused and portable form in a small MCTF: outputs, maps, all gradients."""
     from terrazzo.backbones.mctf import MCTF
 
     torch.manual_seed(0)
@@ -236,7 +237,7 @@ def model(device="cpu"):
 
 
 def empty(device="cpu"):
-    """Shapes where there is no image."""
+    """The shapes of results for an empty batch."""
     x, size, _ = inputs(9, batch=0, device=device)
     found = reduction.plan(x, r=2, backend="fused")
     out, sizes, _ = reduction.merge(x, found, size=size, backend="fused")
@@ -245,7 +246,7 @@ def empty(device="cpu"):
 
 
 def choices():
-    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    """The forms that run on CPU tensors with "auto" and with a named backend, while Triton interprets."""
     op = importlib.import_module(f"{FOLDER}.op")
     why = op.OPERATOR.why
     x = torch.zeros(1, 9, 8)

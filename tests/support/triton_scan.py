@@ -1,6 +1,6 @@
-"""What the tests of the selective scan's Triton kernels run: in Triton's interpreter, and on a GPU where there is one.
+"""Checks of the selective scan's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
 
-Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+Functions take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """
 
 import contextlib
@@ -33,12 +33,12 @@ def inputs(
     softplus=True,
     device="cpu",
 ):
-    """u, delta, A, B, C, D, z and delta_bias as `Scans` holds them; None where left out.
+    """u, delta, A, B, C, D, z and delta_bias as `Scans` holds them; None for tensors in `leave`.
 
-    shared: one u for all scans. dtype: of all but the parameters A, D and delta_bias, which stay float32, float64 if it
-    is that. layout: "packed" views of wider tensors, as one projection of all would give; "sequences" (B, K D, L) with
-    their steps contiguous, as mamba_ssm has them; "turned", with no axis contiguous. spread: of delta. softplus:
-    whether delta will pass one; else it is positive.
+    shared: the scans share u. dtype: the dtype of all tensors except the parameters A, D and delta_bias, which are
+    float32 unless dtype is float64. layout: "packed" views of wider tensors, as a joint projection gives them;
+    "sequences" (B, K D, L) with contiguous steps, as in mamba_ssm; "turned", without a contiguous axis. spread: the
+    standard deviation of delta. softplus: whether softplus will be applied to delta; otherwise delta is positive.
     """
     generator = torch.Generator().manual_seed(0)
     double = torch.float64 if dtype == torch.float64 else torch.float32
@@ -74,7 +74,7 @@ def inputs(
 
 @contextlib.contextmanager
 def quick_scans():
-    """Triton's interpreter combines a scan's numbers one by one: here whole rows, with the kernel's own function."""
+    """Make Triton's interpreter combine whole rows of a scan, not single numbers, by the kernel's own function."""
     if not machine.interpreting():
         yield
         return
@@ -100,7 +100,7 @@ def quick_scans():
 
 
 def run(arguments, orders=(0,), width=None, merge=False, softplus=True, backend="fused"):
-    """Output and every gradient, None for what is None."""
+    """The output and all gradients; None for arguments that are None."""
     given = [x for x in arguments if x is not None]
     width = width or given[0].shape[1]
     with quick_scans():
@@ -110,7 +110,7 @@ def run(arguments, orders=(0,), width=None, merge=False, softplus=True, backend=
 
 
 def upstream(out):
-    """The gradient that comes from above."""
+    """A gradient of the output, random but always the same."""
     return torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
 
 
@@ -130,10 +130,10 @@ def errors(
     device="cpu",
     **options,
 ):
-    """Errors of the fused form and what they may be: see `triton_common.limits`.
+    """The errors of the fused form and their limits: see `triton_common.limits`.
 
-    split: whether chunks get programs of their own in the forward pass, None for what the rule says. judge: the form
-    that says what is right, for maps that are too large for the reference.
+    split: whether chunks get separate programs in the forward pass, None to apply the rule. judge: the form that gives
+    the expected result, for maps that are too large for the reference.
     """
     arguments = inputs(scans=len(orders), dtype=getattr(torch, dtype), softplus=softplus, device=device, **options)
     how = dict(orders=orders, width=width, merge=merge, softplus=softplus)
@@ -143,13 +143,13 @@ def errors(
         found = run(arguments, **how)
     assert all((a is None) == (b is None) for a, b in zip(found, wanted))
     names, found, plain, wanted = zip(*(x for x in zip(("out", *NAMES), found, plain, wanted) if x[1] is not None))
-    # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
+    # The interpreter truncates to bfloat16; a GPU rounds.
     units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
     return limits(names, found, plain, wanted, units.items(), sums=("A", "D", "delta_bias"))
 
 
 def mixed(device="cpu"):
-    """Errors where every tensor has a dtype of its own, as under autocast; dtypes of output and gradients."""
+    """Errors if tensors have different dtypes, as under autocast; dtypes of output and gradients."""
     arguments = inputs(length=34, leave=(), dtype=torch.float32, device=device)
     for i, dtype in ((0, torch.bfloat16), (3, torch.float16), (6, torch.bfloat16)):
         arguments[i] = arguments[i].detach().to(dtype).requires_grad_()
@@ -159,15 +159,15 @@ def mixed(device="cpu"):
 
 
 def mutated(helper, split):
-    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("").
+    """The largest difference between a result and the reference if a kernel's helper is broken; "" breaks none.
 
-    A name after a colon says in which way. split: whether chunks get programs of their own in the forward pass.
+    A name after a colon says how it is broken. split: whether chunks get separate programs in the forward pass.
     """
     name, _, way = helper.partition(":")
     original = getattr(importlib.import_module(f"{FOLDER}.fused_kernels"), name, None)
 
     def broken(*arguments):
-        if way == "decay":  # what came before is kept whole
+        if way == "decay":  # the state before is not decayed
             decay_left, x_left, decay_right, x_right = arguments
             return decay_left * decay_right, x_left + x_right
         if way == "mirrored":
@@ -177,20 +177,20 @@ def mutated(helper, split):
             return original(*arguments) ^ 2
         if way == "columns":
             return original(*arguments) ^ 1
-        if way == "mask":  # every step real, those beyond the last as well
+        if way == "mask":  # steps behind the last step count as real
             p_delta, o_delta, real, *others = arguments
             return original(p_delta, o_delta, real | ~real, *others)
         if way == "bias":
             *others, bias, has_softplus = arguments
             return original(*others, bias * 0, has_softplus)
-        if way == "scan":  # every scan is the first
+        if way == "scan":  # every scan reads the first
             image, scan, *strides = arguments
             return original(image, scan * 0, *strides)
         if way == "slope":
             return original(*arguments) * 0 + 1
         return original(*arguments) * 0.9
 
-    broken.fn = broken  # what a scan calls
+    broken.fn = broken  # a scan calls this attribute
     changes = {f"fused_kernels.{name}": broken} if name else {}
     assert not name or original is not None
     if split:
@@ -212,7 +212,7 @@ def repeats(dtype="float32", device="cpu", **options):
 
 
 def held(device="cpu"):
-    """Largest difference to D u where every step size is 0, and to u C B where a step forgets all before it."""
+    """The largest difference to D u if every step size is 0, and to u C B if each step forgets all earlier steps."""
     arguments = [x if x is None else x.detach() for x in inputs(length=40, dtype=torch.float32, device=device)]
     u, delta, A, B, C, D, _, _ = arguments
     none = scan(Scans(u, delta * 0, A, B, C, D, None, None, False, [0], 40, False), "fused")
@@ -221,7 +221,7 @@ def held(device="cpu"):
 
 
 def not_a_number(device="cpu"):
-    """Whether output and delta's gradient are no numbers from the step on whose delta is none, and numbers before."""
+    """Whether output and delta's gradient are NaN from the step on at which delta is NaN, and finite before it."""
     found = [None if x is None else x.detach() for x in inputs(length=40, dtype=torch.float32, device=device)]
     found[1][0, 36] = math.nan
     out, _, grad_delta, *_ = run([None if x is None else x.requires_grad_() for x in found])
@@ -229,7 +229,7 @@ def not_a_number(device="cpu"):
 
 
 def far_apart(device="cpu"):
-    """Errors of output and gradients for images and, of delta, for steps that lie 2^31 elements and more apart."""
+    """The largest error if images of u, and steps of delta, are about 2^31 elements apart: addresses need 64 bits."""
     near = [None if x is None else x.detach() for x in inputs(2, 3, channels=4, dtype=torch.float16, device=device)]
     found = list(near)
     storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
@@ -241,7 +241,7 @@ def far_apart(device="cpu"):
 
 
 def empty(device="cpu"):
-    """Shapes of output and gradients where there is no image."""
+    """The shapes of output and gradients for an empty batch."""
     results = run(inputs(0, 4, channels=3, states=2, dtype=torch.float32, device=device))
     assert all(x is None or not x.any() for x in results)
     return [None if x is None else tuple(x.shape) for x in results]
@@ -258,7 +258,7 @@ def opcheck(merge, device="cpu"):
 
 
 def compiled(dynamic, device="cpu", compiler="aot_eager"):
-    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    """The largest difference between compiled and eager outputs and gradients; the graph must not break."""
 
     def both(u, delta, A, B, C, D, _, bias, backend):
         scanned = selective_scan_2d(u, delta, A, B, C, D, bias, True, ("rows", "columns_reversed"), backend=backend)
@@ -282,7 +282,7 @@ def compiled(dynamic, device="cpu", compiler="aot_eager"):
 
 
 def choices():
-    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    """The forms that run on CPU tensors with "auto" and with a named backend, while Triton interprets."""
     operator = importlib.import_module(f"{FOLDER}.op").OPERATOR
     x = torch.zeros(1, 9, 1, 4)
 

@@ -1,6 +1,6 @@
-"""What the tests of the Triton kernels of the state space dual run: in Triton's interpreter, and on a GPU.
+"""Checks of the state space dual's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
 
-Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+Functions take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """
 
 import importlib
@@ -16,7 +16,7 @@ NAMES = ("out", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
 def inputs(batch, length, heads, width, groups, states, extras=True, dtype=torch.float64, device="cpu"):
-    """x, dt, A, B, C, D, z, dt_bias that require gradients, amid NaN; A, D and dt_bias in float32 at least."""
+    """x, dt, A, B, C, D, z, dt_bias with gradients, surrounded by NaN; A, D and dt_bias are at least float32."""
     generator = torch.Generator().manual_seed(0)
     shapes = (
         (batch, length, heads, width),
@@ -39,7 +39,7 @@ def inputs(batch, length, heads, width, groups, states, extras=True, dtype=torch
 
 
 def run(arguments, backend, reverse):
-    """Output and every gradient."""
+    """The output and all gradients."""
     out = ssd(*arguments, dt_softplus=True, reverse=reverse, backend=backend)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, [x for x in arguments if x is not None], grad)]
@@ -52,12 +52,12 @@ def exact(arguments, reverse):
 def errors(
     batch=1, length=70, heads=2, width=8, groups=1, states=8, extras=True, dtype="float32", reverse=False, device="cpu"
 ):
-    """Errors of the fused form and what they may be: see `triton_common.limits`."""
+    """The errors of the fused form and their limits: see `triton_common.limits`."""
     arguments = inputs(batch, length, heads, width, groups, states, extras, getattr(torch, dtype), device)
     wanted, plain = exact(arguments, reverse), run(arguments, "reference", reverse)
     with poisoned(device):
         found = run(arguments, "fused", reverse)
-    # Half precision rounds what goes into matrix products, too: weights, and the states that chunks pass on.
+    # Half precision also rounds inputs of matrix products: weights, and states that chunks pass on.
     eps = torch.finfo(getattr(torch, dtype)).eps
     units = {torch.float32: 3 if dtype == "float32" else eps / torch.finfo(torch.float32).eps}
     units |= {torch.bfloat16: 1, torch.float16: 1}
@@ -65,15 +65,15 @@ def errors(
 
 
 def mutated(helper):
-    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("")."""
+    """The largest difference between a result and the reference if a kernel's helper is broken; "" breaks none."""
     kernels = importlib.import_module(f"{FOLDER}.fused_kernels")
     original = getattr(kernels, helper, None)
 
     def broken(*arguments, **options):
         found = original(*arguments, **options)
-        if helper == "positions":  # the first step is none
+        if helper == "positions":  # the first step does not count
             return found[0], found[1] & (found[0] != 0)
-        if helper == "between":  # of a step and itself, too
+        if helper == "between":  # every decay is too large
             return found + 1
         if helper == "step_sizes":
             return found[0], found[1] * 0
@@ -102,7 +102,7 @@ def opcheck(reverse, device="cpu"):
 
 
 def compiled():
-    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    """The largest difference between compiled and eager outputs and gradients; the graph must not break."""
     function = torch.compile(ssd, fullgraph=True, backend="aot_eager", dynamic=True)
     worst = 0.0
     for length in (40, 70):
@@ -120,7 +120,7 @@ def empty(device="cpu"):
 
 
 def choices():
-    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    """The forms that run on CPU tensors with "auto" and with a named backend, while Triton interprets."""
     why = importlib.import_module(f"{FOLDER}.op").OPERATOR.why
     x, B = torch.zeros(1, 9, 1, 8), torch.zeros(1, 9, 1, 8)
     wide = torch.zeros(1, 9, 1, 72)

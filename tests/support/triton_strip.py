@@ -1,6 +1,6 @@
-"""What the tests of strip attention's Triton kernels run: in Triton's interpreter, and on a GPU where there is one.
+"""Checks of strip attention's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
 
-Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+Functions take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """
 
 import importlib
@@ -18,8 +18,8 @@ NAMES = ("out", "query", "key", "value")
 def inputs(batch, queries, keys, heads, dim, dtype=torch.float64, layout="plain", device="cpu"):
     """Query, key and value that require gradients.
 
-    layout: "plain" contiguous ones; "packed" views of wider tensors, as one projection of all would give; "turned" ones
-    whose last axis is not contiguous.
+    layout: "plain" (contiguous), "packed" (views of wider tensors, as a joint projection gives them), or "turned" (the
+    last axis is not contiguous).
     """
     generator = torch.Generator().manual_seed(0)
     shapes = ((batch, queries, heads), (batch, keys, heads), (batch, keys, heads, dim))
@@ -34,7 +34,7 @@ def inputs(batch, queries, keys, heads, dim, dtype=torch.float64, layout="plain"
 
 
 def run(arguments, backend):
-    """Output and every gradient."""
+    """The output and all gradients."""
     out = strip_attention(*arguments, backend=backend)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, arguments, grad)]
@@ -47,7 +47,7 @@ def exact(arguments):
 def errors(
     batch=1, queries=33, keys=17, heads=1, dim=8, dtype="float32", layout="plain", half_blocks=False, device="cpu"
 ):
-    """Errors of the fused form and what they may be: see `triton_common.limits`. half_blocks: cut as half precision."""
+    """The fused form's errors and limits: see `triton_common.limits`. half_blocks: use the blocks of half precision."""
     fused = importlib.import_module(f"{FOLDER}.fused")
     arguments = inputs(batch, queries, keys, heads, dim, getattr(torch, dtype), layout, device)
     wanted, plain = exact(arguments), run(arguments, "reference")
@@ -57,15 +57,15 @@ def errors(
         changes["fused.blocks"] = lambda name, itemsize: blocks(name, 2)
     with replaced(FOLDER, changes), poisoned(device):
         found = run(arguments, "fused")
-    # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
+    # The interpreter truncates to bfloat16; a GPU rounds.
     units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
     return limits(NAMES, found, plain, wanted, units.items())
 
 
 def mutated(helper, magnitude=1):
-    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("").
+    """The largest difference between a result and the reference if a kernel's helper is broken; "" breaks none.
 
-    magnitude: what queries are multiplied by; softmax forgives a wrong maximum until exponentials overflow.
+    magnitude: a factor of queries; a wrong maximum changes softmax only when exponentials overflow.
     """
     kernels = importlib.import_module(f"{FOLDER}.fused_kernels")
     original = getattr(kernels, helper, None)
@@ -74,12 +74,12 @@ def mutated(helper, magnitude=1):
         if helper == "best_key":
             query, low, high = arguments
             return original(-query, low, high)
-        if helper == "weights":  # every key real, those beyond the last as well
+        if helper == "weights":  # keys behind the last key count as real
             query, key, best, real = arguments
             return original(query, key, best, real | ~real)
         if helper == "extrema":
             return tuple(reversed(original(*arguments)))
-        if helper.endswith("offsets"):  # every head is the first
+        if helper.endswith("offsets"):  # every head reads the first
             batch, head, *others = arguments
             return original(batch, head * 0, *others)
         return original(*arguments) + 1
@@ -103,7 +103,7 @@ def repeats(queries, keys, dtype="float32", device="cpu"):
 
 
 def large_scores(magnitude, dtype="float32", device="cpu"):
-    """Largest relative error of the output for queries and keys of such magnitude; inf where a result is not finite."""
+    """The largest relative error of the output for queries and keys of this magnitude; inf if any is not finite."""
     arguments = inputs(1, 40, 21, 1, 8, device=device)
     arguments = [
         x.detach().mul(scale).to(getattr(torch, dtype)) for x, scale in zip(arguments, (magnitude,) * 2 + (1,))
@@ -116,7 +116,7 @@ def large_scores(magnitude, dtype="float32", device="cpu"):
 
 
 def far_apart(device="cpu"):
-    """Error for values whose images lie 2^31 elements apart: addresses need 64 bits."""
+    """The error if images of the values are 2^31 elements apart in memory: addresses need 64 bits."""
     storage = torch.empty(2**31 + 3 * 9 * 8, dtype=torch.float16, device=device)
     value = storage.as_strided((2, 9, 1, 8), (2**31, 8, 8, 1))
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def far_apart(device="cpu"):
 
 
 def empty(device="cpu"):
-    """Shapes of output and gradients where there is no image, and where there is no query."""
+    """The shapes of output and gradients for an empty batch, and for images without queries."""
     found = []
     for batch, queries in ((0, 4), (2, 0)):
         arguments = inputs(batch, queries, 5, 1, 8, torch.float32, device=device)
@@ -144,7 +144,7 @@ def opcheck(queries, keys, device="cpu"):
 
 
 def compiled(dynamic):
-    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    """The largest difference between compiled and eager outputs and gradients; the graph must not break."""
     function = torch.compile(strip_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     worst = 0.0
     for queries, keys in ((33, 9), (40, 11)):
@@ -158,7 +158,7 @@ def compiled(dynamic):
 
 
 def model(compile_it, device="cpu", compiler="aot_eager"):
-    """Largest relative difference of a small S2AFormer, fused against portable: outputs and each weight's gradient."""
+    """The largest relative difference between fused and portable form in a small S2AFormer: outputs, all gradients."""
     from terrazzo.backbones.s2aformer import S2AFormer
 
     torch.manual_seed(0)
@@ -167,19 +167,19 @@ def model(compile_it, device="cpu", compiler="aot_eager"):
     results = []
     for backend in ("portable", "fused"):
         with use_backend(backend):
-            # Only the fused form: Dynamo would find the graph of the other, for it does not guard the choice.
+            # Compile only the fused form: Dynamo does not guard on the backend, so it would reuse the portable graph.
             compile_now = compile_it and backend == "fused"
             forward = torch.compile(net, fullgraph=True, backend=compiler) if compile_now else net
             out = forward(image)
             results.append([out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))])
-    # A bias of keys shifts all scores of a row alike, so its gradient is rounding alone.
+    # A bias of keys shifts all scores of a row equally, so its gradient is only rounding error.
     names = ["out", *(name for name, _ in net.named_parameters())]
     pairs = [(a, b) for name, a, b in zip(names, *results) if not name.endswith("attn.k.bias")]
     return max(((a - b).norm() / a.norm().clamp(min=1e-6)).item() for a, b in pairs)
 
 
 def choices():
-    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    """The forms that run on CPU tensors with "auto" and with a named backend, while Triton interprets."""
     operator = importlib.import_module(f"{FOLDER}.op").OPERATOR
     value = torch.zeros(1, 9, 1, 8)
 

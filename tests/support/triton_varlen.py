@@ -1,6 +1,6 @@
-"""What the tests of attention within sequences run in Triton: in its interpreter, and on a GPU where there is one.
+"""Checks of varlen attention's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
 
-Functions take and return plain values, for they are called through a process pool (`tests/kernels/conftest.py`).
+Functions take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """
 
 import importlib
@@ -16,10 +16,10 @@ NAMES = ("out", "query", "key", "value")
 
 
 def inputs(lengths, heads, dim, dtype=torch.float64, layout="packed", device="cpu"):
-    """Query, key and value that require gradients, amid NaN, and cu_seqlens.
+    """Query, key and value that require gradients, surrounded by NaN, and cu_seqlens.
 
-    layout: "packed" views of one tensor, as one projection gives them, "plain", or "turned" ones whose last axis is not
-    contiguous.
+    layout: "packed" (views of one tensor, as a projection gives them), "plain", or "turned" (the last axis is not
+    contiguous).
     """
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, heads, dim, dtype=torch.float64, generator=generator).to(device, dtype)
@@ -33,7 +33,7 @@ def inputs(lengths, heads, dim, dtype=torch.float64, layout="packed", device="cp
 
 
 def run(arguments, cu_seqlens, backend, max_seqlen=None):
-    """Output and every gradient."""
+    """The output and all gradients."""
     out = varlen_attention(*arguments, cu_seqlens, max_seqlen, backend=backend)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, arguments, grad)]
@@ -44,17 +44,17 @@ def exact(arguments, cu_seqlens):
 
 
 def errors(lengths=(5, 1, 33), heads=2, dim=8, dtype="float32", layout="packed", max_seqlen=None, device="cpu"):
-    """Errors of the fused form and what they may be: see `triton_common.limits`."""
+    """The errors of the fused form and their limits: see `triton_common.limits`."""
     arguments, cu_seqlens = inputs(lengths, heads, dim, getattr(torch, dtype), layout, device)
     wanted, plain = exact(arguments, cu_seqlens), run(arguments, cu_seqlens, "reference")
     with poisoned(device):
         found = run(arguments, cu_seqlens, "fused", max_seqlen)
-    # The interpreter cuts the bits that bfloat16 lacks; a GPU rounds.
+    # The interpreter truncates to bfloat16; a GPU rounds.
     return limits(NAMES, found, plain, wanted, {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}.items())
 
 
 def alone(lengths=(7, 70, 1, 33), dtype="float32", device="cpu"):
-    """Whether every sequence gets, to the bit, what it gets alone, output and gradients."""
+    """Whether the output and gradients of every sequence equal, to the bit, its results alone."""
     arguments, cu_seqlens = inputs(lengths, 2, 8, getattr(torch, dtype), device=device)
     together = run(arguments, cu_seqlens, "fused")
     grad = torch.randn(together[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ def repeats(dtype="float32", device="cpu"):
 
 
 def large_scores(magnitude, dtype, device="cpu"):
-    """Relative error of the output for large scores; infinity where anything is not finite."""
+    """The relative error of the output for large scores; infinity if a result is not finite."""
     arguments, cu_seqlens = inputs((40, 9), 1, 8, torch.float32, device=device)
     arguments = [x.detach() * scale for x, scale in zip(arguments, (magnitude, magnitude, 1))]
     arguments = [x.to(getattr(torch, dtype)).requires_grad_() for x in arguments]
@@ -85,7 +85,7 @@ def large_scores(magnitude, dtype, device="cpu"):
 
 
 def mutated(helper):
-    """Largest difference of a result to the reference where one helper of the kernels is broken, or none ("")."""
+    """The largest difference between a result and the reference if a kernel's helper is broken; "" breaks none."""
     changes = {}
     if helper:
         original = getattr(importlib.import_module(f"{FOLDER}.fused_kernels"), helper)
@@ -94,7 +94,7 @@ def mutated(helper):
             found = original(*arguments, **options)
             if helper == "locate":  # a sequence loses its last token
                 return found[0], found[1] - 1, *found[2:]
-            if helper == "softmax_step":  # what was summed does not decay
+            if helper == "softmax_step":  # the running sum is not rescaled
                 return found[0], found[1] * 0 + 1, *found[2:]
             return found * 0 if helper == "packed" else found * 1.5
 
@@ -113,7 +113,7 @@ def opcheck(device="cpu"):
 
 
 def compiled():
-    """Largest difference between compiled and eager, output and gradients, with no break of the graph."""
+    """The largest difference between compiled and eager outputs and gradients; the graph must not break."""
     function = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     worst = 0.0
     for lengths in ((33, 5), (40, 11, 3)):
@@ -127,7 +127,7 @@ def compiled():
 
 
 def model(device="cpu"):
-    """Largest relative difference of a small AS-ViT that packs, fused against portable: logits, maps, gradients."""
+    """The largest relative difference between fused and portable form in a small packed AS-ViT: outputs, gradients."""
     from terrazzo.backbones.asvit import ASViT
 
     torch.manual_seed(0)
@@ -145,12 +145,12 @@ def model(device="cpu"):
     x, state = net.begin(image)
     for block in net.blocks:
         x = net.run_unit(block, x, state)
-    assert len(set(state.lengths)) > 1, "all images keep the same number: nothing is shown"
+    assert len(set(state.lengths)) > 1, "all images keep the same number: the test would prove nothing"
     return max(((a - b).norm() / a.norm().clamp(min=1e-4)).item() for a, b in zip(*results))
 
 
 def empty(device="cpu"):
-    """Shapes where there is no sequence, and results where some are empty."""
+    """The shapes of results without any sequence, and the results if some sequences are empty."""
     shapes = []
     for lengths in ((), (0, 0)):
         arguments, cu_seqlens = inputs(lengths, 2, 8, torch.float32, device=device)
@@ -161,7 +161,7 @@ def empty(device="cpu"):
 
 
 def choices():
-    """What auto and a call by name choose on CPU tensors while Triton interprets."""
+    """The forms that run on CPU tensors with "auto" and with a named backend, while Triton interprets."""
     why = importlib.import_module(f"{FOLDER}.op").OPERATOR.why
     x = torch.zeros(9, 1, 8)
     return {
