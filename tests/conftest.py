@@ -1,4 +1,4 @@
-"""Shared by all tests: the option that stores the results of the capability tests, and a separate cache folder."""
+"""Fixtures and options for all tests: an option to store capability results, and a separate cache folder."""
 
 import gc
 import importlib.util
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-# Failures in these modules show both sides of a comparison, as in test files.
+# Failures in these modules show both sides of a comparison, as failures in test files do.
 pytest.register_assert_rewrite("support")
 
 
 def pytest_configure(config):
-    # Compiled kernels are kept from run to run, and for all processes. Numba reads this when it is imported.
+    # All processes and later runs share compiled kernels. Numba reads this variable when it is imported.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "numba"))
 
 
@@ -21,19 +21,19 @@ def pytest_addoption(parser):
     parser.addoption(
         "--write-capabilities",
         action="store_true",
-        help="store what the capability tests find in model_cards/results/capabilities.csv, rather than compare",
+        help="store the results of the capability tests in model_cards/results/capabilities.csv, without a comparison",
     )
 
 
 @pytest.fixture(scope="session")
 def frozen_modules():
-    """How many modules were there when garbage collection last let go of what is there."""
+    """The number of modules at the last call of `gc.freeze`."""
     return {"modules": 0}
 
 
 @pytest.fixture(autouse=True)
 def quick_garbage_collection(frozen_modules):
-    """Objects of imported packages are no garbage. mmengine collects for each data set, half a second with mmdet."""
+    """Exclude imported packages from garbage collection: mmengine collects for each data set, 0.5 s with mmdet."""
     if len(sys.modules) > frozen_modules["modules"] + 50:
         gc.collect()
         gc.freeze()
@@ -42,7 +42,7 @@ def quick_garbage_collection(frozen_modules):
 
 @pytest.fixture(scope="session", autouse=True)
 def unformatted_configs():
-    """Configs are written down as mmengine puts them together: yapf takes longer than most trainings here."""
+    """Write configs without formatting: yapf takes longer than most training runs of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("yapf") is None:
             yield
@@ -55,7 +55,7 @@ def unformatted_configs():
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """The command's cache, also in subprocesses, is in a folder of the tests."""
+    """Keep the command's cache in a folder of the tests, also in subprocesses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,4 +1,4 @@
-"""The pages that people read: their links lead somewhere, and README stays short."""
+"""The pages that people read: their links exist, and README stays short."""
 
 import re
 
@@ -18,7 +18,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_way_of_a_tensor_names_what_exists():
-    """Each file, and each word in `code`, is somewhere in the packages."""
+    """The packages contain each file, and each word in `code`, that the page names."""
     page = results.ROOT / "docs" / "the-way-of-a-tensor.md"
     packages = ("backbones", "kernels", "openmmlab", "tools")
     files = [path for folder in packages for path in (results.ROOT / folder).rglob("*.py")]

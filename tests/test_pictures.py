@@ -1,4 +1,4 @@
-"""Reading pictures: one scene in every format, depth and orientation."""
+"""Tests of reading pictures: a scene in every format, depth and orientation."""
 
 import io
 import struct
@@ -19,14 +19,14 @@ WIDE = GREY.astype(np.uint16) * 257
 
 
 def upright(pixels, turn):
-    """What EXIF means by its orientations: 5 to 8 swap rows and columns, the others mirror."""
+    """Apply an orientation as EXIF defines it: 5 to 8 swap rows and columns, the others mirror."""
     pixels = pixels.swapaxes(0, 1) if turn >= 5 else pixels
     pixels = pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
     return pixels[::-1] if turn in (3, 4, 7, 8) else pixels
 
 
 def saved(pixels, path, turn=None, **options):
-    """Write an array as a picture, with an orientation in its EXIF data."""
+    """Write an array as a picture with an orientation in its EXIF data."""
     if turn is not None:
         exif = Image.Exif()
         exif[0x112] = turn
@@ -36,7 +36,7 @@ def saved(pixels, path, turn=None, **options):
 
 
 def png_chunk(path, kind, data, before=b"IEND"):
-    """Put a chunk into a PNG, in front of another one."""
+    """Insert a chunk into a PNG before another chunk."""
     content, chunk = path.read_bytes(), kind + data
     place = content.index(before) - 4
     chunk = struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -44,7 +44,7 @@ def png_chunk(path, kind, data, before=b"IEND"):
 
 
 def tiff(values, **tags):
-    """A TIFF of grey samples of any type, uncompressed, as other programs write it."""
+    """An uncompressed TIFF with grey samples of any type, as other programs write it."""
     kinds = {"u": 1, "i": 2, "f": 3}
     data = values.astype(values.dtype.newbyteorder("<"))
     entries = {
@@ -105,7 +105,7 @@ def test_every_depth_shows_one_scene(tmp_path, name):
 
 
 def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
-    """The type fixes the range, whatever the values are; some readers of Pillow still give 32-bit integers."""
+    """The type sets the range, not the values; some of Pillow's readers still give 32-bit integers."""
     for suffix, values in (("png", WIDE), ("tif", WIDE), ("pgm", WIDE.astype(np.int32))):
         path = saved(values >> 8, tmp_path / f"dark.{suffix}")
         assert np.asarray(read_picture(path)).max() == 0, suffix
@@ -113,7 +113,7 @@ def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::terrazzo._pictures.PictureWarning")
 def test_files_that_pillow_does_not_write():
-    """Samples of 12 bits, and wide samples with 0 as white."""
+    """Samples of 12 bits, and wide samples in which 0 is white, are read right."""
     samples = {
         "12 bits": tiff(GREY.astype(np.uint16) << 4, bits=12),
         "0 is white": tiff(65535 - WIDE, photometric=0),
@@ -132,7 +132,7 @@ def test_every_mode_of_pillow_becomes_rgb(mode):
 
 
 def test_wide_colours_and_transparency(tmp_path):
-    """Colours of 16 bits keep their high byte, and transparency is dropped, in palettes too."""
+    """Colours of 16 bits keep their high byte; transparency is dropped, also in palettes."""
     clear = Image.fromarray(COLOUR)
     clear.putalpha(Image.fromarray(GREY))
     clear.save(tmp_path / "clear.png")
@@ -166,7 +166,7 @@ def test_animations_show_their_first_picture(tmp_path):
     [
         (-GREY.astype(np.float32), "floats"),
         (GREY.astype(np.float32) * 2, "floats"),
-        (GREY.astype(np.float32) / 150, "floats"),  # a little beyond 1: neither range
+        (GREY.astype(np.float32) / 150, "floats"),  # slightly above 1: in neither range
         (np.where(GREY > 100, np.nan, GREY / 255).astype(np.float32), "floats"),
         (np.where(GREY > 100, np.inf, GREY / 255).astype(np.float32), "floats"),
         (WIDE.astype(np.int32) * 2, "signed 32-bit integers"),

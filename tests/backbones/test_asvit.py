@@ -1,4 +1,4 @@
-"""AS-ViT: the contract, the official inference, and its forms against each other."""
+"""AS-ViT: the contract, the official inference, and a comparison of its forms."""
 
 import pytest
 import timm
@@ -13,7 +13,7 @@ TINY = "asvit_deit_tiny"
 
 
 class TestASViT(BackboneContract):
-    """Parameters: the hosts' and three thresholds; multiply-adds in G: the hosts', which masking does not lower."""
+    """Parameters: the host's and three thresholds. Multiply-adds in G: the host's; masking does not lower them."""
 
     operators_of = "mctf"
     representatives = (TINY,)
@@ -27,7 +27,7 @@ class TestASViT(BackboneContract):
 
 
 def pruning(form, dtype=torch.float64, depth=12, **kwargs):
-    """A model whose thresholds split the tokens of images of 160 x 128 about in half, at each stage."""
+    """A model with thresholds that keep about half of the tokens at each stage, for images of 160 x 128."""
     model = build(TINY, form=form, depth=depth, **kwargs).to(dtype)
     with torch.no_grad():
         for threshold, value in zip(model.reducer.thresholds, (0.01223, 0.02038, 0.03078)):
@@ -41,7 +41,7 @@ def images():
 
 
 def kept(model, x):
-    """Patches of each image that are left after each stage, counted as in the image."""
+    """The remaining patches of each image after each stage, by their index in the image."""
     x, state = model.begin(x)
     found = []
     for block in model.blocks:
@@ -54,7 +54,7 @@ def kept(model, x):
                 places = [
                     row.nonzero().flatten() for row in (state.map >= 0 if state.keep is None else state.keep > 0.5)
                 ]
-            assert all(row[0] == 0 for row in places), "a class token is gone"
+            assert all(row[0] == 0 for row in places), "a class token was dropped"
             found.append([(row[1:] - 1).tolist() for row in places])
     return found
 
@@ -72,19 +72,19 @@ class TestOfficial:
         for case in pack.meta["cases"]:
             x = pack.image(case).float().double()
             with torch.no_grad():
-                # Masked, every key has a part of 1e-6 of the weight.
+                # With masks, all keys share a weight of 1e-6.
                 limit = 1e-10 if form == "packed" else 1e-4
                 torch.testing.assert_close(model(x), pack.logits(case), rtol=0, atol=limit)
                 before = list(range(196))
                 for i, ((ours,), count) in enumerate(zip(kept(model, x), case["kept"])):
-                    # The pack counts the patches that the stage before left.
+                    # The pack's indices count the patches that remained after the stage before.
                     official = [before[j] for j in pack.arrays[f"224x224.kept{i}"]]
                     assert len(official) == count
                     assert ours == official
                     before = official
 
     def test_plain_vits_load(self):
-        """With thresholds that drop nothing it is DeiT, to the bit."""
+        """With thresholds that drop nothing, the model equals DeiT; without stages it equals DeiT to the bit."""
         deit = build("deit_tiny_patch16_224", dynamic_img_size=True, dynamic_img_pad=True)
         model = timm.create_model(TINY).eval()
         model.load_state_dict(asvit.checkpoint_filter_fn(deit.state_dict(), model), strict=True)
@@ -107,7 +107,7 @@ class TestPruning:
         torch.testing.assert_close(found[0, 1:], torch.tensor([0.275, 0.4]))
 
     def test_masked_weights_by_hand(self):
-        """A dropped key has a part of epsilon, of a softmax whose maximum it took part in; it sees itself."""
+        """A dropped key gets a share of epsilon only, except from itself; it counts in the maximum of the softmax."""
         query = torch.ones(1, 1, 2, 1, dtype=torch.float64)
         key = torch.tensor([[[[0.0], [5.0]]]], dtype=torch.float64)
         keep = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -118,12 +118,12 @@ class TestPruning:
         torch.testing.assert_close(out[0, 0, 1, 0], torch.tensor((e + part) / (e + 1 + 1e-6), dtype=torch.float64))
 
     def test_a_batch_is_its_images(self, images):
-        """Packed: each image keeps what it keeps alone, and comes out as it does alone."""
+        """With packed tokens, each image in a batch keeps the same tokens as alone, and gives the same outputs."""
         model = pruning("packed")
         with torch.no_grad():
             together, maps = model.forward_intermediates(images)
             logits, sets = model(images), kept(model, images)
-            assert len({len(row) for row in sets[0]}) > 1, "all images keep the same number: nothing is shown"
+            assert len({len(row) for row in sets[0]}) > 1, "all images keep the same number: this proves nothing"
             for i in range(len(images)):
                 alone = images[i : i + 1]
                 torch.testing.assert_close(logits[i : i + 1], model(alone), rtol=0, atol=1e-10)
@@ -134,7 +134,7 @@ class TestPruning:
                 assert [stage[i] for stage in sets] == [stage[0] for stage in kept(model, alone)]
 
     def test_packed_is_masked(self, images):
-        """The same tokens at every stage, and what comes out up to the masked softmax's epsilon."""
+        """Both forms keep the same tokens at every stage; outputs differ by the masked softmax's epsilon only."""
         packed, masked = pruning("packed"), pruning("masked")
         with torch.no_grad():
             sets = kept(packed, images)
@@ -170,14 +170,14 @@ class TestPruning:
                 assert out.isfinite().all()
 
     def test_fixed_keeps_the_best(self, images):
-        """By its own counts it is the packed form, where each image's thresholds lie between the same ranks."""
+        """The fixed form equals the packed form with thresholds that keep the same number of tokens."""
         model = pruning("fixed", keep=(0.5, 0.25, 0.125))
         packed = pruning("packed")
         with torch.no_grad():
             sets = kept(model, images)
             assert [{len(row) for row in stage} for stage in sets] == [{40}, {20}, {10}]
             assert torch.equal(model.forward_features(images)[:, :1].isfinite().all(), torch.tensor(True))
-            # Thresholds that make one image keep as many: the scores in between are those of the packed form.
+            # Set thresholds of the packed form between two scores, so that an image keeps as many tokens.
             x, state = packed.begin(images[:1])
             for block in packed.blocks:
                 if state.depth in packed.reducer.blocks:
@@ -189,7 +189,7 @@ class TestPruning:
             torch.testing.assert_close(packed(images[:1]), model(images[:1]), rtol=0, atol=1e-10)
 
     def test_thresholds_learn(self, images):
-        """The more tokens a loss wants dropped, the higher they go; a token that is dropped already counts, too."""
+        """A loss on the number of kept tokens raises thresholds; tokens that are already dropped contribute, too."""
         model = pruning("auto").train()
         with torch.no_grad():
             flat, other = model.begin(images)
@@ -209,7 +209,7 @@ class TestPruning:
         q, k, v = torch.randn(3, 1, 2, 5, 3, dtype=torch.float64, generator=generator).unbind()
         keep = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
         inputs = [x.requires_grad_() for x in (q, k, v, keep)]
-        # The maximum is a constant of the row for all but rounding, so PyTorch's gradient through it is 0.
+        # The maximum affects only rounding, so its gradient is 0.
         assert torch.autograd.gradcheck(asvit.masked_attention, inputs, atol=1e-4)
 
     def test_auto(self, images):
@@ -233,7 +233,7 @@ class TestPruning:
 
 
 class TestLVViT:
-    """The second host: no official output is at hand, so parts are checked against their definition."""
+    """The second host. No official output exists here, so parts are compared with their definitions."""
 
     @pytest.fixture(scope="class")
     def model(self):
@@ -244,7 +244,7 @@ class TestLVViT:
         return model
 
     def test_official_names(self):
-        """The authors' state dict, by the names and sizes of its entries."""
+        """The filter takes all names and shapes of the authors' state dict."""
         model = timm.create_model("asvit_lvvit_small", device="meta")
         official = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384)}
         for i, chans in ((1, (3, 7)), (2, (64, 3)), (3, (64, 3))):
@@ -276,7 +276,7 @@ class TestLVViT:
 
     @torch.no_grad()
     def test_logits_are_of_kept_patches(self, model, images):
-        """The class token's, plus half of the largest of each class among the patches that are left."""
+        """Logits are the class token's logits, plus half of the maximum over the remaining patches' logits."""
         features, logits = model.forward_features(images), model(images)
         sets = kept(model, images)[-1]
         assert any(0 < len(row) < 80 for row in sets)
@@ -304,7 +304,7 @@ class TestLVViT:
         torch.testing.assert_close(block(x), middle + block.mlp(block.norm2(middle)) / 2)
 
     def test_numbers(self):
-        """Any size, every gradient, and a classifier that can be replaced."""
+        """Any size runs, every parameter gets a gradient, and the classifier can be replaced."""
         model = build("asvit_lvvit_small", depth=2, blocks=(1,), drop_path_rate=0.1)
         model(image((97, 131))).square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""AttNet: the contract, official weights, what is its own."""
+"""AttNet: the contract, official weights, and its architecture."""
 
 import pytest
 import timm
@@ -11,7 +11,7 @@ from terrazzo.backbones import attnet
 
 
 class TestAttNet(BackboneContract):
-    """Parameters: the authors' classes, counted. Multiply-adds: with the map pooled before its projection, in G."""
+    """Parameters are counted in the authors' classes. Multiply-adds in G are for a map pooled before its projection."""
 
     representatives = ("attnet_xxs",)
     shallow = {"attnet_xxs": dict(depths=(1, 1, 1, 1), mlp_norm=True, layer_scale=1e-6)}
@@ -26,7 +26,7 @@ class TestAttNet(BackboneContract):
     }
 
 
-# Of the authors' classes: convolutions' multiply-adds in G as fvcore counts them at 224, entries of the state dict.
+# The authors' classes: the convolutions' multiply-adds in G at 224 by fvcore, and the entries of the state dict.
 OFFICIAL = {
     "attnet_xxs": (0.5304, 224),
     "attnet_xs": (1.0039, 307),
@@ -59,7 +59,7 @@ class TestOfficial:
 
     @pytest.mark.parametrize("name", OFFICIAL)
     def test_entries_and_multiply_adds(self, name):
-        """They project whole maps for the kernels, and pool then; fvcore counts neither bins nor classifier."""
+        """The authors project whole maps for kernels before they pool; fvcore counts neither bins nor classifier."""
         model = timm.create_model(name, device="meta")
         gmacs, entries = OFFICIAL[name]
         assert len(model.state_dict()) == entries
@@ -70,12 +70,12 @@ class TestOfficial:
         assert total / 1e9 == pytest.approx(gmacs, abs=1.5e-4)
 
     def test_own_names_pass(self):
-        """A checkpoint that was trained here."""
+        """A checkpoint with our names passes the filter."""
         model = timm.create_model("attnet_t1", norm_outputs=True, num_classes=0, device="meta")
         assert attnet.checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
 
     def test_weights_are_not_fetched(self):
-        """The authors' folder holds no file that timm could load."""
+        """timm cannot load files from the authors' folder."""
         with pytest.raises(RuntimeError, match="No pretrained weights"):
             timm.create_model("attnet_xxs", pretrained=True)
 
@@ -93,7 +93,7 @@ class TestArchitecture:
             assert ("stages.0.blocks.0.channel_mixer.norm_layer.weight" in names) == norm
 
     def test_gate_is_the_first_half(self):
-        """Without a value nothing comes out; without a gate what comes out is the depthwise bias times the value."""
+        """Without a value the output is 0; without a gate it depends on the depthwise bias times the value."""
         torch.manual_seed(0)
         mlp = attnet.GatedMlp(6, 8, norm=False)
         x = torch.randn(1, 6, 5, 4)
@@ -109,7 +109,7 @@ class TestArchitecture:
             assert not mlp(x).any()
 
     def test_fixed_kernels_make_the_mixer_linear(self):
-        """A mixing of zero gives the kernel of its bias to all: with 1 in the middle, no convolution is left."""
+        """If mixing is 0, all kernels equal its bias: with 1 in the middle, the convolution is the identity."""
         torch.manual_seed(0)
         mixer = attnet.AttentiveConv(6, 3).double()
         x = torch.randn(2, 6, 7, 5, dtype=torch.double)
@@ -139,7 +139,7 @@ class TestArchitecture:
         assert "head.norm.weight" in model.state_dict()
 
     def test_kernels_depend_on_the_proportions(self):
-        """The map is flattened before it is pooled, so a turned image is not a turned map."""
+        """The map is flattened before it is pooled, so a transposed image does not give the transposed map."""
         mixer = attnet.AttentiveConv(4, 3)
         nn.init.normal_(mixer.kernel_gen.weight)
         x = torch.randn(1, 4, 6, 9)
@@ -153,7 +153,7 @@ class TestArchitecture:
 
 class TestExport:
     def test_open_sizes(self, tmp_path):
-        """Batch, height and width stay open: bins are computed from the size that the graph meets."""
+        """Batch, height and width stay open: the graph computes bins from its input's size."""
         onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         model = TestAttNet().shallow_model("attnet_xxs")
         report = onnx_export.export_onnx(model, image((64, 96)), tmp_path / "model.onnx", dynamic=("batch", "hw"))

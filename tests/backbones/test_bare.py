@@ -1,4 +1,4 @@
-"""Layers are called unless nobody would notice, and either way gives the same."""
+"""A layer is called if something watches its calls; with or without a call, results are equal."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_watched(watched):
 
 
 def test_hooks_of_all_modules():
-    """They count, but for those by which PyTorch counts operations."""
+    """Global hooks count as watchers, except the hooks of PyTorch's flop counter."""
     with FlopCounterMode(display=False):
         assert _bare.is_bare(linear())
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""What is no image and what is no number is refused in one line; NumPy's numbers and tensors of one are numbers."""
+"""Inputs that are not images or numbers are refused in a line; NumPy's numbers and scalar tensors are numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""NAT, DiNAT, DiNAT_s and the isotropic models: the contract, official weights, what is theirs alone."""
+"""NAT, DiNAT, DiNAT_s and the isotropic models: the contract, official weights, and their architecture."""
 
 import pytest
 import timm
@@ -13,7 +13,7 @@ from terrazzo.errors import InputError
 
 
 class TestNAT(BackboneContract):
-    """Parameters: the authors' classes, counted. Multiply-adds: convolutions, linear layers and attention, in G."""
+    """Parameters are counted in the authors' classes. Multiply-adds in G: convolutions, linear layers and attention."""
 
     representatives = ("dinat_mini", "dinat_s_tiny", "dinat_isotropic_small")
     shallow = {
@@ -92,7 +92,7 @@ class TestOfficial:
         assert sum(p.numel() for p in model.parameters()) == DENSE[name]
 
     def test_detector_checkpoint(self):
-        """A detector's file: weights under `state_dict`, the backbone's names prefixed, a head beside them."""
+        """A detector's file has weights under `state_dict`, a prefix of the backbone's names, and weights of heads."""
         pack = Pack(next(path for path in packs("dinat") if path.stem == "dinat_mini.det"))
         weights = {f"backbone.{name}": value for name, value in pack.weights().items()}
         checkpoint = {"meta": {"epoch": 36}, "state_dict": {**weights, "rpn_head.conv.weight": torch.zeros(1)}}
@@ -100,7 +100,7 @@ class TestOfficial:
         model.load_state_dict(dinat.checkpoint_filter_fn(checkpoint, model), strict=True)
 
     def test_hub_names(self):
-        """The hub's copies keep query, key and value apart and put both layer scales into one tensor."""
+        """The hub's copies separate query, key and value, and put both layer scales into one tensor."""
         torch.manual_seed(0)
         model = timm.create_model("nat_small", depths=(1, 1, 1, 1), embed_dim=32, num_heads=(1, 2, 4, 8)).eval()
         hub = {}
@@ -153,7 +153,7 @@ class TestArchitecture:
         torch.testing.assert_close(dilated(x), nat(x))
 
     def test_small_maps_are_padded_before_the_projection(self):
-        """Padded keys are real keys: their projections are the bias of qkv, and the border moves with them."""
+        """Padding takes part as keys: its projections equal the bias of qkv, and the border lies behind it."""
         torch.manual_seed(0)
         attention = dinat.NeighborhoodAttention(16, 2, kernel_size=7, dilation=2)
         torch.nn.init.normal_(attention.qkv.bias)

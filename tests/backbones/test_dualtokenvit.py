@@ -1,4 +1,4 @@
-"""DualToken-ViT: the contract, the published sizes, what is its own."""
+"""DualToken-ViT: the contract, the published sizes, and its architecture."""
 
 import pytest
 import timm
@@ -25,7 +25,7 @@ class TestDualTokenViT(BackboneContract):
 
 
 def sizes(**changes):
-    """Millions of parameters and G multiply-adds at 224 of the small model in its mixed form, changed."""
+    """The parameters in M and multiply-adds in G, at 224, of `dualtokenvit_small_mix` with changed arguments."""
     found = measure(timm.create_model("dualtokenvit_small_mix", device="meta", **changes), 224)
     return found.params / 1e6, found.macs / 1e9
 
@@ -45,7 +45,7 @@ class TestPublished:
         assert sum(p.numel() for p in model.parameters()) == parameters
 
     def test_step_wise_downsampling(self, monkeypatch):
-        """The paper: 0.1 M parameters and 0.03 G more than pooling at once."""
+        """By the paper, it has 0.1 M parameters and 0.03 G multiply-adds more than pooling at once."""
         params, macs = sizes()
         monkeypatch.setattr(dualtokenvit, "HalvingStep", lambda dim, **factory: nn.Identity())
         at_once = sizes()
@@ -53,14 +53,14 @@ class TestPublished:
         assert round(macs - at_once[1], 2) == 0.03
 
     def test_normal_mlp(self):
-        """The paper: a little more of both than the mixed one."""
+        """By the paper, it has slightly more parameters and multiply-adds than the mixed MLP."""
         (params, macs), mixed = sizes(mix=False), sizes()
         assert 0 < params - mixed[0] < 0.5
         assert 0 < macs - mixed[1] < 0.02
 
 
 def norm(x, layer, eps):
-    """Layer norm of the last axis, written out."""
+    """Layer norm over the last axis, written out."""
     scale = (x.var(-1, keepdim=True, unbiased=False) + eps).rsqrt()
     return (x - x.mean(-1, keepdim=True)) * scale * layer.weight + layer.bias
 
@@ -79,20 +79,20 @@ def conv(x, layer):
 
 
 def attention(query, key, value):
-    """Head by head."""
+    """Multi-head attention, computed head by head."""
     heads = zip(*(x.split(32, -1) for x in (query, key, value)))
     return torch.cat([(q @ k.transpose(1, 2) / 32**0.5).softmax(-1) @ v for q, k, v in heads], -1)
 
 
 def halved(x):
-    """Means of 2x2 patches of (B, H, W, C); an odd side repeats its last row or column."""
+    """The means of 2x2 patches of (B, H, W, C); an odd side repeats its last row or column."""
     x = torch.cat([x, x[:, -1:]], 1) if x.shape[1] % 2 else x
     x = torch.cat([x, x[:, :, -1:]], 2) if x.shape[2] % 2 else x
     return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
 
 
 def grid_of(x):
-    """The 49 cells of (B, H, W, C), each a mean of a slice."""
+    """The 49 cells of (B, H, W, C); each cell is the mean of a slice."""
     height, width = x.shape[1:3]
     cells = [
         x[:, i * height // 7 : -(-(i + 1) * height // 7), j * width // 7 : -(-(j + 1) * width // 7)].mean((1, 2))
@@ -103,7 +103,7 @@ def grid_of(x):
 
 
 def expected(block, x, tokens):
-    """A block by the steps of the paper's section 3.1."""
+    """The result of a block, by the steps of the paper's section 3.1."""
     dim, glob = x.shape[-1], block.glob
     x = x + mlp(norm(conv(x, block.local.dwconv), block.local.norm, 1e-6), block.local.mlp)
     normed = norm(x, block.norm1, 1e-6)
@@ -133,7 +133,7 @@ def expected(block, x, tokens):
 
 @pytest.fixture
 def block():
-    """A function from what distinguishes blocks to one whose parameters are far from their initial values."""
+    """A function that builds a block with parameters far from their initial values."""
 
     def block_of(dim=64, halvings=1, mix=True):
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ def block():
 
 
 def both(part, x, tokens):
-    """What a block or its global half makes of a map, and of the tokens."""
+    """The map and the tokens after a block or its global half."""
     state = dualtokenvit.Tokens(tokens=tokens)
     return part(x, state), state.tokens
 
@@ -173,7 +173,7 @@ class TestBlock:
         assert torch.equal(both(one, x, tokens)[0], x)
 
     def test_alpha(self, block):
-        """At 1 the tokens take nothing of the map, at 0 they forget what they were."""
+        """At 1 the tokens ignore the map; at 0 they forget their earlier values."""
         one, (x, tokens) = block(), inputs()
         nn.init.ones_(one.glob.alpha)
         assert torch.equal(both(one, x, tokens)[1], tokens)
@@ -220,7 +220,7 @@ class TestParts:
 
 class TestModel:
     def test_the_tokens_travel(self):
-        """The state of one stage enters the next; only its width changes."""
+        """A stage's tokens enter the next stage; only their width changes."""
         model, seen = build("dualtokenvit_tiny_mix"), []
         for stage in model.stages:
             stage.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[1].tokens))
@@ -237,7 +237,7 @@ class TestModel:
         assert [tuple(x.shape[1:]) for x in model(image((224, 224)))] == [(64, 28, 28), (128, 14, 14), (256, 7, 7)]
 
     def test_dense_flavour_takes_a_classifiers_weights(self):
-        """Only the norms of the maps are new, and only norm, neck and head are left over."""
+        """Only the norms of the maps are missing, and only norm, neck and head are unexpected."""
         classifier = timm.create_model("dualtokenvit_tiny")
         dense = timm.create_model("dualtokenvit_tiny", features_only=True, norm_outputs=True)
         missing, unexpected = dense.load_state_dict(
@@ -248,7 +248,7 @@ class TestModel:
 
 
 def test_checkpoints_whose_numbers_have_no_dimension():
-    """Those of earlier releases, by `load_state_dict` and by the filter of checkpoints."""
+    """Checkpoints of earlier releases load by `load_state_dict` and by the filter of checkpoints."""
     model = build("dualtokenvit_tiny_mix", depths=(1, 1, 1))
     wanted = model.state_dict()
     old = {name: value.squeeze() if name.endswith(".alpha") else value for name, value in wanted.items()}

@@ -1,4 +1,4 @@
-"""A family is found by its file: nothing else has to name it."""
+"""A family is found by its file: no other place must name it."""
 
 import importlib
 import pickle
@@ -32,7 +32,7 @@ def test_the_files_are_the_families():
 
 @pytest.mark.parametrize("family", terrazzo.backbones.FAMILIES)
 def test_variants_are_functions_of_their_module(family):
-    """As in timm's own files, where `vit_tiny_patch16_224` is a function of `timm.models.vision_transformer`."""
+    """timm's files do the same: `vit_tiny_patch16_224` is a function of `timm.models.vision_transformer`."""
     module = importlib.import_module(f"terrazzo.backbones.{family}")
     names = timm.list_models(module=family)
     assert set(names) == set(module.default_cfgs) == {name for name in module.__all__ if name.islower()}
@@ -42,7 +42,7 @@ def test_variants_are_functions_of_their_module(family):
         assert (entrypoint.__module__, entrypoint.__name__) == (module.__name__, name)
         assert pickle.loads(pickle.dumps(entrypoint)) is entrypoint
         assert timm.models.is_model_in_modules(name, [family])
-        assert name in Path(module.__file__).read_text(), "a name is found by grep"
+        assert name in Path(module.__file__).read_text(), "grep must find a name"
 
 
 def test_a_variant_says_what_it_is():
@@ -59,7 +59,7 @@ def test_arguments_of_a_variant_can_be_replaced():
 
 
 def test_a_new_file_is_found(tmp_path):
-    """Also beside a folder and a file that are no families."""
+    """The folder also holds a file and a folder that are no families."""
     copy = tmp_path / "terrazzo"
     copy.mkdir()
     for name in ("__init__.py", "_version.py", "errors.py"):

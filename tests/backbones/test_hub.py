@@ -1,4 +1,4 @@
-"""timm's hub functions, whose network is a folder here."""
+"""timm's hub functions; a folder replaces the network."""
 
 import shutil
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def hub(tmp_path, monkeypatch):
             shutil.copytree(folder_path, tmp_path / repo_id)
 
     if not hasattr(_hub, "HfApi"):
-        pytest.skip("this timm pushes by functions that are not stood in for here")
+        pytest.skip("this timm pushes by functions that this test does not replace")
     monkeypatch.setattr(_hub, "HfApi", Api)
     monkeypatch.setattr(_hub, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / repo_id / filename))
     return tmp_path

@@ -1,4 +1,4 @@
-"""Learned numbers have one dimension; older and others' checkpoints, in which they have none, load all the same."""
+"""Learned numbers have one dimension; older or official checkpoints, in which they have none, also load."""
 
 import pytest
 import timm
@@ -15,11 +15,11 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints_without_the_dimension(name, tmp_path):
-    """By `load_state_dict`, by the family's filter and by timm."""
+    """They load by `load_state_dict`, by the family's filter and by timm."""
     module, options = MODELS[name]
     wanted = build(name, **options).state_dict()
     numbers = [key for key in wanted if key.endswith(".alpha") or ".thresholds." in key]
-    assert numbers, "nothing is shown"
+    assert numbers, "the test would prove nothing"
     old = {key: value.reshape(()) if key in numbers else value for key, value in wanted.items()}
     torch.save(old, tmp_path / "old.pth")
     fresh, model = timm.create_model(name, **options), timm.create_model(name, **options)

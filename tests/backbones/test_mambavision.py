@@ -1,4 +1,4 @@
-"""MambaVision: the contract, official weights, what is its own."""
+"""MambaVision: the contract, official weights, and its architecture."""
 
 import logging
 
@@ -18,7 +18,7 @@ from terrazzo.tools.inspect.measure import measure
 
 
 class TestMambaVision(BackboneContract):
-    """Parameters: the authors' classes, counted. Multiply-adds: convolutions, linear layers and attention, in G."""
+    """Parameters are counted in the authors' classes. Multiply-adds in G: convolutions, linear layers and attention."""
 
     operators_of = "vmamba"
     representatives = ("mambavision_t",)
@@ -35,7 +35,7 @@ class TestMambaVision(BackboneContract):
 
 
 def golden_model(pack: Pack) -> nn.Module:
-    """The model of a pack, with its weights; the detection windows of the T variant where it is the dense flavour."""
+    """The model of a pack, with its weights; the dense flavour has the detection windows of the T variant."""
     dense = pack.meta["variant"].startswith("det_")
     arguments = dict(num_classes=0, norm_outputs=True, window_size=(112, 56)) if dense else {}
     model = timm.create_model("mambavision_t", **arguments).eval()
@@ -48,7 +48,7 @@ def golden_model(pack: Pack) -> nn.Module:
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Scans that hold on to what they read for a step or for hundreds, with states of all kinds."""
+    """Set parameters so that states decay within a step or within hundreds of steps."""
     with torch.no_grad():
         for mixer in model.modules():
             if isinstance(mixer, mambavision.MambaVisionMixer):
@@ -62,7 +62,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 class TestOfficial:
-    # Of the dense flavour nearly all is padding: 12544 positions attend for 560.
+    # The dense flavour is slow, because nearly all of it is padding: 12544 positions attend, 560 lie on the map.
     @pytest.mark.parametrize(
         "path",
         [pytest.param(path, marks=pytest.mark.slow if "det" in path.stem else ()) for path in packs("mambavision")],
@@ -85,7 +85,7 @@ class TestOfficial:
 
     @pytest.mark.parametrize("prefix", ["backbone.", "model.", "module.", "encoder."])
     def test_prefixes(self, prefix):
-        """A detector's file, the hub's safetensors, a parallel run's, a larger network's: all load strictly."""
+        """Files of detectors, the hub's safetensors, parallel runs and larger networks load strictly."""
         pack = Pack(next(path for path in packs("mambavision") if path.stem == "T"))
         weights = {prefix + name: value for name, value in pack.weights().items()}
         if prefix in ("backbone.", "encoder."):
@@ -96,7 +96,7 @@ class TestOfficial:
         assert {key: value.shape for key, value in found.items()} == wanted
 
     def test_licence_is_said(self, caplog):
-        """With the authors' names, not with ours: a checkpoint trained here from nothing is nobody else's."""
+        """The authors' names log the licence. Our names do not, because our own checkpoints have our licence."""
         model = timm.create_model("mambavision_t", device="meta")
         assert mambavision.checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
         assert not caplog.records
@@ -120,7 +120,7 @@ SMALL = dict(depths=(1, 1, 2, 2), dim=32, num_heads=(4, 8))
 
 
 def by_hand(mixer: mambavision.MambaVisionMixer, x: torch.Tensor) -> torch.Tensor:
-    """The mixer on (B, L, C) as the paper's code defines it, one step after another."""
+    """The mixer on (B, L, C) as the paper's code defines it, step by step."""
     x, z = mixer.in_proj(x).transpose(1, 2).chunk(2, 1)
     x, z = F.silu(mixer.conv1d_x(x)), F.silu(mixer.conv1d_z(z))
     dt, B, C = mixer.x_proj(x.transpose(1, 2)).split([mixer.dt_proj.in_features, 8, 8], -1)
@@ -161,7 +161,7 @@ class TestArchitecture:
         assert changed.nonzero().flatten().tolist() == list(range(8, 16))
 
     def test_windows_are_apart(self):
-        """Each window by itself gives what the stage gives, padding and order included."""
+        """Each window alone gives the stage's result; this includes padding and order."""
         model = lively(build("mambavision_t", **SMALL, window_size=(4, 3))).double()
         stage = model.stages[2]
         x = torch.randn(2, 64, 18, 22, dtype=torch.double)
@@ -182,7 +182,7 @@ class TestArchitecture:
         ("size", "windows"), [((96, 160), (14, 7)), ((224, 96), (10, 8)), ((97, 70), (4, 3)), ((64, 64), (24, 12))]
     )
     def test_padding_of_the_last_block_is_not_missed(self, size, windows):
-        """Leaving out what a stage's last block makes of padding changes nothing: in float64 to 1e-10."""
+        """A stage's last block may skip its padding: in float64, results agree to 1e-10."""
         model = lively(build("mambavision_t", **SMALL, window_size=windows)).double()
         x = image(size).double()
         with torch.no_grad():
@@ -205,7 +205,7 @@ class TestArchitecture:
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
     def test_multiply_adds_of_padding(self):
-        """At 224 with a detector's windows, G: without the padding of last blocks, with it, and with fitted windows."""
+        """In G, at 224, with a detector's windows: last blocks skip the padding, or do not, or windows are fitted."""
         model = timm.create_model("mambavision_t", window_size=(112, 56), device="meta")
         assert measure(model, 224).macs / 1e9 == pytest.approx(466.5, abs=0.1)
         for stage in model.stages[2:]:
@@ -215,7 +215,7 @@ class TestArchitecture:
         assert measure(fitted, 224).macs / 1e9 == pytest.approx(TestMambaVision.costs["mambavision_t"][1], rel=0.01)
 
     def test_fitted_windows(self):
-        """Larger windows become the map's; at 224 that is what the classifier has."""
+        """Windows larger than the map shrink to the map; at 224 this equals the classifier's windows."""
         plain, fitted = (
             build("mambavision_t", **SMALL, **windows)
             for windows in ({}, dict(window_size=(112, 56), fit_windows=True))
@@ -257,7 +257,7 @@ def fitted_windows(model):
 
 class TestTraps:
     def test_two_gelus(self):
-        """Approximate in the convolutional blocks and exact in the MLPs: 1e-4 of the logits lies between them."""
+        """GELU is approximate in convolutional blocks and exact in MLPs; a swap changes logits by 1e-4."""
         stages = timm.create_model("mambavision_t", device="meta").stages
         kinds = [{m.approximate for m in stage.modules() if isinstance(m, nn.GELU)} for stage in stages]
         assert kinds == [{"tanh"}, {"tanh"}, {"none"}, {"none"}]
@@ -268,10 +268,10 @@ class TestTraps:
         ids=lambda mistake: mistake.__name__,
     )
     def test_mistakes_show(self, mistake):
-        """What is easily got wrong moves the logits by ten times what the golden packs forgive."""
+        """Easy mistakes change the logits by more than ten times the golden packs' tolerance."""
         model = lively(build("mambavision_t", **SMALL))
         for norm in (model.stem[1], model.stem[4]):
-            norm.running_var.fill_(1e-2)  # or no one would see its epsilon
+            norm.running_var.fill_(1e-2)  # otherwise epsilon would have no effect
         x = image((96, 128))
         with torch.no_grad():
             right = model(x)
@@ -283,7 +283,7 @@ class TestExport:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["mambavision_t", "mambavision_s"])
     def test_open_sizes_beyond_the_window(self, name, tmp_path):
-        """The graph is made from maps of one window and meets maps of many."""
+        """The graph is traced on maps of one window and runs on maps of many windows."""
         onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         ort = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
         model = build(name)

@@ -15,11 +15,11 @@ TINY = "mctf_deit_tiny"
 
 
 class TestMCTF(BackboneContract):
-    """Parameters and multiply-adds in G: those of the authors' classes (base: by their formula, not published)."""
+    """Parameters and multiply-adds in G are those of the authors' classes (base: by their formula; unpublished)."""
 
     representatives = (TINY,)
     shallow = {TINY: dict(depth=3, blocks=(1,))}
-    cut_gradient = True  # of merged tokens' weights
+    cut_gradient = True  # merged tokens' weights have no gradient
     refused = {"onnx dynamic hw": "token reduction is exported for images of one size"}
     costs = {
         "mctf_deit_tiny": (5_717_416, 0.7092),
@@ -33,7 +33,7 @@ class TestMCTF(BackboneContract):
 
 @pytest.fixture(scope="module")
 def deit():
-    """timm's, with no weight at a value that hides a mistake."""
+    """timm's DeiT; no weight has a value that hides a mistake."""
     return build("deit_tiny_patch16_224", dynamic_img_size=True, dynamic_img_pad=True)
 
 
@@ -79,7 +79,7 @@ class TestOfficial:
         assert found == wanted
 
     def test_weights_of_another_grid(self, deit):
-        """A model for 384 takes positions of 224, resized as timm resizes them."""
+        """A model for 384 takes positions for 224 and resizes them as timm does."""
         model = timm.create_model(TINY, grid=(24, 24), r=0).eval()
         model.load_state_dict(mctf.checkpoint_filter_fn(deit.state_dict(), model), strict=True)
         x = image((384, 384))
@@ -91,7 +91,7 @@ class TestOfficial:
         assert mctf.checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
 
     def test_gradients_of_merged_and_recomputed_attention_differ(self):
-        """Attention is computed once, ahead of merging: queries of a merging block learn from tokens as they were."""
+        """Attention is computed once, before merging, so queries of a merging block learn from unmerged tokens."""
         model = build(TINY, depth=2)
         model(image((128, 128))).square().sum().backward()
         grad = model.blocks[1].attn.qkv.weight.grad
@@ -101,7 +101,7 @@ class TestOfficial:
     @pytest.mark.parametrize("sizes", [False, True])
     @torch.no_grad()
     def test_without_informativeness_nothing_is_computed_ahead(self, deit, sizes):
-        """timm's block on merged tokens, keys weighted by their sizes; what was merged is weighted by size, too."""
+        """timm's block runs on merged tokens, with keys weighted by sizes; merging also weights tokens by size."""
         block = deit.blocks[1].double()
         fusion = mctf.Fusion((1,), r=4, criteria=(1, 0, 40))
         x = image((64, 64)).double().flatten(1)[:, : 17 * 192].unflatten(1, (17, 192))
@@ -144,7 +144,7 @@ class TestPlainViT:
         assert torch.equal(bicubic(14, 14, wanted, antialias=True), torch.eye(14))
 
     def test_pooling_weighs_positions(self):
-        """A mean over what is left counts a token as often as there are positions that it stands for."""
+        """A mean over the remaining tokens counts a token once for each position that it stands for."""
         model, x = build(TINY, global_pool="avg"), image((128, 96), batch=2)
         with torch.no_grad():
             maps = build(TINY, global_pool="avg", restore="copy").forward_intermediates(x, intermediates_only=True)
@@ -155,7 +155,7 @@ class TestPlainViT:
             assert model.forward_features(x).shape[1] == 10
 
     def test_nothing_is_kept_for_a_classifier(self, monkeypatch):
-        """Without a question for maps no level is recorded."""
+        """If no maps are requested, no level is recorded."""
         model, seen = build(TINY, depth=3), []
         forward = mctf.Fusion.forward
         monkeypatch.setattr(mctf.Fusion, "forward", lambda *args: seen.append(args[-1].maps) or forward(*args))
@@ -181,7 +181,7 @@ restored = _tokens.Reducer().restored
 
 
 def reduced(x, steps, blocks=lambda x: x, grid=(6, 4)):
-    """Tokens after alternating blocks and merges, and the state beside them."""
+    """The tokens and the state after alternating blocks and merges."""
     state = _tokens.Reducer().begin(grid, 1, 0, maps=True)
     for r in steps:
         x = blocks(x)
@@ -198,7 +198,7 @@ class TestRestore:
         return torch.randn(2, 25, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def test_idle_blocks(self, x):
-        """delta gives back what went in; copy the projection, in which the members of a group are equal."""
+        """ "delta" restores the input; "copy" gives the projection, in which members of a group are equal."""
         z, state = reduced(x, (6, 5))
         torch.testing.assert_close(restored(z, state, "delta"), x, rtol=0, atol=1e-12)
         copied = restored(z, state, "copy")
@@ -207,7 +207,7 @@ class TestRestore:
         assert not torch.allclose(copied, x)
 
     def test_delta_is_the_lifting_form(self, x):
-        """One level at a time: what comes back, plus what merging had taken away."""
+        """Each level is restored in turn: the copied tokens, plus the difference that merging removed."""
         z, state = reduced(x, (6, 5, 3), blocks=lambda t: t + t.tanh() * t.mean(1, keepdim=True))
         wanted = z
         for level in reversed(state.levels):
@@ -215,7 +215,7 @@ class TestRestore:
         torch.testing.assert_close(restored(z, state, "delta"), wanted, rtol=0, atol=1e-12)
 
     def test_soft_is_a_mean_of_the_nearest(self, x):
-        """Weights add up to 1, so a constant stays; the class token is its own; a near token counts for more."""
+        """Weights add up to 1, so a constant stays; the class token stays, too; nearer tokens have larger weights."""
         z, state = reduced(x, (6,))
         ones = torch.ones_like(z)
         torch.testing.assert_close(restored(ones, state, "soft"), torch.ones_like(x))
@@ -223,7 +223,7 @@ class TestRestore:
         assert torch.equal(found[:, 0], z[:, 0])
         level = state.levels[0]
         distance = (level.left[:, 1:, None] - level.merged[:, None, 1:]).square().sum(-1)
-        wanted = (-_tokens.TEMPERATURE * distance).softmax(-1) @ z[:, 1:]  # 18 tokens: all are among the nearest
+        wanted = (-_tokens.TEMPERATURE * distance).softmax(-1) @ z[:, 1:]  # with 18 tokens, all are among the nearest
         torch.testing.assert_close(found[:, 1:], wanted, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("mode", ["copy", "delta"])
@@ -237,7 +237,7 @@ class TestRestore:
     @pytest.mark.parametrize("mode", ["copy", "delta"])
     @pytest.mark.parametrize("proportional", [True, False])
     def test_duplicates_lose_nothing(self, deit, mode, proportional, monkeypatch):
-        """Groups of equal tokens, merged and restored: the full model, if keys count as often as they stand for."""
+        """If equal tokens are merged and restored, and keys count by size, results equal the full model's results."""
         model = of(deit, depth=12, r=0, restore=mode).double()
         groups = torch.arange(1, 13).repeat_interleave(2)
         tokens = torch.randn(1, 13, 192, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -257,7 +257,7 @@ class TestRestore:
         assert torch.allclose(found, wanted, rtol=0, atol=1e-10) == proportional
 
     def test_the_last_block_sees_every_position(self, deit):
-        """With the detectors' flavour it runs on what was restored."""
+        """In the detectors' flavour, the last block runs on the restored tokens."""
         model, x = of(deit, r=0.35, blocks=(3, 6, 9), norm_outputs=True), image((128, 96))
         without = of(deit, r=0.35, blocks=(3, 6, 9), norm_outputs=True, full_last=0)
         assert (model.full_last, without.full_last) == (1, 0)
@@ -275,7 +275,7 @@ class TestRestore:
             torch.testing.assert_close(late, wanted)
 
     def test_cells_first(self, deit):
-        """The dense schedule: within 2x2 cells, then anywhere; by similarity and size alone, without weights."""
+        """The dense schedule merges within 2x2 cells first, then anywhere, by similarity and size, without weights."""
         model = of(deit, r=0.35, blocks=(3, 6), cells_first=True, criteria=(1, 0, 40), multiple=8)
         tokens, state = model.begin(image((256, 192)))
         with torch.no_grad():
@@ -284,7 +284,7 @@ class TestRestore:
         first = state.levels[0].map[0, 1:].view(16, 12)
         cells = {(row // 2, column // 2) for row in range(16) for column in range(12)}
         corners = {int(first[2 * row, 2 * column]) for row, column in cells}
-        assert len(corners) == len(cells) == 48  # every cell keeps its own
+        assert len(corners) == len(cells) == 48  # every cell keeps a token
         assert [level.left.shape[1] for level in state.levels] == [193, 128]
         assert tokens.shape[1] == 88
         assert state.size.sum().item() == 193

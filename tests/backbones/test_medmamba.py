@@ -1,4 +1,4 @@
-"""MedMamba: the contract, official weights, what is its own."""
+"""MedMamba: the contract, official weights, and its architecture."""
 
 import pytest
 import timm
@@ -15,7 +15,7 @@ from terrazzo.tools.inspect.trace import trace
 
 
 class TestMedMamba(BackboneContract):
-    """Parameters: the authors' class, counted. Multiply-adds: with nine for each step, channel and state of a scan."""
+    """Parameters are counted in the authors' class. Multiply-adds: nine per step, channel and state of a scan."""
 
     operators_of = "vmamba"
     representatives = ("medmamba_t",)
@@ -29,8 +29,8 @@ class TestMedMamba(BackboneContract):
     shallow = {name: dict(depths=(1, 1)) for name in costs} | {"medmamba_t": dict(depths=(1,))}
 
 
-# With 6 classes: parameters; G multiply-adds at 224 of convolutions and linear layers alone, which is how the paper
-# counts, and of the scans. The paper's: 14.5 M and 2.0 G, 22.8 M and 3.5 G, 47.1 M and 7.4 G.
+# With 6 classes: parameters; multiply-adds in G at 224 of convolutions and linear layers, as the paper counts; and of
+# the scans. The paper states 14.5 M and 2.0 G, 22.8 M and 3.5 G, 47.1 M and 7.4 G.
 PUBLISHED = {
     "medmamba_t": (14_457_222, 2.006, 0.737),
     "medmamba_s": (18_625_158, 2.731, 0.910),
@@ -41,7 +41,7 @@ PUBLISHED = {
 
 
 def projections(model):
-    """Multiply-adds at 224 that are no module's: what the scans take of each pixel."""
+    """The multiply-adds in G at 224 of the scans' projections, which are no modules."""
     total = 0
     for info, stage in zip(model.feature_info, model.stages):
         pixels = (224 // info["reduction"]) ** 2
@@ -80,7 +80,7 @@ class TestOfficial:
                 assert [list(found.shape) for found in maps] == [stage["shape"] for stage in case["stages"]]
 
     def test_another_depth_is_refused_by_name(self):
-        """The paper's S has 12 blocks in the third stage, the authors' script 8; so with B."""
+        """The paper's S has 12 blocks in the third stage, the authors' script builds 8; B differs, too."""
         for of, into in (
             ("medmamba_s_paper", "medmamba_s"),
             ("medmamba_s", "medmamba_t"),
@@ -108,7 +108,7 @@ class TestOfficial:
 
 class TestArchitecture:
     def test_shuffle(self):
-        """Channels 2i are of the convolutions, 2i + 1 of SS2D: halves [1, 2] and [3, 4] give [1, 3, 2, 4]."""
+        """Channels 2i come from the convolutions, 2i + 1 from SS2D: halves [1, 2] and [3, 4] give [1, 3, 2, 4]."""
         block = medmamba.SSConvSSMBlock(4, 1, 0.0).eval()
         block.conv = torch.nn.Sequential(Constant(torch.tensor([1.0, 2.0])[:, None, None]))
         block.op = Constant(torch.tensor([3.0, 4.0]))
@@ -136,7 +136,7 @@ class TestArchitecture:
             torch.testing.assert_close(update[..., ::2], on_maps(x[..., :4], *block.conv))
 
     def test_halves(self):
-        """The first half of the channels goes through convolutions, which add nothing below 0, the second does not."""
+        """Only the first half of the channels passes the convolutions, and their result is not negative."""
         torch.manual_seed(0)
         block = medmamba.SSConvSSMBlock(8, 2, 0.0).eval()
         x = torch.randn(1, 3, 5, 8)
@@ -149,7 +149,7 @@ class TestArchitecture:
         assert update[..., ::2].min() > -1e-6
 
     def test_padding_where_the_authors_drop(self):
-        """An image is zero-padded to patches, and a map that does not divide to whole pixels; not multiples of 32."""
+        """If sizes are not multiples of 32, images are zero-padded to whole patches, and maps to whole pixels."""
         model = timm.create_model("medmamba_t", depths=(1, 1)).eval()
         x = image((62, 61))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`terrazzo.reduce`: timm's own ViTs, reduced."""
+"""`terrazzo.reduce` on timm's ViTs."""
 
 import copy
 import pickle
@@ -13,8 +13,8 @@ import terrazzo
 from terrazzo.backbones import asvit, mctf
 from terrazzo.errors import InputError
 
-# Class token; registers, no class token in the positions, mean pooling, layer scale; distillation token; no prefix and
-# attention pooling; norms of queries and keys, one more in front.
+# The models have, in turn: a class token; registers, positions without a class token, mean pooling, layer scale, norms
+# of queries and keys, a norm before the blocks; a distillation token; attention pooling without prefix tokens.
 MODELS = {
     "deit_tiny_patch16_224": {},
     "vit_small_patch16_224": dict(
@@ -54,7 +54,7 @@ def test_without_merging_nothing_changes(vit):
 
 @torch.no_grad()
 def test_merges(vit):
-    """Fewer tokens inside, and still all of timm's interface; what comes out is not far off."""
+    """Blocks have fewer tokens, timm's interface still works, and outputs stay similar."""
     x, before = image((224, 224), batch=2), copy.deepcopy(vit)
     terrazzo.reduce(vit, r=16)
     blocks, prefix = len(vit.blocks), vit.num_prefix_tokens
@@ -77,7 +77,7 @@ def test_merges(vit):
 
 @torch.no_grad()
 def test_is_mctf():
-    """On DeiT it computes what the registered model does."""
+    """On DeiT, results equal the registered model's results."""
     deit, x = build("deit_tiny_patch16_224"), image((224, 224))
     model = timm.create_model("mctf_deit_tiny").eval()
     model.load_state_dict(mctf.checkpoint_filter_fn(deit.state_dict(), model), strict=True)
@@ -158,16 +158,16 @@ def test_errors(name, options, reduction, message):
     ],
 )
 def test_modules_are_called(check, method, options):
-    """As those of every registered backbone are (`contract`), whichever block reduces."""
+    """All modules are called, as in every registered backbone (`contract`), for every reducing block."""
     small = dict(embed_dim=48, num_heads=3, depth=3, dynamic_img_size=True, dynamic_img_pad=True)
     model = terrazzo.reduce(build("vit_tiny_patch16_224", **small), method=method, **options)
     if check is check_sharded and options.get("form") == "fixed":
-        pytest.skip("nobody learns the thresholds")
+        pytest.skip("the thresholds get no gradient")
     check(model)
 
 
 def test_blocks_and_attention_are_called():
-    """Each once in a forward, with the tokens that the next block gets."""
+    """Each is called once in a forward pass, and a block's output has the next block's number of tokens."""
     model = terrazzo.reduce(build("vit_tiny_patch16_224", embed_dim=48, depth=3), r=16)
     shapes, calls = [], []
     for block in model.blocks:
@@ -186,9 +186,9 @@ def test_masks_are_refused():
 
 
 class TestPruning:
-    """By class attention: of every model with a class token."""
+    """Pruning by class attention, for models with a class token."""
 
-    THRESHOLDS = (0.0050, 0.0060)  # between the scores of both stages
+    THRESHOLDS = (0.0050, 0.0060)  # within the range of both stages' scores
     SMALL = dict(embed_dim=48, num_heads=3, depth=4)
 
     @pytest.fixture(params=[name for name in MODELS if "siglip" not in name])
@@ -201,7 +201,7 @@ class TestPruning:
 
     @torch.no_grad()
     def test_a_batch_is_its_images(self, vit):
-        """Each keeps what it keeps alone, the tokens in front always; maps have every position."""
+        """Each image keeps the same tokens as alone, and always its prefix tokens; maps have every position."""
         x, before = image((224, 224), batch=2).double(), copy.deepcopy(vit)
         model = self.pruned(vit)
         tokens, state = model._begin(x, maps=False)
@@ -209,7 +209,7 @@ class TestPruning:
             tokens = block(tokens, state)
         kept = model.reducer.kept(state)
         assert kept[:, : model.num_prefix_tokens].all()
-        assert len(set(kept.sum(1).tolist())) > 1, "all images keep the same number: nothing is shown"
+        assert len(set(kept.sum(1).tolist())) > 1, "all images keep the same number: this proves nothing"
         assert all(10 < count < 190 for count in kept.sum(1).tolist())
         logits, features = model(x), model.forward_features(x)
         maps = model.forward_intermediates(x, intermediates_only=True)
@@ -225,7 +225,7 @@ class TestPruning:
 
     @torch.no_grad()
     def test_forms_agree(self, vit):
-        """Masked to what a part of 1e-6 does; and with as many kept of each, those that thresholds keep of one."""
+        """The masked form agrees up to the effect of 1e-6; the fixed form agrees if it keeps as many tokens."""
         x = image((224, 224)).double()
         wanted, maps = self.pruned(vit).forward_intermediates(x, norm=True)
         tokens, state = vit._begin(x, maps=False)
@@ -260,13 +260,13 @@ class TestPruning:
         ],
     )
     def test_where_tokens_are_dropped(self, name, options, blocks):
-        """The authors' blocks; of another depth evenly spread."""
+        """The default is the authors' blocks; for another depth, blocks are evenly spread."""
         assert timm.create_model(name, device="meta", **options).reducer.blocks == blocks
 
     @torch.no_grad()
     @pytest.mark.parametrize("pool", ["avg", "max", "map", "token"])
     def test_poolings(self, pool):
-        """Over every position, a dropped one as it was when it was dropped; or the class token."""
+        """Pooling takes every position, with a dropped token's last features, or the class token."""
         model = build("vit_tiny_patch16_224", global_pool=pool, **self.SMALL).double()
         x = image((224, 224), batch=2).double()
         whole = model.forward_intermediates(x, indices=[3], intermediates_only=True, norm=True)[0]

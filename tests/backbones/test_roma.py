@@ -1,4 +1,4 @@
-"""RoMA: the contract, official weights, what is its own."""
+"""RoMA: the contract, official weights, and its architecture."""
 
 import pytest
 import timm
@@ -14,7 +14,7 @@ from terrazzo.kernels.selective_scan.reference import sequence
 
 
 class TestRoMA(BackboneContract):
-    """Parameters: the authors' classes, counted. Multiply-adds: linear layers, convolutions, 9 L D N for a scan."""
+    """Parameters are counted in the authors' classes. Multiply-adds: linear layers, convolutions, 9 L D N per scan."""
 
     operators_of = "vmamba"
     representatives = ("roma_tiny",)
@@ -29,7 +29,7 @@ class TestRoMA(BackboneContract):
 
 
 def pretrained(dim=24, depth=6, side=4):
-    """A pretraining checkpoint of the authors, by their names."""
+    """A pretraining checkpoint with the authors' names."""
     torch.manual_seed(0)
     rank, hidden = -(-dim // 16), dim * 8 // 3
     shapes = {
@@ -78,7 +78,7 @@ class TestOfficial:
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * case["logits_std"])
 
     def test_pretraining_checkpoint(self):
-        """All directions begin as the one; the decoder is dropped; token, norm and classifier are the model's."""
+        """All directions start from the pretrained direction; the decoder is dropped; token, norm, classifier stay."""
         official = pretrained()
         model = timm.create_model("roma_tiny", embed_dim=24, depth=6, img_size=64)
         own = model.state_dict()
@@ -117,7 +117,7 @@ class TestOfficial:
             assert torch.equal(roma.resize_positions(positions, (5, 7)), wanted)
 
     def test_segmentors_backbone(self):
-        """Its one norm is that of the last map; its pyramid is a neck here."""
+        """Its single norm becomes the last map's norm; its pyramid is a neck here."""
         pack = Pack(packs("roma")[0])
         official = pack.weights() | {"fpn1.0.weight": torch.zeros(384, 384, 2, 2), "fpn2.0.bias": torch.zeros(384)}
         model = timm.create_model("roma_tiny", norm_outputs=True, num_classes=0, device="meta")
@@ -128,7 +128,7 @@ class TestOfficial:
 
 
 def scan(module, x):
-    """One direction of (B, L, C) by its definition."""
+    """A single direction on (B, L, C), by its definition."""
     kernel = module.conv1d.weight[:, 0]
     padded = torch.cat([x.new_zeros(len(x), 3, x.shape[2]), x], 1)
     u = F.silu(sum(padded[:, k : k + x.shape[1]] * kernel[:, k] for k in range(4)) + module.conv1d.bias)
@@ -146,7 +146,7 @@ def lively(module):
 class TestArchitecture:
     @pytest.mark.parametrize("size", [(3, 5), (4, 4)])
     def test_mixer_by_its_definition(self, size):
-        """The gate inside each direction; by columns the token is taken out and put back in the middle."""
+        """The definition gates each direction; by columns, the token is removed and inserted in the middle again."""
         torch.manual_seed(0)
         (height, width), dim = size, 6
         mixer = lively(roma.Mixer(dim, 4))
@@ -197,7 +197,7 @@ class TestArchitecture:
                 assert (changed(x) - before).abs().max() > 1e-4
 
     def test_positions(self):
-        """Bit-identical at the native size, F.interpolate's elsewhere; the token keeps its own."""
+        """Positions equal the parameter to the bit at the native size, and F.interpolate's result at other sizes."""
         x = torch.randn(1, 196, 8)
         assert torch.equal(roma.resize_positions(x, (14, 14)), x)
         assert torch.equal(bicubic(14, 14, x), torch.eye(14))
@@ -227,7 +227,7 @@ class TestArchitecture:
         assert rates == pytest.approx([0, 0, *(0.01 * i for i in range(1, 11))])
 
     def test_initial_steps(self):
-        """Between 0.001 and 0.1, whatever else is initialised after them; decays 1 to 16."""
+        """Steps begin between 0.001 and 0.1, and later initialisation does not change them; decays are 1 to 16."""
         scans = [s for block in timm.create_model("roma_tiny", depth=2).blocks for s in block.mixer.scans]
         steps = torch.stack([F.softplus(s.dt_proj.bias) for s in scans])
         assert 9e-4 < steps.min() < 2e-3 < 5e-2 < steps.max() < 0.11

@@ -1,4 +1,4 @@
-"""S2AFormer: the contract, the published sizes, what is its own."""
+"""S2AFormer: the contract, the published sizes, and its architecture."""
 
 import pytest
 import timm
@@ -14,7 +14,7 @@ from terrazzo.tools.runtimes import open_file
 
 
 class TestS2AFormer(BackboneContract):
-    """Multiply-adds here include the two products of attention, which the paper's do not."""
+    """Multiply-adds here include the two products of attention; the paper does not count them."""
 
     representatives = ("s2aformer_mini",)
     reconstructed = True
@@ -28,8 +28,8 @@ class TestS2AFormer(BackboneContract):
     }
 
 
-# Parameters in millions and G multiply-adds of convolutions and linear layers at 224 (arXiv 2505.22195); then the
-# parameters of the reconstruction without the classifier's head.
+# The published parameters in M and multiply-adds in G at 224 of convolutions and linear layers (arXiv 2505.22195), and
+# the reconstruction's parameters without the classifier's head.
 PUBLISHED = {
     "s2aformer_mini": (5.02, 0.430, 3_385_764),
     "s2aformer_t": (5.80, 0.655, 4_111_860),
@@ -40,7 +40,7 @@ PUBLISHED = {
 
 
 def linear_macs(model, size):
-    """Multiply-adds without attention's: how the paper counts, whose numbers at 224 and 256 are as the pixels."""
+    """The multiply-adds without attention, as in the paper: its values at 224 and 256 are proportional to pixels."""
     return sum(x.flops for x in trace(model, size) if find(x.function) is None) / 2
 
 
@@ -59,7 +59,7 @@ class TestPublished:
 
 
 def conv(x, layer, **options):
-    """A linear layer or convolution on (B, C, H, W), with nothing but its weights taken over."""
+    """A linear layer or convolution on (B, C, H, W), computed from its weights only."""
     weight = layer.weight if layer.weight.dim() == 4 else layer.weight[:, :, None, None]
     return F.conv2d(x, weight, layer.bias, **options)
 
@@ -92,7 +92,7 @@ def attention(y, module, reduction):
 class TestArchitecture:
     @pytest.mark.parametrize(("heads", "reduction"), [(3, 2), (1, 4), (2, 1)])
     def test_block_by_its_equations(self, heads, reduction):
-        """x1 = x + DW(x), x2 = x1 + SSA(LN(x1)), x3 = x2 + LIM(LN(x2)), x4 = x3 + MLP(LN(x3)); odd sides."""
+        """x1 = x + DW(x), x2 = x1 + SSA(LN(x1)), x3 = x2 + LIM(LN(x2)), x4 = x3 + MLP(LN(x3)), on odd sides."""
         torch.manual_seed(0)
         block = s2aformer.HybridPerceptionBlock(12, heads, reduction, 4.0, 0.1).double().eval()
         for name, value in (*block.named_parameters(), *block.named_buffers()):
@@ -114,13 +114,13 @@ class TestArchitecture:
         torch.testing.assert_close(block(x), x + on_maps(x, block.dwconv))
 
     def test_the_bias_of_keys_has_no_effect(self):
-        """It shifts all scores of a query alike; that of the queries does not."""
+        """The bias of keys shifts all scores of a query equally; the bias of queries does not."""
         attention = s2aformer.StripSelfAttention(16, 2, 2).double()
         attention(torch.randn(2, 6, 6, 16, dtype=torch.float64)).square().sum().backward()
         assert attention.k.bias.grad.abs().max() < 1e-12 < 1e-6 < attention.q.bias.grad.abs().min()
 
     def test_dense_flavour_takes_a_classifiers_weights(self):
-        """Only the norms of the maps are new, and only the head is left over."""
+        """Only the norms of the maps are missing, and only the head is unexpected."""
         classifier = timm.create_model("s2aformer_mini")
         dense = timm.create_model("s2aformer_mini", features_only=True, norm_outputs=True)
         missing, unexpected = dense.load_state_dict(
@@ -142,7 +142,7 @@ class TestArchitecture:
 
     @pytest.mark.slow
     def test_one_exported_file_for_all_sizes(self, tmp_path):
-        """Batch, height and width open: attention is over all positions, so no size is a constant."""
+        """Batch, height and width are open: attention takes all positions, so no size is a constant."""
         onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         model, path = build("s2aformer_mini"), tmp_path / "model.onnx"
         report = onnx_export.export_onnx(model, image((64, 96), batch=2), path, dynamic=("batch", "hw"))

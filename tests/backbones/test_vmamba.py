@@ -1,4 +1,4 @@
-"""VMamba and its first version: the contract, official weights, what SS2D computes and what hides in it."""
+"""VMamba and its first version: the contract, official weights, SS2D's definition, and easy mistakes in SS2D."""
 
 import pytest
 import timm
@@ -13,7 +13,7 @@ from terrazzo.tools.inspect.trace import trace
 
 
 class TestVMamba(BackboneContract):
-    """Parameters: the authors' classes, counted. Multiply-adds: nine for each step, channel and state of a scan."""
+    """Parameters are counted in the authors' classes. Multiply-adds: nine per step, channel and state of a scan."""
 
     representatives = ("vmamba_tiny_s1l8",)
     costs = {
@@ -30,7 +30,7 @@ class TestVMamba(BackboneContract):
     shallow = {name: dict(depths=(1, 1, 1, 1)) for name in costs} | {"vmamba_tiny_s1l8": dict(depths=(1, 1))}
 
 
-# Of the scans alone, in G multiply-adds at 224.
+# The scans' multiply-adds in G at 224.
 SCANS = {
     "vmamba_tiny_s1l8": 0.057,
     "vmamba_tiny_s2l5": 0.098,
@@ -42,12 +42,12 @@ SCANS = {
     "vmamba_v0_small": 3.468,
     "vmamba_v0_base": 4.624,
 }
-# Parameters of the authors' detectors' backbones, without a classifier and with a norm for each map.
+# The parameters of the authors' detectors' backbones, without a classifier and with a norm for each map.
 DENSE = {"vmamba_tiny_s1l8": 29_481_408, "vmamba_small_s2l15": 49_380_096, "vmamba_base_s2l15": 87_534_592}
 
 
 def official_names(model):
-    """The state dict of a classifier of ours under the names of the authors' present code."""
+    """The state dict of our classifier, with the names of the authors' current code."""
     stems = {"stem.proj.": 0, "stem.norm.": 2, "stem.proj2.": 5, "stem.norm2.": 7}
     out = {}
     for name, value in model.state_dict().items():
@@ -100,7 +100,7 @@ class TestOfficial:
 
     @pytest.mark.parametrize("name", VERSIONS)
     def test_forms_of_the_names_and_weights(self, name):
-        """Projections are matrices or 1x1 convolutions; the first version's files say some names in another way."""
+        """Projections are matrices or 1x1 convolutions; the first version's files have some different names."""
         model = timm.create_model(name, depths=(1, 1, 1, 1))
         wanted = model.state_dict()
         official = official_names(model)
@@ -122,12 +122,12 @@ class TestOfficial:
 
 
 def close(found, wanted):
-    """As close as float32 comes to float32: 1e-4 of the spread."""
+    """Compare float32 results, within 1e-4 of the standard deviation."""
     torch.testing.assert_close(found.double(), wanted.double(), rtol=0, atol=1e-4 * wanted.double().std().item())
 
 
 def lively_mixer(dim, ratio, states, gated):
-    """An SS2D in float64 none of whose parameters is what it starts as."""
+    """An SS2D in float64 with random values in all parameters."""
     torch.manual_seed(0)
     mixer = _ss2d.SS2D(dim, ratio, states, gated, dtype=torch.float64)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def cross_merge(sequences, height, width):
 
 
 def ss2d(x, mixer):
-    """The mixer written out, channels first, sequences permuted before they are projected: as the paper has it."""
+    """The mixer as in the paper, written out: channels first, and sequences are permuted before the projections."""
     rank, states, _ = mixer.sizes
     x = torch.einsum("bchw,dc->bdhw", x, mixer.in_proj.weight)
     if mixer.gated:
@@ -182,7 +182,7 @@ class TestSS2D:
             torch.testing.assert_close(found, ss2d(x, mixer), rtol=1e-10, atol=1e-10)
 
     def test_turned_around(self):
-        """With equal parameters for all orders and a point-symmetric convolution, a turned map is a turned result."""
+        """With equal parameters for all orders and a point-symmetric convolution, a rotated map rotates the result."""
         mixer = lively_mixer(8, 1, 1, False)
         x = torch.randn(1, 5, 7, 8, dtype=torch.float64)
         with torch.no_grad():
@@ -196,7 +196,7 @@ class TestSS2D:
             torch.testing.assert_close(mixer(x.flip(1, 2)), mixer(x).flip(1, 2), rtol=1e-10, atol=1e-10)
 
     def test_transposed(self):
-        """Rows become columns where their parameters change places and the convolution is transposed."""
+        """If the orders' parameters are swapped and the convolution is transposed, rows become columns."""
         mixer = lively_mixer(8, 1, 1, False)
         x = torch.randn(1, 5, 7, 8, dtype=torch.float64)
         with torch.no_grad():
@@ -209,7 +209,7 @@ class TestSS2D:
             torch.testing.assert_close(mixer(x.transpose(1, 2)), wanted, rtol=1e-10, atol=1e-10)
 
     def test_initial_values(self):
-        """Steps of 1e-3 to 1e-1 behind the softplus, decays of 1 to N, the input's weight 1."""
+        """Steps after softplus are 1e-3 to 1e-1, decays are 1 to N, and the weight of the input is 1."""
         torch.manual_seed(0)
         mixer = timm.create_model("vmamba_v0_tiny", depths=(1, 1)).stages[0].blocks[0].op
         steps = F.softplus(mixer.dt_projs_bias)
@@ -221,7 +221,7 @@ class TestSS2D:
         assert 0.95 * 192**-0.5 < mixer.x_proj_weight.abs().max() < 192**-0.5
 
     def test_half_precision_keeps_the_range_of_the_scans(self):
-        """Four scans that sum to more than 65504: the norm still sees what they are."""
+        """The sum of four scans may exceed 65504: the norm gets it without overflow."""
         mixer = lively_mixer(8, 1, 1, False).float()
         with torch.no_grad():
             mixer.Ds.fill_(60000.0)
@@ -232,7 +232,7 @@ class TestSS2D:
 
 
 class TestTraps:
-    """The values that the authors start from hide mistakes in the scans: with others, the logits must tell."""
+    """The authors' initial values hide mistakes in the scans; with other values, mistakes must change the logits."""
 
     @pytest.mark.parametrize("trap", ["no bias of the steps", "no input in the output", "reversed", "reordered"])
     def test_logits_tell(self, trap, monkeypatch):
@@ -265,7 +265,7 @@ class TestTraps:
 
 class TestArchitecture:
     def test_first_version_at_any_size(self):
-        """Its patches and merging zero-pad what does not divide."""
+        """Patches and merging zero-pad maps that do not divide."""
         model = timm.create_model("vmamba_v0_tiny", depths=(1, 1, 1, 1)).eval()
         x = image((97, 70))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Checkpoints into models: with any prefix, by every way in, and a line that helps where one does not fit."""
+"""Checkpoints load with any prefix and by every function; if they do not fit, a line says why."""
 
 import time
 
@@ -21,7 +21,7 @@ def build(name, **options):
 
 @pytest.mark.parametrize("name", smallest())
 def test_prefixes_go_in_every_family(name):
-    """As Lightning, detectors, DistributedDataParallel and torch.compile write them; other parts stay out."""
+    """Lightning, detectors, DistributedDataParallel and torch.compile write prefixes; other parts are ignored."""
     model = build(name)
     wanted = model.state_dict()
     for prefix in PREFIXES:
@@ -105,7 +105,7 @@ def test_averaged_weights_come_first_unless_they_are_not_wanted():
     for key in ("state_dict_ema", "model_ema", "ema"):
         checkpoint = {"state_dict": plain, key: average}
         assert [weights_of(checkpoint, ema)["a"].item() for ema in (None, True, False)] == [1, 1, 0]
-    checkpoint = {"state_dict": plain, "ema_state_dict": average}  # mmengine's, where state_dict is the average
+    checkpoint = {"state_dict": plain, "ema_state_dict": average}  # mmengine stores the average in state_dict
     assert [weights_of(checkpoint, ema)["a"].item() for ema in (None, True, False)] == [0, 1, 0]
 
 

@@ -1,4 +1,4 @@
-"""Attention and merging within windows of the grid, around MCTF and timm's own ViTs."""
+"""Attention and merging within windows of the grid, in MCTF and in timm's ViTs."""
 
 import pytest
 import timm
@@ -14,7 +14,7 @@ from terrazzo.tools.bench.families import FAMILIES
 from terrazzo.tools.inspect.measure import measure
 
 SMALL = dict(embed_dim=48, depth=4, blocks=(1, 3), r=0.35, global_blocks=(2,))
-ODD = (112, 208)  # 7 x 13 patches: of at most 5, 2 x 3 windows of 4 x 5, the last of each side padded
+ODD = (112, 208)  # 7 x 13 patches; with sides of at most 5: 2 x 3 windows of 4 x 5, the last of each side padded
 
 
 def small(**kwargs):
@@ -26,7 +26,7 @@ def alone(**kwargs):
 
 
 def run(model, x, before=None):
-    """Tokens and the state after all blocks; `before(i, x, state)` may change tokens in front of a block."""
+    """The tokens and the state after all blocks; `before(i, x, state)` may change tokens before a block."""
     x, state = model.begin(x)
     for i, block in enumerate(model.blocks):
         if before is not None:
@@ -77,7 +77,7 @@ def test_one_window_is_the_whole_to_the_bit(options):
 
 @torch.no_grad()
 def test_blocks_by_hand():
-    """A windowed block is the block on each window with a class token of its own, without any padding."""
+    """A windowed block equals the block on each unpadded window with a copy of the class token."""
     model = small(window=5, r=0, blocks=(), depth=2, global_blocks=(1,))
     x, state = model.begin(image(ODD, batch=2).double())
     whole = x[:, 1:].unflatten(1, (7, 13))
@@ -101,7 +101,7 @@ class TestMerging:
     @torch.no_grad()
     @pytest.mark.parametrize("options", [{}, {"cells_first": True, "criteria": (1, 0, 40)}], ids=str)
     def test_windows_are_not_crossed(self, options):
-        """The same number is left of each, and every patch counts once."""
+        """Each window keeps the same number of tokens, and every patch counts once."""
         model = small(window=5, **options)
         x, state = run(model, image(ODD, batch=2).double())
         inside = 1 + 4 * 5
@@ -121,25 +121,25 @@ class TestMerging:
 
     @torch.no_grad()
     def test_another_number_for_one_forward(self):
-        """What the reducer lets one choose reaches it through the windows."""
+        """The reducer gets its options for a forward pass also through windows."""
         model = small(window=5)
         tokens = [model.forward_features(image(ODD).double(), **choice).shape[1] for choice in ({}, {"r": 1}, {"r": 0})]
-        assert tokens[1:] == [1 + 6 * (4 * 5 - 2), 1 + 7 * 13]  # padding leaves where nothing was merged
+        assert tokens[1:] == [1 + 6 * (4 * 5 - 2), 1 + 7 * 13]  # padding is removed if nothing is merged
         assert tokens[0] < tokens[1]
 
     @torch.no_grad()
     def test_cells_are_of_the_grid(self):
-        """The first merge in windows joins neighbours in the image alone."""
+        """The first merge in windows joins only neighbours in the image."""
         model = small(window=4, cells_first=True, criteria=(1, 0, 40), blocks=(1,))
         _, state = run(model, image((128, 128)).double())
         found = state.levels[0].map[:, 1:].unsqueeze(2)
         members = _windows.from_windows(found, (8, 8), (4, 4)).view(8, 8)
         own = members[::2, ::2].flatten().tolist()
-        assert len(set(own)) == 16, "a cell has lost its own token"
+        assert len(set(own)) == 16, "a cell has lost its token"
 
     @torch.no_grad()
     def test_idle_blocks(self, monkeypatch):
-        """With blocks that do nothing every position gets back what it was, whatever its window lost."""
+        """If blocks do nothing, every position gets its input back after merging in windows."""
         model = small(window=5)
         for block in model.blocks:
             for layer in (block.attn.proj, block.mlp.fc2):
@@ -154,7 +154,7 @@ class TestMerging:
     @torch.no_grad()
     @pytest.mark.parametrize("mode", ["copy", "delta", "soft"])
     def test_padding_is_seen_by_nobody(self, mode):
-        """Whatever stands there: neither in attention, nor in what is merged, nor in what positions get."""
+        """The values of padding affect neither attention, nor merging, nor the restored positions."""
         model, x = small(window=5, criteria=(1, 0, 40)), image(ODD, batch=2).double()
 
         def spoil(i, x, state):
@@ -175,7 +175,7 @@ class TestMerging:
 
 
 def test_gradients():
-    """Of every parameter, the same with checkpoints."""
+    """Every parameter gets a gradient, and gradient checkpointing does not change it."""
     x, found = image(ODD).double(), []
     for checkpoints in (False, True):
         model = small(window=5, norm_outputs=True)
@@ -191,7 +191,7 @@ def test_gradients():
 
 @torch.no_grad()
 def test_half_precision():
-    """The class token is averaged in float32: of 100 windows' alike ones it is one of them."""
+    """The class token is averaged over windows in float32: the average of 100 equal tokens is the same token."""
     model = small(window=2, r=0, blocks=(), depth=2, global_blocks=(1,)).bfloat16()
     x, state = model.begin(image((320, 320)).bfloat16())
     for layer in (model.blocks[0].attn.proj, model.blocks[0].mlp.fc2):
@@ -206,7 +206,7 @@ def test_half_precision():
 
 
 def test_cost():
-    """Attention's multiply-adds fall to those of windows with a class token each; all else is counted as before."""
+    """Attention's multiply-adds are those of windows with a class token; other multiply-adds stay the same."""
     options = dict(r=0, blocks=(), embed_dim=192, depth=2, device="meta")
     whole = timm.create_model("mctf_deit_tiny", **options)
     model = timm.create_model("mctf_deit_tiny", window=8, global_blocks=(1,), **options)
@@ -228,7 +228,7 @@ def test_cost():
     }.items(),
 )
 def test_cost_of_large_images(variant, gmacs):
-    """The card's figures."""
+    """The card states these figures."""
     name, arguments = FAMILIES["mctf_windows"].model_of(variant)
     model = timm.create_model(name, device="meta", **arguments)
     assert measure(model, 1024).macs / 1e9 == pytest.approx(gmacs, abs=0.05)
@@ -242,13 +242,13 @@ def test_one_graph_for_any_size():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for size in (ODD, (160, 208), (304, 112)):
         x = image(size).double()
-        # Not exact: timm resizes positions in float32, whatever the model's dtype.
+        # Results are not exact, because timm resizes positions in float32 for every dtype of the model.
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_onnx(dense, tmp_path):
-    """Logits, or a map of every position; of operators that TensorRT documents."""
+    """Exports of logits and of dense maps are right, and use operators that TensorRT documents."""
     onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
     import onnx
 
@@ -279,7 +279,7 @@ class TestTimm:
     @torch.no_grad()
     @pytest.mark.parametrize("pool", ["avg", "map", "token"])
     def test_tokens_in_front(self, pool):
-        """None or five of them: maps and pooling are of every position, in the grid's order."""
+        """With no or five prefix tokens, maps and pooling have every position in the grid's order."""
         front = dict(class_token=False, reg_tokens=0) if pool == "map" else dict(reg_tokens=4)
         model = build("vit_tiny_patch16_224", depth=2, global_pool=pool, **front)
         x = image((224, 224), batch=2)

@@ -1,4 +1,4 @@
-"""The reader of checkpoints: what it accepts, and that attacks end in one line and do not kill the process."""
+"""The reader of checkpoints: it accepts plain data, and refuses attacks with one line while the process lives on."""
 
 import collections
 import contextlib
@@ -52,7 +52,7 @@ def test_allowed_names_are_these():
 
 
 def test_names_stand_for_functions_of_the_reader_alone():
-    """So no class or function of Python, NumPy or PyTorch is called with arguments from a file."""
+    """So arguments from a file reach no class or function of Python, NumPy or PyTorch."""
     for name, value in _pickles.ALLOWED.items():
         if isinstance(value, _pickles.Call):
             assert value.function.__module__ == _pickles.__name__, name
@@ -60,7 +60,7 @@ def test_names_stand_for_functions_of_the_reader_alone():
             assert isinstance(value, (_pickles.Kind, torch.dtype)), name
 
 
-# What it takes.
+# Accepted files.
 
 TENSOR = torch.arange(20.0).reshape(4, 5)
 VALUES = {
@@ -120,7 +120,7 @@ def test_plain_values_come_back(options, tmp_path):
     loaded = load_file(tmp_path / "x.pth")
     assert list(loaded) == list(VALUES)
     assert [name for name in VALUES if not same(VALUES[name], loaded[name])] == []
-    loaded["array"][0, 0] = 5  # a copy of its own
+    loaded["array"][0, 0] = 5  # a separate copy
     loaded["tensor"][0, 0] = 5
 
 
@@ -188,7 +188,7 @@ def test_map_location(map_location, suffix, tmp_path):
 
 
 def test_strings_of_python_2(tmp_path):
-    """Its pickles hold text and the numbers of arrays as bytes."""
+    """Pickles of Python 2 hold text and arrays' numbers as bytes."""
     array = python_2_array(b"f8", b"\0\0\0\0\0\0\xf0\x3f")
     assert load(tmp_path, b"}" + short(b"name") + short(b"value") + b"s" + short(b"a") + array + b"s") == {
         "name": "value",
@@ -196,7 +196,7 @@ def test_strings_of_python_2(tmp_path):
     }
 
 
-# What it refuses. Pickles are written by hand, opcode by opcode.
+# Refused files. Pickles are written by hand, opcode by opcode.
 
 
 def short(text):
@@ -482,7 +482,7 @@ ATTACKS = {
         "name that is no text": b"K\x01K\x02\x93",
     },
 }
-"""The pickles, by the text of the refusal."""
+"""Pickles by the text of their refusal."""
 
 
 def refusal(path):
@@ -564,7 +564,7 @@ def test_compressed_archives_are_refused(tmp_path):
 
 
 def test_parts_that_overlap_are_refused(tmp_path):
-    """Many entries of the directory may name the same bytes."""
+    """Many entries of the archive's directory may name the same bytes."""
     path = archive(tmp_path, b"N", storages=[b"\0" * 2**16])
     data = path.read_bytes()
     start = data.rindex(b"PK\x01\x02")
@@ -666,7 +666,7 @@ def test_quantised_nested_and_other_tensors_are_named(tmp_path):
 
 
 def test_what_is_saved_can_be_read(tmp_path):
-    """However deep it is and whatever its keys are."""
+    """The reader takes any depth and any keys that were saved."""
     deep = value = []
     for _ in range(5000):
         value.append([])
@@ -679,7 +679,7 @@ def test_what_is_saved_can_be_read(tmp_path):
 
 
 def test_random_pickles_end_in_a_refusal_or_a_value(tmp_path):
-    """Opcodes at random, of those that the reader knows, with the objects that it knows."""
+    """Pickles are random sequences of the opcodes and objects that the reader knows."""
     random = np.random.default_rng(0)
     pieces = [
         code.code.encode("latin-1")

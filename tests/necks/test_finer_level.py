@@ -1,4 +1,4 @@
-"""A level of stride 4 in front of a pyramid that begins at stride 8."""
+"""The neck that adds a level of stride 4 to a pyramid that begins at stride 8."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_levels(neck):
 
 
 def test_the_finer_level_is_the_finest_map_upsampled(neck):
-    """Each of its positions comes from the coarser position that it lies in; the inner neck makes the other levels."""
+    """Each position comes from the coarser position that contains it; the inner neck makes the other levels."""
     maps = [torch.zeros(1, c, side, side) for c, side in ((64, 8), (128, 4), (256, 2))]
     maps[0][:, :, 3, 5] = 1
     with torch.no_grad():

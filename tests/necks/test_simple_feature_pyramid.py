@@ -1,4 +1,4 @@
-"""ViTDet's neck: levels from one map."""
+"""ViTDet's neck makes all levels from one map."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def build(**options):
 
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (7, 5)])
 def test_levels(height, width):
-    """Strides 4 to 64 from a map of stride 16; halves are rounded up."""
+    """A map of stride 16 gives strides 4 to 64; halves are rounded up."""
     found = build()([torch.randn(2, 32, height, width)])
     sizes = [(4 * height, 4 * width), (2 * height, 2 * width), (height, width)]
     sizes += [(-(-height // 2), -(-width // 2)), (-(-height // 4), -(-width // 4))]
@@ -28,7 +28,7 @@ def test_levels(height, width):
 
 
 def test_parameters_are_vitdets():
-    """Two, one and no transposed convolution, each followed by a 1x1 and a 3x3 without a bias, all with norms."""
+    """Levels have two, one or no transposed convolution, then a 1x1 and a 3x3 without bias; all have norms."""
     neck, c, o = build(), 32, 16
     tails = [(inside, inside * o + o * 2 + o * o * 9 + o * 2) for inside in (c // 4, c // 2, c, c)]
     wanted = sum(tail for _, tail in tails)
@@ -45,7 +45,7 @@ def test_the_last_map_is_taken():
 
 
 def test_a_level_is_local():
-    """A position of the map ends up where it lies, at every scale, and as far around as a 3x3 convolution reaches."""
+    """At every scale, a position of the map affects only its place and the reach of a 3x3 convolution."""
     neck = build().eval()
     x = torch.randn(1, 32, 16, 16)
     y = x.clone()

@@ -145,7 +145,7 @@ def model(device="cpu"):
     x, state = net.begin(image)
     for block in net.blocks:
         x = net.run_unit(block, x, state)
-    assert len(set(state.lengths)) > 1, "all images keep the same number: the test would prove nothing"
+    assert len(set(state.lengths)) > 1, "all images keep the same number: this proves nothing"
     return max(((a - b).norm() / a.norm().clamp(min=1e-4)).item() for a, b in zip(*results))
 
 
