@@ -8,7 +8,7 @@ from support import tiny_data as data
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A function from the name of a data set to the root of its tiny double; each is written once."""
+    """A function from the name of a data set to the root of its tiny version; each version is written once."""
     from terrazzo.openmmlab.config import load_config, packaged_configs
 
     roots = {}
@@ -35,7 +35,7 @@ def tiny_data(tmp_path_factory):
 
 
 def _shrink(value):
-    """Replaces the image sizes in a pipeline by small ones, in place."""
+    """Replace image sizes in a pipeline by small sizes, in place."""
     if isinstance(value, dict):
         if "scale" in value and value.get("type") in ("Resize", "RandomResize"):
             value["scale"] = (96, 64)
@@ -64,7 +64,7 @@ SMALLER = {
 
 
 def _shrink_model(model):
-    """Makes a large backbone small, or swaps it and adapts the channels after it, and looks at fewer regions."""
+    """Make a large backbone small, or swap it and adapt later channels, and reduce the number of regions."""
     backbone = model.backbone
     backbone.pretrained = False
     if backbone.name.startswith("roma"):  # a plain backbone stays plain, with two blocks
@@ -87,7 +87,7 @@ def _shrink_model(model):
             model.auxiliary_head.in_channels = channels[2]
     if "window" in backbone:  # small pictures have several levels, too
         backbone.window = 3
-    if "num_queries" in model:  # DINO takes as many places from the maps, and these are small
+    if "num_queries" in model:  # DINO selects this many positions from the maps, and tiny maps have few
         model.num_queries = 50
     if "roi_head" in model:
         stages = model.train_cfg.rcnn
@@ -101,7 +101,7 @@ def _shrink_model(model):
 
 
 def _write_teacher(model, file):
-    """Random weights for a model that distils from its initial weights."""
+    """Write random weights for a model that distils from its initial weights."""
     options = {key: value for key, value in model.backbone.items() if key != "name"}
     torch.save(timm.create_model(model.backbone.name, **options).state_dict(), file)
     model.backbone.checkpoint = str(file)

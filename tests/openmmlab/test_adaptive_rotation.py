@@ -1,4 +1,4 @@
-"""The window with most texture, found and rotated."""
+"""The augmentation that finds and rotates the window with the most texture."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from terrazzo.openmmlab.adaptive_rotation import AdaptiveRotation, choose_window
 
 
 def test_scores_by_their_definition():
-    """Each pixel has a bit for each neighbour that is not darker; the score is 1 minus the norm of their histogram."""
+    """Each pixel has a bit per neighbour that is not darker; the score is 1 minus the norm of the codes' histogram."""
     image = np.random.default_rng(0).normal(size=(8, 12))
     padded, found = np.pad(image, 1, mode="edge"), texture_scores(image, 4)
     assert found.shape == (2, 3)
@@ -27,7 +27,7 @@ def test_texture_beats_flatness():
     image = np.zeros((32, 32))
     image[16:, :16] = np.random.default_rng(0).normal(size=(16, 16))
     scores = texture_scores(image, 16)
-    assert scores.argmax() == 2  # the second row's first: rows are rows
+    assert scores.argmax() == 2  # the first window of the second row: scores are row by row
     assert scores[0, 1] < 0.01 < 0.5 < scores[1, 0]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints by address: whole or not at all, one file for each address, one line where there is no network."""
+"""Checkpoints by address: a file is complete or absent, each address has its file, and no network gives one line."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from terrazzo.openmmlab import addresses
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """PyTorch's cache in a folder of the test, and no proxy."""
+    """Put PyTorch's cache into a folder of the test, and use no proxy."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -54,7 +54,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def closed():
-    """An address where nobody answers."""
+    """An address at which no server answers."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"

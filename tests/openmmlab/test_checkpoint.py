@@ -170,7 +170,7 @@ def test_a_hundred_damaged_files_give_one_line_each(tmp_path):
             loaded = load_file(path)
         except InputError as error:
             lines.append(str(error))
-        else:  # the flipped bit is in the padding between the parts
+        else:  # the flipped bit lies in padding between the archive's parts
             assert number % 2 == 0
             assert same(loaded, content)
     assert len(lines) > 80

@@ -117,7 +117,7 @@ def test_accuracy_by_hand_with_an_absent_class():
     metrics = measured(scores, targets)
     assert metrics["accuracy/top1"] == pytest.approx(60)
     assert metrics["accuracy/mean_class"] == pytest.approx(100 * (1 + 0.5 + 0) / 3)
-    assert metrics["accuracy/top5"] == pytest.approx(80)  # the third image's class 1 is fifth, the last one's is fourth
+    assert metrics["accuracy/top5"] == pytest.approx(80)  # only the third image's target is not in the top 5
 
 
 def test_top5_needs_more_than_five_classes():

@@ -2,7 +2,7 @@
 
 For the step, a large backbone is made small or swapped for `dinat_mini`, and pictures are small; head, losses,
 pipeline, metric and optimizer come from the config. For each task, the first config of every head and data set runs,
-and the first of every family under any dense head; the other tests are marked slow.
+and for each family the first config with a dense head; other configs are marked slow.
 """
 
 import math
@@ -29,7 +29,7 @@ def cases():
     for name in sorted(CONFIGS, key=lambda name: (not re.search(r"-(mini|xxs)_", name), name)):
         task, parts = CONFIGS[name].parent.name, name.split("_")
         head, backbone = ("", parts[0]) if task == "classification" else parts[:2]
-        # A family that trains under one dense head trains under the others.
+        # A family that trains with one dense head also trains with other dense heads.
         dense = task in ("detection", "segmentation")
         kinds = {(task, kind) for kind in (head, re.sub(r"-\d+x\d+$", "", parts[-1]))}
         kinds.add(("dense" if dense else task, backbone.split("-")[0]))
@@ -40,7 +40,7 @@ def cases():
 
 @pytest.mark.parametrize("name", cases())
 def test_trains_validates_and_predicts(name, tiny_config, tmp_path):
-    cfg = tiny_config(name, **{"default_hooks.checkpoint.save_optimizer": False})  # up to a gigabyte
+    cfg = tiny_config(name, **{"default_hooks.checkpoint.save_optimizer": False})  # it takes up to a gigabyte
     runner = build_runner(cfg, tmp_path, seed=0)
     before = {key: value.clone() for key, value in runner.model.named_parameters()}
     runner.train()
@@ -49,7 +49,7 @@ def test_trains_validates_and_predicts(name, tiny_config, tmp_path):
     assert all(torch.isfinite(value).all() for value in after.values())
     backbone = [key for key in before if key.startswith("backbone.")]
     assert any(not torch.equal(before[key], after[key]) for key in backbone)
-    # Parallel processes would wait forever for a gradient that does not come.
+    # Parallel processes would wait forever for a missing gradient.
     reached = runner.optim_wrapper.optimizer.state.keys()
     assert [key for key, value in after.items() if value not in reached] == [
         key for key, value in after.items() if not value.requires_grad
@@ -58,7 +58,7 @@ def test_trains_validates_and_predicts(name, tiny_config, tmp_path):
     assert name != PANOPTIC or "val/coco_panoptic/PQ" in runner.message_hub.log_scalars
     checkpoints = list(tmp_path.glob("*.pth"))
     assert checkpoints
-    for checkpoint in checkpoints:  # hundreds of megabytes
+    for checkpoint in checkpoints:  # each has hundreds of megabytes
         checkpoint.unlink()
     runner.model.eval()
     batch = next(iter(runner.val_dataloader))
@@ -73,8 +73,8 @@ def test_file_names_and_docstrings(name):
     assert len(text.splitlines()) <= 40
 
 
-# Parameters of whole models in millions: arXiv 2204.07143 (NAT), 2209.15001 (DiNAT) and 2401.10166 (VMamba), tables of
-# COCO and ADE20K.
+# The parameters of whole models in millions, from the tables of COCO and ADE20K in arXiv 2204.07143 (NAT), 2209.15001
+# (DiNAT) and 2401.10166 (VMamba).
 PUBLISHED = {
     "mask-rcnn": {
         **{"nat-mini": 40, "nat-tiny": 48, "dinat-mini": 40, "dinat-tiny": 48, "dinat-s-tiny": 48},
@@ -104,7 +104,7 @@ def class_counts(model):
         if key == "num_things_classes":
             found.add(value + model["num_stuff_classes"])
         if key == "class_weight" and value:
-            found.add(len(value) - 1)  # the last is for "no object"
+            found.add(len(value) - 1)  # the last entry is for "no object"
         for part in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(part, dict):
                 found |= class_counts(part)
@@ -112,9 +112,9 @@ def class_counts(model):
 
 
 def class_count(cfg):
-    """How many classes the data set of a config has, from the config or from the data set's class."""
+    """The number of classes of a config's data set, from the config or from the data set's class."""
     dataset = cfg.train_dataloader.dataset
-    if dataset.type == "ImageFolderDataset" and not dataset.get("metainfo"):  # ImageNet-1k, not in the config by name
+    if dataset.type == "ImageFolderDataset" and not dataset.get("metainfo"):  # ImageNet-1k, which no config names
         return 1000
     with DATASETS.switch_scope_and_registry(None) as registry:
         return len((dataset.get("metainfo") or registry.get(dataset.type).METAINFO)["classes"])
@@ -127,7 +127,7 @@ def test_full_size_model(name):
     assert cfg.data_root == "/elsewhere"
     assert "data/" not in cfg.pretty_text.replace("/elsewhere/", "")
     cfg.model.backbone.pretrained = False
-    cfg.model.pop("recipe", None)  # a recipe may distil from weights, and there are no weights
+    cfg.model.pop("recipe", None)  # a recipe may distil from weights, and the test has no weights
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     assert class_counts(cfg.model) == {class_count(cfg)}
@@ -145,7 +145,7 @@ def test_full_size_model(name):
 
 
 def test_moving_mean_of_the_weights(tiny_config, tmp_path):
-    """ImageNet configs validate and save the average; the training weights are kept beside it, and training resumes."""
+    """ImageNet configs validate and save averaged weights; training weights are saved, too, and training resumes."""
     name = "dinat-mini_8xb128-300e_imagenet"
     build_runner(tiny_config(name, **{"train_cfg.max_epochs": 2}), tmp_path, seed=0).train()
     saved = torch.load(tmp_path / "epoch_2.pth", weights_only=True)
@@ -155,13 +155,13 @@ def test_moving_mean_of_the_weights(tiny_config, tmp_path):
     assert any(not torch.equal(value, saved["state_dict"][key]) for key, value in training.items())
 
     runner = build_runner(tiny_config(name, **{"train_cfg.max_epochs": 2}), tmp_path, resume=True)
-    runner.train()  # nothing is left to train, so it only loads
+    runner.train()  # training is finished, so it only loads
     assert all(torch.equal(value, training[key]) for key, value in runner.model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", [PANOPTIC, "mask2former_dinat-large_8xb2-160k_ade20k-640x640"])
 def test_mask2former_rates(name):
-    """A tenth of the rate in the backbone; weight decay on matrices, but not on norms, biases rpb and embeddings."""
+    """The backbone has a tenth of the rate; matrices decay, and norms, biases, rpb and embeddings do not."""
     from mmengine.optim import build_optim_wrapper
 
     cfg = load_config(name)

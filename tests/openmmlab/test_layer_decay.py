@@ -33,7 +33,7 @@ def optimizer_of(model, **paramwise):
 
 
 def settings_of(model, optimizer):
-    """Maps each parameter's name to its group, and checks that it is in one group only."""
+    """Map each parameter's name to its group, and check that it is in a single group."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {}
     for group in optimizer.param_groups:

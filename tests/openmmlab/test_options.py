@@ -1,4 +1,4 @@
-"""Options of the command line: their values, where they reach, and what is refused."""
+"""Options of the command line: their values, their effects, and refused options."""
 
 import sys
 
@@ -88,7 +88,7 @@ def test_a_pipeline_is_changed_where_it_is_used():
 
 
 def test_a_variable_reaches_all_that_is_made_of_it():
-    """A crop size is in the pipeline and, through another file, in the model; equal numbers elsewhere stay."""
+    """A crop size changes the pipeline and, through another file, the model; equal numbers of other keys stay."""
     cfg = load_config(FLOORS, options={"crop_size": (64, 64)})
     assert cfg.train_dataloader.dataset.pipeline[2].crop_size == (64, 64)
     assert cfg.model.data_preprocessor.size == (64, 64)
@@ -101,7 +101,7 @@ def test_a_variable_inside_an_expression(tmp_path):
     path = tmp_path / "own.py"
     path.write_text("width = 8\nmodel = dict(type='A', widths=[width * n for n in (1, 2)])\nunused = [dict(scale=1)]\n")
     assert load_config(path, options={"width": 3}).model.widths == [3, 6]
-    assert load_config(path, options={"unused.0.scale": 1}).unused[0].scale == 1  # as it is
+    assert load_config(path, options={"unused.0.scale": 1}).unused[0].scale == 1  # its current value
     with pytest.raises(InputError, match=r"unused\.0\.scale=2 has no effect"):
         load_config(path, options={"unused.0.scale": 2})
 
@@ -170,7 +170,7 @@ def test_a_module_beside_the_config(tmp_path):
     try:
         load_config(path)
         assert sys.modules["beside_it"].VALUE == 3
-        assert sys.path[-1] == str(tmp_path)  # worker processes that are started anew import it, too
+        assert sys.path[-1] == str(tmp_path)  # newly started worker processes import it, too
     finally:
         sys.path[:] = before
         sys.modules.pop("beside_it", None)

@@ -1,4 +1,4 @@
-"""The stand-in for panopticapi: panoptic quality by hand and against torchmetrics, numbers as colours, precedence."""
+"""The replacement of panopticapi: quality by hand and by torchmetrics, numbers as colours, precedence."""
 
 import importlib
 import math
@@ -18,7 +18,7 @@ CATEGORIES = {number: {"id": number, "isthing": int(number < 3)} for number in r
 
 
 def annotation(segments):
-    """COCO's entry for a picture, from its segments {number: category}; mmdet looks only at these keys."""
+    """COCO's entry for a picture, from its segments {number: category}; mmdet reads only these keys."""
     return {
         "image_id": 0,
         "file_name": "0.png",
@@ -27,7 +27,7 @@ def annotation(segments):
 
 
 def score(folder, truth, prediction):
-    """mmdet's statistics of one picture; truth and prediction are each a map of numbers (H, W) and their categories."""
+    """mmdet's statistics of a picture; truth and prediction are pairs of numbers (H, W) and the numbers' categories."""
     from mmdet.evaluation.functional import pq_compute_single_core
 
     entries = []
@@ -42,11 +42,11 @@ def score(folder, truth, prediction):
 
 
 def test_quality_by_hand(tmp_path):
-    """A picture of 1x40: one thing is found, one missed, one invented in place of stuff; other stuff is found whole."""
+    """In a picture of 1x40, a thing is found, a thing is missed, a thing replaces stuff, and other stuff is right."""
     truth, prediction = np.zeros((1, 40), np.int32), np.zeros((1, 40), np.int32)
-    truth[0, :9], prediction[0, 1:10] = 7, 300  # 8 in common; the pixel beyond 7 is void and counts for no union
-    truth[0, 12:20] = 70_000  # missed
-    prediction[0, 22:26] = truth[0, 22:26] = 5  # stuff of category 5, but said to be a thing of category 1
+    truth[0, :9], prediction[0, 1:10] = 7, 300  # 8 common pixels; the pixel beyond segment 7 is void and in no union
+    truth[0, 12:20] = 70_000  # this thing is missed
+    prediction[0, 22:26] = truth[0, 22:26] = 5  # stuff of category 5, predicted as a thing of category 1
     truth[0, 26:], prediction[0, 26:] = 9, 2
     found = score(tmp_path, (truth, {7: 1, 70_000: 1, 5: 5, 9: 4}), (prediction, {300: 1, 5: 1, 2: 4}))
     assert (found[1].tp, found[1].fp, found[1].fn) == (1, 1, 1)
@@ -80,7 +80,7 @@ def test_quality_against_torchmetrics(tmp_path, seed):
     random, total = np.random.default_rng(seed), _panoptic.PQStat()
     metric = PanopticQuality(things={1, 2}, stuffs={3, 4, 5}, return_sq_and_rq=True)
     for _ in range(3):
-        # Category 0 is void. It is not predicted: torchmetrics takes void in predictions out of unions, COCO does not.
+        # Category 0 is void and not predicted: torchmetrics excludes predicted void from unions, COCO does not.
         kinds, numbers = random.integers(0, 6, (6, 8)), random.integers(1, 3, (6, 8))
         kinds, numbers = (grid.repeat(5, 0).repeat(5, 1) for grid in (kinds, numbers))
         said = np.where((random.random(kinds.shape) < 0.3) | (kinds == 0), random.integers(1, 6, kinds.shape), kinds)
@@ -120,7 +120,7 @@ def test_mmdet_finds_every_name():
 
 
 def test_config_scores_its_own_truth_with_100(tiny_config):
-    """Data, metric and stand-in together: the true segments as a prediction, then with one thing of another class."""
+    """Data, metric and replacement together: the prediction is the truth, then a thing has another class."""
     from mmengine.registry import DATASETS, METRICS
 
     cfg = tiny_config("mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic")

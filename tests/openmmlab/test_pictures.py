@@ -1,4 +1,4 @@
-"""How pipelines and data sets read pictures: as `terrazzo infer` does, in whatever depth and orientation."""
+"""Pipelines and data sets read pictures like `terrazzo infer`, in any depth and orientation."""
 
 import mmcv
 import numpy as np
@@ -70,7 +70,7 @@ def test_pipelines_turn_pictures_upright(tmp_path, suffix, turn):
         assert np.abs(found - wanted).max() <= 2, options
     step = LoadImageFromFile(color_type="grayscale")
     assert np.abs(step({"img_path": path})["img"] - grey).max() <= 2
-    if suffix != "tif":  # Pillow and OpenCV always turn it
+    if suffix != "tif":  # Pillow and OpenCV always turn a TIFF
         assert np.abs(loaded(path, color_type="color_ignore_orientation") - COLOUR.astype(int)).mean() < 8
 
 
@@ -83,7 +83,7 @@ def test_transparency_is_dropped_by_every_backend(tmp_path):
 
 
 def test_broken_exif_data_turn_nothing(tmp_path):
-    """Not even where OpenCV still finds an orientation in them."""
+    """The picture stays, even if OpenCV still finds an orientation in the data."""
     path = tmp_path / "broken.jpg"
     saved(COLOUR, path, 6)
     content = bytearray(path.read_bytes())
@@ -95,7 +95,7 @@ def test_broken_exif_data_turn_nothing(tmp_path):
 
 
 def test_animations_show_their_first_picture(tmp_path):
-    """For an animated PNG this is the still picture in front, too."""
+    """In an animated PNG, the first picture may also be a separate still picture."""
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (50, 100, 200)]
     for name, options in {"a.png": {}, "still.png": {"default_image": True}, "a.gif": {}, "a.webp": {}}.items():
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
@@ -112,7 +112,7 @@ def test_unchanged_values_stay_as_they_are(tmp_path):
 
 
 def test_plain_pictures_are_decoded_by_opencv(tmp_path, monkeypatch):
-    """Which is faster than Pillow, so that training is as fast as without terrazzo."""
+    """OpenCV is faster than Pillow, so training is as fast as without terrazzo."""
     monkeypatch.setattr("terrazzo.openmmlab.pictures.read_picture", lambda *rest: pytest.fail("not by OpenCV"))
     for name in ("colour.jpg", "grey.jpg", "colour.png", "grey.png"):
         loaded(saved(SCENES[name], tmp_path / name))
@@ -137,7 +137,7 @@ def test_damaged_pictures_are_refused_by_name(tmp_path, suffix, share):
 
 
 def test_a_jpeg_cut_short_is_refused_where_opencv_says_nothing(tmp_path, monkeypatch):
-    """Versions of OpenCV before 5 fill the rest with grey."""
+    """OpenCV before version 5 fills the rest with grey."""
     Image.fromarray(COLOUR).save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
     monkeypatch.setattr("terrazzo.openmmlab.pictures._mmcv_decode", lambda *rest: COLOUR)
@@ -162,7 +162,7 @@ def test_missing_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_label_maps_are_turned_as_their_pictures(tmp_path, turn):
-    """By mmseg's loader and mmdet's, of Pillow and of OpenCV; unlike orientations are refused."""
+    """mmseg's and mmdet's loaders do so with Pillow and OpenCV; different orientations are refused."""
     init_default_scope("mmseg")
     labels = GREY // 32
     sample = {
@@ -219,7 +219,7 @@ PLAIN = dict(input_size=32, is_training=False, crop_pct=1.0)
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set of one class with the scene in every form, also upside down with an EXIF orientation."""
+    """A data set of one class with the scene in every form, including upside down with an EXIF orientation."""
     for name, pixels in SCENES.items():
         saved(pixels, tmp_path / "train" / "only" / name)
     saved(COLOUR[::-1, ::-1], tmp_path / "train" / "only" / "colour_turned.png", 3)
@@ -229,7 +229,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("kind", ["ImageFolderDataset", "RotatedImages"])
 def test_data_sets_of_folders_read_what_infer_reads(folder, kind):
-    """Grey pictures alike in every depth, colours in every format and orientation."""
+    """Grey pictures are equal in every depth, and colours in every format and orientation."""
     rotation = {"rotation": dict(patch_size=4, windows=(8,))} if kind == "RotatedImages" else {}
     dataset = DATASETS.build(dict(type=kind, data_root=str(folder), split="train", transform=PLAIN, **rotation))
     assert len(dataset) == len(SCENES) + 1

@@ -1,4 +1,4 @@
-"""RoMA's pretraining: sizes, which tokens a prediction sees, the losses, and from a config to a probe."""
+"""RoMA's pretraining: sizes, the tokens that a prediction sees, the losses, and a run from a config to a probe."""
 
 import math
 
@@ -12,7 +12,7 @@ from terrazzo.openmmlab.config import build_runner, load_config
 from terrazzo.openmmlab.roma_pretraining import in_clusters, sines
 
 BACKBONE = dict(name="roma_tiny", img_size=64, patch_size=8, embed_dim=32, depth=6)
-# Parameters of the authors' pretraining models at 192 pixels, with their fixed position embeddings.
+# The parameters of the authors' pretraining models at 192 pixels, with their fixed position embeddings.
 OFFICIAL = {
     "roma_tiny": (192, 19_906_688),
     "roma_small": (384, 36_571_136),
@@ -51,7 +51,7 @@ def test_order_of_clusters():
 
 
 def test_sines():
-    """The first half of the channels knows the column, the second the row; half of each is cosines."""
+    """The first half of the channels encodes the column, the second half the row; half of each is cosines."""
     table = sines(5, 16)[0]
     assert all(torch.equal(table[0, :, :8], table[row, :, :8]) for row in range(5))
     assert all(torch.equal(table[:, 0, 8:], table[:, column, 8:]) for column in range(5))
@@ -69,7 +69,7 @@ def test_what_sees_what(model):
 
 
 def test_targets_are_pixels_of_the_same_place(model):
-    """Row, column, channel within a patch, normalised with the unbiased variance; the first cluster left out."""
+    """A target lists a patch by row, column and channel, normalised with the unbiased variance; cluster 0 has none."""
     x = torch.randn(1, 3, 64, 64)
     found = in_clusters(model._normalised_patches(x), 2)[0, 4:]
     patch = x[0, :, 8:16, 24:32].permute(1, 2, 0).flatten()  # row 1, column 3: the last token of the second cluster
@@ -77,7 +77,7 @@ def test_targets_are_pixels_of_the_same_place(model):
 
 
 def test_losses_by_hand(model):
-    """Errors on the grid of tokens; the coarser scale without the upper left of its four blocks."""
+    """Losses are errors on the grid of tokens; the coarser scale leaves out the upper left of its four blocks."""
     torch.manual_seed(1)
     x, original, window = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64), torch.tensor([[0, 1, 4], [3, 3, 2]])
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_losses_by_hand(model):
 
 
 def test_the_windows_tokens_are_marked(model):
-    """All of them, and no others."""
+    """All tokens of the window are marked, and no other token."""
     inputs = []
     model.backbone.blocks[0].register_forward_hook(lambda module, given, out: inputs.append(given[0]))
     x = torch.randn(2, 3, 64, 64)
@@ -157,7 +157,7 @@ def test_full_size_config():
 
 
 def test_from_a_config_to_a_probe(tiny_data, tmp_path):
-    """An epoch on images without labels; a probe starts from its file, and only the probe's last layer learns."""
+    """Pretraining runs an epoch without labels; a probe starts from its file, and only the last layer learns."""
     options = {"model.backbone.embed_dim": 32, "model.backbone.depth": 6, "train_dataloader.num_workers": 0}
     small = {"model.decoder_dim": 64, "train_dataloader.batch_size": 5, "train_cfg.max_epochs": 1}
     cfg = load_config("roma-tiny_1xb64-100e_eurosat64", tiny_data("eurosat64"), options | small)

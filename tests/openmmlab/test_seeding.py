@@ -1,4 +1,4 @@
-"""Seeds that depend only on the place in a run."""
+"""Random seeds depend only on the place in a run."""
 
 import copy
 import pickle
@@ -71,7 +71,7 @@ def test_index_and_data_set_pass_to_other_processes():
 
 def test_attributes_are_those_of_the_other_data_set():
     dataset = SeededDataset(dict(type="Noise"))
-    dataset.amplitude = 0.0  # as a hook that switches the pipeline does
+    dataset.amplitude = 0.0  # hooks that switch the pipeline set attributes, too
     assert dataset.dataset.amplitude == 0
     assert dataset[3].abs().max() == 0
     with pytest.raises(AttributeError):

@@ -1,4 +1,4 @@
-"""Other backbones in the same config."""
+"""Swapping the backbone of a config."""
 
 import pytest
 import torch

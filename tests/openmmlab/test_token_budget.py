@@ -25,7 +25,7 @@ def built(backbone, **changes):
 
 @pytest.fixture
 def file(tmp_path):
-    """A function from a model's options to a file of weights that are nowhere 0, so that scores differ."""
+    """A function from a model's options to a file of weights without zeros, so that scores differ."""
 
     def write(backbone, **changes):
         torch.manual_seed(0)
@@ -53,7 +53,7 @@ def classifier(backbone, checkpoint, **recipe):
 
 
 def between(model, x):
-    """Puts the thresholds between scores of the batch, so that each stage drops some tokens."""
+    """Put thresholds between scores of the batch, so that each stage drops some tokens."""
     with torch.no_grad():
         tokens, state = model.begin(x)
         for block in model.blocks:
@@ -79,12 +79,12 @@ class TestCost:
         ],
     )
     def test_the_authors_constants(self, name, wanted):
-        """The costs of the full network at 224 x 224 in the authors' code, to its five digits."""
+        """The costs of the full network at 224 x 224 equal the authors' constants to five digits."""
         model = timm.create_model(name, device="meta")
         assert round(cost(model, (14, 14), [196] * len(model.blocks)), 5) == wanted
 
     def test_by_hand(self):
-        """One block of 4 channels on 3 tokens, and patches of 2 x 2 pixels of one channel."""
+        """The cost of a block of 4 channels on 3 tokens, with patches of 2 x 2 pixels and one channel."""
         model = built(BACKBONE, embed_dim=4, num_heads=1, depth=1, blocks=(), patch_size=2, in_chans=1)
         assert cost(model, (2, 3), [3]) == pytest.approx((6 * 4 * 4 + 12 * 16 * 3 + 2 * 4 * 9) / 1e9, rel=1e-12)
 
@@ -97,11 +97,11 @@ class TestCost:
 
 @pytest.mark.parametrize("backbone", [BACKBONE, LV], ids=["deit", "lvvit"])
 def test_losses_by_hand(backbone, file):
-    """Cross-entropy, the budget of the mean cost, and both divergences, summed class by class."""
+    """The losses are cross-entropy, the budget of the mean cost, and both divergences, summed class by class."""
     side = 32
     model, x = classifier(backbone, file(backbone), weight=7.0, distillation=0.3), images(side)
     between(model.backbone, x)
-    model.eval()  # for batch norms; masked tokens stay masked, because there is a gradient
+    model.eval()  # for batch norms; tokens stay masked, because a gradient is needed
     losses = model(x, LABELS, mode="loss")
     student, teacher = copy.deepcopy(model.backbone), model.recipe.teacher
     with torch.no_grad():
@@ -188,10 +188,10 @@ def test_the_thresholds_gradient(file, monkeypatch):
 
 
 def test_costs_move_thresholds(file):
-    """Above the budget the budget's gradient raises thresholds, below it lowers them."""
+    """If the cost is above the budget, the gradient raises thresholds; if it is below, the gradient lowers them."""
     model, x = classifier(BACKBONE, file(BACKBONE)), images(32)
     between(model.backbone, x)
-    with torch.no_grad():  # to where the steep sigmoid has a slope
+    with torch.no_grad():  # where the steep sigmoid has a slope
         model.backbone.reducer.thresholds[0].add_(-TEMPERATURE)
     for budget, sign in ((0.1, -1), (1.0, 1)):
         model.recipe.budget = budget
@@ -234,7 +234,7 @@ def test_overlapping_forwards_keep_apart(file):
 
 class TestTeacher:
     def test_it_is_the_unpruned_network(self, file):
-        """Frozen, in evaluation mode, and in no checkpoint."""
+        """The teacher is frozen, stays in evaluation mode, and is in no checkpoint."""
         path = file(BACKBONE)
         model, x = classifier(dict(BACKBONE, drop_path_rate=0.5), path), images(32)
         between(model.backbone, x)
@@ -287,7 +287,7 @@ class TestTeacher:
         }
 
     def test_weights_of_other_classes(self, file):
-        """The student loads them without their classifier; a teacher without a classifier teaches nothing."""
+        """A student loads them without the classifier; a teacher is refused, because it needs the classifier."""
         path = file(BACKBONE)
         assert isinstance(Classifier(dict(BACKBONE, num_classes=7, checkpoint=path)).backbone.head.fc, nn.Linear)
         with pytest.raises(InputError, match="has in another shape 2, such as"):

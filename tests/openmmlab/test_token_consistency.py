@@ -1,4 +1,4 @@
-"""MCTF's fine-tuning: the terms of the loss by hand, how much is merged, and the random r'."""
+"""MCTF's fine-tuning: the terms of the loss by hand, the number of merged tokens, and the random r'."""
 
 import copy
 
@@ -27,7 +27,7 @@ def batch():
 
 
 def plain(model, r):
-    """The same weights in a model that always merges r: final class tokens and logits."""
+    """A function that gives final class tokens and logits, with the same weights and a fixed r."""
     other = timm.create_model(**{**BACKBONE, "model_name": BACKBONE["name"], "r": r, "name": None}).double()
     other.load_state_dict(model.backbone.state_dict())
     tokens = other.forward_features
@@ -36,18 +36,18 @@ def plain(model, r):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_losses_by_hand(batch, mixed, monkeypatch):
-    """Both label losses, and the mean squared error of class tokens where the student is sure."""
+    """The losses are both label losses, and the mean squared error of class tokens if the student is sure."""
     x, _ = batch
     options = (
         dict(mixup=dict(mixup_alpha=0.8, label_smoothing=0.1)) if mixed else dict(loss=dict(type="CrossEntropyLoss"))
     )
     model = classifier(**options)
     with torch.no_grad():
-        model.backbone.head.fc.weight.mul_(40)  # so that the student is sure of some images, and not of others
+        model.backbone.head.fc.weight.mul_(40)  # so that the student is sure of some images only
         _, logits = plain(model, 9)(x)
         labels = torch.cat([logits[:1].argmax(1), logits[1:].argmin(1)])
     monkeypatch.setattr(model.recipe, "draw", lambda: 2)
-    set_random_seed(3)  # of the mixing
+    set_random_seed(3)  # the seed of mixup
     losses = model(x.clone(), labels, mode="loss")  # timm mixes in place
     set_random_seed(3)
     x, targets = model.mixup(x.clone(), labels) if mixed else (x, F.one_hot(labels, 5).double())
@@ -63,7 +63,7 @@ def test_losses_by_hand(batch, mixed, monkeypatch):
         sure = probability[labels[i]] + (probability[labels[3 - i]] if mixed else 0)
         if sure > 0.4:
             error, count = error + ((student[i] - teacher[i]) ** 2).sum() / 96, count + 1
-    assert 0 < count < 4, "all or none are sure: nothing is shown"
+    assert 0 < count < 4, "all or none are sure: the test would prove nothing"
     torch.testing.assert_close(losses["loss_consistency"], 3.0 * error / count, rtol=1e-9, atol=0)
     assert losses["sure"] == count / 4
 
@@ -73,12 +73,12 @@ def test_where_nobody_is_sure_the_term_is_dropped(batch):
     losses = model(*batch, mode="loss")
     assert losses["loss_consistency"] == 0
     assert losses["loss_student"] > 0
-    losses["loss_consistency"].backward()  # and its gradient is a number
+    losses["loss_consistency"].backward()  # the gradient is finite
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
 def test_the_teacher_stays_where_it_is(batch, monkeypatch):
-    """The gradient is the student's class token's against a constant; an equal teacher gives no gradient."""
+    """Only the student's class token has a gradient; the teacher's is a constant, and an equal teacher gives 0."""
     x, labels = batch
     model = classifier(recipe=dict(type="TokenConsistency", r_max=4, confidence=-1.0))
     monkeypatch.setattr(model.recipe, "draw", lambda: 2)
@@ -100,13 +100,13 @@ def test_every_parameter_learns(batch, r, r_max):
 
 
 def test_what_is_drawn():
-    """Every number below the largest, as often as any other; below 1, hundredths."""
+    """All whole numbers below r_max are drawn equally often; if r_max is below 1, hundredths are drawn."""
     torch.manual_seed(0)
     recipe = TokenConsistency(8)
     found = torch.tensor([recipe.draw() for _ in range(4000)])
     values, counts = found.unique(return_counts=True)
     assert values.tolist() == list(range(8))
-    assert counts.min() > 400, "500 of each are to be expected"
+    assert counts.min() > 400, "about 500 of each are expected"
     recipe = TokenConsistency(0.15)
     assert {recipe.draw() for _ in range(400)} == {i / 100 for i in range(15)}
 
@@ -122,7 +122,7 @@ def test_drawing_disturbs_nobody():
     other = [recipe.draw() for _ in range(5)]
     torch.manual_seed(5)
     assert [recipe.draw() for _ in range(5)] == first != other
-    assert copy.deepcopy(recipe).draw() == recipe.draw()  # like a moving average copies a model
+    assert copy.deepcopy(recipe).draw() == recipe.draw()  # a moving average copies a model like this
 
 
 def test_evaluation_may_merge_another_number(batch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-# mmdet and mmseg take seconds to import: that is left to the tests.
+# mmdet and mmseg take seconds to import, so only the tests import them.
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 SIDE = 128
 SIDES = {"dino": 256, "ddq": 256, "ssd": 320, "mobilenet_v3": 512}
-"""For models that need more pixels: more queries than positions, convolutions without padding, a pool of 49 by 49."""
+"""Sides for models that need more pixels: they have many queries, unpadded convolutions, or a pool of 49 by 49."""
 
 UNPREDICTABLE = {"ssd": "mmdet 3.3.0: the SSD head has no loss_cls, which its own prediction reads"}
 
@@ -38,7 +38,7 @@ def _families():
 
 
 def _smallest(folder):
-    """The buildable config of a family with the fewest parameters; without one, a skip that says why."""
+    """The config of a family with the fewest parameters that can be built; without any, skip and say why."""
     sizes, reasons = [], {}
     for path in sorted(folder.rglob("*.py")):
         try:
@@ -46,7 +46,7 @@ def _smallest(folder):
             if not cfg.get("model"):
                 continue
             if "SSD" in str(cfg.model.get("bbox_head", {}).get("type")) and folder.name != "ssd":
-                continue  # a family of its own
+                continue  # SSD is a separate family
             _without_weights(cfg.model)
             with DefaultScope.overwrite_default_scope(cfg.default_scope), Unfilled():
                 model = MODELS.build(ConfigDict(cfg.model.copy()))
@@ -59,7 +59,7 @@ def _smallest(folder):
 
 
 def _without_weights(settings):
-    """Removes downloads and large batches from a model's settings, in place."""
+    """Remove downloads and batch augmentations from a model's settings, in place."""
     if isinstance(settings, dict):
         for key in ("pretrained", "teacher_ckpt", "batch_augments"):
             if settings.get(key):
@@ -74,7 +74,7 @@ def _without_weights(settings):
 
 
 def _all(settings, key):
-    """Every value of a key in nested settings."""
+    """All values of a key in nested settings."""
     if isinstance(settings, dict):
         if key in settings:
             yield settings[key]
@@ -86,7 +86,7 @@ def _all(settings, key):
 
 
 def _detection(cfg, side):
-    """Two pictures with boxes, or a clip of two frames, annotated with what the config's pipeline reads."""
+    """Two pictures with boxes, or a clip of two frames, with the annotations that the config's pipeline reads."""
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals, demo_track_inputs
 
     classes = min((n for n in _all(cfg.model, "num_classes") if isinstance(n, int)), default=2)
@@ -99,7 +99,7 @@ def _detection(cfg, side):
     if cfg.model.data_preprocessor.type == "TrackDataPreprocessor":
         return demo_track_inputs(1, 2, [0], shapes[:1], num_classes=classes, with_mask=with_mask)
     stride = 8 if cfg.model.type == "HybridTaskCascade" else 1
-    # Semantic maps have as many classes as there are, in bytes.
+    # Semantic maps have as many classes as the model, at most 255.
     drawn = min(max(classes, 2), 255)
     data = demo_mm_inputs(2, shapes, [2, 3], drawn, stride, with_mask=with_mask, with_semantic=with_semantic)
     for sample in data["data_samples"]:
@@ -118,22 +118,22 @@ def _segmentation(cfg, side):
 
 
 def _branches(data):
-    """The data of semi-supervised training: labelled pictures, and the same twice more for teacher and student."""
+    """Data for semi-supervised training: labelled pictures, and copies for the teacher and the student."""
     return {
         key: {name: list(value) for name in ("sup", "unsup_teacher", "unsup_student")} for key, value in data.items()
     }
 
 
 def _adjusted(cfg):
-    """Removes from a config what noise cannot pass through, and the size that each batch would be padded to."""
+    """Adjust a config to noise pictures: remove weights, and pad batches only to the test's size."""
     model = cfg.model
     _without_weights(model)
     if "size" in model.data_preprocessor:
         model.data_preprocessor.size = (SIDE, SIDE)
     if model.get("backbone", {}).get("type") in ("BEiT", "MAE"):
-        model.backbone.img_size = (SIDE, SIDE)  # their positions are of one size
+        model.backbone.img_size = (SIDE, SIDE)  # their positions have a fixed size
     if "text_encoder" in model:
-        model.text_encoder.templates = ["a photo of a {}."]  # of 14, each with every class: minutes
+        model.text_encoder.templates = ["a photo of a {}."]  # all 14 templates with all classes take minutes
     if model.type == "QueryInst":
         # Random weights put boxes outside of the picture, where mmdet cannot paste masks.
         for head in model.roi_head.bbox_head:
@@ -143,7 +143,7 @@ def _adjusted(cfg):
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group():
-    """A group of one process, for layers that need a group, and an epoch, for losses that change with it."""
+    """Make a group of one process for layers that need it, and an epoch for losses that depend on it."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     MessageHub.get_current_instance().update_info("epoch", 0)
     yield
@@ -152,7 +152,7 @@ def _process_group():
 
 @pytest.mark.parametrize("folder", _families())
 def test_family_trains_and_predicts(folder, monkeypatch):
-    monkeypatch.chdir(folder.parents[1])  # configs name their teachers' configs as from there
+    monkeypatch.chdir(folder.parents[1])  # configs name their teachers' configs relative to this folder
     torch.manual_seed(0)
     cfg = _adjusted(_smallest(folder))
     print(Path(cfg.filename).name)
@@ -161,14 +161,14 @@ def test_family_trains_and_predicts(folder, monkeypatch):
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = revert_sync_batchnorm(MODELS.build(ConfigDict(cfg.model.copy())))
         if folder.name == "san":
-            # It is initialised from CLIP's weights, which are not here; without them, parts of it are uninitialised.
+            # SAN starts from CLIP's weights, which the test lacks; without them, some parameters are uninitialised.
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     torch.nn.init.normal_(parameter, std=0.02)
         else:
             model.init_weights()
         for module in model.modules():
-            if type(module).__name__ == "TridentConv":  # initialised only by weights that would be loaded
+            if type(module).__name__ == "TridentConv":  # only loaded weights would initialise it
                 torch.nn.init.kaiming_normal_(module.weight)
         data = (_detection if package == "mmdet" else _segmentation)(cfg, side)
         batch = _branches(data) if cfg.model.data_preprocessor.type == "MultiBranchDataPreprocessor" else data
@@ -187,7 +187,7 @@ def test_family_trains_and_predicts(folder, monkeypatch):
         if folder.name in UNPREDICTABLE:
             pytest.xfail(UNPREDICTABLE[folder.name])
         model.eval()
-        one = {key: value[:1] for key, value in data.items()}  # some of mmcv's layers take one picture at a time
+        one = {key: value[:1] for key, value in data.items()}  # some of mmcv's layers take a single picture
         with torch.no_grad():
             found = model(**model.data_preprocessor(one, False), mode="predict")
     assert len(found) == 1

@@ -1,4 +1,4 @@
-"""Deformable and point-wise spatial attention against slow definitions."""
+"""Deformable and point-wise spatial attention, compared with slow definitions."""
 
 import math
 from itertools import product
@@ -13,7 +13,7 @@ STARTS = torch.tensor([0, 12])
 
 
 def deformable_arguments(dtype=torch.float64):
-    """Value, locations (some of them off the maps) and weights: 2 heads of 3 channels, 4 queries, 2 points."""
+    """Value, locations (some lie outside the maps) and weights: 2 heads of 3 channels, 4 queries, 2 points."""
     torch.manual_seed(0)
     value = torch.randn(2, 22, 2, 3, dtype=dtype)
     locations = torch.rand(2, 4, 2, 2, 2, 2, dtype=dtype) * 1.6 - 0.3

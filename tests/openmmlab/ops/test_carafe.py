@@ -1,4 +1,4 @@
-"""CARAFE against its definition."""
+"""CARAFE, compared with its definition."""
 
 from itertools import product
 
@@ -52,7 +52,7 @@ def test_gradients():
 
     features, masks = arguments()
     assert torch.autograd.gradcheck(lambda *tensors: carafe(*tensors, KERNEL, GROUPS, SCALE), (features, masks))
-    # On the CPU mmcv refuses to go back through the naive form, so its operator is called directly.
+    # On a CPU, mmcv refuses the naive form's backward pass, so the test calls the operator directly.
     result = carafe(features, masks, KERNEL, GROUPS, SCALE)
     upstream = torch.randn_like(result)
     expected = torch.autograd.grad(result, (features, masks), upstream)

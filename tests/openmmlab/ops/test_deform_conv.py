@@ -1,4 +1,4 @@
-"""Deformable convolutions against plain convolutions, shifts, and a slow definition."""
+"""Deformable convolutions, compared with plain convolutions, shifts, and a slow definition."""
 
 import math
 from itertools import product
@@ -11,7 +11,7 @@ import terrazzo.openmmlab  # noqa: F401
 
 
 def sample(maps, y, x):
-    """The bilinear sample of maps (C H W) at a position that may lie off them; differentiable in all three."""
+    """The bilinear sample of maps (C H W) at a position that may lie outside; all three arguments have gradients."""
     total = maps.new_zeros(len(maps))
     top, left = math.floor(y.detach()), math.floor(x.detach())
     for row, column in product((top, top + 1), (left, left + 1)):
@@ -47,7 +47,7 @@ STRIDE, PADDING, DILATION, GROUPS, DEFORM_GROUPS = (1, 2), (2, 1), (2, 1), 2, 2
 
 
 def random_arguments():
-    """Input, offset, mask and weight for the settings above: a kernel of 2 x 3, and none of them square or equal."""
+    """Input, offset, mask and weight for the settings above, with a kernel of 2 x 3; all sizes are unequal."""
     torch.manual_seed(0)
     shapes = (2, 4, 4, 5), (2, 2 * 6 * 2, 6, 3), (2, 2 * 6, 6, 3), (6, 2, 2, 3)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -111,7 +111,7 @@ def test_gradient_of_the_weight_alone_and_twice():
     (alone,) = torch.autograd.grad(deform_conv2d(images, offset, weight, *settings).square().sum(), weight)
     images.requires_grad_()
     loss = deform_conv2d(images, offset, weight, *settings).square().sum()
-    for factor in (1, 3):  # in the second call, scratch memory holds leftovers of the first
+    for factor in (1, 3):  # in the second call, scratch memory still holds values of the first
         both = torch.autograd.grad(factor * loss, (images, weight), retain_graph=True)
         torch.testing.assert_close(both[1], factor * alone)
 
@@ -181,7 +181,7 @@ def test_automatic_mixed_precision(name):
 
 
 def test_offsets_of_a_larger_map_are_read_from_their_start():
-    """DyHead gives the offsets of one level to the next, smaller one; mmcv reads the first numbers of each image."""
+    """DyHead uses a level's offsets for the next, smaller level; mmcv reads the first numbers of each image."""
     from mmcv.ops import modulated_deform_conv2d
 
     torch.manual_seed(0)

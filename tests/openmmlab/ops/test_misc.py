@@ -1,4 +1,4 @@
-"""The smaller operators against slow definitions, mmcv's own CPU forms and PyTorch's layers."""
+"""The smaller operators, compared with slow definitions, mmcv's CPU forms and PyTorch's layers."""
 
 import importlib
 import math
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import terrazzo.openmmlab  # noqa: F401
 from terrazzo.errors import InputError
 
-SINGLE = dict(rtol=1e-5, atol=1e-5)  # for results that mmcv's own forms always compute in float32
+SINGLE = dict(rtol=1e-5, atol=1e-5)  # for results that mmcv's forms always compute in float32
 
 
 def double(*shape):
@@ -64,7 +64,7 @@ def test_tin_shift(dtype):
     result = tin_shift(frames, shift)
     assert torch.equal(result, moved(frames.detach()))
     upstream = torch.randn_like(result)
-    # mmcv's gradient moves on in the same direction, which is not the derivative.
+    # mmcv's gradient shifts in the same direction again, which is not the derivative.
     assert torch.equal(torch.autograd.grad(result, frames, upstream)[0], moved(upstream))
 
 
@@ -85,7 +85,7 @@ def test_fused_bias_leakyrelu():
 
 
 def plain_resampling(image, taps, up, down, padding, flip, gain):
-    """The definition on one plane; up and down are (across, down), padding is left, right, top, bottom."""
+    """The definition on a plane; up and down are (across, down), padding is left, right, top, bottom."""
     left, right, top, bottom = padding
     height, width = image.shape[0] * up[1] + top + bottom, image.shape[1] * up[0] + left + right
     spread = image.new_zeros(height, width)
@@ -151,7 +151,7 @@ def test_bias_act(name, clamp):
     result = operator.apply(images, bias)
     torch.testing.assert_close(result, expected)
     if name == "linear" and clamp is not None:
-        return  # mmcv does not pass on what the clamp's gradient needs
+        return  # mmcv does not pass the values that the clamp's gradient needs
     assert torch.autograd.gradcheck(operator.apply, (images, bias))
     assert torch.autograd.gradgradcheck(operator.apply, (images, bias))
 
@@ -192,7 +192,7 @@ def test_filtered_lrelu(shapes, clamp):
     found = torch.autograd.grad(result, (images, bias), upstream)
     torch.testing.assert_close(found, torch.autograd.grad(expected, (images, bias), upstream), **SINGLE)
     assert torch.autograd.gradgradcheck(apply, (images, bias))
-    # In float32 mmcv leaves everything to one operator.
+    # In float32, mmcv calls a single operator.
     limit = math.inf if clamp is None else clamp
     whole, signs, code = _ext.filtered_lrelu(
         images.detach().float(), *taps, bias.detach().float(), torch.empty(0), 2, 3, 3, 2, 4, 1, 0, 0, 1.3, 0.1, limit,
@@ -217,7 +217,7 @@ def test_sync_bn_of_two_processes_is_batch_norm_of_both_their_batches(dtype):
     expected.backward(upstream.flatten(0, 1).float())
 
     def mean_over_processes(function, *arguments):
-        """What mmcv's all_reduce does; the arguments have one entry per process."""
+        """Replace mmcv's all_reduce; the arguments have an entry for each process."""
         totals = []
         for process in range(2):
             totals.append([torch.zeros(3), torch.zeros(3)][: 2 if function is _ext.sync_bn_backward_param else 1])

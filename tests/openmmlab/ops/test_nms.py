@@ -1,4 +1,4 @@
-"""Overlaps of upright boxes and the suppressions of every kind of box, against loops over their definitions."""
+"""Overlaps of upright boxes, and suppression for every kind of box, compared with loops."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_bbox_overlaps(mode, offset):
 
 
 def greedy(overlaps, scores, suppresses):
-    """The kept boxes, each with the boxes that it suppressed, by descending score."""
+    """The kept boxes by descending score, each with the boxes that it suppressed."""
     left = scores.argsort(descending=True).tolist()
     groups = []
     while left:
@@ -129,7 +129,7 @@ def test_batched_nms_keeps_classes_apart():
 
 
 def test_long_chains_of_suppression():
-    """Each box overlaps only the next: every second one remains, however long the chain."""
+    """Each box overlaps only the next, so every second box remains in a chain of any length."""
     from mmcv.ops import nms_rotated
 
     count = 201

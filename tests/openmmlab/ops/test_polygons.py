@@ -1,4 +1,4 @@
-"""Overlaps of rotated boxes and polygons against plain clipping, and the operators on points."""
+"""Overlaps of rotated boxes and polygons, compared with plain clipping, and the operators on points."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ def area(polygon):
 
 
 def clip(subject, polygon):
-    """The part of a polygon inside of a convex one, one border after the other (Sutherland and Hodgman, 1974)."""
+    """The part of a polygon inside a convex polygon, clipped side by side (Sutherland and Hodgman, 1974)."""
     if area(polygon) < 0:
         polygon = polygon[::-1]
     for (x1, y1), (x2, y2) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
@@ -66,7 +66,7 @@ def test_box_iou_rotated(mode, clockwise):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_box_iou_rotated_where_borders_coincide(dtype):
-    """Equal boxes, also with sides swapped or turned by right angles, in each other, side by side, without area."""
+    """Boxes may be equal, have swapped sides, be turned by right angles, contain each other, touch, or be empty."""
     from mmcv.ops import box_iou_rotated
 
     for angle in (0.0, 0.3, math.pi / 4, 1.5, -2.0):
@@ -85,7 +85,7 @@ def test_box_iou_rotated_where_borders_coincide(dtype):
 
 @pytest.mark.parametrize("name", ["box_iou_rotated", "box_iou_quadri"])
 def test_overlaps_where_borders_coincide_but_for_rounding(name):
-    """A box with itself turned by right angles, and with a box of half its length that shares three sides."""
+    """A box overlaps itself turned by a right angle, and a box of half its length that shares three sides."""
     import mmcv.ops as ops
 
     boxes = random_boxes(2000, 6)
@@ -127,7 +127,7 @@ def test_box_iou_quadri_of_rectangles(mode):
 
 
 def test_box_iou_quadri_of_other_quadrilaterals_is_as_mmcv_has_it():
-    """The corner (2, 4) counts as inside the first, because it is in the rectangle over its first and last side."""
+    """The corner (2, 4) counts as inside the first shape: it is in the rectangle over the first and last side."""
     from mmcv.ops import box_iou_quadri
 
     first = torch.tensor([[1.0, 1, 3, 4, 4, 4, 4, 1]])
@@ -136,7 +136,7 @@ def test_box_iou_quadri_of_other_quadrilaterals_is_as_mmcv_has_it():
 
 
 def plain_hull(points):
-    """The vertices of the convex hull, from the lowest, by the monotone chain."""
+    """The vertices of the convex hull, from the lowest vertex, by the monotone chain."""
     points = sorted(set(points), key=lambda point: (point[1], point[0]))
     chains = []
     for ordered in (points, points[::-1]):
@@ -155,7 +155,7 @@ def plain_hull(points):
 def test_convex_hull():
     generator = torch.Generator().manual_seed(0)
     scattered = torch.randn(40, 12, 2, generator=generator, dtype=torch.float64)
-    lattice = torch.randint(0, 4, (200, 12, 2), generator=generator).double()  # duplicates, points in line
+    lattice = torch.randint(0, 4, (200, 12, 2), generator=generator).double()  # with duplicates and collinear points
     for points in (scattered, lattice):
         for row, hull in zip(points, taken(points, convex_hull(points)), strict=True):
             expected = plain_hull([tuple(point) for point in row.tolist()])
@@ -185,9 +185,9 @@ def test_convex_giou_and_its_gradient():
 
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(12, 9, 2, generator=generator, dtype=torch.float64) * 8
-    points[0] += 20  # apart
+    points[0] += 20  # outside
     polygons = rotated_corners(random_boxes(12, 4))
-    points[1] = polygons[1].repeat(3, 1)[:9] * 0.5 + polygons[1].mean(0) * 0.5  # inside, with points twice
+    points[1] = polygons[1].repeat(3, 1)[:9] * 0.5 + polygons[1].mean(0) * 0.5  # inside, with duplicate points
 
     def value(row, points):
         hull = plain_hull([tuple(point) for point in points.tolist()])
@@ -210,7 +210,7 @@ def test_convex_giou_and_its_gradient():
 
 
 def test_convex_giou_gradient_where_a_corner_touches_an_edge():
-    """The square's corner (3, 3) is on an edge of the hull; moving it changes the area only to second order."""
+    """The square's corner (3, 3) lies on an edge of the hull; moving it changes the area to second order only."""
     from mmcv.ops import convex_giou
 
     points = torch.tensor([[1.5, 1.5, 3.5, 1.5, 3.5, 2.5, 2.5, 3.5, 1.5, 3.5, *[2.0] * 8]])

@@ -1,4 +1,4 @@
-"""The pooling operators against loops over their definitions, and their gradients."""
+"""The pooling operators and their gradients, compared with loops over their definitions."""
 
 import importlib
 import math
@@ -35,7 +35,7 @@ def double(values):
 
 
 def bilinear(plane, y, x):
-    """The sample of a map (C H W) at a real position, 0 one pixel and more outside."""
+    """The sample of a map (C H W) at a real position; it is 0 at more than a pixel outside."""
     height, width = plane.shape[1:]
     if y < -1 or y > height or x < -1 or x > width:
         return plane.new_zeros(len(plane))
@@ -54,7 +54,7 @@ def assert_same_with_gradient(result, expected, features):
 
 
 def by_bins(rois, size, sample):
-    """Stacks what `sample` gives for each region and bin as N C and bins."""
+    """Stack the values of `sample` for each region and bin: (N, C, rows, columns)."""
     values = [[[sample(roi, row, column) for column in range(size[1])] for row in range(size[0])] for roi in rois]
     return torch.stack([torch.stack([torch.stack(line) for line in roi]) for roi in values]).permute(0, 3, 1, 2)
 
@@ -68,7 +68,7 @@ def test_roi_pool():
     from mmcv.ops import roi_pool
 
     features, scale = maps(), 0.25
-    empty = [[0, 60.0, 40.0, 80.0, 60.0], [0, 9.0, 9.0, 3.0, 12.0]]  # off the map; of negative width
+    empty = [[0, 60.0, 40.0, 80.0, 60.0], [0, 9.0, 9.0, 3.0, 12.0]]  # outside the map; with negative width
 
     def sample(roi, row, column):
         x1, y1, x2, y2 = roi[1] * scale, roi[2] * scale, (roi[3] + 1) * scale, (roi[4] + 1) * scale
@@ -179,7 +179,7 @@ def test_prroi_pool_is_the_integral_of_the_interpolated_map():
     features, scale = maps(), 0.25
 
     def hats(start, size, pixels):
-        """The mean of the hat max(0, 1 - |u|) around each pixel over an interval, by its midpoints."""
+        """The mean over an interval of the hat max(0, 1 - |u|) around each pixel, by the midpoint rule."""
         places = start + size * (torch.arange(4000, dtype=torch.float64)[:, None] + 0.5) / 4000
         return (1 - (places - torch.arange(pixels)).abs()).clamp(min=0).mean(0)
 
@@ -200,7 +200,7 @@ def test_prroi_pool_is_the_integral_of_the_interpolated_map():
 
 def test_prroi_pool_gradient_of_regions():
     ext = importlib.import_module("mmcv._ext")
-    features, rois = maps().detach(), double([*BOXES[:3], [0, 4.0, 8.0, 4.0, 16.0]])  # the last has no area
+    features, rois = maps().detach(), double([*BOXES[:3], [0, 4.0, 8.0, 4.0, 16.0]])  # the last region has no area
 
     def pool(regions):
         output = torch.full((len(rois), 3, *SIZE), torch.nan, dtype=torch.float64)
@@ -299,14 +299,14 @@ def test_nothing_half_precision_and_strides(name):
     strided = features.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
     result = operator(strided, rois.float().T.contiguous().T)
     torch.testing.assert_close(result, expected)
-    if name != "prroi_pool":  # mmcv's Python side loses this gradient if it has to copy its input
+    if name != "prroi_pool":  # mmcv's Python code loses this gradient if it copies its input
         result, expected = (value.transpose(2, 3).square().sum() for value in (result, expected))
         torch.testing.assert_close(grad(result, strided), grad(expected, features))
     for dtype in (torch.float16, torch.bfloat16):
         reduced = features.detach().to(dtype).requires_grad_()
         result = operator(reduced, rois.to(dtype))
         assert result.dtype == (torch.float32 if name == "prroi_pool" else dtype)
-        expected = operator(reduced.float(), rois.to(dtype).float())  # computed in single precision, rounded at the end
+        expected = operator(reduced.float(), rois.to(dtype).float())  # computed in float32, rounded at the end
         torch.testing.assert_close(result, expected.to(result.dtype), rtol=0, atol=0)
         result.sum().backward()
         assert reduced.grad.dtype == dtype
