@@ -1,4 +1,4 @@
-"""The command as a whole: help, lazy verbs, exit codes, and one line for an error."""
+"""The whole command: help, lazy subcommands, exit codes, and one line for an error."""
 
 import subprocess
 import sys
@@ -91,7 +91,7 @@ def test_error_lines(error, line):
 
 
 class _Damaged(Dataset):
-    """Every item fails with an error that has a cause."""
+    """A data set in which every item fails with an error that has a cause."""
 
     def __len__(self):
         return 1

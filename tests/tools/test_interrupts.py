@@ -34,14 +34,14 @@ def test_a_training_ends_at_once(floors, tmp_path, number, code, word):
                 break
         begin = time.monotonic()
         if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # a terminal sends it to the workers, too
+            os.killpg(process.pid, number)  # a terminal sends the signal to the workers, too
         else:
             process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
         assert time.monotonic() - begin < 2
     assert process.returncode == code
     assert stderr == f"{word}\n"
-    time.sleep(0.2)  # until the system has forgotten the workers
+    time.sleep(0.2)  # until the system has removed the workers
     with pytest.raises(ProcessLookupError):  # no process of the session is left
         os.killpg(process.pid, 0)
     assert not list(work.glob("*.pth"))

@@ -1,4 +1,4 @@
-"""Telling models from configs, and reading what the weights say about themselves."""
+"""Distinguishing models from configs, and reading the facts that weights state."""
 
 import builtins
 

@@ -1,4 +1,4 @@
-"""`terrazzo bench`: it measures what it says, and its tables hold ratios of one run."""
+"""`terrazzo bench`: its measurements are right, and its tables hold ratios from a single run."""
 
 import dataclasses
 import shlex
@@ -28,7 +28,7 @@ from terrazzo.tools.verbs import bench
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """On a busy machine the threads of a tiny problem mostly wait for one another."""
+    """Use a single thread: on a busy machine, threads of a tiny problem mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,14 +63,14 @@ def test_every_family_has_an_entry():
 
 @pytest.mark.parametrize("kind", [None, *registry.KINDS])
 def test_list(kind):
-    """Plain names, which `make bench` goes through."""
+    """The list holds plain names, for the loop of `make bench`."""
     done = CliRunner().invoke(bench.command, ["--list", *([] if kind is None else [kind])])
     assert done.exit_code == 0
     assert done.output.splitlines() == list(registry.BENCHMARKS if kind is None else registry.KINDS[kind])
 
 
 def test_make_bench_measures_every_operator_and_family(tmp_path):
-    """The loop of the Makefile, run with a stand-in for its Python that writes down what it is asked to measure."""
+    """The Makefile's loop runs with a fake Python that records the names of benchmarks."""
     (tmp_path / "bin").mkdir()
     said = tmp_path / "said"
     real = f"{shlex.quote(sys.executable)} -m terrazzo"
@@ -150,7 +150,7 @@ def test_bad_input(arguments, message):
 
 
 class TestOperatorOnGpu:
-    """The GPU's benchmark on the CPU; the fused form is left out, and its times are made up."""
+    """The GPU's benchmark on the CPU; the portable form replaces the fused form, and times are invented."""
 
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     def test_the_command(self, monkeypatch, tmp_path):
@@ -172,7 +172,7 @@ class TestOperatorOnGpu:
         assert {(name, metric) for name in ("fused", "portable", "dense") for metric in (FORWARD, TRAINING)} < found
         assert "1x14x17x1x16, kernel 5x3 dilation 2x3, no bias, bfloat16" in said
         assert "not run: natten hopper-fna" in said
-        assert "not run: flex, forward+backward" in said  # there is none on a CPU
+        assert "not run: flex, forward+backward" in said  # FlexAttention has no backward pass on a CPU
         assert "FlexAttention takes: " in said
 
     def test_shapes(self):
@@ -196,7 +196,7 @@ class TestOperatorOnGpu:
             row("fused", 0.025, variant="kernel 7 dilation 1, no bias"),
             row("copy", 4000.0, "copy bandwidth", variant="kernel 7 dilation 1, no bias"),
         ]
-        # 4 tensors of 200 x 320 x 2 x 32 in two bytes are 32.768 MB, at 4 TB/s 8.2 us.
+        # 4 tensors of 200 x 320 x 2 x 32 with two bytes each have 32.768 MB; at 4 TB/s they take 8.2 us.
         head, lines = bench_neighborhood_attention.table(rows)
         cells = [dict(zip(head, line)) for line in lines]
         assert cells[0]["fused, ms"] == "0.024"
@@ -234,7 +234,7 @@ class TestBackbones:
         assert "x the images/s of test_convnext (1x3x32x64, float32); target at least 0.001: met" in said
 
     def test_models_with_arguments(self, tmp_path, monkeypatch):
-        """Under names that are not models; maps are as good as logits."""
+        """Variants have names that are no models; models may return maps instead of logits."""
         maps = ("test_resnet", dict(features_only=True, out_indices=(2,)))
         family = Family("its map", ("test_resnet",), (Images(32, 64),), variants={"its map": maps})
         monkeypatch.setitem(bench_families.FAMILIES, "dinat", family)

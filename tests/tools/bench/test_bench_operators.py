@@ -1,4 +1,4 @@
-"""`terrazzo bench OPERATOR`: peers compute what the operator does, tables hold ratios of one run."""
+"""`terrazzo bench OPERATOR`: peers give the operator's results, and tables hold ratios from a single run."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ PLAN = Plan(torch.device("cpu"), 0.01)
 
 @pytest.fixture(params=list(bench_operators.OPERATORS))
 def operator(request, monkeypatch):
-    """One of them, on one small size."""
+    """Each operator's benchmark, with a single small size."""
     found = dataclasses.replace(bench_operators.OPERATORS[request.param], at_224=(SMALL[request.param],))
     monkeypatch.setitem(bench_operators.OPERATORS, found.name, found)
     return found
@@ -100,7 +100,7 @@ def test_a_gpus_cases_table_and_verdicts(operator):
 
 
 def test_compiled_forms_are_measured_on_a_gpu(operator):
-    """On a GPU by default; on a CPU on request."""
+    """Compiled forms are measured on a GPU by default, and on a CPU on request."""
     found = {}
     for device in ("cpu", "cuda"):
         plan = dataclasses.replace(PLAN, device=torch.device(device))

@@ -1,4 +1,4 @@
-"""`terrazzo bench reduce`: rows and a table for every r."""
+"""`terrazzo bench reduce` gives rows and a table for every r."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`terrazzo bench FAMILY_runtimes`: every runtime is checked before it is timed, and stands against eager PyTorch."""
+"""`terrazzo bench FAMILY_runtimes`: each runtime is checked before it is timed, and compared with eager PyTorch."""
 
 import dataclasses
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_runs_and_writes(small, tmp_path):
 
 
 def test_what_is_wrong_is_not_timed(small, monkeypatch):
-    """By default what `torch.compile` makes is measured, too."""
+    """Compiled models are measured by default, so they are checked, too."""
     monkeypatch.setattr(torch, "compile", lambda model, **options: lambda x: 2 * model(x))
     wrong = Report(Path("x.onnx.failed"), 1, (Parity("output_0", "example", 0.5, 1e-4, False),), "opset 20")
     monkeypatch.setattr(onnx_export, "export_onnx", lambda *arguments: wrong)

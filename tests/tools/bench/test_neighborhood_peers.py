@@ -1,4 +1,4 @@
-"""The peers compute neighborhood attention: FlexAttention's mask from the definition, its blocks, the dense mask."""
+"""The peers compute neighborhood attention: FlexAttention's mask and blocks, and the dense mask, are right."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from terrazzo.kernels import neighborhood_attention
 from terrazzo.tools.bench.neighborhood import peers
 
-# Not square, odd and even windows, dilations that leave 0, 1 and dilation - 1 of an axis, map = kernel x dilation.
+# Non-square maps, odd and even windows, map = kernel x dilation, and axes with remainders of 0, 1 and dilation - 1.
 WINDOWS = [
     peers.Window((13, 17), (5, 3), (2, 3)),
     peers.Window((17, 13), (3, 5), (4, 1)),
@@ -25,7 +25,7 @@ def inputs(window, heads=2):
     return query, key, value, torch.randn(heads, *(2 * k - 1 for k in window.kernel), dtype=torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # that FlexAttention is not compiled
+@pytest.mark.filterwarnings("ignore::UserWarning")  # FlexAttention is not compiled
 @pytest.mark.parametrize(("window", "bias"), [*((window, True) for window in WINDOWS), (WINDOWS[0], False)], ids=str)
 def test_flex_attention(window, bias):
     query, key, value, rpb = inputs(window)
@@ -39,7 +39,7 @@ def test_flex_attention(window, bias):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_gradients_through_flex_attentions_functions(window):
-    """FlexAttention itself has no gradients on a CPU; its functions, applied to all pairs, have."""
+    """FlexAttention has no gradients on a CPU, so the test applies its functions to all pairs."""
     arguments = [x.requires_grad_() for x in inputs(window)]
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in arguments[:3])
     head = torch.arange(2)[:, None, None]

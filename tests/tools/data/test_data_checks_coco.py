@@ -1,4 +1,4 @@
-"""COCO's annotations against what mmdet and pycocotools read: each way of breaking them is refused by name."""
+"""Checks of COCO annotations: errors in values that mmdet or pycocotools read are refused by name."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ NO_CLASSES = {f"{split}_dataloader.dataset.metainfo": None for split in ("train"
 
 @pytest.fixture(scope="session")
 def cells(tmp_path_factory):
-    """BCCD's layout: boxes of three classes."""
+    """A data set in BCCD's layout: boxes of three classes."""
     root = tmp_path_factory.mktemp("data") / "cells"
     tiny_data.write_detection(root, ("RBC", "WBC", "Platelets"), SIZE, masks=False)
     return root
@@ -24,14 +24,14 @@ def cells(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def nuclei(tmp_path_factory):
-    """The nuclei's layout: masks of one class."""
+    """A data set in the nuclei's layout: masks of one class."""
     root = tmp_path_factory.mktemp("data") / "nuclei"
     tiny_data.write_detection(root, ("nucleus",), SIZE, masks=True)
     return root
 
 
 def broken(root, tmp_path, split, change):
-    """A copy of a data set in which a function has changed what one of its annotation files holds."""
+    """A copy of a data set; a function has changed the content of one of its annotation files."""
     copy = shutil.copytree(root, tmp_path / "copy")
     path = copy / "annotations" / f"instances_{split}.json"
     content = json.loads(path.read_text())
@@ -41,7 +41,7 @@ def broken(root, tmp_path, split, change):
 
 
 def first(kind, **changes):
-    """A change of the second entry of a kind: None takes the key away."""
+    """A change of the second entry of a kind; None removes the key."""
 
     def change(content):
         for key, value in changes.items():
@@ -172,7 +172,7 @@ def test_broken_masks_are_refused(check, nuclei, tmp_path, split, change, words)
 
 
 def test_masks_that_hold(check, nuclei, tmp_path):
-    """Polygons, plain and packed run lengths, and short polygons among whole ones, which real data has."""
+    """Polygons, plain and packed run lengths, and short polygons among valid polygons all pass; real data has them."""
     triangle = [1, 1, 9, 9, 9, 1]
 
     def change(content):
@@ -186,10 +186,10 @@ def test_masks_that_hold(check, nuclei, tmp_path):
 @pytest.mark.parametrize(
     ("change", "split"),
     [
-        (first("annotations", iscrowd=None), "train"),  # only the evaluation reads it
+        (first("annotations", iscrowd=None), "train"),  # only the evaluation reads iscrowd
         (first("annotations", segmentation=None), "train"),  # no masks are read
         (first("annotations", segmentation=[[1, 2]]), "val"),
-        (first("annotations", bbox=[8, 10, 0, 4]), "train"),  # mmdet drops it, and others are left
+        (first("annotations", bbox=[8, 10, 0, 4]), "train"),  # mmdet drops this box, and others remain
         (first("annotations", bbox=[500, 10, 4, 4]), "val"),
         (first("categories", supercategory=7), "test"),
     ],
@@ -226,7 +226,7 @@ def test_classes_in_another_order_are_told_of(check, cells, tmp_path):
 
 
 def test_classes_of_the_data_set_s_own_class(cells, check):
-    """Without metainfo, the 80 classes of COCO count: against the head, and against the file."""
+    """Without metainfo, COCO's 80 classes apply, and are compared with the head and with the file."""
     said = check(BOXES, cells, "train", **NO_CLASSES)
     assert "num_classes is 3, but CocoDataset has, unless train_dataloader.dataset.metainfo.classes names" in said
     said = check(BOXES, cells, "train", **NO_CLASSES, **{"model.bbox_head.num_classes": 80})
@@ -256,7 +256,7 @@ def test_files_that_are_no_annotations_are_refused(check, cells, tmp_path, split
 
 
 def test_a_byte_order_mark_is_read_over(check, cells, tmp_path):
-    """By the check, by mmdet's data sets, and by its metrics."""
+    """The check, mmdet's data sets and mmdet's metrics skip a byte order mark."""
     from mmdet.datasets.api_wrappers import COCO, COCOPanoptic
 
     copy = shutil.copytree(cells, tmp_path / "copy")
@@ -269,7 +269,7 @@ def test_a_byte_order_mark_is_read_over(check, cells, tmp_path):
 
 
 def test_the_metric_s_file_is_checked_as_well(check, cells, tmp_path):
-    """A metric with annotations of its own, which lack a picture of the data set, or are broken."""
+    """A metric's separate annotations may lack a picture of the data set, or be broken."""
     other = tmp_path / "other.json"
     option = {"val_evaluator.ann_file": str(other)}
     content = json.loads((cells / "annotations" / "instances_val.json").read_text())
@@ -292,7 +292,7 @@ def test_the_metric_s_file_is_checked_as_well(check, cells, tmp_path):
 
 
 def test_wrapped_data_sets_are_checked(check, cells, tmp_path):
-    """Inside of RepeatDataset and ConcatDataset; the key leads there."""
+    """Data sets inside RepeatDataset and ConcatDataset are checked; the error names the nested key."""
     from terrazzo.openmmlab.config import load_config
 
     copy = broken(cells, tmp_path, "train", first("annotations", bbox=None))
@@ -318,12 +318,12 @@ def turned(path, orientation, size=None):
     [
         (6, (96, 64), (96, 64), "is read upright as 64x96, but"),
         (8, (96, 64), (96, 64), "is read upright as 64x96, but"),
-        (6, (96, 64), (64, 96), None),  # annotated as it is read
+        (6, (96, 64), (64, 96), None),  # annotated in the orientation in which it is read
         (6, (64, 64), (64, 64), "its size does not show"),
         (3, (96, 64), (96, 64), "its size does not show"),
         (2, (96, 64), (96, 64), "its size does not show"),
         (1, (96, 64), (96, 64), None),
-        (0, (96, 64), (96, 64), None),  # no orientation at all
+        (0, (96, 64), (96, 64), None),  # without an orientation
     ],
 )
 def test_turned_pictures_with_boxes(check, cells, tmp_path, split, orientation, size, said_size, words):
@@ -343,7 +343,7 @@ def test_turned_pictures_with_boxes(check, cells, tmp_path, split, orientation, 
 
 
 def test_panoptic_data(check, tmp_path):
-    """COCO's panoptic segmentations: the json's segments, and the pictures that hold them."""
+    """COCO's panoptic segmentations: the json's segments, and the pictures of the segments."""
     config = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
     root = tmp_path / "coco"
     tiny_data.write_coco(root)
@@ -370,7 +370,7 @@ def test_panoptic_data(check, tmp_path):
 
 
 def test_a_detector_is_refused_before_a_work_dir_is_made(refused, cells, tmp_path):
-    """Through the command: one line, for `train`, `test` and `compare`."""
+    """The commands `train`, `test` and `compare` refuse such data with one line."""
     copy = broken(cells, tmp_path, "train", first("annotations", area=None))
     (copy / "images" / "test" / "0.jpg").write_bytes(b"")
     root, work = ("--data-root", copy), ("--work-dir", tmp_path / "work")

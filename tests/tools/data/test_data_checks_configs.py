@@ -1,4 +1,4 @@
-"""Whole data, in the layouts of the full-size sets, passes the checks of the packaged configs without a word."""
+"""Valid data in the layouts of the full-size data sets passes the packaged configs' checks without output."""
 
 import pytest
 from support import tiny_data
@@ -16,7 +16,7 @@ CONFIGS = [
 
 @pytest.fixture(scope="module")
 def root_of(tmp_path_factory):
-    """A function from the name of a full-size data set to its tiny double; each is written once."""
+    """A function from the name of a full-size data set to its tiny version; each version is written once."""
     roots = {}
 
     def write(name):

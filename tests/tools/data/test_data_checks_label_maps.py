@@ -1,4 +1,4 @@
-"""Label maps against their pictures and the config's classes: every one is read, whatever its number."""
+"""Checks of label maps: all maps are read and compared with their pictures and with the config's classes."""
 
 import shutil
 
@@ -13,7 +13,7 @@ SIZE = (96, 64)
 
 @pytest.fixture(scope="session")
 def streets(tmp_path_factory):
-    """CamVid's layout with six pictures per split: 11 classes, and 255 for no class."""
+    """A data set in CamVid's layout with six pictures per split: 11 classes, and 255 for unlabelled pixels."""
     root = tmp_path_factory.mktemp("data") / "streets"
     tiny_data.write_segmentation(root, ".jpg", 11, SIZE)
     for split in tiny_data.SPLITS:
@@ -54,7 +54,7 @@ def colours():
         (colours, "not a map of class numbers: it has Pillow's mode RGB, 3 channels"),
         (lambda: colours().convert("RGBA"), "mode RGBA, 4 channels"),
         (lambda: Image.fromarray(labels()).convert("LA"), "mode LA, 2 channels"),
-        (lambda: Image.fromarray(labels(second=256, dtype=np.uint16)), "has class 256"),  # 0 in 8 bits
+        (lambda: Image.fromarray(labels(second=256, dtype=np.uint16)), "has class 256"),  # 256 is 0 in 8 bits
         (lambda: Image.fromarray(labels(second=-1, dtype=np.int32)), "has class -1"),
         (lambda: Image.fromarray(labels(second=1.5, dtype=np.float32)), "fractions"),
     ],
@@ -108,7 +108,7 @@ def test_damaged_and_missing_maps(check, copy, spoil, words):
 
 
 def test_a_map_without_a_picture(check, copy):
-    """Nothing reads it, so a warning names it; if its picture has a name that nothing reads, it is refused."""
+    """The map is not read, so a warning names it; if its picture exists under an unread name, the set is refused."""
     picture = copy / "images" / "train" / "5.jpg"
     renamed = picture.rename(picture.with_suffix(".JPG"))
     said = check(CAMVID, copy, "train")
@@ -163,7 +163,7 @@ def test_what_all_maps_hold(check, copy, values, options, words):
 def test_what_a_head_ignores(check, copy):
     Image.fromarray(labels(second=11)).save(copy / "labels" / "train" / "5.png")
     said = check(CAMVID, copy, "train", **{"model.decode_head.ignore_index": 11})
-    assert "has class 255" in said  # of the other maps: the head's loss takes one number
+    assert "has class 255" in said  # in the other maps: the head's loss ignores a single number
     for path in (copy / "labels" / "train").iterdir():
         values = labels(second=11)
         values[-1] = 2
@@ -173,7 +173,7 @@ def test_what_a_head_ignores(check, copy):
 
 
 def test_classes_of_a_data_set_are_renumbered_as_mmseg_does(check, tmp_path):
-    """ADE20K's own class leaves out 0 and, with two classes, ignores the others; it has its own suffixes."""
+    """mmseg's class for ADE20K leaves out 0 and, with two classes, ignores the others; it sets suffixes."""
     root = tmp_path / "ade"
     tiny_data.write_ade20k(root)
     config = "fpn_s2aformer-mini_8xb4-40k_ade20k-512x512"
@@ -207,7 +207,7 @@ def test_a_map_is_turned_as_its_picture_is(check, copy, orientation, size):
 
 
 def test_a_test_set_without_maps(check, copy):
-    """A pipeline that reads no maps needs none."""
+    """A pipeline that reads no maps needs no maps."""
     shutil.rmtree(copy / "labels" / "test")
     assert "labels/test does not exist" in check(CAMVID, copy, "test")
     unlabelled = {
@@ -218,7 +218,7 @@ def test_a_test_set_without_maps(check, copy):
 
 
 def test_masks_of_255_are_warned_of_by_the_command(run, copy, tmp_path):
-    """They train only background, which is not an error: one line per split says so."""
+    """Masks of 255 train only the background. This is no error, so one line per split warns."""
     for split in ("train", "val"):
         for path in (copy / "labels" / split).iterdir():
             Image.fromarray(labels(value=0, second=255)).save(path)

@@ -1,4 +1,4 @@
-"""Pictures of every kind of data set: missing, empty, damaged, cut short."""
+"""Checks of pictures in every kind of data set: missing, empty, damaged or cut short."""
 
 import shutil
 
@@ -140,7 +140,7 @@ def test_an_unknown_data_set_is_named(check, data):
 
 
 def test_other_data_sets_are_left_alone(check, data):
-    """The needs of a VOC data set are not known here; only that its files exist is checked."""
+    """The checks do not know a VOC data set's format, so they only check that its files exist."""
     voc = dict(
         _delete_=True,
         type="XMLDataset",

@@ -1,4 +1,4 @@
-"""Facts about files are kept until they change; a cache that cannot be used costs only time."""
+"""Facts about files are cached until files change; an unusable cache costs only time."""
 
 import os
 import time
@@ -37,7 +37,7 @@ def age(path, seconds=60):
 
 
 class Examine:
-    """Counts the files that are really looked at."""
+    """Record the files that are examined."""
 
     def __init__(self):
         self.seen = []
@@ -65,7 +65,7 @@ def test_what_changes_is_looked_at_again(cache, files):
     sizes(files)
     files[3].write_text("changed")
     files[4].unlink()
-    age(files[5], 30)  # another time, and the same size
+    age(files[5], 30)  # the time changes, the size stays
     found, seen = sizes(files)
     assert (found[3], found[4], found[5]) == (7, None, 5)
     assert sorted(seen) == ["3.txt", "5.txt"]
@@ -79,7 +79,7 @@ def test_other_facts_are_kept_apart(cache, files):
 
 
 def test_a_file_that_was_just_written_is_not_remembered(cache, files):
-    """It could change again without another time."""
+    """A new file could change again within the resolution of its time."""
     files[7].write_text("now")
     sizes(files)
     assert sizes(files)[1] == ["7.txt"]

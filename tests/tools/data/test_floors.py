@@ -1,4 +1,4 @@
-"""The made-up floors: the same from the same seed, and labels, boxes, masks and crops that agree."""
+"""The synthetic floors: a seed gives the same floors, and labels, boxes, masks and crops agree."""
 
 import json
 

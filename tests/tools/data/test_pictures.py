@@ -1,4 +1,4 @@
-"""Pictures of other depths and orientations: each verb reads them like a plain picture."""
+"""Pictures of other depths and orientations: each command reads them like a plain picture."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ GREY = (np.arange(64)[:, None] * 2 + np.arange(96)[None]).astype(np.uint8)
 
 @pytest.fixture
 def scene(tmp_path, monkeypatch):
-    """One grey scene: plain, with 16 bits, of floats, and on its side with EXIF data that say so."""
+    """A grey scene: plain, with 16 bits, as floats, and rotated with an EXIF orientation."""
     monkeypatch.setattr(_pictures, "_noted", set())
     folder = tmp_path / "scene"
     folder.mkdir()
@@ -38,7 +38,7 @@ def scene(tmp_path, monkeypatch):
 
 
 def test_infer_sees_one_scene(run, trained, scene, tmp_path):
-    """Through the pipeline of a config; one line says how floats were converted."""
+    """The pipeline of a config reads the pictures; one line says how floats were converted."""
     config, checkpoint = trained
     result = run("infer", config, scene, "--checkpoint", checkpoint, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -51,7 +51,7 @@ def test_infer_sees_one_scene(run, trained, scene, tmp_path):
 
 
 def test_calibration_sees_one_scene(scene):
-    """`export --int8 --pictures`."""
+    """`export --int8 --pictures` calibrates on these pictures."""
     ready = SimpleNamespace(config=None, size=SIZE)
     samples, _ = lowered_export.evidence(ready, "int8", scene)
     assert len(samples) == 6
@@ -61,7 +61,7 @@ def test_calibration_sees_one_scene(scene):
 
 @pytest.mark.parametrize("name", ["plain.png", "wide.png", "floats.tif", "sideways.png", "sideways_wide.tif"])
 def test_export_compares_on_the_scene(run, scene, monkeypatch, name):
-    """`export --image`."""
+    """`export --image` compares on this picture."""
     seen = []
 
     def photo(picture, *rest):
@@ -81,7 +81,7 @@ def test_export_refuses_a_picture_of_an_unknown_range(refused, tmp_path):
 
 
 def test_the_metric_of_a_file_sees_one_scene(scene):
-    """`export --fp16` and `--int8` with a config: the test data as the file sees it."""
+    """`export --fp16` and `--int8` with a config measure the file on its test data."""
     from mmengine.config import Config
 
     from terrazzo.tools.export.precision.file_metric import FileMetric

@@ -1,4 +1,4 @@
-"""AOTInductor packages: how they run, and the message without a compiler."""
+"""AOTInductor packages run, and a missing compiler gives a message."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ assert not any(name.split(".")[0] in ("terrazzo", "timm") for name in sys.module
 
 @pytest.mark.slow
 def test_needs_neither_terrazzo_nor_a_compiler(tmp_path):
-    """Neighborhood attention is an operator of terrazzo in PyTorch, but not in the package."""
+    """Neighborhood attention is terrazzo's operator in PyTorch; the package does not need terrazzo."""
     small = {"depths": (1, 2, 1, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8), "num_classes": 7}
     net = timm.create_model("dinat_mini", dilations=[[1], [1, 2], [1], [1]], **small).eval()
     image, package = torch.rand(1, 3, 64, 96), tmp_path / "net.pt2"

@@ -1,4 +1,4 @@
-"""The parts of exported detectors give the results of mmdet's and mmcv's code."""
+"""Parts of exported detectors give the results of mmdet's and mmcv's code."""
 
 import onnx
 import pytest
@@ -19,7 +19,7 @@ def random():
 
 
 def some_boxes(count, random):
-    """Boxes (count, 4) in an image of `SIZE`."""
+    """Random boxes (count, 4) in an image of `SIZE`."""
     corners = torch.rand(count, 2, 2, generator=random).sort(dim=1).values
     return (corners * torch.tensor([SIZE[1], SIZE[0]])).flatten(1)
 
@@ -50,7 +50,7 @@ def test_kept(settings, random):
 
     boxes, labels = some_boxes(200, random), torch.randint(0, 3, (200,), generator=random)
     scores = torch.rand(200, generator=random)
-    if "split_thr" not in settings:  # many ties; mmcv leaves them in any order when it goes group by group
+    if "split_thr" not in settings:  # with many ties; mmcv's order of ties is undefined if it runs by groups
         scores = scores.mul(20).round() / 20
     settings = {"type": "nms", "iou_threshold": 0.3, **settings}
     _, expected = batched_nms(boxes, scores, labels, settings)
@@ -67,12 +67,12 @@ def test_pasted(random):
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
     boxes = some_boxes(30, random)
-    boxes[0] = torch.tensor([5.0, 5.0, 5.0, 20.0])  # without width
+    boxes[0] = torch.tensor([5.0, 5.0, 5.0, 20.0])  # with a width of 0
     boxes[1] = torch.tensor([0.0, 0.0, SIZE[1], SIZE[0]])
     boxes[2] = torch.tensor([7.2, 7.2, 7.4, 7.3])
     masks = torch.rand(30, 14, 14, generator=random)
     found = pasted(masks, boxes, SIZE)
-    for mask, box, mine in zip(masks, boxes, found, strict=True):  # one at a time, as mmdet on the CPU
+    for mask, box, mine in zip(masks, boxes, found, strict=True):  # each alone, as in mmdet on a CPU
         expected = torch.zeros(SIZE)
         part, place = _do_paste_mask(mask[None, None], box[None], *SIZE, skip_empty=True)
         expected[place] = part[0]
@@ -91,7 +91,7 @@ def test_boxes_of(random):
 @pytest.mark.parametrize("filtered", [True, False])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 def test_segments(random, filtered, threshold):
-    """Of queries that overlap, of things and stuff; the highest threshold keeps none."""
+    """Queries of things and stuff overlap; the highest threshold keeps no query."""
     from mmdet.models.seg_heads.panoptic_fusion_heads import MaskFormerFusionHead
 
     settings = {"object_mask_thr": threshold, "iou_thr": 0.2, "filter_low_score": filtered}
@@ -108,7 +108,7 @@ def test_segments(random, filtered, threshold):
 
 
 def test_divided(tmp_path):
-    """As in ONNX: in float32, which does not represent all whole numbers of this size."""
+    """ONNX divides in float32, which cannot represent all whole numbers of this size."""
 
     class Net(torch.nn.Module):
         def forward(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Every config except pretraining exports to ONNX at full size, on small images, and gives PyTorch's results."""
+"""All configs except pretraining export full-size models to ONNX, on small images, with PyTorch's results."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ SIZES = {"classification": (64, 96), "segmentation": (64, 96), "detection": (96,
 
 @pytest.fixture
 def folder():
-    """A folder that is removed at once: pytest keeps its own folders, and these hold gigabytes."""
+    """A folder that is removed after the test; pytest would keep its folder, with gigabytes of files."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 

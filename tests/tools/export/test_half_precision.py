@@ -1,4 +1,4 @@
-"""Half precision of named nodes: what is rounded, and what must not be rounded."""
+"""Half precision of named nodes: which values are rounded, and which values must not be rounded."""
 
 import numpy as np
 import onnx
@@ -22,7 +22,7 @@ def _model(nodes, outputs=("y",), constants=None, inside=(), opset=20, size=(4,)
 
 
 def _run(model, x):
-    """By ONNX's own evaluator: ONNX Runtime leaves out half precision on a CPU."""
+    """Run a model in ONNX's evaluator, because ONNX Runtime removes half precision on a CPU."""
     onnx.checker.check_model(model, full_check=True)
     onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return ReferenceEvaluator(model).run(None, {"x": np.asarray(x, np.float32)})
@@ -36,7 +36,7 @@ X = (1025.3, 7.123456, -3.3333333, 0.1)
 
 
 def test_only_named_nodes_round():
-    """Between two nodes in float32, and from the input to one of them, no digit is lost."""
+    """No digit is lost between two float32 nodes, or between the input and a float32 node."""
     nodes = [
         _node("Neg", ["x"], ["a"], "first"),
         _node("Neg", ["a"], ["b"], "second"),
@@ -53,7 +53,7 @@ def test_only_named_nodes_round():
 
 
 def test_each_value_is_cast_once():
-    """A value is cast once, however many nodes take it, in both directions; the given model is not changed."""
+    """A value is cast once for any number of nodes, in both directions; the given model is not changed."""
     nodes = [
         _node("Neg", ["x"], ["a"], "low0"),
         _node("Neg", ["x"], ["b"], "low1"),
@@ -72,7 +72,7 @@ def test_each_value_is_cast_once():
 
 
 def test_outputs_stay_in_float32():
-    """Also where the rest of the graph takes an output, in either precision."""
+    """Outputs are float32, also if other nodes take an output in either precision."""
     nodes = [
         _node("Neg", ["x"], ["y"], "low0"),
         _node("Neg", ["y"], ["z"], "low1"),
@@ -88,7 +88,7 @@ def test_outputs_stay_in_float32():
 
 
 def test_constants():
-    """A constant of both kinds of nodes exists twice; finite constants stay finite, and infinite constants infinite."""
+    """A constant for both kinds of nodes exists twice; finite values stay finite, infinite values stay infinite."""
     big = np.asarray([1e9, -1e9, np.inf, -np.inf], np.float32)
     nodes = [_node("Max", ["x", "big"], ["a"], "high"), _node("Max", ["a", "big"], ["y"], "low")]
     model = _model(nodes, ("y",), {"big": big, "spare": ONE}, ("a",))
@@ -99,7 +99,7 @@ def test_constants():
 
 
 def test_types_in_attributes():
-    """A cast to float32 inside of what is lowered gives half precision; and a constant node has its value in it."""
+    """A lowered cast to float32 gives half precision, and a lowered constant node holds its value in half precision."""
     nodes = [
         _node("Constant", [], ["k"], "low0", value=numpy_helper.from_array(np.full(4, 0.1, np.float32))),
         _node("Cast", ["flags"], ["f"], "low1", to=TensorProto.FLOAT),
@@ -113,7 +113,7 @@ def test_types_in_attributes():
 
 
 def test_inputs_that_must_be_float32():
-    """The scales of Resize have one type only, whatever the picture has."""
+    """The scales of Resize are always float32, for every type of the picture."""
     nodes = [_node("Resize", ["x", "", "scales"], ["y"], "low", mode="nearest")]
     scales = np.asarray([1, 1, 2, 2], np.float32)
     model = _model(nodes, ("y",), {"scales": scales}, size=(None,) * 4)
@@ -124,7 +124,7 @@ def test_inputs_that_must_be_float32():
 
 
 def test_values_that_a_subgraph_takes():
-    """A branch stays in float32, and so does what it takes from outside."""
+    """A branch stays in float32, and so do the outside values that it takes."""
     branch = helper.make_graph(
         [_node("Neg", ["a"], ["r"], "inner")], "then", [], [helper.make_tensor_value_info("r", TensorProto.FLOAT, (4,))]
     )
@@ -145,7 +145,7 @@ def test_values_that_a_subgraph_takes():
 
 
 def test_rounded():
-    """The float32 graph of the same roundings gives the same, by ONNX Runtime, with overflow and shared constants."""
+    """The float32 graph with the same roundings gives equal results in ONNX Runtime, also with overflow."""
     nodes = [
         _node("Mul", ["x", "k"], ["a"], "low0"),
         _node("Reshape", ["a", "shape"], ["b"], "low1"),
@@ -174,7 +174,7 @@ def test_rounded():
     ("operator", "inputs", "able"),
     [
         ("Conv", ("x", "w"), True),
-        ("LayerNormalization", ("x", "w"), True),  # its further outputs must be float32, and are not asked for
+        ("LayerNormalization", ("x", "w"), True),  # its further outputs, which must be float32, are not used
         ("Softmax", ("x",), True),
         ("NonMaxSuppression", ("x", "w"), False),
         ("Shape", ("x",), True),

@@ -1,4 +1,4 @@
-"""Lower precision of exported graphs: which nodes belong to which layer, and which layers must stay in float32."""
+"""Lower precision of exported graphs: the nodes of each layer, and the layers that must stay in float32."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ class Block(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm, self.fc = nn.LayerNorm(channels), nn.Linear(channels, channels)
-        for parameter in self.norm.parameters():  # the exporter would merge equal ones
+        for parameter in self.norm.parameters():  # the exporter would merge equal parameters
             nn.init.uniform_(parameter, 0.5, 1.5)
 
     def forward(self, x):
@@ -78,7 +78,7 @@ def test_layers(graph):
 
 
 def test_what_is_around_a_roi_align_stays(tmp_path):
-    """Its boxes are coordinates; the layers that take its outputs are lowered."""
+    """RoIAlign's boxes are coordinates, so they stay; layers that take its outputs are lowered."""
     from torchvision.ops import RoIAlign
 
     class Extractor(nn.Module):
@@ -104,7 +104,7 @@ def test_what_is_around_a_roi_align_stays(tmp_path):
 
 @pytest.mark.parametrize("precision", [Half, lambda model: Int8(model, SAMPLES)])
 def test_kept_layers_are_exact(graph, precision):
-    """With all layers kept nothing changes; with one layer lowered, the layers before it do not change."""
+    """If all layers are kept, nothing changes; if a layer is lowered, the layers before it do not change."""
     precision = precision(graph)
     names = list(precision.layers)
     loss = output_error(precision, SAMPLES)
@@ -117,7 +117,7 @@ def test_kept_layers_are_exact(graph, precision):
 
 
 def test_half_file(graph):
-    """All weights of layers are of 16 bits, the graph's ends are not, and its measurable form has the same errors."""
+    """Layers' weights have 16 bits, the graph's ends stay in float32, and its measurable form has similar errors."""
     precision = Half(graph)
     lowered = precision.lower()
     kinds = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
@@ -135,7 +135,7 @@ def test_half_file(graph):
 
 
 def test_int8_file(graph):
-    """Both factors of every product with weights are symmetric INT8, as TensorRT requires; kept products have none."""
+    """Both factors of products with weights are symmetric INT8, as TensorRT requires; kept products stay in float32."""
     precision = Int8(graph, SAMPLES)
     assert list(precision.layers) == ["stem", "blocks.0.fc", "blocks.1.fc", "blocks.2.fc"]
     assert not problems(precision.lower())
@@ -150,7 +150,7 @@ def test_int8_file(graph):
 
 
 def test_int8_leaves_stacks_of_matrices(tmp_path):
-    """ONNX Runtime refuses a scale per channel of them: the file would not run."""
+    """ONNX Runtime refuses a scale per channel for stacks, so the file would not run."""
 
     class Stack(nn.Module):
         def __init__(self):
@@ -194,7 +194,7 @@ def test_lower_all_where_that_is_good_enough(graph):
 
 
 def test_layers_that_overflow_stay(tmp_path):
-    """Half precision ends at 65504: only the layer beyond, and the layers that take its values, stay in float32."""
+    """The largest float16 is 65504: a layer above it, and layers that take its values, stay in float32."""
     torch.manual_seed(0)
     graph = exported(Model(gain=1e6), tmp_path)
     precision = Half(graph)
@@ -218,7 +218,7 @@ def test_lower_fails_where_no_choice_is_good_enough(graph):
 
 
 def test_lower_file(graph, tmp_path):
-    """The metric of the file and of each candidate decides; a file that loses too much gets another name."""
+    """The metric of the float32 file and of each candidate decides; a file that loses too much gets another name."""
     file, out = tmp_path / "float32.onnx", tmp_path / "out.onnx"
     onnx.save(graph, file)
     asked = []

@@ -1,4 +1,4 @@
-"""`terrazzo export --fp16` and `--int8`: the metric of the config's data decides, and the table says what was found."""
+"""`terrazzo export --fp16` and `--int8`: the metric on the config's data decides, and a table holds the results."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def nuclei(tmp_path_factory):
 
 
 def test_segmentor(run, trained, floors, tmp_path):
-    """The metric of the file is that of the model, both are in the table, and half precision costs next to nothing."""
+    """The file's metric equals the model's, the table holds both, and half precision loses almost nothing."""
     config, checkpoint = trained
     file = tmp_path / "floors.onnx"
     result = run("export", config, checkpoint, *SIZE, "--fp16", "--data-root", floors, "--out", file)
@@ -56,7 +56,7 @@ def test_segmentor(run, trained, floors, tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_too_large(run, trained, floors, tmp_path, monkeypatch):
-    """Exit code 1, the file under another name, the table with each layer's own effect."""
+    """The exit code is 1, the file has another name, and the table holds the effect of each layer alone."""
     config, checkpoint = trained
     points = iter([50.0] + [40.0] * 100)
     monkeypatch.setattr(file_metric.FileMetric, "__call__", lambda self, predictor: {"mIoU": next(points)})
@@ -72,7 +72,7 @@ def test_a_loss_that_is_too_large(run, trained, floors, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_detector(run, detector, nuclei, tmp_path):
-    """Boxes and masks are measured, on pictures of the file's own size as `terrazzo test` measures them."""
+    """Boxes and masks are measured as in `terrazzo test`, on pictures of the file's size."""
     config, checkpoint = detector
     file = tmp_path / "nuclei.onnx"
     options = ("--data-root", nuclei, "--tolerance", 100)
@@ -87,7 +87,7 @@ def test_detector(run, detector, nuclei, tmp_path):
 
 
 def test_detection_metric_is_that_of_the_labels(detector, nuclei):
-    """A file that finds exactly the truth has 100 points; a file that finds nothing has no points."""
+    """A file that predicts the truth has 100 points; a file that finds nothing has no metric."""
     cfg = load_config(detector[0], nuclei)
     metric = FileMetric(cfg)
 
@@ -127,7 +127,7 @@ def test_classifier_metric(tmp_path):
 
 
 def test_a_model_without_data(run, tmp_path):
-    """Its outputs decide, and the command says that this is little; INT8 asks for pictures."""
+    """The error of the outputs decides, and the command says that this is weak evidence; INT8 needs pictures."""
     torch.manual_seed(0)
     weights = tmp_path / "weights.pth"
     torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), weights)

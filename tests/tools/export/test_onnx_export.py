@@ -1,4 +1,4 @@
-"""The core of the export: parity figures, verdicts, and whole files only."""
+"""The core of the export: parity figures, verdicts, and no partial files."""
 
 import onnx
 import pytest
@@ -11,7 +11,7 @@ from terrazzo.tools.export.formats.onnx import export_onnx
 
 
 class Net(nn.Module):
-    """Two outputs, real numbers and integers; it can export as something else."""
+    """A module with real and integer outputs; its exported form can differ on purpose."""
 
     def __init__(self, shift: float = 0.0, mislabel: bool = False):
         super().__init__()
@@ -116,7 +116,7 @@ def test_refuses_places_and_names(tmp_path, image):
 
 
 class Bent(nn.Module):
-    """Right in PyTorch; the test below breaks its ONNX form."""
+    """A module that is right in PyTorch; the test below breaks its ONNX form."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.erf(x.sigmoid()) * 2

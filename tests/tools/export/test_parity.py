@@ -1,4 +1,4 @@
-"""Comparing detections: by matched boxes, not by rows."""
+"""Detections are compared by matched boxes, not by rows."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_two_boxes_in_one_place_keep_their_labels():
 
 
 def change(index, values):
-    """A function that replaces the first of the outputs at an index."""
+    """A function that replaces the first row of the output at an index."""
 
     def changed(outputs):
         outputs[index] = outputs[index].clone()

@@ -21,7 +21,7 @@ from terrazzo.tools.verbs import export
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Fakes a machine with a GPU and TensorRT; gives the module that builds engines."""
+    """The module that builds engines, on a fake machine with a GPU and TensorRT."""
     monkeypatch.setattr(export, "why_no_engine", lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
     name, user = "terrazzo.tools.export.tensorrt.engine", "terrazzo.tools.export.precision.engine"
@@ -33,7 +33,7 @@ def engines(monkeypatch):
     monkeypatch.setattr(module, "DEVICE", "cpu")
     yield module
     sys.modules.pop(name)
-    sys.modules.pop(user, None)  # it has that module's own names
+    sys.modules.pop(user, None)  # it imported names from that module
 
 
 def test_is_checked_and_timed(run, engines, tmp_path):
@@ -48,7 +48,7 @@ def test_is_checked_and_timed(run, engines, tmp_path):
 
 
 class Found(nn.Module):
-    """The bright pixels of an image, and their number."""
+    """A module that returns the bright pixels of an image, their places and a mask."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         values = x.flatten()
@@ -62,7 +62,7 @@ def image() -> torch.Tensor:
 
 
 def test_sizes_that_are_computed(engines, image, tmp_path):
-    """Outputs in the order of the file, in their types, of one size after another."""
+    """Outputs have the file's order and types, and may change their size from run to run."""
     form = engines.EngineForm(OnnxForm())
     checks = {"darker": 0.6 * image, "nothing": 0 * image}
     report = checked_export(form, Found(), image, tmp_path / "m.engine", checks=checks)
@@ -74,7 +74,7 @@ def test_sizes_that_are_computed(engines, image, tmp_path):
 
 
 def test_lower_precision(run, engines, tmp_path):
-    """The engine is built from the file in lower precision, and compared with the float32 file."""
+    """The engine is built from the lowered file, and compared with the float32 file."""
     arguments = ("--format", "tensorrt", "--size", 64, 96, "--num-classes", 7, "--fp16")
     result = run("export", "resnet10t", *arguments, "--out", tmp_path / "m.engine")
     assert result.exit_code == 0, result.output
@@ -84,7 +84,7 @@ def test_lower_precision(run, engines, tmp_path):
 
 
 def test_an_engine_that_loses_too_much(engines, image, tmp_path, monkeypatch):
-    """The metric of the config decides about the engine as about the file."""
+    """The config's metric decides about the engine, as it does about the file."""
     from terrazzo.tools.export.precision.engine import lowered_engine
 
     torch.manual_seed(0)

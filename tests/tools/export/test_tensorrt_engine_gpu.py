@@ -1,4 +1,4 @@
-"""Engines on a real GPU, with TensorRT itself: what the fake on the CPU cannot show."""
+"""Engines on a real GPU with TensorRT, beyond the limits of the fake on the CPU."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_a_classifier(run, tmp_path, name, dynamic):
 
 
 def test_a_detector(run, detector, tmp_path):
-    """Its outputs are as long as what it finds."""
+    """The lengths of outputs are the numbers of detections."""
     config, checkpoint = detector
     result = run("export", config, checkpoint, "--format", "tensorrt", "--size", 64, 64, "--out", tmp_path / "m.engine")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""What TensorRT documents: the table, and the rules beside it. (Whole backbones: tests/support/capabilities.py.)"""
+"""TensorRT's documented operators: the table and further rules. tests/support/capabilities.py checks backbones."""
 
 import onnx
 import pytest
@@ -39,7 +39,7 @@ def test_table():
 
 
 def test_every_listed_operator_is_onnx():
-    """Against typing errors: all but a few names of old versions are in today's ONNX."""
+    """All names except a few of old versions are in today's ONNX, so typing errors are found."""
     schemas = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}
     assert set(trt.operators()) - schemas <= {"ParametricSoftplus", "ScaledTanh", "ImageScaler"}
 

@@ -1,4 +1,4 @@
-"""Counts against sums done by hand."""
+"""Counts equal sums by hand."""
 
 import pytest
 import timm

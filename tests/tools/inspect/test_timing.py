@@ -1,4 +1,4 @@
-"""The timers of the benchmarks; the GPU's timers run with a fake GPU."""
+"""The timers of benchmarks; the GPU's timers run on a fake GPU."""
 
 import contextlib
 import time

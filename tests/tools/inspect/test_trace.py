@@ -1,4 +1,4 @@
-"""Operations of a pass against what is written in the module."""
+"""The traced operations of a forward pass equal the module's operations."""
 
 import torch
 from torch import nn
@@ -13,12 +13,12 @@ class Block(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act(self.conv(x)).flatten(1)[:, None].transpose(1, 2)  # views move nothing
+        x = self.act(self.conv(x)).flatten(1)[:, None].transpose(1, 2)  # views move no data
         return x * x.new_ones(1).expand(7, 1)[:1]
 
 
 def test_operations():
-    """Float32, 5 x 2 pixels: 30 numbers in, 40 out of the convolution."""
+    """In float32, for 5 x 2 pixels, the convolution reads 30 numbers and writes 40."""
     model = nn.Sequential(Block(), nn.Identity())
     conv, relu, ones, product = trace(model, (5, 2))
     assert (conv.layer, conv.kind) == ("0.conv", "Conv2d")

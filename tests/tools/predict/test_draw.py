@@ -1,4 +1,4 @@
-"""Drawings have the right size and put the right colour in the right place."""
+"""Drawings have the right size, with the right colours in the right places."""
 
 import numpy as np
 import pytest

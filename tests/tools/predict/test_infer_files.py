@@ -1,4 +1,4 @@
-"""`terrazzo infer --runtime`: exported files give what PyTorch gives, as records and as pictures."""
+"""`terrazzo infer --runtime`: exported files give the same records and pictures as PyTorch."""
 
 import json
 
@@ -17,14 +17,14 @@ PYTORCH = [("pt2", "pt2"), pytest.param("aoti", "pt2", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory):
-    """A picture of the size that the files are for, so that nothing is resized."""
+    """A picture of the files' input size, so that it is not resized."""
     path = tmp_path_factory.mktemp("square") / "floor.png"
     Image.fromarray(FloorMaker(seed=5, size=64).make().image).save(path)
     return path
 
 
 def _both(run, tmp_path, runtime, suffix, model, checkpoint, picture, size, classes=(), options=()):
-    """The records and the drawings by PyTorch and by an exported file."""
+    """Compare the drawings by PyTorch and by an exported file, and return both records."""
     file = tmp_path / f"model.{suffix}"
     result = run("export", model, checkpoint, *classes, "--format", runtime, "--size", *size, "--out", file)
     assert result.exit_code == 0, result.output
@@ -44,7 +44,7 @@ def _both(run, tmp_path, runtime, suffix, model, checkpoint, picture, size, clas
 
 @pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES + PYTORCH)
 def test_classifier(run, picture, tmp_path, runtime, suffix):
-    """Any picture is resized and cropped as timm says."""
+    """Pictures are resized and cropped as in timm."""
     torch.manual_seed(0)
     checkpoint, classes = tmp_path / "weights.pth", ("--num-classes", 7)
     torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), checkpoint)

@@ -1,4 +1,4 @@
-"""`terrazzo infer --show-tokens`: what is drawn is what the model did."""
+"""`terrazzo infer --show-tokens`: drawings show the model's real tokens."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_merged_tokens(photo):
     stages = watch.stages()
     assert [(stage.block, stage.tokens) for stage in stages] == [(0, 196), (3, 128), (6, 84), (9, 55)]
     for before, after in itertools.pairwise(stages):
-        # What was one token stays one.
+        # A token stays a single token.
         assert len(np.unique(np.stack([before.of.ravel(), after.of.ravel()]), axis=1).T) == before.tokens
     sky, noise = (len(np.unique(part)) for part in np.split(stages[1].of, 2))
     assert sky < noise
@@ -50,14 +50,14 @@ def test_tokens_of_a_reduced_model(photo):
 
 def test_tokens_of_windows(photo):
     torch.manual_seed(0)
-    model = timm.create_model("mctf_deit_tiny", blocks=(3,), window=5)  # 9 windows of 5 x 5, which are one row too long
+    model = timm.create_model("mctf_deit_tiny", blocks=(3,), window=5)  # 9 windows of 5 x 5 exceed the map by a row
     stages = watched(model, photo).stages()
     assert [stage.tokens for stage in stages[:1]] == [196]
     windows = stages[-1].of.reshape(14, 14)
     corner = set(np.unique(windows[:5, :5]))
     assert not corner & set(np.unique(windows[5:]))
     assert not corner & set(np.unique(windows[:, 5:]))
-    assert len(corner) == 25 - 12  # half of a window
+    assert len(corner) == 25 - 12  # half of a window is merged
 
 
 def test_dropped_tokens(photo):

@@ -1,4 +1,4 @@
-"""The stored capabilities are those of the registered families, each with its test, and the tests can fail."""
+"""Stored capabilities belong to registered families, each has a test, and the tests can fail."""
 
 import dataclasses
 import importlib.util

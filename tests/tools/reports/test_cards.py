@@ -1,4 +1,4 @@
-"""The tables of README.md and of the model cards are what the registry and the result files say."""
+"""The tables of README.md and of the model cards equal the registry and the result files."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ def test_pages_are_up_to_date():
 
 
 def test_every_model_is_counted():
-    """Every backbone's own test checks the counts (tests/support/contract.py)."""
+    """Each backbone's test checks its counts (tests/support/contract.py)."""
     from terrazzo.tools.models import registered_models
 
     rows = results.read(cards.MODELS)

@@ -1,4 +1,4 @@
-"""The table of what lower precision costs."""
+"""The table of losses by lower precision."""
 
 from terrazzo.tools.reports.precision import table
 from terrazzo.tools.results import Row
@@ -11,7 +11,7 @@ def row(dtype, metric, value, unit="1", variant="a"):
 
 
 def file(precision, points, kept, variant="a"):
-    """The rows of a file, as export writes them; one layer of three is named in float32 where `kept`."""
+    """The rows of a file, as export writes them; if `kept`, one of three layers is in float32."""
     return [
         row("float32", "mIoU", 70.0, "points", variant),
         row(precision, "mIoU", points, "points", variant),

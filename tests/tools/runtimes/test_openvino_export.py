@@ -1,4 +1,4 @@
-"""What OpenVINO leaves behind in a process."""
+"""The state of a process after its OpenVINO models are gone."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ subprocess.run([sys.executable, "-c", ""], check=True)
 
 
 def test_signals_after_models_are_gone(tmp_path):
-    """Two cores, destroyed in the order in which they were made, leave the thread without a signal stack."""
+    """If two cores are destroyed in the order of their creation, OpenVINO takes the thread's signal stack away."""
     path = tmp_path / "model.onnx"
     program = torch.export.export(nn.Linear(2, 2).eval(), (torch.ones(1, 2),))
     torch.onnx.export(program, dynamo=True, verbose=False).save(path)

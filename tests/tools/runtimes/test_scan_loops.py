@@ -1,4 +1,4 @@
-"""A Loop in the place of a Scan computes the same, in every runtime."""
+"""A Loop that replaces a Scan gives the same results in every runtime."""
 
 import contextlib
 
@@ -81,7 +81,7 @@ class Scans(torch.nn.Module):
 
 @pytest.mark.parametrize("states", [1, 3])
 def test_selective_scan_in_every_runtime(tmp_path, states):
-    """One Scan for the four orders of a map; ONNX Runtime and OpenVINO give what PyTorch gives, also at other sizes."""
+    """The four orders of a map share a Scan; ONNX Runtime and OpenVINO give PyTorch's results, also at other sizes."""
     torch.manual_seed(0)
 
     def inputs(batch, height, width):
@@ -111,7 +111,7 @@ def test_selective_scan_in_every_runtime(tmp_path, states):
 
 @pytest.mark.parametrize("length", [1, 2, 10, 49])
 def test_unrolled(tmp_path, length):
-    """Without loops: no node with a body, the same numbers, in every runtime."""
+    """Without loops, no node has a body, and every runtime gives the same results."""
     torch.manual_seed(0)
     module = Scans(3).eval()
     given = [torch.randn(2, 1, length, *shape) for shape in ((6,), (4, 6), (4, 3), (4, 3))]
@@ -129,7 +129,7 @@ def test_unrolled(tmp_path, length):
 
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_strong_decays_in_exported_graphs(unrolled):
-    """Step sizes up to 30 with decays down to exp(-16 x 30): the same accuracy as the eager form."""
+    """With step sizes up to 30 and decays down to exp(-16 x 30), graphs are as accurate as the eager form."""
     generator = torch.Generator().manual_seed(0)
     u, delta = (torch.randn(1, 1, 1000, *shape, generator=generator) for shape in ((4,), (1, 4)))
     B, C = (torch.randn(1, 1, 1000, 1, 16, generator=generator) for _ in range(2))

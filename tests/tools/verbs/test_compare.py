@@ -1,4 +1,4 @@
-"""`terrazzo compare`: runs side by side, continued after an interruption."""
+"""`terrazzo compare`: it trains runs, compares them, and continues after an interruption."""
 
 import json
 
@@ -13,7 +13,7 @@ from terrazzo.tools.cli import cli
 from terrazzo.tools.training.comparison import draw
 
 CONFIG = "fpn_dinat-mini_floors"
-SMALLER = "dinat_mini,kernel_size=3,drop_rate=0.1"  # has fewer positions in its tables
+SMALLER = "dinat_mini,kernel_size=3,drop_rate=0.1"  # with smaller bias tables
 
 
 def compare(floors, out, *more):
@@ -44,7 +44,7 @@ def test_compare(floors, tmp_path):
     assert again.exit_code == 0, again.output
     assert not (tmp_path / "out" / "resnet18-0" / "iter_2.pth").exists()
     assert results.read(tmp_path / "out" / "training.csv") == rows
-    # A run that logged no loss has the other figures.
+    # A run without a logged loss has the other figures.
     for path in (tmp_path / "out").glob("*/final.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"losses": []}))
     assert compare(floors, tmp_path / "out").exit_code == 0
@@ -52,7 +52,7 @@ def test_compare(floors, tmp_path):
 
 
 def test_one_loss_is_seen(tmp_path):
-    """The loss of a run as short as the interval of the log."""
+    """If a run is as short as the log's interval, its single loss is drawn."""
     draw({"resnet18": [{"losses": [(5, 1.8)]}]}, tmp_path / "curves.png")
     pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), int)
     pixels = pixels[:, : pixels.shape[1] * 2 // 3]  # the legend is in the upper right corner

@@ -1,4 +1,4 @@
-"""`terrazzo convert`: weights alone, in and out."""
+"""`terrazzo convert`: it reads and writes weights only."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_nested_weights_keep_their_place(tmp_path):
 
 
 def test_tensors_that_share_memory(tmp_path):
-    """Parts of one tensor become tensors of their own; tied weights stay one."""
+    """Parts of a tensor become separate tensors; tied weights stay a single tensor."""
     whole, tied = torch.arange(10000.0), torch.ones(5000)
     torch.save({"a": whole[:2], "b": whole[1:3], "c": tied, "d": tied}, tmp_path / "in.pth")
     for suffix in (".pth", ".safetensors"):
@@ -89,7 +89,7 @@ def test_what_holds_no_named_tensors_is_refused(content, tmp_path):
 
 
 def test_licence_is_said(tmp_path):
-    """The licence of weights, when their names show the model."""
+    """The command states the licence of weights if their names identify the model."""
     save_file({"backbone.levels.2.blocks.0.mixer.A_log": torch.ones(2, 8)}, tmp_path / "in.safetensors")
     done = run(tmp_path / "in.safetensors", tmp_path / "out.pth")
     assert done.exit_code == 0

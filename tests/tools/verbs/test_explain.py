@@ -1,4 +1,4 @@
-"""`terrazzo explain`: the counts of `info`, the layers of the model, and the reasons that the operators give."""
+"""`terrazzo explain`: the counts of `info`, the model's layers, and the operators' reasons."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ def mini():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A device that the fused form takes for a GPU that it runs on."""
+    """A fake device that the fused form accepts as a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(machine, "has_triton", lambda: True)
@@ -117,7 +117,7 @@ class TestReasons:
         assert "2.69 G (2,694,812,672)" in out
 
     def test_environment_names_a_backend(self, run, monkeypatch):
-        """The reference is not the opaque op, and still every call is found and counted."""
+        """The reference does not call the opaque op, but every call is still found and counted."""
         before = facts_of(run, "dinat_mini", "--size", 64, 64)
         monkeypatch.setenv("TERRAZZO_BACKEND", "reference")
         facts = facts_of(run, "dinat_mini", "--size", 64, 64)
@@ -152,7 +152,7 @@ class TestReasons:
         assert named["refused"] == {}
 
     def test_gpu(self, mini, gpu):
-        """What counts is the device asked about, not the one that the shapes ran on."""
+        """The given device decides, not the device on which shapes were traced."""
         facts = explain(mini, trace(mini, 64), gpu)
         assert {call["backend"] for call in facts["calls"]} == {"fused"}
         assert reasons(facts["calls"]) == [
@@ -192,7 +192,7 @@ def test_model_without_operators(run):
 
 
 def test_narrow_terminal(run, monkeypatch):
-    """Headers break; names and figures do not."""
+    """Headers wrap; names and figures do not."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     out = click.unstyle(run("explain", "dinat_tiny", "--size", 800, 1333, "--device", "cpu").stdout)
@@ -236,7 +236,7 @@ def test_a_new_operator_is_found_by_its_name(monkeypatch, gpu):
 
 def test_every_operator_describes_itself():
     folder = Path(terrazzo.kernels.__file__).parent
-    # An operator made only of standard operations has no op.
+    # An operator that consists of standard operations has no op.
     operators = [path.parent.name for path in folder.glob("*/op.py")]
     assert operators
     for name in operators:

@@ -1,4 +1,4 @@
-"""`terrazzo export`: classifiers and segmentors, and what it refuses."""
+"""`terrazzo export`: classifiers, segmentors, and refusals."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_classifier(run, tmp_path):
 
 
 def test_normalisation_is_in_the_graph(run, tmp_path):
-    """Raw pixels into the file give the same result as normalised pixels into the model."""
+    """The file with raw pixels gives the same result as the model with normalised pixels."""
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=7).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -52,7 +52,7 @@ def test_normalisation_is_in_the_graph(run, tmp_path):
     [
         ("openvino", ["m.bin", "m.xml"]),
         ("pt2", ["m.pt2"]),
-        pytest.param("aoti", ["m.pt2"], marks=pytest.mark.slow),  # a compiler works for a minute or more
+        pytest.param("aoti", ["m.pt2"], marks=pytest.mark.slow),  # compilation takes a minute or more
     ],
 )
 def test_other_formats(run, tmp_path, form, names, name):
@@ -126,7 +126,7 @@ def test_segmentor(run, trained, floors, tmp_path):
     logits, labels = onnxruntime.InferenceSession(path).run(None, {"image": pixels})
     assert logits.shape == (1, 6, 64, 64)
     assert labels.shape == (1, 64, 64)
-    # The file names the same classes as `terrazzo infer` does, through mmseg's own pipeline.
+    # The file predicts the same classes as `terrazzo infer`, which uses mmseg's pipeline.
     run("infer", config, floors / "images" / "val" / "floor_0000.png", "--checkpoint", checkpoint, "--out", tmp_path)
     inferred = np.asarray(Image.open(tmp_path / "floor_0000.labels.png"))
     assert (labels[0] != inferred).mean() < 1e-3
@@ -197,7 +197,7 @@ def test_checkpoint_of_other_classes(refused, tmp_path, classes):
 
 @pytest.mark.slow
 def test_segmentor_with_deformable_attention(run, tmp_path):
-    """Mask2Former's results are compared with the results of mmseg's own code."""
+    """Mask2Former's results are compared with the results of mmseg's code."""
     from mmengine.registry import MODELS
 
     from terrazzo.openmmlab.config import load_config

@@ -1,4 +1,4 @@
-"""`terrazzo infer`: classifiers, segmentors and detectors on good pictures and bad ones."""
+"""`terrazzo infer`: classifiers, segmentors and detectors, on valid and invalid pictures."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_detector(run, detector, picture, tmp_path):
 
 
 def mask2former(folder, base, loading):
-    """A small Mask2Former of mmdet with random weights: a config, and a checkpoint of it."""
+    """A config of a small Mask2Former of mmdet, and a checkpoint with random weights."""
     from mmengine.registry import MODELS
 
     from terrazzo.openmmlab.config import load_config, packaged_configs
@@ -142,7 +142,7 @@ def test_mask2former_of_panoptic_segments(run, refused, picture, tmp_path):
     numbers = np.asarray(Image.open(out / "floor.segments.png"))
     assert numbers.shape == (67, 91)
     assert len(record["classes"]) == 133
-    assert record["classes"][0] == "person"  # the checkpoint has no names: they are the data set's own
+    assert record["classes"][0] == "person"  # the checkpoint has no class names, so the data set's names apply
     assert record["segments"]
     assert [segment["id"] for segment in record["segments"]] == list(range(1, numbers.max() + 1))
     for segment in record["segments"]:
@@ -178,7 +178,7 @@ def test_tasks_of_configs(name, task):
 
 
 def test_kinds_of_pictures(run, picture, tmp_path):
-    """Grey, transparent, 16-bit, CMYK and sideways pictures are read; none overwrites another of its name."""
+    """Grey, transparent, 16-bit, CMYK and sideways pictures are read; results of equal names are not overwritten."""
     folder, other = tmp_path / "kinds", tmp_path / "other"
     folder.mkdir()
     other.mkdir()

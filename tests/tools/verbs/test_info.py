@@ -1,4 +1,4 @@
-"""`terrazzo info`."""
+"""`terrazzo info`: facts about a model."""
 
 import json
 
@@ -36,14 +36,14 @@ def test_models_of_timm_itself(run):
 
 
 def test_large_models_allocate_nothing(run):
-    """A gigabyte of weights is described without being built."""
+    """A model with gigabytes of weights is described without building it."""
     facts = json.loads(run("info", "eva_giant_patch14_224", "--json").stdout)
     assert facts["params"] > 1e9
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_counts_do_not_depend_on_the_backend(run, monkeypatch, backend):
-    """A backend that cannot run here, and a backend that is not a single operation."""
+    """The backends cannot run here, or are not a single operation."""
     monkeypatch.delenv("TERRAZZO_BACKEND", raising=False)
     arguments = ("info", "dinat_mini", "--size", 32, 32, "--json")
     before = run(*arguments).stdout

@@ -1,4 +1,4 @@
-"""`terrazzo list`."""
+"""`terrazzo list`: the models and their facts."""
 
 import timm
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a run: one line before it starts, and no work dir."""
+"""A user's mistakes are refused with one line before a run starts, and make no work dir."""
 
 import json
 import math
@@ -103,7 +103,7 @@ def used(run, floors, tmp_path_factory):
     work = tmp_path_factory.mktemp("used") / "work"
     result = run("train", CONFIG, "--data-root", floors, "--work-dir", work, "--max-iters", 1, *TINY)
     assert result.exit_code == 0, result.output
-    time.sleep(1)  # mmengine names the folder of a run's log by the second
+    time.sleep(1)  # mmengine names a log's folder by its second
     return work
 
 
@@ -152,7 +152,7 @@ def test_a_test_that_only_writes_predictions_says_where(run, trained, tmp_path):
 
 
 def test_a_detector_that_finds_nothing_is_said_to(monkeypatch, run, trained):
-    """A test with empty metrics, like CocoMetric's without any box."""
+    """A test may have empty metrics; CocoMetric's are empty if no box is found."""
     monkeypatch.setattr("mmseg.evaluation.metrics.IoUMetric.compute_metrics", lambda self, results: {})
     result = run("test", *trained)
     assert result.exit_code == 0, result.output
@@ -179,7 +179,7 @@ def test_plain_metrics():
 
 
 def test_an_unknown_metric_that_only_the_validation_shows(refused, monkeypatch, floors, tmp_path):
-    """A user's own metric is not known in advance: its first validation ends the run in one line."""
+    """The keys of a user's metric are unknown in advance, so the first validation ends the run with one line."""
     from terrazzo.openmmlab import monitoring
 
     monkeypatch.delitem(monitoring._KEYS, "IoUMetric")

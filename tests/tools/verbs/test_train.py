@@ -1,4 +1,4 @@
-"""`terrazzo train` and `terrazzo test`, as a user runs them."""
+"""`terrazzo train` and `terrazzo test`, run as by a user."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     assert more.exit_code == 0, more.output
     assert "trained 3 iterations" in more.stdout
     assert (work_dir / "iter_3.pth").is_file()
-    # A checkpoint brings all weights, so published ones are not fetched.
+    # A checkpoint has all weights, so published weights are not fetched.
     monkeypatch.setattr("timm.models._builder.load_pretrained", _refuse)
     options = (*TINY, "model.backbone.pretrained=True")
     tested = run("test", CONFIG, work_dir / "iter_3.pth", "--data-root", floors, "--out", out, *options)
@@ -66,22 +66,22 @@ def test_shortened_schedules_end_with_the_training():
     assert cfg.default_hooks.logger.interval == 10
     assert cfg.param_scheduler[-1].end == 50
     mm.shorten(cfg, 3, None)
-    assert cfg.default_hooks.logger.interval == 3  # or a short run would log no loss
+    assert cfg.default_hooks.logger.interval == 3  # otherwise a short run would log no loss
 
 
 def points(cfg):
-    """The times in the schedules of a config: begin, end and milestones of each."""
+    """The begin, end and milestones of each schedule of a config."""
     return [(item.get("begin"), item.get("end"), item.get("milestones")) for item in cfg.param_scheduler]
 
 
 @pytest.mark.parametrize(
     ("name", "epochs", "expected"),
     [
-        # Written as 0 to 20 and 20 to 300, of 310.
+        # The config has 0 to 20 and 20 to 300 of 310 epochs.
         ("dinat-mini_8xb128-300e_imagenet", 31, [(0, 2, None), (2, 30, None)]),
         ("dinat-mini_8xb128-300e_imagenet", 1, [(0, 1, None), (0, 1, None)]),
         ("dinat-mini_8xb128-300e_imagenet", 620, [(0, 40, None), (40, 600, None)]),
-        # Written as 0 to 500 iterations, and 27 and 33 of 36 epochs.
+        # The config has 0 to 500 iterations, and milestones at 27 and 33 of 36 epochs.
         ("mask-rcnn_dinat-mini_fpn_3x_coco", 12, [(0, 167, None), (0, 12, [9, 11])]),
         ("mask-rcnn_dinat-mini_fpn_3x_coco", 1, [(0, 14, None), (0, 1, [1, 1])]),
         ("mask-rcnn_dinat-mini_fpn_3x_coco", 36, [(0, 500, None), (0, 36, [27, 33])]),
@@ -100,14 +100,14 @@ def test_shortened_schedules_of_iterations():
 
     cfg = load_config("mask2former_dinat-large_16xb1-lsj-100e_coco", options={"param_scheduler.T_max": 737_500})
     mm.shorten(cfg, 7375, None)
-    assert cfg.param_scheduler.end == 7375  # a single schedule need not be in a list
+    assert cfg.param_scheduler.end == 7375  # a single schedule may be without a list
     assert cfg.param_scheduler.T_max == 7375
     assert cfg.param_scheduler.milestones == [6556, 7102]
 
 
 @pytest.mark.parametrize("length", [5, 1])
 def test_rate_of_a_shortened_run(length):
-    """The ImageNet schedule over a few epochs of 4 batches: the rate rises, falls, and ends at the lowest."""
+    """With the ImageNet schedule over a few epochs of 4 batches, the rate rises, falls, and ends at its minimum."""
     from mmengine.optim import OptimWrapper
     from mmengine.registry import PARAM_SCHEDULERS
 
@@ -186,7 +186,7 @@ def test_train_refuses_labels_beyond_the_classes(refused, floors, tmp_path):
 
 
 def test_train_refuses_categories_of_other_names(refused, floors, tmp_path):
-    """The detection config for blood cells, fed with floors: the annotation file has no such categories."""
+    """The detection config for blood cells gets floors: the annotation file lacks the config's categories."""
     copy = shutil.copytree(floors, tmp_path / "floors")
     config = "retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480"
     assert "does not have RBC" in refused("train", config, "--data-root", copy, "--work-dir", tmp_path / "work")
@@ -227,7 +227,7 @@ def test_test_refusals(refused, trained, floors, tmp_path):
 
 
 def test_a_recipe_is_for_training_alone(refused, run, tmp_path):
-    """Training without the teacher's weights is refused before anything is made; testing needs none."""
+    """Training without the teacher's weights is refused before files are written; testing needs no teacher."""
     config = "asvit-deit-tiny_1xb64-30e_eurosat64"
     cfg = load_config(config)
     tiny_data.write_folders(tmp_path, cfg.metainfo.classes, (64, 64))
