@@ -16,8 +16,8 @@ def imagenet_cfg(top1: float | str | None, **about: Any) -> dict[str, Any]:
     """timm's configuration of an ImageNet-1K classifier for images of 224 x 224 whose last map has stride 32.
 
     Args:
-        top1: What the authors published, in percent, or words instead; None to say nothing.
-        **about: Further entries. They may replace those that are set here.
+        top1: The accuracy that the authors published, in percent, or a text; None to leave it out.
+        **about: Further entries. They may replace entries that are set here.
     """
     common = dict(
         num_classes=1000,
@@ -79,5 +79,5 @@ def _entrypoint(
     entrypoint.__module__ = module
     entrypoint.__annotations__["return"] = model_cls
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    entrypoint.__doc__ = f"{model_cls.__name__} with {given}; further arguments are those of the class."
+    entrypoint.__doc__ = f"{model_cls.__name__} with {given}; the class's other arguments work, too."
     return entrypoint

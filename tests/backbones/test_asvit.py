@@ -177,7 +177,7 @@ class TestPruning:
             sets = kept(model, images)
             assert [{len(row) for row in stage} for stage in sets] == [{40}, {20}, {10}]
             assert torch.equal(model.forward_features(images)[:, :1].isfinite().all(), torch.tensor(True))
-            # Set thresholds of the packed form between two scores, so that an image keeps as many tokens.
+            # Set thresholds of the packed form between two scores, so that an image keeps the same number of tokens.
             x, state = packed.begin(images[:1])
             for block in packed.blocks:
                 if state.depth in packed.reducer.blocks:

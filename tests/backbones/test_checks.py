@@ -1,4 +1,4 @@
-"""Inputs that are not images or numbers are refused in a line; NumPy's numbers and scalar tensors are numbers."""
+"""Inputs that are not images or numbers are refused in one line; NumPy's numbers and scalar tensors are numbers."""
 
 import numpy as np
 import pytest

@@ -46,7 +46,7 @@ def test_variants_are_functions_of_their_module(family):
 
 
 def test_a_variant_says_what_it_is():
-    text = "VMamba with embed_dim=128, depths=(2, 2, 20, 2); further arguments are those of the class."
+    text = "VMamba with embed_dim=128, depths=(2, 2, 20, 2); the class's other arguments work, too."
     assert timm.models.model_entrypoint("vmamba_base_s1l20").__doc__ == text
 
 
@@ -59,7 +59,7 @@ def test_arguments_of_a_variant_can_be_replaced():
 
 
 def test_a_new_file_is_found(tmp_path):
-    """The folder also holds a file and a folder that are no families."""
+    """The folder also holds a file and a folder that are not families."""
     copy = tmp_path / "terrazzo"
     copy.mkdir()
     for name in ("__init__.py", "_version.py", "errors.py"):

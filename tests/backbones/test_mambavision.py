@@ -205,7 +205,7 @@ class TestArchitecture:
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
     def test_multiply_adds_of_padding(self):
-        """In G, at 224, with a detector's windows: last blocks skip the padding, or do not, or windows are fitted."""
+        """Multiply-adds in G at 224, a detector's windows: last blocks skip or keep padding, or windows are fitted."""
         model = timm.create_model("mambavision_t", window_size=(112, 56), device="meta")
         assert measure(model, 224).macs / 1e9 == pytest.approx(466.5, abs=0.1)
         for stage in model.stages[2:]:

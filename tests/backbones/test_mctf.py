@@ -198,7 +198,7 @@ class TestRestore:
         return torch.randn(2, 25, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def test_idle_blocks(self, x):
-        """ "delta" restores the input; "copy" gives the projection, in which members of a group are equal."""
+        """Mode "delta" restores the input; mode "copy" gives the projection: members of a group are equal."""
         z, state = reduced(x, (6, 5))
         torch.testing.assert_close(restored(z, state, "delta"), x, rtol=0, atol=1e-12)
         copied = restored(z, state, "copy")

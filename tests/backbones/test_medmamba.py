@@ -41,7 +41,7 @@ PUBLISHED = {
 
 
 def projections(model):
-    """The multiply-adds in G at 224 of the scans' projections, which are no modules."""
+    """The multiply-adds in G at 224 of the scans' projections, which are not modules."""
     total = 0
     for info, stage in zip(model.feature_info, model.stages):
         pixels = (224 // info["reduction"]) ** 2

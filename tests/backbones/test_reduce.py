@@ -225,7 +225,7 @@ class TestPruning:
 
     @torch.no_grad()
     def test_forms_agree(self, vit):
-        """The masked form agrees up to the effect of 1e-6; the fixed form agrees if it keeps as many tokens."""
+        """The masked form agrees up to the effect of 1e-6; the fixed form agrees if it keeps the same number."""
         x = image((224, 224)).double()
         wanted, maps = self.pruned(vit).forward_intermediates(x, norm=True)
         tokens, state = vit._begin(x, maps=False)

@@ -1,4 +1,4 @@
-"""The reader of checkpoints: it accepts plain data, and refuses attacks with one line while the process lives on."""
+"""The reader of checkpoints: it accepts plain data, and refuses attacks in one line without killing the process."""
 
 import collections
 import contextlib

@@ -62,7 +62,7 @@ class TestAgainstDouble:
             assert triton_attentive.repeats(dtype, GPU)
 
     def test_addresses_have_64_bits(self):
-        """There are enough images that the last image begins beyond 2^31 elements."""
+        """The last image begins beyond 2^31 elements."""
         one = [y.detach() for y in triton_attentive.inputs(1, 64, 56, 56, dtype=torch.float16, device=GPU)]
         images = 2**31 // one[0].numel() + 2
         x, value = (y.expand(images, -1, -1, -1) for y in one[:2])

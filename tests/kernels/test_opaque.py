@@ -1,4 +1,4 @@
-"""PyTorch's demands on every operator beside value and gradient: other derivatives, transforms, and an empty batch."""
+"""PyTorch's demands on every operator besides value and gradient: other derivatives, transforms, and an empty batch."""
 
 import importlib
 

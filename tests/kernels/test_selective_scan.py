@@ -285,7 +285,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("broken", ["wholes", "scan_back", "take"])
     def test_mutation(self, monkeypatch, broken):
-        """A decay of 1 between runs, gradients without later steps, a reversed order that runs forward: tests fail."""
+        """Mistakes change results: a decay of 1 between runs, gradients without later steps, a wrong reversed order."""
         arguments = sequences(1, 4, 200, 2)
         options = dict(delta_softplus=True, reverse=True)
         wanted = run(arguments, "reference", **options)

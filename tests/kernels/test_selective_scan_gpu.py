@@ -101,7 +101,7 @@ def test_opcheck(merge):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_break(dynamic):
-    """inductor compiles; it may round operations around the op differently."""
+    """Compiled by inductor, operations around the op may be rounded differently."""
     assert triton_scan.compiled(dynamic, GPU, "inductor") < 1e-4
 
 

@@ -72,7 +72,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_invariants(self, case):
-        """The map is onto [0, M), protected tokens stay alone in their places, and the sum of sizes stays."""
+        """The map is onto [0, M), protected tokens stay alone in their places, and the sum of sizes is unchanged."""
         x, size, importance = inputs(case["count"])
         found = planned(case, size, importance, x)
         for row in found.map:
@@ -141,7 +141,7 @@ class TestPlan:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("bidirectional", [False, True])
     def test_padding_changes_nothing(self, backend, bidirectional):
-        """Tokens of size 0 behind a sequence do not change how other tokens are merged."""
+        """Tokens of size 0 after a sequence do not change how other tokens are merged."""
         x, size, importance = inputs(13)
         padded = [torch.cat([t, t[:, :4]], 1) for t in (x, size, importance)]
         padded[1][:, 13:] = 0

@@ -69,7 +69,7 @@ def test_what_sees_what(model):
 
 
 def test_targets_are_pixels_of_the_same_place(model):
-    """A target lists a patch by row, column and channel, normalised with the unbiased variance; cluster 0 has none."""
+    """A target is a patch by row, column and channel, normalised with the unbiased variance; cluster 0 is left out."""
     x = torch.randn(1, 3, 64, 64)
     found = in_clusters(model._normalised_patches(x), 2)[0, 4:]
     patch = x[0, :, 8:16, 24:32].permute(1, 2, 0).flatten()  # row 1, column 3: the last token of the second cluster

@@ -54,7 +54,7 @@ def proven(cell: Cell, write: bool) -> Iterator[None]:
         return
     stored = capability_results.read().get((cell.family, cell.capability))
     hint = f"run `pytest {cell.test.split('::')[0]} --write-capabilities`, then `terrazzo cards`"
-    assert stored is not None, f"{capability_results.PATH} has no row for {cell.family}, {cell.capability}; {hint}"
+    assert stored is not None, f"{capability_results.PATH} has no row of {cell.family}, {cell.capability}; {hint}"
     assert stored == dataclasses.replace(cell, versions=stored.versions, commit=stored.commit), hint
 
 

@@ -177,7 +177,7 @@ def mutated(helper, split):
             return original(*arguments) ^ 2
         if way == "columns":
             return original(*arguments) ^ 1
-        if way == "mask":  # steps behind the last step count as real
+        if way == "mask":  # steps after the last step count as real
             p_delta, o_delta, real, *others = arguments
             return original(p_delta, o_delta, real | ~real, *others)
         if way == "bias":

@@ -74,7 +74,7 @@ def mutated(helper, magnitude=1):
         if helper == "best_key":
             query, low, high = arguments
             return original(-query, low, high)
-        if helper == "weights":  # keys behind the last key count as real
+        if helper == "weights":  # keys after the last key count as real
             query, key, best, real = arguments
             return original(query, key, best, real | ~real)
         if helper == "extrema":

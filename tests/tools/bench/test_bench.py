@@ -234,7 +234,7 @@ class TestBackbones:
         assert "x the images/s of test_convnext (1x3x32x64, float32); target at least 0.001: met" in said
 
     def test_models_with_arguments(self, tmp_path, monkeypatch):
-        """Variants have names that are no models; models may return maps instead of logits."""
+        """Names of variants need not be names of models; models may return maps instead of logits."""
         maps = ("test_resnet", dict(features_only=True, out_indices=(2,)))
         family = Family("its map", ("test_resnet",), (Images(32, 64),), variants={"its map": maps})
         monkeypatch.setitem(bench_families.FAMILIES, "dinat", family)

@@ -218,7 +218,7 @@ def test_a_test_set_without_maps(check, copy):
 
 
 def test_masks_of_255_are_warned_of_by_the_command(run, copy, tmp_path):
-    """Masks of 255 train only the background. This is no error, so one line per split warns."""
+    """Masks of 255 train only the background. This is not an error, so one line per split warns."""
     for split in ("train", "val"):
         for path in (copy / "labels" / split).iterdir():
             Image.fromarray(labels(value=0, second=255)).save(path)
