@@ -58,6 +58,7 @@ class TestInterpreted:
         """Also of more parts than some have positions."""
         check(interpreted("triton_attentive.splits", parts))
 
+    @SLOW
     def test_same_bits_every_time(self, interpreted):
         assert interpreted("triton_attentive.repeats")
 

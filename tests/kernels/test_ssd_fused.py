@@ -19,7 +19,7 @@ class TestInterpreted:
     """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
 
     @pytest.mark.parametrize("reverse", [False, True])
-    @pytest.mark.parametrize("length", [1, 63, 64, 65, 130, pytest.param(300, marks=SLOW)])
+    @pytest.mark.parametrize("length", [1, 64, 65, 130, *(pytest.param(length, marks=SLOW) for length in (63, 300))])
     def test_lengths(self, interpreted, length, reverse):
         check(interpreted("triton_ssd.errors", length=length, reverse=reverse))
 
@@ -31,12 +31,13 @@ class TestInterpreted:
         check(interpreted("triton_ssd.errors", width=width, states=states))
 
     def test_groups_heads_and_batches(self, interpreted):
-        check(interpreted("triton_ssd.errors", 2, 70, 6, 8, 3, 8, extras=False))
+        check(interpreted("triton_ssd.errors", 2, 66, 4, 8, 2, 8, extras=False))
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_half_precision(self, interpreted, dtype):
         check(interpreted("triton_ssd.errors", length=130, width=16, states=16, dtype=dtype))
 
+    @SLOW
     def test_same_bits_every_time(self, interpreted):
         assert interpreted("triton_ssd.repeats")
 

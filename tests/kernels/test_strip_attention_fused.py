@@ -54,6 +54,7 @@ class TestInterpreted:
     def test_layouts_heads_and_batches(self, interpreted, layout):
         check(interpreted("triton_strip.errors", 2, 35, 18, 3, 24, layout=layout))
 
+    @SLOW
     def test_same_bits_every_time(self, interpreted):
         assert interpreted("triton_strip.repeats", 600, 9)
 

@@ -54,8 +54,9 @@ def _shrink(value):
             _shrink(item)
 
 
-# Arguments that make the models of a family small. In other families, a large model is swapped for dinat_mini.
+# Arguments that make the models of a family small. In other families, a large model is swapped for a small DiNAT.
 SMALLER = {
+    "dinat": dict(depths=(1, 1, 1, 1), embed_dim=32, num_heads=(1, 2, 4, 8), dilations=[[2], [1], [1], [1]]),
     "mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4)),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
     "mctf": dict(embed_dim=96, num_heads=3),
@@ -69,16 +70,15 @@ def _shrink_model(model):
     backbone.pretrained = False
     if backbone.name.startswith("roma"):  # a plain backbone stays plain, with two blocks
         backbone.update(depth=2, out_indices=(1,))
-    elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 20e6:
+    elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 10e6:
         family, indices = backbone.name.split("_")[0], backbone.get("out_indices", (0, 1, 2, 3))
-        if family in SMALLER:
-            backbone.update(SMALLER[family])
-        else:
-            for key in ("dilations", "kernel_size", "img_size", "patch_size"):
+        if family not in SMALLER or family == "dinat":
+            for key in ("kernel_size", "img_size", "patch_size"):
                 backbone.pop(key, None)
-            backbone.name = "dinat_mini"
+            family, backbone.name = "dinat", "dinat_mini"
+        backbone.update(SMALLER[family])
         pyramid = timm.create_model(
-            backbone.name, features_only=True, out_indices=indices, device="meta", **SMALLER.get(family, {})
+            backbone.name, features_only=True, out_indices=indices, device="meta", **SMALLER[family]
         )
         channels = pyramid.feature_info.channels()
         behind = next((model[key] for key in ("neck", "panoptic_head", "decode_head") if model.get(key)), {})
@@ -94,6 +94,9 @@ def _shrink_model(model):
         for stage in stages if isinstance(stages, list) else [stages]:
             stage.sampler.num = 32
         model.test_cfg.rpn.max_per_img = 50
+        heads = model.roi_head.bbox_head
+        for head in heads if isinstance(heads, list) else [heads]:
+            head.fc_out_channels = 64
     preprocessor = model.get("data_preprocessor") or {}
     for part in (preprocessor, *(preprocessor.get("batch_augments") or ())):
         if "size" in part:

@@ -31,6 +31,8 @@ RANDOM = {
     "train_dataloader.persistent_workers": True,
     "train_dataloader.dataset.pipeline.2.crop_size": (64, 64),
     "model.data_preprocessor.size": (64, 64),
+    "model.backbone.name": "resnet10t",
+    "model.backbone.out_indices": (1, 2, 3, 4),
     "model.backbone.drop_path_rate": 0.3,
     "model.decode_head.dropout_ratio": 0.3,
     "train_cfg.max_iters": 9,
@@ -122,6 +124,7 @@ def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
 def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
     """The same for a loop of epochs, with mixup, augmentation and an average of the weights."""
     options = {
+        "model.backbone.name": "resnet10t",
         "train_dataloader.batch_size": 4,
         "train_dataloader.num_workers": 2,
         "train_dataloader.dataset.transform.input_size": 64,
@@ -167,6 +170,7 @@ def test_workers_end_with_the_run(config, tiny_data, tmp_path):
         options = {**RANDOM, "train_cfg.max_iters": 1}
     else:
         options = {"train_dataloader.dataset.transform.input_size": 64, "train_cfg.max_epochs": 1}
+        options["model.backbone.name"] = "resnet10t"
     for loader in ("train_dataloader", "val_dataloader"):
         options |= {f"{loader}.num_workers": 1, f"{loader}.persistent_workers": True, f"{loader}.batch_size": 4}
     cfg = load_config(config, tiny_data(config.rpartition("_")[2]), options)
@@ -273,12 +277,12 @@ def test_nan_from_weights_and_from_data(place, tiny_data, tmp_path):
     class Spoil(Hook):
         def before_train_iter(self, runner, batch_idx, data_batch=None):
             if place == "weights":
-                runner.model.backbone.model.stages[1].blocks[0].mlp.fc1.weight.data[0, 0] = math.nan
+                runner.model.backbone.model.layer2[0].conv1.weight.data[0, 0] = math.nan
             else:
                 data_batch["inputs"] = [image * math.nan for image in data_batch["inputs"]]
 
     runner.register_hook(Spoil())
-    words = r"stages\.1\.blocks\.0\.mlp\.fc1\.weight" if place == "weights" else "the batch itself"
+    words = r"layer2\.0\.conv1\.weight" if place == "weights" else "the batch itself"
     with pytest.raises(NonFiniteError, match=words):
         runner.train()
 

@@ -96,7 +96,7 @@ def repeats(dtype="float32", device="cpu"):
 
 
 def opcheck(reverse, device="cpu"):
-    x, dt, A, B, C, *_ = inputs(2, 70, 2, 8, 1, 8, False, torch.float32, device)
+    x, dt, A, B, C, *_ = inputs(1, 70, 1, 8, 1, 8, False, torch.float32, device)
     dt = dt.detach().abs().requires_grad_()
     torch.library.opcheck(torch.ops.terrazzo.ssd.default, (x, dt, A, B, C, reverse))
 
