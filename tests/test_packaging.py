@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("backbones", "checkpoints", "kernels", "necks", "openmmlab", "configs", "tools")
@@ -91,8 +92,8 @@ def test_importing_terrazzo_is_light():
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(*sorted(new & {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'triton', 'cv2', 'numba'}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    done = run_code(code)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +158,7 @@ for name in sys.argv[2:]:
 print(*terrazzo.backbones.FAMILIES)
 print(len(timm.list_models(module="dinat")))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), *modules], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = run_code(code, tmp_path, *modules, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     *families, count = done.stdout.split()
     assert set(families) == {path.stem for path in (ROOT / "backbones").glob("[!_]*.py")}

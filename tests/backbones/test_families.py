@@ -3,12 +3,11 @@
 import importlib
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
+from support.processes import run_code
 
 import terrazzo.backbones
 from terrazzo.tools.models import registered_models
@@ -79,6 +78,6 @@ import terrazzo, timm
 assert terrazzo.__file__.startswith(sys.argv[1]), terrazzo.__file__
 print(*timm.list_models(module="toy"))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    done = run_code(code, tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["toy_tiny"]

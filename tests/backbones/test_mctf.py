@@ -291,6 +291,7 @@ class TestRestore:
 
 
 class TestExport:
+    @pytest.mark.slow  # the contract exports a merging block
     def test_onnx_of_every_merging_block(self, tmp_path):
         onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
         model = build(TINY, depth=4)

@@ -76,7 +76,9 @@ class TestInterpreted:
     def test_layouts_heads_and_batches(self, interpreted, layout, size):
         check(interpreted("errors", size, 3, 2, heads=3, dim=24, batch=2, layout=layout))
 
-    @pytest.mark.parametrize(("length", "kernel", "dilation"), [(7, 7, 1), (41, 7, 3), slow(70, 6, 1), slow(150, 40, 1)])
+    @pytest.mark.parametrize(
+        ("length", "kernel", "dilation"), [(7, 7, 1), (41, 7, 3), slow(70, 6, 1), slow(150, 40, 1)]
+    )
     def test_sequences(self, interpreted, length, kernel, dilation):
         for half_blocks in (False, True):
             check(interpreted("errors", (length,), kernel, dilation, half_blocks=half_blocks))

@@ -3,8 +3,6 @@
 import importlib
 import math
 import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import timm
 import torch
 from support import triton_scan
+from support.processes import run_code
 from support.triton_common import check
 
 import terrazzo  # noqa: F401
@@ -248,7 +247,8 @@ class TestOperator:
             "k.selective_scan(x, x, -torch.ones(2, 1), torch.ones(1, 1, 8), torch.ones(1, 1, 8))\n"
             "assert 'numba' in sys.modules"
         )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        done = run_code(code)
+        assert done.returncode == 0, done.stderr
 
     def test_a_cache_that_cannot_be_written_costs_only_time(self, tmp_path):
         (tmp_path / "cache").write_text("a file in the place of the folder")
@@ -259,6 +259,6 @@ class TestOperator:
         environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "", "HOME": str(tmp_path / "cache")}
         environment = {**os.environ, **environment}
         environment.pop("NUMBA_CACHE_DIR", None)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        done = run_code(code, env=environment)
         assert done.returncode == 0, done.stderr
         assert float(done.stdout) == pytest.approx(1 + math.exp(-1))

@@ -1,10 +1,8 @@
 """Every fused form's demands on the machine."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from support.processes import run_code
 
 from terrazzo.kernels.triton_host import machine
 
@@ -66,4 +64,5 @@ def test_kernels_are_imported_at_first_use_only():
         "found = {name for name in sys.modules if name.startswith('terrazzo.kernels') and '.fused_' in name}\n"
         "sys.exit(any('cpu' not in name and 'numba' not in name for name in found))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr

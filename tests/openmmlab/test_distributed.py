@@ -21,6 +21,10 @@ OPTIONS = {
     "train_dataloader.persistent_workers": False,
     "train_dataloader.dataset.transform.input_size": 64,
     "model.backbone.drop_path_rate": 0.0,
+    "model.backbone.depths": (1, 1, 1, 1),
+    "model.backbone.embed_dim": 32,
+    "model.backbone.num_heads": (1, 2, 4, 8),
+    "model.backbone.dilations": [[2], [1], [1], [1]],
     "param_scheduler": None,  # it counts iterations, and accumulation needs more iterations
     "model.mixup": None,  # it mixes within a batch
     "model.loss": {"type": "CrossEntropyLoss"},

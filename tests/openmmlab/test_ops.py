@@ -3,12 +3,12 @@
 import importlib.util
 import math
 import pkgutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import run_code
 
 import terrazzo.openmmlab  # noqa: F401
 from terrazzo.errors import BackendError
@@ -276,7 +276,7 @@ def test_compiled_mmcv_takes_precedence(tmp_path):
         "import terrazzo.openmmlab, mmcv._ext\n"
         "print(mmcv._ext.compiled)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = run_code(code, tmp_path)
     assert done.stdout.strip() == "True", done.stderr
 
 
@@ -287,7 +287,7 @@ def test_fork_of_mmcv_keeps_its_own_operators(tmp_path):
     (tmp_path / "mmcv" / "__init__.py").write_text(f"__version__ = '2.9.0'; __path__.append({rest!r})")
     (tmp_path / "mmcv" / "_ext.py").write_text("nms = 'that of the fork'")
     code = "import sys; sys.path.insert(0, sys.argv[1]); import terrazzo.openmmlab, mmcv._ext; print(mmcv._ext.nms)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = run_code(code, tmp_path)
     assert done.stdout.strip() == "that of the fork", done.stderr
 
 
@@ -297,5 +297,5 @@ def test_bridge_imports_neither_mmdet_nor_mmseg():
         "import sys, terrazzo.openmmlab; from mmengine.registry import OPTIMIZERS; assert 'Adafactor' in OPTIMIZERS\n"
         "print([m for m in ('mmdet', 'mmseg', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = run_code(code)
+    assert done.stdout.strip() == "[]", done.stderr

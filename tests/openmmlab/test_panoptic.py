@@ -3,13 +3,12 @@
 import importlib
 import math
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.processes import run_code
 
 import terrazzo.openmmlab  # noqa: F401
 from terrazzo.openmmlab import _panoptic
@@ -152,5 +151,5 @@ def test_installed_panopticapi_takes_precedence(tmp_path):
         "import sys, terrazzo.openmmlab; sys.path.insert(0, sys.argv[1])\n"
         "from panopticapi import utils; print(utils.rgb2id)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = run_code(code, tmp_path)
     assert done.stdout.strip() == "the real one", done.stderr

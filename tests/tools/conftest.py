@@ -4,7 +4,6 @@ import copy
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from support.processes import run_code
 
 from terrazzo.tools.cli import cli
 from terrazzo.tools.data.floors import FloorMaker, write_floors
@@ -72,8 +72,7 @@ def shell():
 
     def invoke(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
         code = "from terrazzo.tools.cli import main; main()"
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+        return run_code(code, *arguments, env={**os.environ, **environment})
 
     return invoke
 

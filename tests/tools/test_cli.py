@@ -1,10 +1,8 @@
 """The whole command: help, lazy subcommands, exit codes, and one line for an error."""
 
-import subprocess
-import sys
-
 import click
 import pytest
+from support.processes import run_code
 from torch.utils.data import DataLoader, Dataset
 
 from terrazzo import __version__
@@ -30,7 +28,7 @@ def test_list_leaves_the_heavy_packages_alone():
         "heavy = {'mmengine', 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
 

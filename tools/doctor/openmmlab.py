@@ -158,8 +158,12 @@ class Worker:
         self.pool.shutdown(cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:
-        # A forked process would inherit PyTorch's threads half-way.
-        context = multiprocessing.get_context("spawn")
+        # A process that is forked from this one would inherit PyTorch's threads half-way. A server has no threads, and
+        # imports what takes long once for all processes.
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(["torch", "timm"])
         return ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=self.prepare)
 
 

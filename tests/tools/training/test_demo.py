@@ -1,4 +1,4 @@
-"""`terrazzo demo`, small: few floors, a few iterations."""
+"""`terrazzo demo`, small: a small backbone, few floors, a few iterations."""
 
 import json
 
@@ -8,7 +8,13 @@ from PIL import Image
 from terrazzo.tools.data.floors import write_floors
 from terrazzo.tools.training import demo
 
-SHORT = {"train_cfg.max_iters": 3, "train_cfg.val_interval": 3, "train_dataloader.batch_size": 2}
+SHORT = {
+    "model.backbone.name": "resnet10t",
+    "model.backbone.out_indices": (1, 2, 3, 4),
+    "train_cfg.max_iters": 3,
+    "train_cfg.val_interval": 3,
+    "train_dataloader.batch_size": 2,
+}
 
 
 @pytest.fixture
