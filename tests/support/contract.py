@@ -4,8 +4,8 @@
         representatives = ("family_tiny",)
         costs = {"family_tiny": (28_288_354, 4.491), ...}
 
-`costs` holds every variant's parameters and G multiply-adds at its default size. Tests of structure run on every
-variant on the meta device. Tests of numbers run on the representatives, and with `-m slow` on every variant. `refused`
+`costs` holds every variant's parameters and G multiply-adds at its default size. Tests of structure run on the
+meta device; cheap tests run on every variant. Tests of numbers run on the representatives, and with `-m slow` on every variant. `refused`
 names the tests of tests/support/capabilities.py that the family fails, with the text of the error:
 `refused = {"onnx dynamic hw": "..."}`. A family without published weights sets `reconstructed = True`, and says so
 in its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient`
@@ -41,6 +41,14 @@ from terrazzo.tools.reports import cards
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest size, an odd and non-square size, a plain size
 MAX_SIDE = 96  # for costly checks
+SAMPLED = (
+    "test_arguments",
+    "test_features_only",
+    "test_group_matcher_covers_every_parameter_once",
+    "test_configuration_names_what_fits_classes_and_channels",
+    "test_norm_outputs",
+)
+"""Checks of a variant's structure that run on the representatives and the largest variant; on others they are slow."""
 
 
 def output_and_gradients(run, model, x):
@@ -60,7 +68,10 @@ class BackboneContract(CapabilityContract):
 
     def pytest_generate_tests(self, metafunc):
         if "variant" in metafunc.fixturenames:
-            metafunc.parametrize("variant", list(self.costs))
+            quick = {*self.representatives, max(self.costs, key=self.costs.get)}
+            every = metafunc.function.__name__ not in SAMPLED
+            models = [x if every or x in quick else pytest.param(x, marks=pytest.mark.slow) for x in self.costs]
+            metafunc.parametrize("variant", models)
         for fixture, quick in (("name", self.representatives), ("example", self.representatives[:1])):
             if fixture in metafunc.fixturenames:
                 if self.operators_of and metafunc.function.__name__ in ("test_openvino", "test_fp16", "test_int8"):
