@@ -4,15 +4,15 @@
         representatives = ("family_tiny",)
         costs = {"family_tiny": (28_288_354, 4.491), ...}
 
-`costs` holds every variant's parameters and G multiply-adds at its default size. Tests of structure run on the
-meta device; cheap tests run on every variant. Tests of numbers run on the representatives, and with `-m slow` on every variant. `refused`
-names the tests of tests/support/capabilities.py that the family fails, with the text of the error:
-`refused = {"onnx dynamic hw": "..."}`. A family without published weights sets `reconstructed = True`, and says so
-in its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient`
-says that a part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow`
-holds, by representative, arguments that keep one block of each kind, for tests that would take minutes to compile or
-export. `operators_of` names another family with the same operators. OpenVINO, fp16 and INT8 are tested on that family;
-on other families these tests are slow tests.
+`costs` holds every variant's parameters and G multiply-adds at its default size. Tests of structure run on the meta
+device; cheap tests run on every variant. Tests of numbers run on the representatives, and with `-m slow` on every
+variant. `refused` names the tests of tests/support/capabilities.py that the family fails, with the text of the error:
+`refused = {"onnx dynamic hw": "..."}`. A family without published weights sets `reconstructed = True`, and says so in
+its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient` says
+that a part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow` holds,
+by representative, arguments that keep one block of each kind, for tests that would take minutes to compile or export.
+`operators_of` names another family with the same operators. OpenVINO, fp16 and INT8 are tested on that family; on other
+families these tests are slow tests.
 """
 
 import copy
