@@ -43,12 +43,8 @@ _E0, _E1, _E2, _E3, _E4, _E5, _E6 = (
 
 
 @register_jitable(inline="always")
-def _exp2_float32(x):
-    x = np.float32(-151.0) if x < np.float32(-151.0) else x  # NaN stays
-    x = np.float32(129.0) if x > np.float32(129.0) else x
-    rounded = x + _ROUNDER
-    whole = np.int32(bits_of(rounded) - _ROUNDER_BITS)
-    f = x - (rounded - _ROUNDER)
+def _power_of_2(whole, f):
+    """2^(whole + f) for f from -1/2 to 1/2."""
     p = _E6 * f + _E5
     p = p * f + _E4
     p = p * f + _E3
@@ -61,6 +57,28 @@ def _exp2_float32(x):
     first = float_of(np.int32(np.int32(half + np.int32(127)) << np.int32(23)))
     second = float_of(np.int32(np.int32(rest + np.int32(127)) << np.int32(23)))
     return p * first * second
+
+
+@register_jitable(inline="always")
+def _exp2_float32(x):
+    x = np.float32(-151.0) if x < np.float32(-151.0) else x  # NaN stays
+    x = np.float32(129.0) if x > np.float32(129.0) else x
+    rounded = x + _ROUNDER
+    whole = np.int32(bits_of(rounded) - _ROUNDER_BITS)
+    return _power_of_2(whole, x - (rounded - _ROUNDER))
+
+
+# log2(e) in two numbers, so that exponents of e lose no digits.
+_LOG2_E, _LOG2_E_REST = np.float32(1.4426950216293335), np.float32(1.9259629911266175e-08)
+
+
+@register_jitable(inline="always")
+def _exp_float32(x):
+    x = np.float32(-105.0) if x < np.float32(-105.0) else x  # NaN stays
+    x = np.float32(90.0) if x > np.float32(90.0) else x
+    rounded = x * _LOG2_E + _ROUNDER
+    whole = np.int32(bits_of(rounded) - _ROUNDER_BITS)
+    return _power_of_2(whole, x * _LOG2_E - (rounded - _ROUNDER) + x * _LOG2_E_REST)
 
 
 # log(1 + r) = r - r^2 / 2 + r^3 P(r) for 1 + r from sqrt(1/2) to sqrt(2): P by a Chebyshev fit, relative error 3.8e-9.
@@ -115,6 +133,18 @@ def _exp2(x):
     if x == types.float32:
         return lambda x: _exp2_float32(x)
     return lambda x: math.exp2(x)
+
+
+def exp(x):
+    """e^x; NaN for NaN."""
+    raise NotImplementedError("for compiled kernels")
+
+
+@overload(exp, inline="always")
+def _exp(x):
+    if x == types.float32:
+        return lambda x: _exp_float32(x)
+    return lambda x: math.exp(x)
 
 
 def log1p(x):

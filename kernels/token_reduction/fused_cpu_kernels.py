@@ -1,0 +1,334 @@
+"""Token reduction in Numba, for CPUs: plans from products of tokens, pooling and its gradient, softmax and its columns.
+
+A call takes the images, or the heads of images, from `begin` to `end`. Numba compiles the kernels at the first call.
+Arrays are contiguous; an array of images without elements stands for None. Indices from outside are checked, because a
+compiled kernel does not check them: `pool` and `spread` return whether all groups exist.
+
+Source: MCTF, arXiv 2403.10030, section 3.2.
+"""
+
+import numpy as np
+
+from terrazzo.kernels.numba_host.fused_compile import jit
+from terrazzo.kernels.numba_host.fused_maths import exp
+from terrazzo.kernels.token_reduction.fused_cpu import ROWS, WIDTH
+
+SHORTEST = 1e-12  # the least norm that a token is divided by, as in F.normalize
+
+
+@jit
+def source_or_target(position, protect, rows, columns):
+    """Whether a token behind the protected tokens is a destination; columns are 0 for even and odd tokens."""
+    if columns == 0:
+        return (position + protect) % 2 == 1
+    row, column = position // columns, position % columns
+    return row < rows // 2 * 2 and column < columns // 2 * 2 and row % 2 == 0 and column % 2 == 0
+
+
+@jit
+def list_tokens(sources, protect, rows, columns, listed):
+    """Positions of the sources, then of the destinations, both ascending."""
+    source, target = 0, sources
+    for i in range(len(listed)):
+        if source_or_target(i, protect, rows, columns):
+            listed[target] = protect + i
+            target += 1
+        else:
+            listed[source] = protect + i
+            source += 1
+
+
+@jit
+def inverse_norms(metric, listed, inverse):
+    """1 / |x| for the tokens of one image in the order of `listed`."""
+    channels, dtype = metric.shape[1], inverse.dtype
+    shortest, whole = dtype.type(SHORTEST), channels // WIDTH * WIDTH
+    lanes = np.empty(WIDTH, dtype)
+    for i in range(len(listed)):
+        at = listed[i]
+        for j in range(WIDTH):
+            lanes[j] = 0
+        for first in range(0, whole, WIDTH):
+            for j in range(WIDTH):
+                lanes[j] += metric[at, first + j] * metric[at, first + j]
+        total = dtype.type(0)
+        for c in range(whole, channels):
+            total += metric[at, c] * metric[at, c]
+        for j in range(WIDTH):
+            total += lanes[j]
+        norm = np.sqrt(total)
+        inverse[i] = dtype.type(1) / (shortest if norm < shortest else norm)
+
+
+@jit
+def weaken(values, exponent, factor):
+    """Multiply an image's factors by (1 / values)^exponent, scaled so that the largest is 1; 0 for values of 0."""
+    zero, one = factor.dtype.type(0), factor.dtype.type(1)
+    largest = zero
+    for i in range(len(values)):
+        inverse = one / values[i] if values[i] > zero else zero
+        largest = inverse if inverse > largest else largest
+    exponent = factor.dtype.type(exponent)
+    for i in range(len(values)):
+        inverse = one / values[i] if values[i] > zero else zero
+        factor[i] *= (inverse / largest) ** exponent
+
+
+@jit
+def attract(row, scale, others, exponent):
+    """In the place of products of tokens: ((cos + 1) / 2)^exponent, or 1 if the exponent is 0."""
+    zero, one, half = row.dtype.type(0), row.dtype.type(1), row.dtype.type(0.5)
+    if exponent == 0:
+        row[:] = one
+        return
+    for j in range(len(row)):
+        near = (row[j] * (scale * others[j]) + one) * half
+        row[j] = zero if near < zero else near
+    if exponent != 1:
+        power = row.dtype.type(exponent)
+        for j in range(len(row)):
+            row[j] = row[j] ** power
+
+
+@jit
+def largest(row, lanes):
+    """The largest number and its lowest index."""
+    whole = len(row) // WIDTH * WIDTH
+    lanes[:] = -np.inf
+    for first in range(0, whole, WIDTH):
+        for j in range(WIDTH):
+            lanes[j] = row[first + j] if row[first + j] > lanes[j] else lanes[j]
+    high = lanes[0]
+    for j in range(1, WIDTH):
+        high = lanes[j] if lanes[j] > high else high
+    for j in range(whole, len(row)):
+        high = row[j] if row[j] > high else high
+    first = 0
+    while row[first] != high:
+        first += 1
+    return high, first
+
+
+@jit
+def ranks(score, rank):
+    """Each score's place in descending order; among equals, the lowest index comes first."""
+    count = len(score)
+    for i in range(count):
+        own, before = score[i], np.int32(0)
+        for j in range(i):
+            before += np.int32(score[j] >= own)
+        for j in range(i + 1, count):
+            before += np.int32(score[j] > own)
+        rank[i] = before
+
+
+@jit
+def plan(
+    metric,
+    weight,
+    size,
+    importance,
+    protect,
+    rows,
+    columns,
+    merged,
+    forward,
+    exponents,
+    two_way,
+    found,
+    begin,
+    end,
+):
+    """Maps of images, (B, N).
+
+    Args:
+        weight: (B, sources, destinations), products of the tokens, which are replaced by attractions. What is not a
+            number attracts most, as PyTorch's sort and maximum have it.
+        size, importance: (B, N), or (0, N) for None.
+        rows, columns: of the grid; 0 for even and odd tokens.
+        merged, forward: r, and the sources among the merged tokens.
+        exponents: of similarity, importance and size; 0 leaves a criterion out.
+    """
+    dtype, count = weight.dtype, metric.shape[1]
+    sources, targets = weight.shape[1], weight.shape[2]
+    zero, infinity, padding = dtype.type(0), dtype.type(np.inf), dtype.type(-1)
+    listed = np.empty(count - protect, np.int64)
+    list_tokens(sources, protect, rows, columns, listed)
+    inverse, factor, own = np.empty(count - protect, dtype), np.empty(count, dtype), np.empty(count - protect, dtype)
+    alive, lanes = np.empty(count - protect, np.bool_), np.empty(WIDTH, dtype)
+    best, into, rank = np.empty(sources, dtype), np.empty(sources, np.int64), np.empty(sources, np.int64)
+    back_best, back, back_rank = np.empty(targets, dtype), np.empty(targets, np.int32), np.empty(targets, np.int64)
+    staying, of_targets = np.empty(sources, np.int64), np.empty(targets, np.int64)
+    for image in range(begin, end):
+        factor[:] = 1
+        if len(importance) > 0 and exponents[1] != 0:
+            weaken(importance[image], exponents[1], factor)
+        if len(size) > 0 and exponents[2] != 0:
+            weaken(size[image], exponents[2], factor)
+        inverse_norms(metric[image], listed, inverse)
+        for i in range(count - protect):
+            own[i] = factor[listed[i]]
+            alive[i] = len(size) == 0 or size[image, listed[i]] > zero
+        for i in range(sources):
+            row = weight[image, i]
+            attract(row, inverse[i], inverse[sources:], exponents[0])
+            for j in range(targets):
+                w = row[j] * own[i] * own[sources + j]
+                w = w if w == w else infinity
+                row[j] = w if alive[i] and alive[sources + j] else padding
+            best[i], into[i] = largest(row, lanes)
+        ranks(best, rank)
+        stay = protect
+        for i in range(sources):
+            staying[i] = stay
+            stay += rank[i] >= forward
+        if two_way:
+            back_best[:] = -2
+            back[:] = 0
+            for i in range(sources):
+                if rank[i] >= forward:
+                    row = weight[image, i]
+                    for j in range(targets):
+                        better = row[j] > back_best[j]
+                        back_best[j] = row[j] if better else back_best[j]
+                        back[j] = i if better else back[j]
+            ranks(back_best, back_rank)
+            for j in range(targets):
+                follows = back_rank[j] < merged - forward
+                of_targets[j] = staying[back[j]] if follows else protect + sources - merged + back_rank[j]
+        else:
+            for j in range(targets):
+                of_targets[j] = protect + sources - merged + j
+        for i in range(protect):
+            found[image, i] = i
+        for i in range(sources):
+            found[image, listed[i]] = of_targets[into[i]] if rank[i] < forward else staying[i]
+        for j in range(targets):
+            found[image, listed[sources + j]] = of_targets[j]
+
+
+@jit
+def share(weight, total, tiny):
+    """A token's part of its group's weight; 0 if the group has no weight (padding)."""
+    return weight / (tiny if total < tiny else total)
+
+
+@jit
+def are_groups(groups, count):
+    """Whether all numbers are at least 0 and below `count`."""
+    right = True
+    for t in range(len(groups)):
+        right &= (groups[t] >= 0) & (groups[t] < count)
+    return right
+
+
+@jit
+def pool(x, groups, weight, size, out, sizes, total, begin, end, first, last):
+    """Weighted means of groups, and the sums of sizes and weights, in the order of the tokens.
+
+    Args:
+        x: (B, N, C); channels from `first` to `last` are pooled, and the call that begins with channel 0 adds up sizes.
+        groups, weight, size: (B, N).
+        out: (B, M, C). sizes, total: (B, M).
+    """
+    tokens, count, tiny = x.shape[1], out.shape[1], np.finfo(x.dtype).tiny
+    own, begun = np.empty(count, x.dtype), np.empty(count, np.bool_)
+    for image in range(begin, end):
+        if not are_groups(groups[image], count):
+            return False
+        own[:] = 0
+        begun[:] = False
+        for t in range(tokens):
+            own[groups[image, t]] += weight[image, t]
+        if first == 0:
+            sizes[image] = 0
+            total[image] = own
+            for t in range(tokens):
+                sizes[image, groups[image, t]] += size[image, t]
+        for t in range(tokens):
+            g = groups[image, t]
+            part = share(weight[image, t], own[g], tiny)
+            if begun[g]:
+                for c in range(first, last):
+                    out[image, g, c] += x[image, t, c] * part
+            else:
+                for c in range(first, last):
+                    out[image, g, c] = x[image, t, c] * part
+                begun[g] = True
+        for g in range(count):
+            if not begun[g]:
+                out[image, g, first:last] = 0
+    return True
+
+
+@jit
+def spread(grad, groups, weight, total, out, begin, end, first, last):
+    """Give tokens their parts of their groups' gradients: (B, M, C) to (B, N, C)."""
+    tiny = np.finfo(grad.dtype).tiny
+    for image in range(begin, end):
+        if not are_groups(groups[image], grad.shape[1]):
+            return False
+        for t in range(out.shape[1]):
+            g = groups[image, t]
+            part = share(weight[image, t], total[image, g], tiny)
+            for c in range(first, last):
+                out[image, t, c] = grad[image, g, c] * part
+    return True
+
+
+@jit
+def softmax(scores, bias, scale, sums, begin, end):
+    """Softmax over keys in place, and the sum of each key's weights over the queries of a head.
+
+    Args:
+        scores: (B, H, queries, keys), products of queries and keys. begin, end: heads, counted over all images.
+        bias: (B, keys), added to the scaled scores, or (0, keys).
+        sums: (B, H, keys).
+    """
+    heads, queries, keys = scores.shape[1:]
+    dtype = scores.dtype
+    scale, whole = dtype.type(scale), keys // WIDTH * WIDTH
+    highs, lanes, part = np.empty(WIDTH, dtype), np.empty(WIDTH, dtype), np.empty(keys, dtype)
+    own = np.zeros(keys, dtype)
+    for number in range(begin, end):
+        image, head = number // heads, number % heads
+        if len(bias) > 0:
+            own[:] = bias[image]
+        sums[image, head] = 0
+        for start in range(0, queries, ROWS):
+            # Sums of few rows are added up, so that a sum's error does not grow with the number of queries.
+            part[:] = 0
+            for q in range(start, min(start + ROWS, queries)):
+                row = scores[image, head, q]
+                for j in range(WIDTH):
+                    highs[j] = -np.inf
+                    lanes[j] = 0
+                for k in range(0, whole, WIDTH):
+                    for j in range(WIDTH):
+                        score = row[k + j] * scale + own[k + j]
+                        row[k + j] = score
+                        highs[j] = score if score > highs[j] else highs[j]
+                high = dtype.type(-np.inf)
+                for k in range(whole, keys):
+                    score = row[k] * scale + own[k]
+                    row[k] = score
+                    high = score if score > high else high
+                for j in range(WIDTH):
+                    high = highs[j] if highs[j] > high else high
+                for k in range(0, whole, WIDTH):
+                    for j in range(WIDTH):
+                        e = exp(row[k + j] - high)
+                        row[k + j] = e
+                        lanes[j] += e
+                total = dtype.type(0)
+                for k in range(whole, keys):
+                    row[k] = exp(row[k] - high)
+                    total += row[k]
+                for j in range(WIDTH):
+                    total += lanes[j]
+                inverse = dtype.type(1) / total
+                for k in range(keys):
+                    row[k] *= inverse
+                    part[k] += row[k]
+            for k in range(keys):
+                sums[image, head, k] += part[k]
