@@ -43,20 +43,14 @@ _E0, _E1, _E2, _E3, _E4, _E5, _E6 = (
 
 
 @register_jitable(inline="always")
-def _power_of_2(whole, f):
-    """2^(whole + f) for f from -1/2 to 1/2."""
+def _power(f):
+    """2^f for f from -1/2 to 1/2."""
     p = _E6 * f + _E5
     p = p * f + _E4
     p = p * f + _E3
     p = p * f + _E2
     p = p * f + _E1
-    p = p * f + _E0
-    # In two factors, so that results below 2^-126 and above 2^127 come out right.
-    half = np.int32(whole >> np.int32(1))
-    rest = np.int32(whole - half)
-    first = float_of(np.int32(np.int32(half + np.int32(127)) << np.int32(23)))
-    second = float_of(np.int32(np.int32(rest + np.int32(127)) << np.int32(23)))
-    return p * first * second
+    return p * f + _E0
 
 
 @register_jitable(inline="always")
@@ -65,7 +59,13 @@ def _exp2_float32(x):
     x = np.float32(129.0) if x > np.float32(129.0) else x
     rounded = x + _ROUNDER
     whole = np.int32(bits_of(rounded) - _ROUNDER_BITS)
-    return _power_of_2(whole, x - (rounded - _ROUNDER))
+    p = _power(x - (rounded - _ROUNDER))
+    # In two factors, so that results below 2^-126 and above 2^127 come out right.
+    half = np.int32(whole >> np.int32(1))
+    rest = np.int32(whole - half)
+    first = float_of(np.int32(np.int32(half + np.int32(127)) << np.int32(23)))
+    second = float_of(np.int32(np.int32(rest + np.int32(127)) << np.int32(23)))
+    return p * first * second
 
 
 # log2(e) in two numbers, so that exponents of e lose no digits.
@@ -74,11 +74,14 @@ _LOG2_E, _LOG2_E_REST = np.float32(1.4426950216293335), np.float32(1.92596299112
 
 @register_jitable(inline="always")
 def _exp_float32(x):
-    x = np.float32(-105.0) if x < np.float32(-105.0) else x  # NaN stays
-    x = np.float32(90.0) if x > np.float32(90.0) else x
+    least = np.float32(-87.0)
+    below = x < least  # NaN stays
+    x = least if below else x
     rounded = x * _LOG2_E + _ROUNDER
     whole = np.int32(bits_of(rounded) - _ROUNDER_BITS)
-    return _power_of_2(whole, x * _LOG2_E - (rounded - _ROUNDER) + x * _LOG2_E_REST)
+    p = _power(x * _LOG2_E - (rounded - _ROUNDER) + x * _LOG2_E_REST)
+    found = p * float_of(np.int32(np.int32(whole + np.int32(127)) << np.int32(23)))
+    return np.float32(0) if below else found
 
 
 # log(1 + r) = r - r^2 / 2 + r^3 P(r) for 1 + r from sqrt(1/2) to sqrt(2): P by a Chebyshev fit, relative error 3.8e-9.
@@ -136,7 +139,7 @@ def _exp2(x):
 
 
 def exp(x):
-    """e^x; NaN for NaN."""
+    """e^x for x of at most 0, and 0 below e^-87; NaN for NaN."""
     raise NotImplementedError("for compiled kernels")
 
 

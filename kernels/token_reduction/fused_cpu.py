@@ -17,8 +17,7 @@ from terrazzo.kernels.numba_host.arrays import array_of
 from terrazzo.kernels.token_reduction.partition import order, sizes
 from terrazzo.kernels.token_reduction.portable import by_tiles, is_whole
 
-# Numbers that become a vector, and queries of a partial sum of columns.
-WIDTH = 16
+# Queries of a partial sum of columns.
 ROWS = 32
 # A call on fewer numbers is not divided: waking a thread takes longer. A larger call has this many parts, and a pooled
 # image this many channels at a time.

@@ -9,9 +9,9 @@ Source: MCTF, arXiv 2403.10030, section 3.2.
 
 import numpy as np
 
-from terrazzo.kernels.numba_host.fused_compile import jit
+from terrazzo.kernels.numba_host.fused_compile import jit, jit_sum
 from terrazzo.kernels.numba_host.fused_maths import exp
-from terrazzo.kernels.token_reduction.fused_cpu import ROWS, WIDTH
+from terrazzo.kernels.token_reduction.fused_cpu import ROWS
 
 SHORTEST = 1e-12  # the least norm that a token is divided by, as in F.normalize
 
@@ -38,26 +38,40 @@ def list_tokens(sources, protect, rows, columns, listed):
             source += 1
 
 
+@jit_sum
+def square(row):
+    """The sum of squares."""
+    total = row.dtype.type(0)
+    for c in range(len(row)):
+        total += row[c] * row[c]
+    return total
+
+
+@jit_sum
+def total_of(row):
+    total = row.dtype.type(0)
+    for c in range(len(row)):
+        total += row[c]
+    return total
+
+
 @jit
-def inverse_norms(metric, listed, inverse):
-    """1 / |x| for the tokens of one image in the order of `listed`."""
-    channels, dtype = metric.shape[1], inverse.dtype
-    shortest, whole = dtype.type(SHORTEST), channels // WIDTH * WIDTH
-    lanes = np.empty(WIDTH, dtype)
-    for i in range(len(listed)):
-        at = listed[i]
-        for j in range(WIDTH):
-            lanes[j] = 0
-        for first in range(0, whole, WIDTH):
-            for j in range(WIDTH):
-                lanes[j] += metric[at, first + j] * metric[at, first + j]
-        total = dtype.type(0)
-        for c in range(whole, channels):
-            total += metric[at, c] * metric[at, c]
-        for j in range(WIDTH):
-            total += lanes[j]
-        norm = np.sqrt(total)
-        inverse[i] = dtype.type(1) / (shortest if norm < shortest else norm)
+def highest(row):
+    """The largest number; what is not a number does not count."""
+    a = b = c = d = e = f = g = h = row.dtype.type(-np.inf)  # eight, because a maximum alone is not made vector code
+    whole = len(row) // 8 * 8
+    for k in range(0, whole, 8):
+        a = row[k] if row[k] > a else a
+        b = row[k + 1] if row[k + 1] > b else b
+        c = row[k + 2] if row[k + 2] > c else c
+        d = row[k + 3] if row[k + 3] > d else d
+        e = row[k + 4] if row[k + 4] > e else e
+        f = row[k + 5] if row[k + 5] > f else f
+        g = row[k + 6] if row[k + 6] > g else g
+        h = row[k + 7] if row[k + 7] > h else h
+    for k in range(whole, len(row)):
+        a = row[k] if row[k] > a else a
+    return max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
 
 
 @jit
@@ -91,34 +105,15 @@ def attract(row, scale, others, exponent):
 
 
 @jit
-def largest(row, lanes):
-    """The largest number and its lowest index."""
-    whole = len(row) // WIDTH * WIDTH
-    lanes[:] = -np.inf
-    for first in range(0, whole, WIDTH):
-        for j in range(WIDTH):
-            lanes[j] = row[first + j] if row[first + j] > lanes[j] else lanes[j]
-    high = lanes[0]
-    for j in range(1, WIDTH):
-        high = lanes[j] if lanes[j] > high else high
-    for j in range(whole, len(row)):
-        high = row[j] if row[j] > high else high
-    first = 0
-    while row[first] != high:
-        first += 1
-    return high, first
-
-
-@jit
 def ranks(score, rank):
     """Each score's place in descending order; among equals, the lowest index comes first."""
-    count = len(score)
-    for i in range(count):
-        own, before = score[i], np.int32(0)
-        for j in range(i):
-            before += np.int32(score[j] >= own)
-        for j in range(i + 1, count):
-            before += np.int32(score[j] > own)
+    for i in range(len(score)):
+        own, before = score[i], 0
+        earlier, later = score[:i], score[i + 1 :]
+        for j in range(len(earlier)):
+            before += earlier[j] >= own
+        for j in range(len(later)):
+            before += later[j] > own
         rank[i] = before
 
 
@@ -151,11 +146,12 @@ def plan(
     """
     dtype, count = weight.dtype, metric.shape[1]
     sources, targets = weight.shape[1], weight.shape[2]
-    zero, infinity, padding = dtype.type(0), dtype.type(np.inf), dtype.type(-1)
+    zero, one, shortest = dtype.type(0), dtype.type(1), dtype.type(SHORTEST)
+    infinity, padding = dtype.type(np.inf), dtype.type(-1)
     listed = np.empty(count - protect, np.int64)
     list_tokens(sources, protect, rows, columns, listed)
     inverse, factor, own = np.empty(count - protect, dtype), np.empty(count, dtype), np.empty(count - protect, dtype)
-    alive, lanes = np.empty(count - protect, np.bool_), np.empty(WIDTH, dtype)
+    alive = np.empty(count - protect, np.bool_)
     best, into, rank = np.empty(sources, dtype), np.empty(sources, np.int64), np.empty(sources, np.int64)
     back_best, back, back_rank = np.empty(targets, dtype), np.empty(targets, np.int32), np.empty(targets, np.int64)
     staying, of_targets = np.empty(sources, np.int64), np.empty(targets, np.int64)
@@ -165,18 +161,26 @@ def plan(
             weaken(importance[image], exponents[1], factor)
         if len(size) > 0 and exponents[2] != 0:
             weaken(size[image], exponents[2], factor)
-        inverse_norms(metric[image], listed, inverse)
         for i in range(count - protect):
+            norm = np.sqrt(square(metric[image, listed[i]]))
+            inverse[i] = one / (shortest if norm < shortest else norm)
             own[i] = factor[listed[i]]
             alive[i] = len(size) == 0 or size[image, listed[i]] > zero
+        factors, living = own[sources:], alive[sources:]
         for i in range(sources):
-            row = weight[image, i]
+            row, f = weight[image, i], own[i]
             attract(row, inverse[i], inverse[sources:], exponents[0])
             for j in range(targets):
-                w = row[j] * own[i] * own[sources + j]
-                w = w if w == w else infinity
-                row[j] = w if alive[i] and alive[sources + j] else padding
-            best[i], into[i] = largest(row, lanes)
+                w = row[j] * f * factors[j]
+                row[j] = w if w == w else infinity
+            if not alive[i]:
+                row[:] = padding
+            elif len(size) > 0:
+                for j in range(targets):
+                    row[j] = row[j] if living[j] else padding
+            best[i], into[i] = highest(row), 0
+            while row[into[i]] != best[i]:
+                into[i] += 1
         ranks(best, rank)
         stay = protect
         for i in range(sources):
@@ -248,12 +252,13 @@ def pool(x, groups, weight, size, out, sizes, total, begin, end, first, last):
         for t in range(tokens):
             g = groups[image, t]
             part = share(weight[image, t], own[g], tiny)
+            row, mean = x[image, t, first:last], out[image, g, first:last]
             if begun[g]:
-                for c in range(first, last):
-                    out[image, g, c] += x[image, t, c] * part
+                for c in range(len(row)):
+                    mean[c] += row[c] * part
             else:
-                for c in range(first, last):
-                    out[image, g, c] = x[image, t, c] * part
+                for c in range(len(row)):
+                    mean[c] = row[c] * part
                 begun[g] = True
         for g in range(count):
             if not begun[g]:
@@ -271,8 +276,9 @@ def spread(grad, groups, weight, total, out, begin, end, first, last):
         for t in range(out.shape[1]):
             g = groups[image, t]
             part = share(weight[image, t], total[image, g], tiny)
-            for c in range(first, last):
-                out[image, t, c] = grad[image, g, c] * part
+            mean, row = grad[image, g, first:last], out[image, t, first:last]
+            for c in range(len(mean)):
+                row[c] = mean[c] * part
     return True
 
 
@@ -287,9 +293,8 @@ def softmax(scores, bias, scale, sums, begin, end):
     """
     heads, queries, keys = scores.shape[1:]
     dtype = scores.dtype
-    scale, whole = dtype.type(scale), keys // WIDTH * WIDTH
-    highs, lanes, part = np.empty(WIDTH, dtype), np.empty(WIDTH, dtype), np.empty(keys, dtype)
-    own = np.zeros(keys, dtype)
+    scale, one = dtype.type(scale), dtype.type(1)
+    own, part = np.zeros(keys, dtype), np.empty(keys, dtype)
     for number in range(begin, end):
         image, head = number // heads, number % heads
         if len(bias) > 0:
@@ -300,33 +305,12 @@ def softmax(scores, bias, scale, sums, begin, end):
             part[:] = 0
             for q in range(start, min(start + ROWS, queries)):
                 row = scores[image, head, q]
-                for j in range(WIDTH):
-                    highs[j] = -np.inf
-                    lanes[j] = 0
-                for k in range(0, whole, WIDTH):
-                    for j in range(WIDTH):
-                        score = row[k + j] * scale + own[k + j]
-                        row[k + j] = score
-                        highs[j] = score if score > highs[j] else highs[j]
-                high = dtype.type(-np.inf)
-                for k in range(whole, keys):
-                    score = row[k] * scale + own[k]
-                    row[k] = score
-                    high = score if score > high else high
-                for j in range(WIDTH):
-                    high = highs[j] if highs[j] > high else high
-                for k in range(0, whole, WIDTH):
-                    for j in range(WIDTH):
-                        e = exp(row[k + j] - high)
-                        row[k + j] = e
-                        lanes[j] += e
-                total = dtype.type(0)
-                for k in range(whole, keys):
+                for k in range(keys):
+                    row[k] = row[k] * scale + own[k]
+                high = highest(row)
+                for k in range(keys):
                     row[k] = exp(row[k] - high)
-                    total += row[k]
-                for j in range(WIDTH):
-                    total += lanes[j]
-                inverse = dtype.type(1) / total
+                inverse = one / total_of(row)
                 for k in range(keys):
                     row[k] *= inverse
                     part[k] += row[k]
