@@ -160,3 +160,30 @@ def _log1p(x):
     if x == types.float32:
         return lambda x: _log1p_float32(x)
     return lambda x: math.log1p(x)
+
+
+def highest(row):
+    """The largest of a vector's numbers; NaN may be taken for a number that is above infinity or below minus infinity.
+
+    Bits of numbers are compared as integers: compilers make no vector instructions of a maximum of floats, in which NaN
+    has no order.
+    """
+    raise NotImplementedError("for compiled kernels")
+
+
+@overload(highest)
+def _highest(row):
+    integer, sign = (np.int32, 31) if row.dtype == types.float32 else (np.int64, 63)
+    least, most = integer(np.iinfo(integer).min), integer(np.iinfo(integer).max)
+
+    def run(row):
+        bits, found = row.view(integer), least
+        for k in range(len(bits)):
+            # Below zero, larger bits are smaller numbers.
+            key = integer(bits[k] ^ ((bits[k] >> integer(sign)) & most))
+            found = max(found, key)
+        one = np.empty(1, integer)
+        one[0] = integer(found ^ ((found >> integer(sign)) & most))
+        return one.view(row.dtype)[0]
+
+    return run

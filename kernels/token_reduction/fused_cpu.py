@@ -17,11 +17,12 @@ from terrazzo.kernels.numba_host.arrays import array_of
 from terrazzo.kernels.token_reduction.partition import order, sizes
 from terrazzo.kernels.token_reduction.portable import by_tiles, is_whole
 
-# Queries of a partial sum of columns.
+# Numbers that are exponentiated at once, and queries of a partial sum of columns.
+WIDTH = 32
 ROWS = 32
 # A call on fewer numbers is not divided: waking a thread takes longer. A larger call has this many parts, and a pooled
 # image this many channels at a time.
-_ALONE = 1 << 18
+_ALONE = 1 << 20
 _PARTS = 8
 _CHANNELS = 128
 
@@ -77,7 +78,7 @@ def plan(
     forward = r // 2 if bidirectional else r
     exponents = tuple(1 / tau if tau else 0.0 for tau in criteria)
     constants = (protect, *(grid or (0, 0)), r, forward, exponents, bidirectional, array_of(found))
-    _divided(lambda *part: kernels.plan(*given, *constants, *part), batch, 2 * weight.numel())
+    _divided(lambda *part: kernels.plan(*given, *constants, *part), batch, 8 * weight.numel())
     return found
 
 

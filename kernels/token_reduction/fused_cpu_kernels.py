@@ -10,8 +10,8 @@ Source: MCTF, arXiv 2403.10030, section 3.2.
 import numpy as np
 
 from terrazzo.kernels.numba_host.fused_compile import jit, jit_sum
-from terrazzo.kernels.numba_host.fused_maths import exp
-from terrazzo.kernels.token_reduction.fused_cpu import ROWS
+from terrazzo.kernels.numba_host.fused_maths import exp, highest
+from terrazzo.kernels.token_reduction.fused_cpu import ROWS, WIDTH
 
 SHORTEST = 1e-12  # the least norm that a token is divided by, as in F.normalize
 
@@ -53,25 +53,6 @@ def total_of(row):
     for c in range(len(row)):
         total += row[c]
     return total
-
-
-@jit
-def highest(row):
-    """The largest number; what is not a number does not count."""
-    a = b = c = d = e = f = g = h = row.dtype.type(-np.inf)  # eight, because a maximum alone is not made vector code
-    whole = len(row) // 8 * 8
-    for k in range(0, whole, 8):
-        a = row[k] if row[k] > a else a
-        b = row[k + 1] if row[k + 1] > b else b
-        c = row[k + 2] if row[k + 2] > c else c
-        d = row[k + 3] if row[k + 3] > d else d
-        e = row[k + 4] if row[k + 4] > e else e
-        f = row[k + 5] if row[k + 5] > f else f
-        g = row[k + 6] if row[k + 6] > g else g
-        h = row[k + 7] if row[k + 7] > h else h
-    for k in range(whole, len(row)):
-        a = row[k] if row[k] > a else a
-    return max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
 
 
 @jit
@@ -295,6 +276,7 @@ def softmax(scores, bias, scale, sums, begin, end):
     dtype = scores.dtype
     scale, one = dtype.type(scale), dtype.type(1)
     own, part = np.zeros(keys, dtype), np.empty(keys, dtype)
+    buffer = np.empty((keys + WIDTH - 1) // WIDTH * WIDTH, dtype)  # without a last part that is no whole vector
     for number in range(begin, end):
         image, head = number // heads, number % heads
         if len(bias) > 0:
@@ -306,13 +288,15 @@ def softmax(scores, bias, scale, sums, begin, end):
             for q in range(start, min(start + ROWS, queries)):
                 row = scores[image, head, q]
                 for k in range(keys):
-                    row[k] = row[k] * scale + own[k]
-                high = highest(row)
+                    buffer[k] = row[k] * scale + own[k]
+                buffer[keys:] = -np.inf
+                high = highest(buffer)
+                for k in range(len(buffer)):
+                    buffer[k] = exp(buffer[k] - high)
+                inverse = one / total_of(buffer)
                 for k in range(keys):
-                    row[k] = exp(row[k] - high)
-                inverse = one / total_of(row)
-                for k in range(keys):
-                    row[k] *= inverse
-                    part[k] += row[k]
+                    weight = buffer[k] * inverse
+                    row[k] = weight
+                    part[k] += weight
             for k in range(keys):
                 sums[image, head, k] += part[k]
