@@ -68,8 +68,9 @@ def _exp2_float32(x):
     return p * first * second
 
 
-# log2(e) in two numbers, so that exponents of e lose no digits.
-_LOG2_E, _LOG2_E_REST = np.float32(1.4426950216293335), np.float32(1.9259629911266175e-08)
+_LOG2_E = np.float32(1.44269504)
+# log(2) in two numbers: products of the first with small integers are exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
 @register_jitable(inline="always")
@@ -78,8 +79,8 @@ def _exp_float32(x):
     below = x < least  # NaN stays
     x = least if below else x
     rounded = x * _LOG2_E + _ROUNDER
-    whole = np.int32(bits_of(rounded) - _ROUNDER_BITS)
-    p = _power(x * _LOG2_E - (rounded - _ROUNDER) + x * _LOG2_E_REST)
+    whole, turns = np.int32(bits_of(rounded) - _ROUNDER_BITS), rounded - _ROUNDER
+    p = _power((x - turns * _LN2_HIGH - turns * _LN2_LOW) * _LOG2_E)
     found = p * float_of(np.int32(np.int32(whole + np.int32(127)) << np.int32(23)))
     return np.float32(0) if below else found
 
@@ -100,7 +101,6 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
     )
 )
 _ROOT_HALF_BITS = np.int32(0x3F3504F3)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
 @register_jitable(inline="always")

@@ -56,7 +56,8 @@ def dummy(argument):
 class TestEveryOp:
     def test_has_a_call_here(self):
         forward = {name for name in registered() if not name.endswith("_backward")}
-        used = {f"terrazzo::{call.operator}" for call in CALLS.values()} | {"terrazzo::token_reduction"}
+        without_gradient = {"terrazzo::token_reduction", "terrazzo::token_reduction_column_mean"}
+        used = {f"terrazzo::{call.operator}" for call in CALLS.values()} | without_gradient
         assert forward == used, "tests/support/operator_calls.py lacks a call of an op, or the op has gone"
 
     @pytest.mark.parametrize("name", sorted(registered()))
