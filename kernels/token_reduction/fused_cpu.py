@@ -25,6 +25,8 @@ ROWS = 32
 _ALONE = 1 << 20
 _PARTS = 8
 _CHANNELS = 128
+# Products of an image with fewer multiplications are computed for all images at once.
+_FEW = 1 << 21
 
 
 def _divided(kernel: Callable[[int, int], object], count: int, work: int) -> list:
@@ -141,13 +143,36 @@ def _weights_and_sums(
     from terrazzo.kernels.token_reduction import fused_cpu_kernels as kernels
 
     dtype = accumulator(query)
-    scores = torch.matmul(query, key.transpose(-1, -2)).to(dtype).contiguous()
-    batch, heads, _, keys = scores.shape
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    scores = query.new_empty(batch, heads, queries, keys)
+    _multiply(query, key.transpose(-1, -2), scores)
+    scores = scores.to(dtype)
     bias = scores.new_empty(0, keys) if bias is None else bias.to(dtype).contiguous()
     sums = scores.new_empty(batch, heads, keys)
     given = (array_of(scores), array_of(bias), 1 / math.sqrt(query.shape[-1]), array_of(sums))
     _divided(lambda *part: kernels.softmax(*given, *part), batch * heads, 2 * scores.numel())
     return scores, sums
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """Products of matrices, (B, H, M, K) and (B, H, K, N) to `out`; heads may stand side by side in the channels.
+
+    PyTorch would copy heads of several images that stand side by side, but not the heads of one image.
+    """
+    if len(out) > 1 and out[0].numel() * left.shape[3] < _FEW:
+        out.copy_(left @ right)
+        return
+    for a, b, c in zip(left, right, out):
+        torch.bmm(a, b, out=c)
+
+
+def attend(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The output of attention (B, H, N, D), whose heads stand side by side in memory, (B, N, H, D)."""
+    batch, heads, count, width = value.shape
+    out = value.new_empty(batch, count, heads, width).transpose(1, 2)
+    _multiply(weights.to(value.dtype), value, out)
+    return out
 
 
 def weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

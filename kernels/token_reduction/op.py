@@ -215,6 +215,36 @@ def _weights_gradient(ctx, grad, _):
 opaque.register_gradient(_weights, _weights_gradient, _setup_weights)
 
 
+def _fake_attended(weights, value):
+    batch, heads, count, width = value.shape
+    return value.new_empty(batch, count, heads, width).transpose(1, 2)
+
+
+def _attended_flops(weights, value, *args, **kwargs) -> int:
+    batch, heads, count, width = value
+    return 2 * batch * heads * count * count * width
+
+
+@ATTENTION.op("attended", fake=_fake_attended, flops=_attended_flops)
+def _attended(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The output of attention with given weights, on a CPU."""
+    return fused_cpu.attend(weights, value)
+
+
+def _setup_attended(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _attended_gradient(ctx, grad):
+    """In standard operations, which have gradients themselves."""
+    weights, value = ctx.saved_tensors
+    of_weights = (grad @ value.transpose(-1, -2)).to(weights.dtype) if ctx.needs_input_grad[0] else None
+    return of_weights, weights.to(value.dtype).transpose(-1, -2) @ grad
+
+
+opaque.register_gradient(_attended, _attended_gradient, _setup_attended)
+
+
 def attention(
     query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
@@ -223,5 +253,5 @@ def attention(
         return portable.attention(query, key, bias)
     if is_for_cpu(query.device) and portable.is_whole(query):
         weights, mean = _weights(query, key, bias)
-        return mean, partial(portable.attend_whole, weights)
+        return mean, partial(_attended, weights)
     return column_mean(query, key, bias, "fused"), partial(portable.attend, query, key, bias)

@@ -171,8 +171,7 @@ def by_tiles(column_sums: Callable, query: torch.Tensor, key: torch.Tensor, bias
     return total / (heads * count)
 
 
-def attend_whole(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The output of attention whose weights (B, H, N, N) are there."""
+def _attend_whole(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return weights.to(value.dtype) @ value
 
 
@@ -188,5 +187,5 @@ def attention(
     """The attention that each key receives on average, and a function from values to the attention's output."""
     if is_whole(query):
         weights = _scores(query, key, bias)
-        return weights.detach().mean((1, 2)), partial(attend_whole, weights)
+        return weights.detach().mean((1, 2)), partial(_attend_whole, weights)
     return column_mean(query, key, bias), partial(attend, query, key, bias)

@@ -161,7 +161,10 @@ class TestImportance:
         check(triton_reduction.column_errors(40, bias="sizes"))
         assert triton_reduction.attends() < 1e-5
 
-    def test_attention(self):
+    @pytest.mark.parametrize("few", [0, 1 << 30])
+    def test_attention(self, few, monkeypatch):
+        """With products image by image, and of all images at once."""
+        monkeypatch.setattr(fused_cpu, "_FEW", few)
         assert triton_reduction.attends() < 1e-5
 
     def test_gradients_of_gradients(self):
@@ -306,6 +309,8 @@ class TestOperator:
         triton_reduction.opcheck()
         query = torch.randn(1, 2, 5, 3, requires_grad=True)
         torch.library.opcheck(torch.ops.terrazzo.token_reduction_weights.default, (query, query.detach(), None))
+        weights = torch.rand(1, 2, 5, 5, requires_grad=True)
+        torch.library.opcheck(torch.ops.terrazzo.token_reduction_attended.default, (weights, query))
 
     def test_compiles_without_a_break(self):
         torch._dynamo.reset()
