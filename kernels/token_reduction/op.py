@@ -206,10 +206,10 @@ def _setup_weights(ctx, inputs, output):
 def _weights_gradient(ctx, grad, _):
     """In standard operations, which have gradients themselves."""
     query, key, bias, weights = ctx.saved_tensors
-    of_scores = weights * (grad - (weights * grad).sum(-1, keepdim=True))
-    scaled = (of_scores / math.sqrt(query.shape[-1])).to(query.dtype)
+    of_scores = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
     of_bias = of_scores.sum((1, 2)).to(bias.dtype) if ctx.needs_input_grad[2] else None
-    return scaled @ key, scaled.transpose(-1, -2) @ query, of_bias
+    of_scores, scale = of_scores.to(query.dtype), 1 / math.sqrt(query.shape[-1])
+    return of_scores @ key * scale, of_scores.transpose(-1, -2) @ query * scale, of_bias
 
 
 opaque.register_gradient(_weights, _weights_gradient, _setup_weights)
