@@ -17,6 +17,11 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_merge_was_left_half_done(page):
+    assert not re.search(r"^(<{7} |={7}$|>{7} )", page.read_text(), re.MULTILINE)
+
+
 def test_the_way_of_a_tensor_names_what_exists():
     """The packages contain each file, and each word in `code`, that the page names."""
     page = results.ROOT / "docs" / "the-way-of-a-tensor.md"
