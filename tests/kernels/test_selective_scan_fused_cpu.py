@@ -290,7 +290,8 @@ class TestOperator:
     def test_a_cache_that_cannot_be_written_costs_only_time(self, tmp_path):
         (tmp_path / "cache").write_text("a file in the place of the folder")
         code = (
-            "import os, sys, torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"
+            "import torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"
+            "from numba.core.caching import CacheImpl as c; c._locator_classes = c._locator_classes[:1]\n"
             "print(k.selective_scan(x, x, -torch.ones(2, 1), x[:, :1], x[:, :1], backend='fused')[0, 0, 1].item())"
         )
         environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "", "HOME": str(tmp_path / "cache")}
@@ -299,3 +300,17 @@ class TestOperator:
         done = run_code(code, env=environment)
         assert done.returncode == 0, done.stderr
         assert float(done.stdout) == pytest.approx(1 + math.exp(-1))
+        assert "can be written, so each process compiles its CPU kernels" in done.stderr
+        assert done.stderr.count("compiles CPU kernels for this processor") == 1
+
+    def test_a_full_disk_costs_only_time(self, tmp_path):
+        code = (
+            "import resource, signal, torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            "print(k.selective_scan(x, x, -torch.ones(2, 1), x[:, :1], x[:, :1], backend='fused')[0, 0, 1].item())"
+        )
+        done = run_code(code, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) == pytest.approx(1 + math.exp(-1))
+        assert "could not be kept" in done.stderr
