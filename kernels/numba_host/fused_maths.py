@@ -1,4 +1,4 @@
-"""Functions of vectors for CPU kernels, see fused_vectors.py.
+"""Functions of numbers for CPU kernels: `exp2` and `log1p` of vectors, see fused_vectors.py; `exp` of one number.
 
 float32 goes through polynomials, since processors have no instruction for `exp` and `log`. float64 goes through the C
 library, one lane after another: it is there to be exact.
@@ -44,23 +44,45 @@ _E0, _E1, _E2, _E3, _E4, _E5, _E6 = (
 
 
 @register_jitable
-def _exp2_float32(x):
-    lowest, highest = splat(_LOWEST), splat(_HIGHEST)
-    x = above(lowest, x, lowest, x)  # NaN stays
-    x = above(x, highest, highest, x)
-    rounded = x + _ROUNDER
-    whole = bits_of(rounded) - _ROUNDER_BITS
-    f = x - (rounded - _ROUNDER)
+def _power(f):
+    """2^f for f from -1/2 to 1/2, a vector or a number."""
     p = f * _E6 + _E5
     p = p * f + _E4
     p = p * f + _E3
     p = p * f + _E2
     p = p * f + _E1
-    p = p * f + _E0
+    return p * f + _E0
+
+
+@register_jitable
+def _exp2_float32(x):
+    least, most = splat(_LOWEST), splat(_HIGHEST)
+    x = above(least, x, least, x)  # NaN stays
+    x = above(x, most, most, x)
+    rounded = x + _ROUNDER
+    whole = bits_of(rounded) - _ROUNDER_BITS
+    p = _power(x - (rounded - _ROUNDER))
     # In two factors, so that results below 2^-126 and above 2^127 come out right.
     half = whole >> np.int32(1)
     rest = whole - half
     return p * float_of((half + _BIAS) << _MANTISSA) * float_of((rest + _BIAS) << _MANTISSA)
+
+
+_LOG2_E = np.float32(1.44269504)
+# log(2) in two numbers: products of the first with small integers are exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+
+
+@register_jitable
+def _exp_float32(x):
+    least = np.float32(-87.0)
+    below = x < least  # NaN stays
+    x = least if below else x
+    rounded = x * _LOG2_E + _ROUNDER
+    whole, turns = np.int32(bits_of(rounded) - _ROUNDER_BITS), rounded - _ROUNDER
+    p = _power((x - turns * _LN2_HIGH - turns * _LN2_LOW) * _LOG2_E)
+    found = p * float_of(np.int32(np.int32(whole + np.int32(127)) << np.int32(23)))
+    return np.float32(0) if below else found
 
 
 # log(1 + r) = r - r^2 / 2 + r^3 P(r) for 1 + r from sqrt(1/2) to sqrt(2): P by a Chebyshev fit, relative error 3.8e-9.
@@ -79,7 +101,6 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
     )
 )
 _ROOT_HALF_BITS = np.int32(0x3F3504F3)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _TWO = np.float32(2.0)
 
 
@@ -131,6 +152,18 @@ def _exp2(x):
     return lambda x: _exp2_float64(x)
 
 
+def exp(x):
+    """e^x for x of at most 0, and 0 below e^-87; NaN for NaN."""
+    raise NotImplementedError("for compiled kernels")
+
+
+@overload(exp)
+def _exp(x):
+    if x == types.float32:
+        return lambda x: _exp_float32(x)
+    return lambda x: math.exp(x)
+
+
 def log1p(x):
     """log(1 + x) of a vector of numbers of at least 0."""
     raise NotImplementedError("for compiled kernels")
@@ -141,3 +174,30 @@ def _log1p(x):
     if x == Vector(types.float32):
         return lambda x: _log1p_float32(x)
     return lambda x: _log1p_float64(x)
+
+
+def highest(row):
+    """The largest of a vector's numbers; NaN may be taken for a number that is above infinity or below minus infinity.
+
+    Bits of numbers are compared as integers: compilers make no vector instructions of a maximum of floats, in which NaN
+    has no order.
+    """
+    raise NotImplementedError("for compiled kernels")
+
+
+@overload(highest)
+def _highest(row):
+    integer, sign = (np.int32, 31) if row.dtype == types.float32 else (np.int64, 63)
+    least, most = integer(np.iinfo(integer).min), integer(np.iinfo(integer).max)
+
+    def run(row):
+        bits, found = row.view(integer), least
+        for k in range(len(bits)):
+            # Below zero, larger bits are smaller numbers.
+            key = integer(bits[k] ^ ((bits[k] >> integer(sign)) & most))
+            found = max(found, key)
+        one = np.empty(1, integer)
+        one[0] = integer(found ^ ((found >> integer(sign)) & most))
+        return one.view(row.dtype)[0]
+
+    return run

@@ -128,20 +128,23 @@ def above(typingctx, a, b, then, otherwise):
     return then(a, b, then, otherwise), code
 
 
-def _cast(name, source, target):
+def _cast(name, target):
     @intrinsic
-    def function(typingctx, vector):
+    def function(typingctx, value):
         def code(context, builder, signature, args):
             return getattr(builder, name)(args[0], context.get_value_type(signature.return_type))
 
-        return Vector(target)(vector), code
+        return (Vector(target) if isinstance(value, Vector) else target)(value), code
 
     return function
 
 
-bits_of = _cast("bitcast", types.float32, types.int32)
-float_of = _cast("bitcast", types.int32, types.float32)
-number_of = _cast("sitofp", types.int32, types.float32)
+# Of a vector or of a number: the bits of float32 as int32 and back, and the float32 with the value of an int32.
+bits_of, float_of, number_of = (
+    _cast("bitcast", types.int32),
+    _cast("bitcast", types.float32),
+    _cast("sitofp", types.float32),
+)
 
 
 @intrinsic

@@ -1,13 +1,12 @@
 """The attention that each token receives, and attention itself, without the whole matrix in memory."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
-from terrazzo.kernels.token_reduction import op, portable
+from terrazzo.kernels.token_reduction import op
 
 
 def _check_queries(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -55,6 +54,4 @@ def attention(
     Elsewhere a small weight matrix is computed once for both; of a larger one neither keeps more than a tile.
     """
     _check_queries(query, key, bias)
-    if op.ATTENTION.choose("auto", query) == "fused":
-        return column_mean(query, key, bias, backend="fused"), partial(portable.attend, query, key, bias)
-    return portable.attention(query, key, bias)
+    return op.attention(query, key, bias)

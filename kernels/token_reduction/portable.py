@@ -141,12 +141,25 @@ def is_whole(query: torch.Tensor) -> bool:
     return is_exporting() or batch * heads * count * count <= _WHOLE
 
 
+def _column_sums(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _scores(query, key, bias).sum((1, 2))
+
+
 @torch.no_grad()
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Like `reference.column_mean`, a tile of weights at a time: some images, or some queries of one image."""
-    batch, heads, count = query.shape[:3]
+    """Like `reference.column_mean`."""
     if is_whole(query):
         return _scores(query, key, bias).mean((1, 2))
+    return by_tiles(_column_sums, query, key, bias)
+
+
+def by_tiles(column_sums: Callable, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The mean of a tile of weights at a time: some images, or some queries of one image.
+
+    Args:
+        column_sums: maps queries, keys and a bias to the sums of weights over heads and queries, (B, N).
+    """
+    batch, heads, count = query.shape[:3]
     tile = _TILE if query.device.type == "cpu" else _WHOLE
     images = max(1, tile // (heads * count * count))
     rows = max(1, tile // (images * heads * count))
@@ -154,7 +167,7 @@ def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | Non
     for first in range(0, batch, images):
         here = slice(first, first + images)
         for queries in query[here].split(rows, 2):
-            total[here] += _scores(queries, key[here], None if bias is None else bias[here]).sum((1, 2))
+            total[here] += column_sums(queries, key[here], None if bias is None else bias[here])
     return total / (heads * count)
 
 

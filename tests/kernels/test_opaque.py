@@ -56,7 +56,9 @@ def dummy(argument):
 class TestEveryOp:
     def test_has_a_call_here(self):
         forward = {name for name in registered() if not name.endswith("_backward")}
-        used = {f"terrazzo::{call.operator}" for call in CALLS.values()} | {"terrazzo::token_reduction"}
+        used = {f"terrazzo::{call.operator}" for call in CALLS.values()}
+        used |= {"terrazzo::token_reduction", "terrazzo::token_reduction_column_mean"}  # they have no gradient
+        used |= {"terrazzo::token_reduction_attended"}  # in the call of token_reduction_weights
         assert forward == used, "tests/support/operator_calls.py lacks a call of an op, or the op has gone"
 
     @pytest.mark.parametrize("name", sorted(registered()))

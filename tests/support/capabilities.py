@@ -64,24 +64,30 @@ class Files:
     Args:
         model: a classifier.
         folder: the folder for the files.
-        allowed: which of "batch" and "hw" the family can leave open; the classifier has these open.
+        allowed: which of "batch" and "hw" the family can leave open; the main file has these open.
+        kind: the main file: "RawClassifier", or "RawFeatures" for a family with another family's operators. An export
+            takes long, and the files differ only behind the last block.
     """
 
-    def __init__(self, model: torch.nn.Module, folder: Path, allowed: tuple[str, ...]):
+    def __init__(self, model: torch.nn.Module, folder: Path, allowed: tuple[str, ...], kind: str):
         pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
-        self.model, self.folder, self.allowed = model, folder, allowed
+        self.model, self.folder, self.allowed, self.kind = model, folder, allowed, kind
 
     @cached_property
     def classifier(self):
         return self._onnx("RawClassifier", ODD, self.allowed)
 
     @cached_property
+    def main(self):
+        return self.classifier if self.kind == "RawClassifier" else self._onnx(self.kind, ODD, self.allowed)
+
+    @cached_property
     def features(self):
-        return self._onnx("RawFeatures", SIZE, ())
+        return self.main if self.kind == "RawFeatures" else self._onnx("RawFeatures", SIZE, ())
 
     def opened(self, what: str):
-        """A classifier with "batch" or "hw" left open."""
-        return self.classifier if what in self.allowed else self._onnx("RawClassifier", SIZE, (what,))
+        """The main file with "batch" or "hw" left open."""
+        return self.main if what in self.allowed else self._onnx(self.kind, SIZE, (what,))
 
     def module(self, kind: str) -> torch.nn.Module:
         from terrazzo.tools.export import exportable
@@ -112,6 +118,7 @@ class CapabilityContract:
     representatives: tuple[str, ...] = ()
     refused: dict[str, str] = {}
     shallow: dict[str, dict] = {}
+    operators_of = ""
 
     def shallow_model(self, name: str, **kwargs) -> torch.nn.Module:
         return build(name, **self.shallow.get(name, {}), **kwargs)
@@ -136,7 +143,8 @@ class CapabilityContract:
     def files(self, example, tmp_path_factory):
         folder = tmp_path_factory.mktemp("files")
         allowed = tuple(what for what in ("batch", "hw") if f"onnx dynamic {what}" not in self.refused)
-        yield Files(self.shallow_model(example), folder, allowed)
+        kind = "RawFeatures" if self.operators_of else "RawClassifier"
+        yield Files(self.shallow_model(example), folder, allowed, kind)
         shutil.rmtree(folder)  # up to gigabytes
 
     @pytest.fixture
@@ -195,7 +203,7 @@ class CapabilityContract:
         import onnx
 
         with capability:
-            assert files.classifier.passed, files.classifier
+            assert files.main.passed, files.main
             assert files.features.passed, files.features
             names = [output.name for output in onnx.load(files.features.path).graph.output]
             assert len(set(names)) == len(files.model.feature_info)
@@ -219,7 +227,7 @@ class CapabilityContract:
         from terrazzo.tools.export.tensorrt.operators import problems
 
         with capability:
-            for report in (files.classifier, files.features):
+            for report in (files.main, files.features):
                 found = problems(onnx.load(report.path))
                 assert not found, "; ".join(map(str, found))
 
@@ -227,6 +235,7 @@ class CapabilityContract:
         from terrazzo.tools.export.formats.openvino import OpenVinoForm
 
         with capability:
+            assert files.classifier.passed, files.classifier
             form = OpenVinoForm()
             form.onnx = Copy(files.classifier.path)  # the costly half of the export already exists
             report = files.export(form, "RawClassifier", ODD, files.allowed, ".xml")

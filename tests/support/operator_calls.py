@@ -168,7 +168,7 @@ CALLS = {
         twice=True,
     ),
     "attention": OperatorCall(
-        "token_reduction_column_mean", _attended, dict.fromkeys(_QKV, (1, 2, 6, 4)), opaque=False, twice=True
+        "token_reduction_weights", _attended, dict.fromkeys(_QKV, (1, 2, 6, 4)), opaque=False, twice=True
     ),
 }
 
