@@ -1,32 +1,33 @@
-"""Functions of numbers for CPU kernels, without branches, so that loops over channels become vector instructions.
+"""Functions of numbers for CPU kernels: `exp2` and `log1p` of vectors, see fused_vectors.py; `exp` of one number.
 
-float32 goes through polynomials, since compilers have no vector form of `exp` and `log` without a library. float64 goes
-through the C library, one number at a time: it is there to be exact.
+float32 goes through polynomials, since processors have no instruction for `exp` and `log`. float64 goes through the C
+library, one lane after another: it is there to be exact.
 """
 
 import math
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import overload, register_jitable
 
-
-@intrinsic
-def float_of(typingctx, bits):
-    """The float32 that has the bits of an int32."""
-    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def bits_of(typingctx, number):
-    """The bits of a float32 as an int32."""
-    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
-
+from terrazzo.kernels.numba_host.fused_vectors import (
+    LANES,
+    Vector,
+    above,
+    bits_of,
+    float_of,
+    get,
+    number_of,
+    put,
+    splat,
+)
 
 # Adding this number to a small float32 leaves the nearest integer in its last bits.
 _ROUNDER = np.float32(12582912.0)
 _ROUNDER_BITS = np.int32(0x4B400000)
+_ONE, _HALF = np.float32(1.0), np.float32(0.5)
+_LOWEST, _HIGHEST = np.float32(-151.0), np.float32(129.0)
+_BIAS, _MANTISSA = np.int32(127), np.int32(23)
 # 2^f for f from -1/2 to 1/2: a Chebyshev fit in float64, relative error 2.6e-9.
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = (
     np.float32(c)
@@ -42,10 +43,10 @@ _E0, _E1, _E2, _E3, _E4, _E5, _E6 = (
 )
 
 
-@register_jitable(inline="always")
+@register_jitable
 def _power(f):
-    """2^f for f from -1/2 to 1/2."""
-    p = _E6 * f + _E5
+    """2^f for f from -1/2 to 1/2, a vector or a number."""
+    p = f * _E6 + _E5
     p = p * f + _E4
     p = p * f + _E3
     p = p * f + _E2
@@ -53,19 +54,18 @@ def _power(f):
     return p * f + _E0
 
 
-@register_jitable(inline="always")
+@register_jitable
 def _exp2_float32(x):
-    x = np.float32(-151.0) if x < np.float32(-151.0) else x  # NaN stays
-    x = np.float32(129.0) if x > np.float32(129.0) else x
+    least, most = splat(_LOWEST), splat(_HIGHEST)
+    x = above(least, x, least, x)  # NaN stays
+    x = above(x, most, most, x)
     rounded = x + _ROUNDER
-    whole = np.int32(bits_of(rounded) - _ROUNDER_BITS)
+    whole = bits_of(rounded) - _ROUNDER_BITS
     p = _power(x - (rounded - _ROUNDER))
     # In two factors, so that results below 2^-126 and above 2^127 come out right.
-    half = np.int32(whole >> np.int32(1))
-    rest = np.int32(whole - half)
-    first = float_of(np.int32(np.int32(half + np.int32(127)) << np.int32(23)))
-    second = float_of(np.int32(np.int32(rest + np.int32(127)) << np.int32(23)))
-    return p * first * second
+    half = whole >> np.int32(1)
+    rest = whole - half
+    return p * float_of((half + _BIAS) << _MANTISSA) * float_of((rest + _BIAS) << _MANTISSA)
 
 
 _LOG2_E = np.float32(1.44269504)
@@ -73,7 +73,7 @@ _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
-@register_jitable(inline="always")
+@register_jitable
 def _exp_float32(x):
     least = np.float32(-87.0)
     below = x < least  # NaN stays
@@ -101,16 +101,17 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
     )
 )
 _ROOT_HALF_BITS = np.int32(0x3F3504F3)
+_TWO = np.float32(2.0)
 
 
-@register_jitable(inline="always")
+@register_jitable
 def _log1p_float32(x):
     """For x from 0 to 2^30."""
-    w = np.float32(1.0) + x
-    shifted = np.int32(bits_of(w) - _ROOT_HALF_BITS)
-    exponent = np.float32(np.int32(shifted >> np.int32(23)))
-    r = float_of(np.int32(np.int32(shifted & np.int32(0x7FFFFF)) + _ROOT_HALF_BITS)) - np.float32(1.0)
-    p = _L8 * r + _L7
+    w = x + _ONE
+    exponent = (bits_of(w) - _ROOT_HALF_BITS) >> _MANTISSA
+    r = float_of(bits_of(w) - (exponent << _MANTISSA)) - _ONE
+    power = number_of(exponent)
+    p = r * _L8 + _L7
     p = p * r + _L6
     p = p * r + _L5
     p = p * r + _L4
@@ -119,23 +120,36 @@ def _log1p_float32(x):
     p = p * r + _L1
     p = p * r + _L0
     square = r * r
-    found = r - np.float32(0.5) * square + square * r * p
-    found = exponent * _LN2_HIGH + (found + exponent * _LN2_LOW)
-    # What 1 + x lost of x, in first order.
-    lost = x - (w - np.float32(1.0))
-    return found + lost / w
+    found = r - square * _HALF + square * r * p
+    found = power * _LN2_HIGH + (found + power * _LN2_LOW)
+    # What 1 + x lost of x, in first order for x near 0; from 1 on it is beyond the last bit.
+    lost = x - (w - _ONE)
+    return found + above(w, splat(_TWO), splat(np.float32(0.0)), lost)  # NaN stays
+
+
+def _by_lane(function):
+    @register_jitable
+    def call(x):
+        for lane in range(LANES):
+            x = put(x, lane, function(get(x, lane)))
+        return x
+
+    return call
+
+
+_exp2_float64, _log1p_float64 = _by_lane(math.exp2), _by_lane(math.log1p)
 
 
 def exp2(x):
-    """2^x; NaN for NaN."""
+    """2^x of a vector; NaN for NaN."""
     raise NotImplementedError("for compiled kernels")
 
 
-@overload(exp2, inline="always")
+@overload(exp2)
 def _exp2(x):
-    if x == types.float32:
+    if x == Vector(types.float32):
         return lambda x: _exp2_float32(x)
-    return lambda x: math.exp2(x)
+    return lambda x: _exp2_float64(x)
 
 
 def exp(x):
@@ -143,7 +157,7 @@ def exp(x):
     raise NotImplementedError("for compiled kernels")
 
 
-@overload(exp, inline="always")
+@overload(exp)
 def _exp(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)
@@ -151,15 +165,15 @@ def _exp(x):
 
 
 def log1p(x):
-    """log(1 + x) for x of at least 0."""
+    """log(1 + x) of a vector of numbers of at least 0."""
     raise NotImplementedError("for compiled kernels")
 
 
-@overload(log1p, inline="always")
+@overload(log1p)
 def _log1p(x):
-    if x == types.float32:
+    if x == Vector(types.float32):
         return lambda x: _log1p_float32(x)
-    return lambda x: math.log1p(x)
+    return lambda x: _log1p_float64(x)
 
 
 def highest(row):

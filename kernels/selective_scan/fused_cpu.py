@@ -1,23 +1,27 @@
 """The selective scan in Numba, for CPUs: what the kernels are given, and how a call is divided.
 
-The kernels are in fused_cpu_kernels.py, which imports numba; this file does so at the first call. A call is divided by
-its sizes alone, never by the number of threads, so the same call gives the same bits.
+The kernels are in fused_cpu_kernels.py, which imports numba; this file does so at the first call. The number of threads
+changes no bit of a result: sums over channels are divided by the sizes of a call alone.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.numba_host import threads
-from terrazzo.kernels.numba_host.arrays import array_of
+from terrazzo.kernels.numba_host.arrays import array_of, rows_of
 from terrazzo.kernels.selective_scan.orders import pixels
 from terrazzo.kernels.selective_scan.scans import Scans
 
-# Steps between two states that are kept, and channels of a program.
+# Steps between two states that are kept.
 CHUNK = 64
-WIDTH = 16
 LOG2_E = 1.4426950408889634
+# Vectors of channels of a program of the forward pass. Neighbouring channels lie side by side in memory.
+_VECTORS = 8
 # Programs of the backward pass add up gradients of B and C by groups: few groups, as each has a sum of its own.
 _GROUPS = 8
+_LANES = 16
 
 
 def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,13 +30,15 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
 
     arrays, channels = _arrays(call)
     batch, length, scans, _ = call.delta.shape
-    wide = arrays[0].shape[-1]
+    wide = arrays[2].shape[-1]
     merged = call.merge and call.z is None  # gates come before the sum
     out = torch.empty(batch, length, 1 if merged else scans, wide, dtype=call.dtype)
     kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=call.dtype)
-    given = [*map(array_of, arrays[:7]), call.delta_softplus, *map(array_of, (arrays[7], out, kept))]
-    blocks = wide // WIDTH
-    threads.run(lambda i: kernels.forward(*given, i // blocks, i % blocks * WIDTH), batch * blocks)
+    given = [*_given(arrays, call.delta_softplus), *rows_of(out), array_of(kept)]
+    # Channels do not depend on each other, so any cut gives the same bits.
+    parts = _parts(wide, max(-(-wide // (_VECTORS * _LANES)), -(-torch.get_num_threads() // batch)))
+    count = len(parts)
+    threads.run(lambda i: kernels.forward(*given, i // count, *parts[i % count]), batch * count)
     out, kept = out[..., :channels], kept[..., :channels]
     if call.z is not None:
         out = out * F.silu(call.z.to(call.dtype))
@@ -55,18 +61,18 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
         dz = grad * out * gate * (1 + z * (1 - gate))
         grad = grad * gate * z
     arrays, channels = _arrays(call)
-    u, delta, A, B, C, skip, bias, index = arrays
-    batch, wide = delta.shape[0], delta.shape[3]
-    blocks = wide // WIDTH
-    groups = max(1, min(blocks, _GROUPS // batch))
-    kept, grad = (_padded(x, wide) for x in (kept, grad))
+    u, delta, A, B, C, skip, bias, _ = arrays
+    batch, wide = delta.shape[0], A.shape[-1]
+    kept, grad = _padded(kept, wide).contiguous(), _padded(grad, wide)
+    parts = _parts(wide, max(1, _GROUPS // batch))
+    groups = len(parts)
     dA = torch.empty(batch, *A.shape, dtype=call.dtype)
     dB, dC = (torch.empty(groups, *x.shape, dtype=call.dtype) for x in (B, C))
-    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    du, ddelta = (torch.empty(x.shape, dtype=call.dtype) for x in (u, delta))
     dskip, dbias = (torch.zeros(batch, *x.shape, dtype=call.dtype) for x in (skip, bias))
-    given = [*map(array_of, arrays[:7]), call.delta_softplus]
-    given += map(array_of, (index, grad, kept, du, ddelta, dA, dB, dC, dskip, dbias))
-    threads.run(lambda i: kernels.backward(*given, i // groups, i % groups, groups), batch * groups)
+    given = [*_given(arrays, call.delta_softplus), *rows_of(grad), array_of(kept), *rows_of(du), *rows_of(ddelta)]
+    given += map(array_of, (dA, dB, dC, dskip, dbias))
+    threads.run(lambda i: kernels.backward(*given, i // groups, i % groups, *parts[i % groups]), batch * groups)
     found = (
         du[..., :channels],
         ddelta[..., :channels],
@@ -84,22 +90,38 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
 def _arrays(call: Scans) -> tuple[list[torch.Tensor], int]:
     """What the kernels take, in the dtype of the computation and with whole programs of channels; the real channels."""
     channels = call.delta.shape[3]
-    wide = -(-channels // WIDTH) * WIDTH
+    wide = -(-channels // _LANES) * _LANES
     nothing = call.A.new_empty(0, wide, dtype=call.dtype)
     steps = torch.arange(call.length)
     found = [
         _padded(call.u.to(call.dtype), wide),
         _padded(call.delta.to(call.dtype), wide),
-        _padded(call.A.to(call.dtype).transpose(1, 2) * LOG2_E, wide),
-        call.B.to(call.dtype).contiguous(),
-        call.C.to(call.dtype).contiguous(),
-        nothing if call.D is None else _padded(call.D.to(call.dtype), wide),
-        nothing if call.delta_bias is None else _padded(call.delta_bias.to(call.dtype), wide),
+        _padded(call.A.to(call.dtype).transpose(1, 2) * LOG2_E, wide).contiguous(),
+        _padded(call.B.to(call.dtype), 0),
+        _padded(call.C.to(call.dtype), 0),
+        nothing if call.D is None else _padded(call.D.to(call.dtype), wide).contiguous(),
+        nothing if call.delta_bias is None else _padded(call.delta_bias.to(call.dtype), wide).contiguous(),
         torch.stack([pixels(code, steps, call.length, call.width) for code in call.orders]),
     ]
     return found, channels
 
 
+def _given(arrays: list[torch.Tensor], softplus: bool) -> list:
+    """The arguments that both kernels begin with."""
+    u, delta, A, B, C, skip, bias, index = arrays
+    flat = [array_of(x).reshape(-1) for x in (A, skip, bias)]
+    return [*rows_of(u), *rows_of(delta), flat[0], *rows_of(B), *rows_of(C), *flat[1:], softplus, array_of(index)]
+
+
+def _parts(wide: int, count: int) -> list[tuple[int, int]]:
+    """The first channel and the number of channels of each program for an image: at most `count` programs."""
+    vectors = wide // _LANES
+    count = min(count, vectors)
+    cuts = [vectors * i // count * _LANES for i in range(count + 1)]
+    return [(begin, end - begin) for begin, end in itertools.pairwise(cuts)]
+
+
 def _padded(x: torch.Tensor, wide: int) -> torch.Tensor:
-    """Contiguous, with zeros behind the last channel."""
-    return (F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x).contiguous()
+    """Zeros behind the last channel, and channels side by side."""
+    x = F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

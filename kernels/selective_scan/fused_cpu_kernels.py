@@ -1,86 +1,93 @@
 """The selective scan step by step on a CPU: states stay in the nearest cache, and each step is computed once.
 
-A program owns WIDTH channels of an image, and loops over them become vector instructions. Numba compiles the kernels at
-the first call. Arrays are contiguous: u (B, L, 1 or K, D), delta (B, L, K, D), A (K, N, D) times log2(e), B and C
-(B, L, K, N), skip (the operator's D) and bias (K, D), or (0, D) for none, and index (K, L), the pixel of each step.
+A program owns some channels of an image, LANES at a time. Numba compiles the kernels at the first call. Arrays are
+flat; `u_at` and similar arguments hold the steps between images, pixels and scans, and channels lie side by side. A is
+(K, N, D) times log2(e); skip (the operator's D) and bias are (K, D), or empty; index is (K, L), the pixel of each step.
+D is a multiple of LANES.
 """
 
 import numpy as np
 
 from terrazzo.kernels.numba_host.fused_compile import jit
 from terrazzo.kernels.numba_host.fused_maths import exp2, log1p
-from terrazzo.kernels.selective_scan.fused_cpu import CHUNK, LOG2_E, WIDTH
+from terrazzo.kernels.numba_host.fused_vectors import LANES, above, load, splat, store, total
+from terrazzo.kernels.selective_scan.fused_cpu import CHUNK, LOG2_E
 
 
 @jit
-def forward(u, delta, A, B, C, skip, bias, softplus, index, out, kept, image, first):
-    """The scans of channels `first` to `first + WIDTH`.
+def forward(
+    u, u_at, delta, delta_at, A, B, b_at, C, c_at, skip, bias, softplus, index, out, out_at, kept, image, first, width
+):
+    """The scans of channels `first` to `first + width`.
 
     Args:
-        out: (B, L, 1, D), the sum of all scans, or (B, L, K, D).
+        out: the sum of all scans if the step between scans is 0.
         kept: (B, chunks, K, N, D), the state before each chunk of steps.
     """
-    scans, states, length = A.shape[0], A.shape[1], u.shape[1]
-    dtype = u.dtype
-    log2_e, limit = dtype.type(LOG2_E), dtype.type(20)
-    decay, h = np.empty((states, WIDTH), dtype), np.empty((states, WIDTH), dtype)
-    dt, dx, y = np.empty(WIDTH, dtype), np.empty(WIDTH, dtype), np.empty(WIDTH, dtype)
+    scans, length = index.shape
+    dtype = u.dtype.type
+    channels = kept.shape[4]
+    states = kept.shape[3]
+    log2_e, limit, zero = dtype(LOG2_E), splat(dtype(20)), splat(dtype(0))
+    h, kept_flat = np.empty(states * width, dtype), kept.reshape(-1)
     for k in range(scans):
-        own_u, own_out = k if u.shape[2] > 1 else 0, k if out.shape[2] > 1 else 0
-        for n in range(states):
-            for j in range(WIDTH):
-                decay[n, j] = A[k, n, first + j]
-                h[n, j] = 0
+        h[:] = 0
         for t in range(length):
             if t % CHUNK == 0:
+                at = ((image * kept.shape[1] + t // CHUNK) * scans + k) * states * channels + first
                 for n in range(states):
-                    for j in range(WIDTH):
-                        kept[image, t // CHUNK, k, n, first + j] = h[n, j]
+                    for i in range(0, width, LANES):
+                        store(kept_flat, at + n * channels + i, load(h, n * width + i))
             p = index[k, t]
-            for j in range(WIDTH):
-                dt[j] = delta[image, p, k, first + j]
-            if bias.shape[0] > 0:
-                for j in range(WIDTH):
-                    dt[j] += bias[k, first + j]
-            if softplus:
-                for j in range(WIDTH):
-                    x = dt[j]
-                    small = log1p(exp2((limit if x > limit else x) * log2_e))
-                    dt[j] = x if x > limit else small
-            for j in range(WIDTH):
-                dx[j] = dt[j] * u[image, p, own_u, first + j]
-                y[j] = 0
-            for n in range(states):
-                b, c = B[image, p, k, n], C[image, p, k, n]
-                for j in range(WIDTH):
-                    h[n, j] = exp2(dt[j] * decay[n, j]) * h[n, j] + dx[j] * b
-                    y[j] += c * h[n, j]
-            if skip.shape[0] > 0:
-                for j in range(WIDTH):
-                    y[j] += skip[k, first + j] * u[image, p, own_u, first + j]
-            if k > 0 and own_out == 0:
-                for j in range(WIDTH):
-                    out[image, p, own_out, first + j] += y[j]
-            else:
-                for j in range(WIDTH):
-                    out[image, p, own_out, first + j] = y[j]
+            u_row = image * u_at[0] + p * u_at[1] + k * u_at[2] + first
+            delta_row = image * delta_at[0] + p * delta_at[1] + k * delta_at[2] + first
+            b_row = image * b_at[0] + p * b_at[1] + k * b_at[2]
+            c_row = image * c_at[0] + p * c_at[1] + k * c_at[2]
+            out_row = image * out_at[0] + p * out_at[1] + k * out_at[2] + first
+            for i in range(0, width, LANES):
+                own = k * channels + first + i
+                dt = load(delta, delta_row + i)
+                if bias.size > 0:
+                    dt = dt + load(bias, own)
+                if softplus:
+                    dt = above(dt, limit, dt, log1p(exp2(above(dt, limit, limit, dt) * log2_e)))
+                x = load(u, u_row + i)
+                dx = dt * x
+                y = zero
+                if skip.size > 0:
+                    y = x * load(skip, own)
+                if k > 0 and out_at[2] == 0:
+                    y = y + load(out, out_row + i)
+                for n in range(states):
+                    decay = exp2(dt * load(A, (k * states + n) * channels + first + i))
+                    state = decay * load(h, n * width + i) + dx * B[b_row + n]
+                    store(h, n * width + i, state)
+                    y = y + state * C[c_row + n]
+                store(out, out_row + i, y)
 
 
 @jit
 def backward(
     u,
+    u_at,
     delta,
+    delta_at,
     A,
     B,
+    b_at,
     C,
+    c_at,
     skip,
     bias,
     softplus,
     index,
     grad,
+    grad_at,
     kept,
     du,
+    du_at,
     ddelta,
+    ddelta_at,
     dA,
     dB,
     dC,
@@ -88,120 +95,99 @@ def backward(
     dbias,
     image,
     group,
-    groups,
+    first,
+    width,
 ):
-    """Gradients by the channels of one group of programs; the states within a chunk are computed again.
+    """Gradients by the channels `first` to `first + width`; the states within a chunk are computed again.
 
     Args:
-        grad: the gradient of `out`, in its shape.
+        grad: the gradient of `out`.
         du, ddelta: in the shapes of u and delta.
         dA: (B, K, N, D), by A itself. dskip, dbias: (B, K, D).
         dB, dC: (groups, B, L, K, N), sums over the channels of a group.
     """
-    scans, states, length, channels = A.shape[0], A.shape[1], u.shape[1], u.shape[3]
-    dtype = u.dtype
-    log2_e, one, limit = dtype.type(LOG2_E), dtype.type(1), dtype.type(20)
-    blocks = channels // WIDTH
-    begin, end = blocks * group // groups, blocks * (group + 1) // groups
-    carried = np.empty((end - begin, states, WIDTH), dtype)
-    sums_a = np.empty((end - begin, states, WIDTH), dtype)
-    h = np.empty((CHUNK + 1, states, WIDTH), dtype)
-    decays = np.empty((CHUNK, states, WIDTH), dtype)
-    dts, slopes = np.empty((CHUNK, WIDTH), dtype), np.empty((CHUNK, WIDTH), dtype)
-    lanes_b, lanes_c = np.empty((CHUNK, states, WIDTH), dtype), np.empty((CHUNK, states, WIDTH), dtype)
-    dx, dy, ddt, from_state = (
-        np.empty(WIDTH, dtype),
-        np.empty(WIDTH, dtype),
-        np.empty(WIDTH, dtype),
-        np.empty(WIDTH, dtype),
-    )
-    chunks = (length + CHUNK - 1) // CHUNK
+    scans, length = index.shape
+    dtype = u.dtype.type
+    channels = kept.shape[4]
+    states = kept.shape[3]
+    log2_e, one, zero, limit = dtype(LOG2_E), splat(dtype(1)), splat(dtype(0)), splat(dtype(20))
+    carried, sums_a = np.empty(states * width, dtype), np.empty(states * width, dtype)
+    # Of one chunk and LANES channels: states before each step and decays, step sizes and their slopes.
+    h, decays = np.empty((CHUNK + 1) * states * LANES, dtype), np.empty(CHUNK * states * LANES, dtype)
+    dts, slopes = np.empty(CHUNK * LANES, dtype), np.empty(CHUNK * LANES, dtype)
+    lanes_b, lanes_c = np.empty(CHUNK * states * LANES, dtype), np.empty(CHUNK * states * LANES, dtype)
+    kept_flat, dA_flat, dskip_flat, dbias_flat = kept.reshape(-1), dA.reshape(-1), dskip.reshape(-1), dbias.reshape(-1)
+    block = states * LANES
     for k in range(scans):
-        own_u, own_out = k if u.shape[2] > 1 else 0, k if grad.shape[2] > 1 else 0
         carried[:] = 0
         sums_a[:] = 0
-        for chunk in range(chunks - 1, -1, -1):
+        for chunk in range(kept.shape[1] - 1, -1, -1):
             start = chunk * CHUNK
             steps = min(CHUNK, length - start)
-            lanes_b[:steps] = 0
-            lanes_c[:steps] = 0
-            for block in range(end - begin):
-                first = (begin + block) * WIDTH
+            lanes_b[: steps * block] = 0
+            lanes_c[: steps * block] = 0
+            for i in range(0, width, LANES):
+                own, own_a = k * channels + first + i, k * states * channels + first + i
+                at = ((image * kept.shape[1] + chunk) * scans + k) * states * channels + first + i
                 for n in range(states):
-                    for j in range(WIDTH):
-                        h[0, n, j] = kept[image, chunk, k, n, first + j]
+                    store(h, n * LANES, load(kept_flat, at + n * channels))
                 for t in range(steps):
                     p = index[k, start + t]
-                    for j in range(WIDTH):
-                        dts[t, j] = delta[image, p, k, first + j]
-                        slopes[t, j] = one
-                    if bias.shape[0] > 0:
-                        for j in range(WIDTH):
-                            dts[t, j] += bias[k, first + j]
+                    dt, slope = load(delta, image * delta_at[0] + p * delta_at[1] + k * delta_at[2] + first + i), one
+                    if bias.size > 0:
+                        dt = dt + load(bias, own)
                     if softplus:
-                        for j in range(WIDTH):
-                            x = dts[t, j]
-                            e = exp2((limit if x > limit else x) * log2_e)
-                            slopes[t, j] = one if x > limit else e / (one + e)
-                            dts[t, j] = x if x > limit else log1p(e)
-                    for j in range(WIDTH):
-                        dx[j] = dts[t, j] * u[image, p, own_u, first + j]
+                        e = exp2(above(dt, limit, limit, dt) * log2_e)
+                        slope = above(dt, limit, one, e / (e + one))
+                        dt = above(dt, limit, dt, log1p(e))
+                    store(dts, t * LANES, dt)
+                    store(slopes, t * LANES, slope)
+                    dx = dt * load(u, image * u_at[0] + p * u_at[1] + k * u_at[2] + first + i)
+                    b_row = image * b_at[0] + p * b_at[1] + k * b_at[2]
                     for n in range(states):
-                        b = B[image, p, k, n]
-                        for j in range(WIDTH):
-                            a = exp2(dts[t, j] * A[k, n, first + j])
-                            decays[t, n, j] = a
-                            h[t + 1, n, j] = a * h[t, n, j] + dx[j] * b
+                        decay = exp2(dt * load(A, own_a + n * channels))
+                        store(decays, t * block + n * LANES, decay)
+                        state = decay * load(h, t * block + n * LANES) + dx * B[b_row + n]
+                        store(h, (t + 1) * block + n * LANES, state)
                 for t in range(steps - 1, -1, -1):
                     p = index[k, start + t]
-                    for j in range(WIDTH):
-                        dy[j] = grad[image, p, own_out, first + j]
-                        dx[j] = dts[t, j] * u[image, p, own_u, first + j]
-                        ddt[j] = 0
-                        from_state[j] = 0
+                    dy = load(grad, image * grad_at[0] + p * grad_at[1] + k * grad_at[2] + first + i)
+                    x = load(u, image * u_at[0] + p * u_at[1] + k * u_at[2] + first + i)
+                    dt = load(dts, t * LANES)
+                    dx, ddt, from_state = dt * x, zero, zero
+                    b_row = image * b_at[0] + p * b_at[1] + k * b_at[2]
+                    c_row = image * c_at[0] + p * c_at[1] + k * c_at[2]
                     for n in range(states):
-                        b, c = B[image, p, k, n], C[image, p, k, n]
-                        for j in range(WIDTH):
-                            g = carried[block, n, j] + c * dy[j]
-                            lanes_c[t, n, j] += h[t + 1, n, j] * dy[j]
-                            lanes_b[t, n, j] += g * dx[j]
-                            from_state[j] += g * b
-                            back = g * decays[t, n, j]
-                            flow = back * h[t, n, j]
-                            ddt[j] += flow * A[k, n, first + j]
-                            sums_a[block, n, j] += flow * dts[t, j]
-                            carried[block, n, j] = back
-                    for j in range(WIDTH):
-                        x = u[image, p, own_u, first + j]
-                        # A is times log2(e), so that its sum is, too.
-                        change = (ddt[j] / log2_e + x * from_state[j]) * slopes[t, j]
-                        ddelta[image, p, k, first + j] = change
-                        dx[j] = dts[t, j] * from_state[j]
-                        ddt[j] = change
-                    if bias.shape[0] > 0:
-                        for j in range(WIDTH):
-                            dbias[image, k, first + j] += ddt[j]
-                    if skip.shape[0] > 0:
-                        for j in range(WIDTH):
-                            dskip[image, k, first + j] += dy[j] * u[image, p, own_u, first + j]
-                            dx[j] += dy[j] * skip[k, first + j]
-                    if k > 0 and own_u == 0:
-                        for j in range(WIDTH):
-                            du[image, p, own_u, first + j] += dx[j]
-                    else:
-                        for j in range(WIDTH):
-                            du[image, p, own_u, first + j] = dx[j]
+                        j, own_n = t * block + n * LANES, n * width + i
+                        g = load(carried, own_n) + dy * C[c_row + n]
+                        store(lanes_c, j, load(lanes_c, j) + load(h, j + block) * dy)
+                        store(lanes_b, j, load(lanes_b, j) + g * dx)
+                        from_state = from_state + g * B[b_row + n]
+                        back = g * load(decays, j)
+                        flow = back * load(h, j)
+                        ddt = ddt + flow * load(A, own_a + n * channels)
+                        store(sums_a, own_n, load(sums_a, own_n) + flow * dt)
+                        store(carried, own_n, back)
+                    # A is times log2(e), so that its sum is, too.
+                    change = (ddt / log2_e + x * from_state) * load(slopes, t * LANES)
+                    store(ddelta, image * ddelta_at[0] + p * ddelta_at[1] + k * ddelta_at[2] + first + i, change)
+                    from_u = dt * from_state
+                    sums = image * scans * channels + own
+                    if bias.size > 0:
+                        store(dbias_flat, sums, load(dbias_flat, sums) + change)
+                    if skip.size > 0:
+                        store(dskip_flat, sums, load(dskip_flat, sums) + dy * x)
+                        from_u = from_u + dy * load(skip, own)
+                    du_row = image * du_at[0] + p * du_at[1] + k * du_at[2] + first + i
+                    if k > 0 and du_at[2] == 0:
+                        from_u = from_u + load(du, du_row)
+                    store(du, du_row, from_u)
             for t in range(steps):
                 p = index[k, start + t]
                 for n in range(states):
-                    sum_b, sum_c = dtype.type(0), dtype.type(0)
-                    for j in range(WIDTH):
-                        sum_b += lanes_b[t, n, j]
-                        sum_c += lanes_c[t, n, j]
-                    dB[group, image, p, k, n] = sum_b
-                    dC[group, image, p, k, n] = sum_c
-        for block in range(end - begin):
-            first = (begin + block) * WIDTH
-            for n in range(states):
-                for j in range(WIDTH):
-                    dA[image, k, n, first + j] = sums_a[block, n, j]
+                    dB[group, image, p, k, n] = total(load(lanes_b, t * block + n * LANES))
+                    dC[group, image, p, k, n] = total(load(lanes_c, t * block + n * LANES))
+        for n in range(states):
+            at = ((image * scans + k) * states + n) * channels + first
+            for i in range(0, width, LANES):
+                store(dA_flat, at + i, load(sums_a, n * width + i))

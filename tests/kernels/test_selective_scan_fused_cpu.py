@@ -21,6 +21,7 @@ from terrazzo.kernels.triton_host import machine as triton_machine
 
 numba = pytest.importorskip("numba", reason="needs the extra 'cpu'")
 kernels = importlib.import_module("terrazzo.kernels.selective_scan.fused_cpu_kernels")
+LANES = kernels.LANES
 OPERATOR = importlib.import_module("terrazzo.kernels.selective_scan.op").OPERATOR
 
 pytestmark = pytest.mark.skipif(triton_machine.interpreting(), reason="Triton interprets in this process")
@@ -32,7 +33,7 @@ class TestKernels:
         check(triton_scan.errors(length=length, channels=7))
 
     @pytest.mark.parametrize("states", [1, 2, 8, 15, 16, 70])
-    @pytest.mark.parametrize("channels", [kernels.WIDTH, kernels.WIDTH + 1, 3 * kernels.WIDTH - 1])
+    @pytest.mark.parametrize("channels", [LANES, LANES + 1, 3 * LANES - 1])
     def test_channels_and_states(self, channels, states):
         check(triton_scan.errors(length=70, channels=channels, states=states, leave=("z",)))
 
@@ -93,6 +94,19 @@ class TestKernels:
         assert triton_scan.empty() == [(0, 4, 1, 3), (0, 4, 1, 3), *shapes, None, (1, 3)]
 
 
+def _store(array, index, vector):
+    array[index : index + LANES] = vector
+
+
+VECTORS_IN_NUMPY = {
+    "load": lambda array, index: array[index : index + LANES].copy(),
+    "store": _store,
+    "splat": lambda number: np.full(LANES, number),
+    "above": lambda a, b, then, otherwise: np.where(a > b, then, otherwise),
+    "total": np.sum,
+}
+
+
 class TestMutations:
     """Break the kernels' arithmetic on purpose: the comparison must fail."""
 
@@ -102,8 +116,11 @@ class TestMutations:
         for name in ("forward", "backward"):
             plain = getattr(kernels, name).py_func  # runs in Python, so its pieces can be replaced
             monkeypatch.setattr(kernels, name, plain)
-        monkeypatch.setattr(kernels, "exp2", lambda x: x.dtype.type(2.0**x * (0.9 if helper == "exp2" else 1)))
-        monkeypatch.setattr(kernels, "log1p", lambda x: x.dtype.type(math.log1p(x) * (0.9 if helper == "log1p" else 1)))
+        for name, function in VECTORS_IN_NUMPY.items():
+            monkeypatch.setattr(kernels, name, function)
+        for name, function in (("exp2", np.exp2), ("log1p", np.log1p)):
+            factor = np.float32(0.9 if helper == name else 1)
+            monkeypatch.setattr(kernels, name, lambda x, function=function, factor=factor: function(x) * factor)
         if helper == "orders":
             monkeypatch.setattr(fused_cpu, "pixels", lambda code, steps, length, width: steps)
         if helper == "chunks":
@@ -114,19 +131,40 @@ class TestMutations:
         assert bool(broken) == bool(helper)
 
 
-class TestMaths:
-    def test_exp2_over_its_whole_range(self):
-        """Errors are within 2 units in the last place, from the smallest number to infinity."""
-        exp2 = importlib.import_module("terrazzo.kernels.numba_host.fused_maths").exp2
+def on_vectors(name):
+    """A function of fused_maths, for arrays of any size."""
+    function = getattr(importlib.import_module("terrazzo.kernels.numba_host.fused_maths"), name)
+    load, store = kernels.load, kernels.store
 
-        @numba.njit
-        def run(x, out):
-            for i in range(len(x)):
-                out[i] = exp2(x[i])
+    @numba.njit
+    def run(x, out):
+        for i in range(0, len(x), LANES):
+            store(out, i, function(load(x, i)))
 
-        x = np.concatenate([np.linspace(-152, 128.5, 1_000_003), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+    def call(x):
+        x = np.concatenate([x, np.ones(-len(x) % LANES, x.dtype)])
         out = np.empty_like(x)
         run(x, out)
+        return out
+
+    return call
+
+
+class TestMaths:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_log1p(self, dtype):
+        """Errors are within 4 units in the last place, for all values that exp takes below the limit of softplus."""
+        x = np.concatenate([np.logspace(-38, 8.7, 300_001), np.linspace(0, 3, 300_001)]).astype(dtype)
+        exact = np.log1p(x.astype(np.longdouble))
+        error = np.abs(on_vectors("log1p")(x)[: len(x)] - exact)
+        assert (error <= 4 * np.spacing(exact.astype(dtype))).all()
+        assert np.isnan(on_vectors("log1p")(np.array([np.nan], dtype))[0])
+
+    def test_exp2_over_its_whole_range(self):
+        """Errors are within 2 units in the last place, from the smallest number to infinity."""
+        run = on_vectors("exp2")
+        x = np.concatenate([np.linspace(-152, 128.5, 1_000_003), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+        out = run(x)[: len(x)]
         with np.errstate(over="ignore"):
             exact = np.exp2(x.astype(np.float64))
             rounded = exact.astype(np.float32)
@@ -134,8 +172,7 @@ class TestMaths:
         assert np.array_equal(np.isinf(out), ~finite)
         assert (np.abs(out[finite] - exact[finite]) <= 2 * np.spacing(rounded[finite])).all()
         special = np.array([np.nan, np.inf, -np.inf, -1e30, 1e30, 0], np.float32)
-        out = np.empty_like(special)
-        run(special, out)
+        out = run(special)[: len(special)]
         assert np.array_equal(out, np.array([np.nan, np.inf, 0, 0, np.inf, 1], np.float32), equal_nan=True)
 
 
@@ -253,7 +290,8 @@ class TestOperator:
     def test_a_cache_that_cannot_be_written_costs_only_time(self, tmp_path):
         (tmp_path / "cache").write_text("a file in the place of the folder")
         code = (
-            "import os, sys, torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"
+            "import torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"
+            "from numba.core.caching import CacheImpl as c; c._locator_classes = c._locator_classes[:1]\n"
             "print(k.selective_scan(x, x, -torch.ones(2, 1), x[:, :1], x[:, :1], backend='fused')[0, 0, 1].item())"
         )
         environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "", "HOME": str(tmp_path / "cache")}
@@ -262,3 +300,17 @@ class TestOperator:
         done = run_code(code, env=environment)
         assert done.returncode == 0, done.stderr
         assert float(done.stdout) == pytest.approx(1 + math.exp(-1))
+        assert "can be written, so each process compiles its CPU kernels" in done.stderr
+        assert done.stderr.count("compiles CPU kernels for this processor") == 1
+
+    def test_a_full_disk_costs_only_time(self, tmp_path):
+        code = (
+            "import resource, signal, torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            "print(k.selective_scan(x, x, -torch.ones(2, 1), x[:, :1], x[:, :1], backend='fused')[0, 0, 1].item())"
+        )
+        done = run_code(code, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) == pytest.approx(1 + math.exp(-1))
+        assert "could not be kept" in done.stderr
