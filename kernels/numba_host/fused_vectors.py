@@ -1,0 +1,323 @@
+"""Vectors of 8 numbers as values of CPU kernels: sums stay in registers, which no loop over an array promises.
+
+Addresses are places in a 1-D array, and nothing is checked. A kernel that runs interpreted (`kernel.py_func`) gets the
+bodies that are written here, in which a vector is a NumPy array.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import lower_builtin, models, register_model, type_callable
+from numba.np import arrayobj
+
+LANES = 8
+# A product and a sum may become one operation, as in all CPU kernels.
+_FLAGS = ("contract",)
+
+
+class Vector(types.Type):
+    """The type of a vector of float32 or float64."""
+
+    def __init__(self, number: types.Float):
+        self.number = number
+        super().__init__(name=f"Vector({number})")
+
+
+@register_model(Vector)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, ir.VectorType(manager.lookup(vector.number).get_value_type(), LANES))
+
+
+def load(x, at):
+    """The vector that begins at place `at`."""
+    return x[at : at + LANES].copy()
+
+
+def store(x, at, vector):
+    """Write a vector."""
+    x[at : at + LANES] = vector
+
+
+def spread(x, at):
+    """A vector of one number, x[at]."""
+    return np.full(LANES, x[at])
+
+
+def zeros(x, count):
+    """`count` vectors of zeros (a constant number), of the type of x."""
+    return (np.zeros(LANES, x.dtype),) * count
+
+
+def add(a, b):
+    return a + b
+
+
+def subtract(a, b):
+    return a - b
+
+
+def multiply(a, b):
+    return a * b
+
+
+def multiply_all(vectors, b):
+    """Each vector times the vector b."""
+    return tuple(a * b for a in vectors)
+
+
+def larger(a, b):
+    """The larger number, lane by lane; `a` where `b` is not a number."""
+    return np.where(b > a, b, a)
+
+
+def keep(vector, count, other):
+    """The first `count` lanes of a vector; further lanes are the number `other`."""
+    return np.where(np.arange(LANES) < count, vector, other).astype(vector.dtype)
+
+
+def largest_of(vector):
+    """The largest lane."""
+    for half in (4, 2, 1):
+        vector = larger(vector[:half], vector[half : 2 * half])
+    return vector[0]
+
+
+def sum_of(vector):
+    """The sum of all lanes."""
+    for half in (4, 2, 1):
+        vector = vector[:half] + vector[half : 2 * half]
+    return vector[0]
+
+
+def add_products(sums, factor, x, at, step):
+    """Add factor * x[at + i * step] to the i-th vector of `sums`."""
+    return tuple(s + factor * load(x, at + i * step) for i, s in enumerate(sums))
+
+
+def add_products_of_two(sums, a, b, x, at, step, shift):
+    """Add a * x[at + i * step] to the i-th vector of the first half of `sums`, and the same for b and the second half.
+
+    `shift` is a constant number: so many steps farther begin the vectors of x for b. Each is read once.
+    """
+    half = len(sums) // 2
+    first = add_products(sums[:half], a, x, at, step)
+    return first + add_products(sums[half:], b, x, at + shift * step, step)
+
+
+def store_all(x, at, step, vectors):
+    """Write the i-th vector at place at + i * step."""
+    for i, vector in enumerate(vectors):
+        store(x, at + i * step, vector)
+
+
+def store_two(x, at, other, step, vectors):
+    """Write the first half of vectors at places at + i * step, the second half at places other + i * step."""
+    half = len(vectors) // 2
+    store_all(x, at, step, vectors[:half])
+    store_all(x, other, step, vectors[half:])
+
+
+def turned(vectors):
+    """`LANES` vectors as the rows of a square: its columns."""
+    return tuple(np.stack(vectors).T)
+
+
+def _compiled(function: Callable, typer: Callable) -> Callable:
+    """Give a function a compiled form. `typer` maps types of arguments to the type of the result.
+
+    What is decorated writes the instructions, as numba's `lower_builtin` wants it.
+    """
+
+    def define(lower: Callable) -> Callable:
+        type_callable(function)(lambda context: typer)
+        lower_builtin(function, types.VarArg(types.Any))(lower)
+        return lower
+
+    return define
+
+
+def _pointer(context, builder, array, value, at, vector: bool):
+    """The address of a number of an array, as that of a vector or of a number."""
+    data = arrayobj.make_array(array)(context, builder, value).data
+    pointer = builder.gep(data, [at])
+    if not vector:
+        return pointer
+    return builder.bitcast(pointer, context.get_value_type(Vector(array.dtype)).as_pointer())
+
+
+def _aligned(array) -> int:
+    """Vectors begin at any number."""
+    return array.dtype.bitwidth // 8
+
+
+def _read(context, builder, array, value, at):
+    return builder.load(_pointer(context, builder, array, value, at, True), align=_aligned(array))
+
+
+def _write(context, builder, array, value, at, vector):
+    builder.store(vector, _pointer(context, builder, array, value, at, True), align=_aligned(array))
+
+
+def _spread(builder, number):
+    vector = ir.VectorType(number.type, LANES)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
+
+
+def _lanes(builder, vector, first: int, count: int):
+    """Lanes of a vector as a shorter vector."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(first, first + count)))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _folded(builder, vector, operation: Callable):
+    """One number from all lanes."""
+    half = LANES // 2
+    while half:
+        vector = operation(_lanes(builder, vector, 0, half), _lanes(builder, vector, half, half))
+        half //= 2
+    return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+
+def _larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+
+@_compiled(load, lambda x, at: Vector(x.dtype))
+def _(context, builder, signature, arguments):
+    return _read(context, builder, signature.args[0], *arguments)
+
+
+@_compiled(store, lambda x, at, vector: types.none)
+def _(context, builder, signature, arguments):
+    _write(context, builder, signature.args[0], *arguments)
+    return context.get_dummy_value()
+
+
+@_compiled(spread, lambda x, at: Vector(x.dtype))
+def _(context, builder, signature, arguments):
+    return _spread(builder, builder.load(_pointer(context, builder, signature.args[0], *arguments, False)))
+
+
+@_compiled(
+    zeros,
+    lambda x, count: types.UniTuple(Vector(x.dtype), count.literal_value) if isinstance(count, types.Literal) else None,
+)
+def _(context, builder, signature, arguments):
+    zero = ir.Constant(context.get_value_type(signature.return_type.dtype), None)
+    return context.make_tuple(builder, signature.return_type, [zero] * signature.return_type.count)
+
+
+@_compiled(add, lambda a, b: a)
+def _(context, builder, signature, arguments):
+    return builder.fadd(*arguments, flags=_FLAGS)
+
+
+@_compiled(multiply, lambda a, b: a)
+def _(context, builder, signature, arguments):
+    return builder.fmul(*arguments, flags=_FLAGS)
+
+
+@_compiled(multiply_all, lambda vectors, b: vectors)
+def _(context, builder, signature, arguments):
+    vectors = [builder.extract_value(arguments[0], i) for i in range(signature.return_type.count)]
+    found = [builder.fmul(x, arguments[1], flags=_FLAGS) for x in vectors]
+    return context.make_tuple(builder, signature.return_type, found)
+
+
+@_compiled(subtract, lambda a, b: a)
+def _(context, builder, signature, arguments):
+    return builder.fsub(*arguments, flags=_FLAGS)
+
+
+@_compiled(turned, lambda vectors: vectors)
+def _(context, builder, signature, arguments):
+    """Three times, vectors that are 4, 2 or 1 apart exchange halves, quarters or eighths."""
+    rows = [builder.extract_value(arguments[0], i) for i in range(LANES)]
+    step = LANES // 2
+    while step:
+        # Lanes whose number lacks the bit of `step` stay in the upper row of a pair, the others go to the lower row.
+        upper = [i if not i & step else LANES + i - step for i in range(LANES)]
+        lower = [i + step if not i & step else LANES + i for i in range(LANES)]
+        for i in range(LANES):
+            if not i & step:
+                pair = rows[i], rows[i + step]
+                for place, lanes in ((i, upper), (i + step, lower)):
+                    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes)
+                    rows[place] = builder.shuffle_vector(*pair, mask)
+        step //= 2
+    return context.make_tuple(builder, signature.return_type, rows)
+
+
+@_compiled(larger, lambda a, b: a)
+def _(context, builder, signature, arguments):
+    return _larger(builder, *arguments)
+
+
+@_compiled(keep, lambda vector, count, other: vector)
+def _(context, builder, signature, arguments):
+    vector, count, other = arguments
+    lanes = ir.Constant(ir.VectorType(count.type, LANES), list(range(LANES)))
+    return builder.select(builder.icmp_signed("<", lanes, _spread(builder, count)), vector, _spread(builder, other))
+
+
+@_compiled(largest_of, lambda vector: vector.number)
+def _(context, builder, signature, arguments):
+    return _folded(builder, *arguments, lambda a, b: _larger(builder, a, b))
+
+
+@_compiled(sum_of, lambda vector: vector.number)
+def _(context, builder, signature, arguments):
+    return _folded(builder, *arguments, builder.fadd)
+
+
+@_compiled(add_products, lambda sums, factor, x, at, step: sums)
+def _(context, builder, signature, arguments):
+    sums, factor, x, at, step = arguments
+    found = []
+    for i in range(signature.return_type.count):
+        product = builder.fmul(factor, _read(context, builder, signature.args[2], x, at), flags=_FLAGS)
+        found.append(builder.fadd(builder.extract_value(sums, i), product, flags=_FLAGS))
+        at = builder.add(at, step)
+    return context.make_tuple(builder, signature.return_type, found)
+
+
+@_compiled(
+    add_products_of_two,
+    lambda sums, a, b, x, at, step, shift: sums if isinstance(shift, types.Literal) else None,
+)
+def _(context, builder, signature, arguments):
+    sums, a, b, x, at, step, _ = arguments
+    count, shift, rows, found = signature.return_type.count, signature.args[6].literal_value, [], []
+    half = count // 2
+    for i in range(half + shift):
+        place = builder.add(at, builder.mul(step, ir.Constant(step.type, i)))
+        rows.append(_read(context, builder, signature.args[3], x, place))
+    for factor, first in ((a, 0), (b, shift)):
+        for i in range(half):
+            product = builder.fmul(factor, rows[first + i], flags=_FLAGS)
+            found.append(builder.fadd(builder.extract_value(sums, len(found)), product, flags=_FLAGS))
+    return context.make_tuple(builder, signature.return_type, found)
+
+
+@_compiled(store_all, lambda x, at, step, vectors: types.none)
+def _(context, builder, signature, arguments):
+    x, at, step, vectors = arguments
+    for i in range(signature.args[3].count):
+        _write(context, builder, signature.args[0], x, at, builder.extract_value(vectors, i))
+        at = builder.add(at, step)
+    return context.get_dummy_value()
+
+
+@_compiled(store_two, lambda x, at, other, step, vectors: types.none)
+def _(context, builder, signature, arguments):
+    x, at, other, step, vectors = arguments
+    half = signature.args[4].count // 2
+    for i in range(2 * half):
+        place = builder.add(other if i >= half else at, builder.mul(step, ir.Constant(step.type, i % half)))
+        _write(context, builder, signature.args[0], x, place, builder.extract_value(vectors, i))
+    return context.get_dummy_value()
