@@ -20,9 +20,9 @@ LOG2_E = 1.4426950408889634
 _LANES = 8
 # Rows of keys, and vectors of channels, whose sums are in registers at once.
 _ROWS, _VECTORS = (7, 5, 3, 1), (4, 2, 1)
-# The most rows and columns of a unit's tile.
-_BAND, _STRIP = 16, 64
-_BACK_BAND, _BACK_STRIP = 28, 64
+# The most rows and columns of a tile: its keys and values stay in the caches. In the backward pass neighbouring tiles
+# compute the same weights, so its tiles are larger.
+_TILE, _BACK_TILE = (16, 64), (28, 64)
 # Products of a call of a kernel, so that the call itself costs little, and the most calls.
 _WORK, _CALLS = 1 << 20, 256
 # The most bytes for partial sums of the bias' gradient.
@@ -60,7 +60,7 @@ class Cut(NamedTuple):
 class _Call:
     """What the kernels take in both directions."""
 
-    def __init__(self, tensors, rpb, kernel_size, dilation, scale, band, strip):
+    def __init__(self, tensors, rpb, kernel_size, dilation, scale, tile):
         dtype = accumulator(tensors[0])
         self.channels = tensors[0].shape[-1]
         self.tensors = [_padded(x.to(dtype)) for x in tensors]
@@ -73,7 +73,7 @@ class _Call:
         if rpb is not None:
             self.bias = F.pad(rpb.to(dtype) * LOG2_E, (0, pitch))
         longest = [-(-length // step) for length, step in zip(self.sizes[1:3], dilation)]
-        counts = [-(-length // most) for length, most in zip(longest, (band, strip))]
+        counts = [-(-length // most) for length, most in zip(longest, tile)]
         self.cut = Cut(
             *(-(-length // count) for length, count in zip(longest, counts)),
             *counts,
@@ -113,7 +113,7 @@ def _flat(x: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _block(count: int, blocks: tuple[int, ...]) -> int:
-    """The number out of `blocks` that computes `count` sums at the least cost; a block costs as much as one sum more."""
+    """The number of sums, out of `blocks`, that computes `count` sums at the least cost. A block costs a sum more."""
     return min((block for block in blocks if block <= count), key=lambda block: -(-count // block) * (block + 1))
 
 
@@ -129,7 +129,7 @@ def forward(
     """Neighborhood attention on a map; arguments and result as in `reference.neighborhood_attention`."""
     from terrazzo.kernels.neighborhood_attention import fused_cpu_kernels as kernels
 
-    call = _Call((query, key, value), rpb, kernel_size, dilation, scale, _BAND, _STRIP)
+    call = _Call((query, key, value), rpb, kernel_size, dilation, scale, _TILE)
     out = call.empty()
     given = [*call.given(), array_of(out.view(-1))]
     threads.run(lambda i: kernels.forward(*given, *call.span(i)), call.calls)
@@ -149,7 +149,7 @@ def backward(
     """Gradients of `forward` with respect to query, key, value and rpb. Only the inputs are kept for it."""
     from terrazzo.kernels.neighborhood_attention import fused_cpu_kernels as kernels
 
-    call = _Call((query, key, value, grad), rpb, kernel_size, dilation, scale, _BACK_BAND, _BACK_STRIP)
+    call = _Call((query, key, value, grad), rpb, kernel_size, dilation, scale, _BACK_TILE)
     grads = [call.empty() for _ in range(3)]
     partial = torch.empty(0, dtype=grads[0].dtype)
     length = math.prod(call.bias_shape)
