@@ -72,6 +72,12 @@ def pitch_of(kernel_w):
 
 
 @_inline
+def half_of(size):
+    """Numbers of the memory of one query's weights: pairs of vectors, as many compilers compute `exp2` in pairs."""
+    return -(-size // (2 * LANES)) * (2 * LANES)
+
+
+@_inline
 def line_of(columns):
     """Numbers between two lines of turned keys: an odd number of cache lines, so that lines do not share their sets."""
     return ((columns + LANES + 15) // 16 | 1) * 16
@@ -138,12 +144,12 @@ def _products_of(count, shift):
     both = 2 * count
 
     @_inline
-    def products(x, a, b, y, y_at, channels, line, out, out_at, pitch, size):
+    def products(x, a, b, y, y_at, channels, line, out, out_at, pitch, half):
         sums = zeros(y, both)
         for c in range(channels):
             place = y_at + c * line
             sums = add_products_of_two(sums, spread(x, a + c), spread(x, b + c), y, place, channels * line, shift)
-        store_two(out, out_at, out_at + size, pitch, sums)
+        store_two(out, out_at, out_at + half, pitch, sums)
 
     return products
 
@@ -154,14 +160,14 @@ _next_1, _next_3, _next_5, _next_7 = (_products_of(i, 1) for i in (1, 3, 5, 7))
 
 @_inline
 def products(x, a, b, shift, y, y_at, channels, line, kernel_h, pitch, block, out):
-    """Products of two pixels, x[a] and x[b], with all pixels of their windows: out (2, kernel_h, pitch).
+    """Products of two pixels, x[a] and x[b], with all pixels of their windows: two halves of out.
 
     Args:
         shift: rows from the first pixel's window to the second's, 0 or 1.
         y, y_at: turned pixels, and the first pixel's window among them.
         block: rows that are computed at once, 1, 3, 5 or 7. The last block overlaps the block before it.
     """
-    size, step = kernel_h * pitch, channels * line
+    half, step = len(out) // 2, channels * line
     for lane in range(0, pitch, LANES):
         i = 0
         while i < kernel_h:
@@ -169,57 +175,73 @@ def products(x, a, b, shift, y, y_at, channels, line, kernel_h, pitch, block, ou
             p, o = y_at + i * step + lane, i * pitch + lane
             if shift:
                 if block == 7:
-                    _next_7(x, a, b, y, p, channels, line, out, o, pitch, size)
+                    _next_7(x, a, b, y, p, channels, line, out, o, pitch, half)
                 elif block == 5:
-                    _next_5(x, a, b, y, p, channels, line, out, o, pitch, size)
+                    _next_5(x, a, b, y, p, channels, line, out, o, pitch, half)
                 elif block == 3:
-                    _next_3(x, a, b, y, p, channels, line, out, o, pitch, size)
+                    _next_3(x, a, b, y, p, channels, line, out, o, pitch, half)
                 else:
-                    _next_1(x, a, b, y, p, channels, line, out, o, pitch, size)
+                    _next_1(x, a, b, y, p, channels, line, out, o, pitch, half)
             elif block == 7:
-                _same_7(x, a, b, y, p, channels, line, out, o, pitch, size)
+                _same_7(x, a, b, y, p, channels, line, out, o, pitch, half)
             elif block == 5:
-                _same_5(x, a, b, y, p, channels, line, out, o, pitch, size)
+                _same_5(x, a, b, y, p, channels, line, out, o, pitch, half)
             elif block == 3:
-                _same_3(x, a, b, y, p, channels, line, out, o, pitch, size)
+                _same_3(x, a, b, y, p, channels, line, out, o, pitch, half)
             else:
-                _same_1(x, a, b, y, p, channels, line, out, o, pitch, size)
+                _same_1(x, a, b, y, p, channels, line, out, o, pitch, half)
             i += block
 
 
 @_inline
-def weigh(p, kernel_h, kernel_w, pitch, bias, b_at, b_line, lowest):
-    """Turn scores into weights: 2^(score + bias - largest), and 0 behind the window. Returns their sum."""
-    most = spread(lowest, 0)
+def _scored(p, at, bias, b_at, columns, lowest):
+    """Scores with their bias; `lowest` behind the window's columns."""
+    score = load(p, at)
+    if len(bias) > 0:
+        score = add(score, load(bias, b_at))
+    score = keep(score, columns, lowest)
+    store(p, at, score)
+    return score
+
+
+@_inline
+def weigh(p_a, p_b, kernel_h, kernel_w, pitch, bias, a_at, b_at, b_line, numbers):
+    """Turn the scores of two queries into weights: 2^(score + bias - largest), and 0 behind a row of the window.
+
+    Args:
+        p_a, p_b: (kernel_h, pitch), and numbers behind them that mean nothing.
+        a_at, b_at, b_line: where the queries' biases begin, and numbers between two rows.
+        numbers: -inf; the sums of the weights are written behind it.
+    """
+    lowest = numbers[0]
+    most_a, most_b = spread(numbers, 0), spread(numbers, 0)
     for i in range(kernel_h):
         for j in range(0, kernel_w, LANES):
-            o = i * pitch + j
-            score = load(p, o)
-            if len(bias) > 0:
-                score = add(score, load(bias, b_at + i * b_line + j))
-            score = keep(score, kernel_w - j, lowest[0])
-            store(p, o, score)
-            most = larger(most, score)
-    top = largest_of(most)
-    for i in range(len(p)):
-        p[i] = exp2(p[i] - top)
-    total = load(p, 0)
-    for i in range(LANES, len(p), LANES):
-        total = add(total, load(p, i))
-    return sum_of(total)
+            o, o_bias = i * pitch + j, i * b_line + j
+            most_a = larger(most_a, _scored(p_a, o, bias, a_at + o_bias, kernel_w - j, lowest))
+            most_b = larger(most_b, _scored(p_b, o, bias, b_at + o_bias, kernel_w - j, lowest))
+    top_a, top_b = largest_of(most_a), largest_of(most_b)
+    for i in range(len(p_a)):
+        p_a[i] = exp2(p_a[i] - top_a)
+    for i in range(len(p_b)):
+        p_b[i] = exp2(p_b[i] - top_b)
+    total_a, total_b = load(p_a, 0), load(p_b, 0)
+    for i in range(LANES, kernel_h * pitch, LANES):
+        total_a, total_b = add(total_a, load(p_a, i)), add(total_b, load(p_b, i))
+    numbers[1], numbers[2] = sum_of(total_a), sum_of(total_b)
 
 
 def _weighted_of(count):
     @_inline
     def weighted(weights, pitch, rows, columns, shift, y, y_at, line, step, factors, out, a, b):
-        first, second = zeros(y, count), zeros(y, count)
+        first, second, half = zeros(y, count), zeros(y, count), len(weights) // 2
         if shift:
-            last, p = (2 * rows - 1) * pitch, y_at + rows * line
+            last, p = half + (rows - 1) * pitch, y_at + rows * line
             for j in range(columns):
                 first = add_products(first, spread(weights, j), y, y_at + j * step, LANES)
                 second = add_products(second, spread(weights, last + j), y, p + j * step, LANES)
         for i in range(rows - shift):
-            w_a, w_b, p = (i + shift) * pitch, (rows + i) * pitch, y_at + (i + shift) * line
+            w_a, w_b, p = (i + shift) * pitch, half + i * pitch, y_at + (i + shift) * line
             for j in range(columns):
                 first = add_products(first, spread(weights, w_a + j), y, p + j * step, LANES)
                 second = add_products(second, spread(weights, w_b + j), y, p + j * step, LANES)
@@ -234,7 +256,7 @@ _weighted_1, _weighted_2, _weighted_4 = (_weighted_of(i) for i in (1, 2, 4))
 
 @_inline
 def weighted(weights, pitch, rows, columns, shift, y, y_at, line, channels, block, factors, out, a, b):
-    """Sums of the pixels of two windows by `weights` (2, rows, pitch), times `factors`, to out[a] and out[b].
+    """Sums of the pixels of two windows by the halves of `weights`, times `factors`, to out[a] and out[b].
 
     Args:
         shift: as in `products`.
@@ -266,9 +288,10 @@ def forward(q, k, v, steps, bias, scale, sizes, window, cut, out, first, last):
     keys = np.empty((band + kernel_h - 1) * channels * line, dtype)
     values = np.empty((band + kernel_h - 1) * (strip + kernel_w - 1) * channels, dtype)
     queries = np.empty(band * strip * channels, dtype)
-    p = np.empty(2 * size, dtype)
-    p_a, p_b = p[:size], p[size:]
-    factors, lowest = np.empty(2, dtype), np.full(1, -np.inf, dtype)
+    half = half_of(size)
+    p = np.zeros(2 * half, dtype)
+    p_a, p_b = p[:half], p[half:]
+    factors, totals = np.empty(2, dtype), np.full(3, -np.inf, dtype)
     to_scores, one = np.full(1, scale * LOG2_E, dtype), np.full(1, 1, dtype)
     for unit in range(first, last):
         head, image, residues, members, (top, bottom), (left, right) = tile_of(unit, sizes, window, cut)
@@ -296,9 +319,9 @@ def forward(q, k, v, steps, bias, scale, sizes, window, cut, out, first, last):
                 products(queries, a, b, shift, keys, k_at, channels, line, kernel_h, pitch, rows_block, p)
                 b_at = (head * (2 * kernel_h - 1) + start_h - row + kernel_h - 1) * b_line
                 b_at += start_w - column + kernel_w - 1
-                factors[0] = one[0] / weigh(p_a, kernel_h, kernel_w, pitch, bias, b_at, b_line, lowest)
-                b_at += (shift - other + row) * b_line
-                factors[1] = one[0] / weigh(p_b, kernel_h, kernel_w, pitch, bias, b_at, b_line, lowest)
+                next_at = b_at + (shift - other + row) * b_line
+                weigh(p_a, p_b, kernel_h, kernel_w, pitch, bias, b_at, next_at, b_line, totals)
+                factors[0], factors[1] = one[0] / totals[1], one[0] / totals[2]
                 y, x = row * dilation_h + residues[0], column * dilation_w + residues[1]
                 a = (((image * height + y) * width + x) * heads + head) * channels
                 b = a + (other - row) * out_step
@@ -408,9 +431,10 @@ def backward(q, k, v, grad, steps, bias, scale, sizes, window, cut, dq, dk, dv, 
     queries, grads = np.empty(most_queries * channels, dtype), np.empty(most_queries * channels, dtype)
     all_p, all_d = np.empty(most_queries * size, dtype), np.empty(most_queries * size, dtype)
     row_starts, column_starts = np.empty(longest_h, np.int64), np.empty(longest_w, np.int64)
-    p, d = np.empty(2 * size, dtype), np.empty(2 * size, dtype)
-    p_a, p_b, d_a, d_b = p[:size], p[size:], d[:size], d[size:]
-    numbers, lowest = np.empty(3, dtype), np.full(1, -np.inf, dtype)
+    half = half_of(size)
+    p, d = np.zeros(2 * half, dtype), np.zeros(2 * half, dtype)
+    p_a, p_b, d_a, d_b = p[:half], p[half:], d[:half], d[half:]
+    numbers, totals = np.empty(3, dtype), np.full(3, -np.inf, dtype)
     to_scores, one, scales = np.full(1, scale * LOG2_E, dtype), np.full(1, 1, dtype), np.full(2, scale, dtype)
     back = np.full(1, 1 / LOG2_E, dtype)
     for unit in range(first, last):
@@ -457,10 +481,9 @@ def backward(q, k, v, grad, steps, bias, scale, sizes, window, cut, dq, dk, dv, 
                     a_at = (head * (2 * kernel_h - 1) + start_h - row + kernel_h - 1) * b_line
                     a_at += start_w - column + kernel_w - 1
                     b_at = a_at + (shift - other + row) * b_line
-                    total = weigh(p_a, kernel_h, kernel_w, pitch, bias, a_at, b_line, lowest)
-                    slope(p_a, d_a, total, kernel_h, kernel_w, pitch, numbers, all_p, all_d, query_a * size)
-                    total = weigh(p_b, kernel_h, kernel_w, pitch, bias, b_at, b_line, lowest)
-                    slope(p_b, d_b, total, kernel_h, kernel_w, pitch, numbers, all_p, all_d, query_b * size)
+                    weigh(p_a, p_b, kernel_h, kernel_w, pitch, bias, a_at, b_at, b_line, totals)
+                    slope(p_a, d_a, totals[1], kernel_h, kernel_w, pitch, numbers, all_p, all_d, query_a * size)
+                    slope(p_b, d_b, totals[2], kernel_h, kernel_w, pitch, numbers, all_p, all_d, query_b * size)
                     if part != 1 or column < left or column >= right:
                         continue
                     y, x = row * dilation_h + residues[0], column * dilation_w + residues[1]
