@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from terrazzo.kernels.dispatch.dtypes import accumulator
 from terrazzo.kernels.numba_host import threads
 from terrazzo.kernels.numba_host.arrays import array_of
+from terrazzo.kernels.numba_host.fused_sizes import LANES
 
 LOG2_E = 1.4426950408889634
-# Numbers of a vector.
-_LANES = 8
 # Rows of keys, and vectors of channels, whose sums are in registers at once.
 _ROWS, _VECTORS = (7, 5, 3, 1), (4, 2, 1)
 # The most rows and columns of a tile: its keys and values stay in the caches. In the backward pass neighbouring tiles
@@ -31,6 +30,15 @@ _PARTIAL_BYTES = 64 << 20
 
 # Keys of a window up to which the kernels are faster on every map, and from which they are on none.
 _SMALL_WINDOW, _LARGE_WINDOW = 64, 256
+
+
+# The most keys of a window whose weights are kept for all queries of a tile in the backward pass.
+_LARGEST_GRADIENT = 1024
+
+
+def can_differentiate(kernel_size: tuple[int, int]) -> bool:
+    """Whether `backward` covers the call: memory holds the weights of a tile's queries."""
+    return math.prod(kernel_size) <= _LARGEST_GRADIENT
 
 
 def slow(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> str | None:
@@ -67,7 +75,7 @@ class _Call:
         self.sizes = tuple(self.tensors[0].shape)
         self.window = (*kernel_size, *dilation)
         self.scale = float(scale)
-        pitch = -(-kernel_size[1] // _LANES) * _LANES
+        pitch = -(-kernel_size[1] // LANES) * LANES
         self.bias = torch.empty(0, dtype=dtype)
         self.bias_shape = (self.sizes[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1 + pitch)
         if rpb is not None:
@@ -78,7 +86,7 @@ class _Call:
             *(-(-length // count) for length, count in zip(longest, counts)),
             *counts,
             _block(kernel_size[0], _ROWS),
-            _block(self.sizes[4] // _LANES, _VECTORS),
+            _block(self.sizes[4] // LANES, _VECTORS),
         )
         self.units = self.sizes[3] * self.sizes[0] * dilation[0] * dilation[1] * counts[0] * counts[1]
         work = self.tensors[0].numel() * kernel_size[0] * kernel_size[1]
@@ -101,8 +109,8 @@ class _Call:
 
 def _padded(x: torch.Tensor) -> torch.Tensor:
     """With contiguous channels that fill whole vectors."""
-    if x.shape[-1] % _LANES:
-        return F.pad(x, (0, -x.shape[-1] % _LANES))
+    if x.shape[-1] % LANES:
+        return F.pad(x, (0, -x.shape[-1] % LANES))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -18,8 +18,8 @@ from numba.extending import register_jitable
 from terrazzo.kernels.neighborhood_attention.fused_cpu import LOG2_E
 from terrazzo.kernels.numba_host.fused_compile import jit
 from terrazzo.kernels.numba_host.fused_maths import exp2
+from terrazzo.kernels.numba_host.fused_sizes import LANES
 from terrazzo.kernels.numba_host.fused_vectors import (
-    LANES,
     add,
     add_products,
     add_products_of_two,
@@ -98,15 +98,22 @@ def tile_of(unit, sizes, window, cut):
 
 
 @_inline
-def place_of(steps, image, head, row, column, residues, window):
-    """The place of a pixel in an array."""
+def axes_of(steps, tile, window):
+    """The place of a tile's first pixel in an array, and the numbers between two of its rows and of its columns.
+
+    Args:
+        tile: image, head, row, column and the residue class per axis.
+    """
+    image, head, row, column, residues = tile
     y, x = row * window[2] + residues[0], column * window[3] + residues[1]
-    return image * steps[0] + y * steps[1] + x * steps[2] + head * steps[3]
+    at = image * steps[0] + y * steps[1] + x * steps[2] + head * steps[3]
+    return at, steps[1] * window[2], steps[2] * window[3]
 
 
 @jit
-def turn(x, at, row_step, column_step, rows, columns, channels, out, line):
+def turn(x, axes, rows, columns, channels, out, line):
     """Copy pixels to out[row, channel, column], lines of `line` numbers."""
+    at, row_step, column_step = axes
     last = columns - 1
     for i in range(rows):
         for j in range(0, columns, LANES):
@@ -130,8 +137,9 @@ def turn(x, at, row_step, column_step, rows, columns, channels, out, line):
 
 
 @jit
-def gather(x, at, row_step, column_step, rows, columns, channels, factor, out):
+def gather(x, axes, rows, columns, channels, factor, out):
     """Copy pixels times factor[0] to out[row, column, channel]."""
+    at, row_step, column_step = axes
     by = spread(factor, 0)
     for i in range(rows):
         for j in range(columns):
@@ -205,35 +213,37 @@ def _scored(p, at, bias, b_at, columns, lowest):
 
 
 @_inline
-def weigh(p_a, p_b, kernel_h, kernel_w, pitch, bias, a_at, b_at, b_line, numbers):
+def weigh(p_a, p_b, shape, bias, a_at, b_at, b_line, numbers):
     """Turn the scores of two queries into weights: 2^(score + bias - largest), and 0 behind a row of the window.
 
     Args:
-        p_a, p_b: (kernel_h, pitch), and numbers behind them that mean nothing.
+        p_a, p_b: rows of scores, and numbers behind them that mean nothing.
+        shape: rows and columns of a window, and numbers between two rows of scores.
         a_at, b_at, b_line: where the queries' biases begin, and numbers between two rows.
         numbers: -inf; the sums of the weights are written behind it.
     """
-    lowest = numbers[0]
+    (rows, columns, pitch), lowest = shape, numbers[0]
     most_a, most_b = spread(numbers, 0), spread(numbers, 0)
-    for i in range(kernel_h):
-        for j in range(0, kernel_w, LANES):
+    for i in range(rows):
+        for j in range(0, columns, LANES):
             o, o_bias = i * pitch + j, i * b_line + j
-            most_a = larger(most_a, _scored(p_a, o, bias, a_at + o_bias, kernel_w - j, lowest))
-            most_b = larger(most_b, _scored(p_b, o, bias, b_at + o_bias, kernel_w - j, lowest))
+            most_a = larger(most_a, _scored(p_a, o, bias, a_at + o_bias, columns - j, lowest))
+            most_b = larger(most_b, _scored(p_b, o, bias, b_at + o_bias, columns - j, lowest))
     top_a, top_b = largest_of(most_a), largest_of(most_b)
     for i in range(len(p_a)):
         p_a[i] = exp2(p_a[i] - top_a)
     for i in range(len(p_b)):
         p_b[i] = exp2(p_b[i] - top_b)
     total_a, total_b = load(p_a, 0), load(p_b, 0)
-    for i in range(LANES, kernel_h * pitch, LANES):
+    for i in range(LANES, rows * pitch, LANES):
         total_a, total_b = add(total_a, load(p_a, i)), add(total_b, load(p_b, i))
     numbers[1], numbers[2] = sum_of(total_a), sum_of(total_b)
 
 
 def _weighted_of(count):
     @_inline
-    def weighted(weights, pitch, rows, columns, shift, y, y_at, line, step, factors, out, a, b):
+    def weighted(weights, shape, shift, y, y_at, line, step, factors, out, a, b):
+        rows, columns, pitch = shape
         first, second, half = zeros(y, count), zeros(y, count), len(weights) // 2
         if shift:
             last, p = half + (rows - 1) * pitch, y_at + rows * line
@@ -255,10 +265,11 @@ _weighted_1, _weighted_2, _weighted_4 = (_weighted_of(i) for i in (1, 2, 4))
 
 
 @_inline
-def weighted(weights, pitch, rows, columns, shift, y, y_at, line, channels, block, factors, out, a, b):
+def weighted(weights, shape, shift, y, y_at, line, channels, block, factors, out, a, b):
     """Sums of the pixels of two windows by the halves of `weights`, times `factors`, to out[a] and out[b].
 
     Args:
+        shape: rows and columns of a window, and numbers between two rows of weights.
         shift: as in `products`.
         y, y_at, line: pixels, the first window among them, numbers between their rows.
         block: vectors of channels that are computed at once, 1, 2 or 4.
@@ -267,11 +278,11 @@ def weighted(weights, pitch, rows, columns, shift, y, y_at, line, channels, bloc
     while c < channels:
         c = min(c, channels - block * LANES)
         if block == 4:
-            _weighted_4(weights, pitch, rows, columns, shift, y, y_at + c, line, channels, factors, out, a + c, b + c)
+            _weighted_4(weights, shape, shift, y, y_at + c, line, channels, factors, out, a + c, b + c)
         elif block == 2:
-            _weighted_2(weights, pitch, rows, columns, shift, y, y_at + c, line, channels, factors, out, a + c, b + c)
+            _weighted_2(weights, shape, shift, y, y_at + c, line, channels, factors, out, a + c, b + c)
         else:
-            _weighted_1(weights, pitch, rows, columns, shift, y, y_at + c, line, channels, factors, out, a + c, b + c)
+            _weighted_1(weights, shape, shift, y, y_at + c, line, channels, factors, out, a + c, b + c)
         c += block * LANES
 
 
@@ -288,7 +299,7 @@ def forward(q, k, v, steps, bias, scale, sizes, window, cut, out, first, last):
     keys = np.empty((band + kernel_h - 1) * channels * line, dtype)
     values = np.empty((band + kernel_h - 1) * (strip + kernel_w - 1) * channels, dtype)
     queries = np.empty(band * strip * channels, dtype)
-    half = half_of(size)
+    shape, half = (kernel_h, kernel_w, pitch), half_of(size)
     p = np.zeros(2 * half, dtype)
     p_a, p_b = p[:half], p[half:]
     factors, totals = np.empty(2, dtype), np.full(3, -np.inf, dtype)
@@ -300,52 +311,35 @@ def forward(q, k, v, steps, bias, scale, sizes, window, cut, out, first, last):
         key_top, key_left = window_start(top, members[0], kernel_h), window_start(left, members[1], kernel_w)
         rows = window_start(bottom - 1, members[0], kernel_h) + kernel_h - key_top
         columns = window_start(right - 1, members[1], kernel_w) + kernel_w - key_left
-        at = place_of(steps[0], image, head, top, left, residues, window)
-        down, right_step = steps[0][1] * dilation_h, steps[0][2] * dilation_w
-        gather(q, at, down, right_step, bottom - top, right - left, channels, to_scores, queries)
-        at = place_of(steps[1], image, head, key_top, key_left, residues, window)
-        turn(k, at, steps[1][1] * dilation_h, steps[1][2] * dilation_w, rows, columns, channels, keys, line)
-        at = place_of(steps[2], image, head, key_top, key_left, residues, window)
-        gather(v, at, steps[2][1] * dilation_h, steps[2][2] * dilation_w, rows, columns, channels, one, values)
+        own, seen = (image, head, top, left, residues), (image, head, key_top, key_left, residues)
+        span = right - left
+        gather(q, axes_of(steps[0], own, window), bottom - top, span, channels, to_scores, queries)
+        turn(k, axes_of(steps[1], seen, window), rows, columns, channels, keys, line)
+        gather(v, axes_of(steps[2], seen, window), rows, columns, channels, one, values)
         for row in range(top, bottom, 2):
             start_h = window_start(row, members[0], kernel_h)
             other = min(row + 1, bottom - 1)
             shift = window_start(other, members[0], kernel_h) - start_h
             for column in range(left, right):
                 start_w = window_start(column, members[1], kernel_w)
-                a = ((row - top) * (right - left) + column - left) * channels
-                b = a + (other - row) * (right - left) * channels
+                a = ((row - top) * span + column - left) * channels
+                b = a + (other - row) * span * channels
                 k_at = (start_h - key_top) * channels * line + start_w - key_left
                 products(queries, a, b, shift, keys, k_at, channels, line, kernel_h, pitch, rows_block, p)
                 b_at = (head * (2 * kernel_h - 1) + start_h - row + kernel_h - 1) * b_line
                 b_at += start_w - column + kernel_w - 1
                 next_at = b_at + (shift - other + row) * b_line
-                weigh(p_a, p_b, kernel_h, kernel_w, pitch, bias, b_at, next_at, b_line, totals)
+                weigh(p_a, p_b, shape, bias, b_at, next_at, b_line, totals)
                 factors[0], factors[1] = one[0] / totals[1], one[0] / totals[2]
                 y, x = row * dilation_h + residues[0], column * dilation_w + residues[1]
                 a = (((image * height + y) * width + x) * heads + head) * channels
                 b = a + (other - row) * out_step
                 v_at, v_line = ((start_h - key_top) * columns + start_w - key_left) * channels, columns * channels
-                weighted(
-                    p,
-                    pitch,
-                    kernel_h,
-                    kernel_w,
-                    shift,
-                    values,
-                    v_at,
-                    v_line,
-                    channels,
-                    vectors_block,
-                    factors,
-                    out,
-                    a,
-                    b,
-                )
+                weighted(p, shape, shift, values, v_at, v_line, channels, vectors_block, factors, out, a, b)
 
 
 @_inline
-def slope(p, d, total, kernel_h, kernel_w, pitch, numbers, all_p, all_d, at):
+def slope(p, d, total, shape, numbers, all_p, all_d, at):
     """Normalise weights p, and turn their gradients d into those of the scores; both are also stored at `at`.
 
     The gradient of a score is p (d - delta), where delta is the sum of all p d.
@@ -353,24 +347,25 @@ def slope(p, d, total, kernel_h, kernel_w, pitch, numbers, all_p, all_d, at):
     Args:
         numbers: three numbers to work with.
     """
+    rows, columns, pitch = shape
     numbers[0], numbers[1] = 1, 0
     numbers[0] = numbers[0] / total
     by, delta = spread(numbers, 0), spread(numbers, 1)
-    for i in range(kernel_h):
-        for j in range(0, kernel_w, LANES):
+    for i in range(rows):
+        for j in range(0, columns, LANES):
             o = i * pitch + j
             weight = multiply(load(p, o), by)
-            change = keep(load(d, o), kernel_w - j, numbers[1])
+            change = keep(load(d, o), columns - j, numbers[1])
             store(p, o, weight)
             store(d, o, change)
             delta = add(delta, multiply(weight, change))
     numbers[2] = sum_of(delta)
     mean = spread(numbers, 2)
-    for i in range(kernel_h):
-        for j in range(0, kernel_w, LANES):
+    for i in range(rows):
+        for j in range(0, columns, LANES):
             o = i * pitch + j
             weight = load(p, o)
-            change = keep(multiply(weight, subtract(load(d, o), mean)), kernel_w - j, numbers[1])
+            change = keep(multiply(weight, subtract(load(d, o), mean)), columns - j, numbers[1])
             store(d, o, change)
             store(all_p, at + o, weight)
             store(all_d, at + o, change)
@@ -386,8 +381,9 @@ def add_rows(out, at, line, x, rows, pitch):
 
 def _collected_of(count):
     @_inline
-    def collected(p, d, at, row_starts, column_starts, pitch, size, span, queries, grads, channels, by, dk, dv, out):
-        (row, column), (top, bottom), (left, right), c = at
+    def collected(p, d, key, area, starts, shape, queries, grads, c, by, dk, dv, out):
+        (row, column), (top, bottom, left, right), (pitch, size, span, channels) = key, area, shape
+        row_starts, column_starts = starts
         sums_k, sums_v = zeros(p, count), zeros(p, count)
         for i in range(top, bottom):
             place = (row - row_starts[i]) * pitch + column
@@ -403,6 +399,30 @@ def _collected_of(count):
 
 
 _collected_1, _collected_2, _collected_4 = (_collected_of(i) for i in (1, 2, 4))
+
+
+@_inline
+def collected(p, d, key, area, starts, shape, queries, grads, block, by, dk, dv, out):
+    """Gradients of a key, times by[0], and of its value, to dk[out] and dv[out].
+
+    Args:
+        p, d: weights, and gradients of scores, of all queries of a tile.
+        key: its row and column.
+        area: the rectangle of the queries that see it.
+        starts: the first row of each row of queries' windows, and the first column of each column's.
+        shape: numbers between two rows of weights and between two queries, queries of a row, channels.
+        block: as in `weighted`.
+    """
+    c = 0
+    while c < shape[3]:
+        c = min(c, shape[3] - block * LANES)
+        if block == 4:
+            _collected_4(p, d, key, area, starts, shape, queries, grads, c, by, dk, dv, out)
+        elif block == 2:
+            _collected_2(p, d, key, area, starts, shape, queries, grads, c, by, dk, dv, out)
+        else:
+            _collected_1(p, d, key, area, starts, shape, queries, grads, c, by, dk, dv, out)
+        c += block * LANES
 
 
 @jit
@@ -431,7 +451,7 @@ def backward(q, k, v, grad, steps, bias, scale, sizes, window, cut, dq, dk, dv, 
     queries, grads = np.empty(most_queries * channels, dtype), np.empty(most_queries * channels, dtype)
     all_p, all_d = np.empty(most_queries * size, dtype), np.empty(most_queries * size, dtype)
     row_starts, column_starts = np.empty(longest_h, np.int64), np.empty(longest_w, np.int64)
-    half = half_of(size)
+    shape, half = (kernel_h, kernel_w, pitch), half_of(size)
     p, d = np.zeros(2 * half, dtype), np.zeros(2 * half, dtype)
     p_a, p_b, d_a, d_b = p[:half], p[half:], d[:half], d[half:]
     numbers, totals = np.empty(3, dtype), np.full(3, -np.inf, dtype)
@@ -451,18 +471,12 @@ def backward(q, k, v, grad, steps, bias, scale, sizes, window, cut, dq, dk, dv, 
             row_starts[i] = window_start(q_top + i, members[0], kernel_h)
         for i in range(span):
             column_starts[i] = window_start(q_left + i, members[1], kernel_w)
-        at = place_of(steps[0], image, head, q_top, q_left, residues, window)
-        down, across = steps[0][1] * dilation_h, steps[0][2] * dilation_w
-        gather(q, at, down, across, q_bottom - q_top, span, channels, to_scores, queries)
-        at = place_of(steps[3], image, head, q_top, q_left, residues, window)
-        down, across = steps[3][1] * dilation_h, steps[3][2] * dilation_w
-        gather(grad, at, down, across, q_bottom - q_top, span, channels, one, grads)
-        at = place_of(steps[1], image, head, key_top, key_left, residues, window)
-        down, across = steps[1][1] * dilation_h, steps[1][2] * dilation_w
-        gather(k, at, down, across, rows, columns, channels, one, plain)
-        turn(k, at, down, across, rows, columns, channels, keys, line)
-        at = place_of(steps[2], image, head, key_top, key_left, residues, window)
-        turn(v, at, steps[2][1] * dilation_h, steps[2][2] * dilation_w, rows, columns, channels, values, line)
+        seeing, seen = (image, head, q_top, q_left, residues), (image, head, key_top, key_left, residues)
+        gather(q, axes_of(steps[0], seeing, window), q_bottom - q_top, span, channels, to_scores, queries)
+        gather(grad, axes_of(steps[3], seeing, window), q_bottom - q_top, span, channels, one, grads)
+        gather(k, axes_of(steps[1], seen, window), rows, columns, channels, one, plain)
+        turn(k, axes_of(steps[1], seen, window), rows, columns, channels, keys, line)
+        turn(v, axes_of(steps[2], seen, window), rows, columns, channels, values, line)
         for part in range(3):  # queries above the tile, its own, and those below it
             begin = q_top if part == 0 else top if part == 1 else bottom
             end = top if part == 0 else bottom if part == 1 else q_bottom
@@ -481,9 +495,9 @@ def backward(q, k, v, grad, steps, bias, scale, sizes, window, cut, dq, dk, dv, 
                     a_at = (head * (2 * kernel_h - 1) + start_h - row + kernel_h - 1) * b_line
                     a_at += start_w - column + kernel_w - 1
                     b_at = a_at + (shift - other + row) * b_line
-                    weigh(p_a, p_b, kernel_h, kernel_w, pitch, bias, a_at, b_at, b_line, totals)
-                    slope(p_a, d_a, totals[1], kernel_h, kernel_w, pitch, numbers, all_p, all_d, query_a * size)
-                    slope(p_b, d_b, totals[2], kernel_h, kernel_w, pitch, numbers, all_p, all_d, query_b * size)
+                    weigh(p_a, p_b, shape, bias, a_at, b_at, b_line, totals)
+                    slope(p_a, d_a, totals[1], shape, numbers, all_p, all_d, query_a * size)
+                    slope(p_b, d_b, totals[2], shape, numbers, all_p, all_d, query_b * size)
                     if part != 1 or column < left or column >= right:
                         continue
                     y, x = row * dilation_h + residues[0], column * dilation_w + residues[1]
@@ -491,94 +505,19 @@ def backward(q, k, v, grad, steps, bias, scale, sizes, window, cut, dq, dk, dv, 
                     b = a + (other - row) * out_step
                     k_at = ((start_h - key_top) * columns + start_w - key_left) * channels
                     k_line = columns * channels
-                    weighted(
-                        d,
-                        pitch,
-                        kernel_h,
-                        kernel_w,
-                        shift,
-                        plain,
-                        k_at,
-                        k_line,
-                        channels,
-                        vectors_block,
-                        scales,
-                        dq,
-                        a,
-                        b,
-                    )
+                    weighted(d, shape, shift, plain, k_at, k_line, channels, vectors_block, scales, dq, a, b)
                     if len(dbias) > 0:
                         add_rows(dbias, dbias_at + a_at, b_line, d_a, kernel_h, pitch)
                         if other > row:
                             add_rows(dbias, dbias_at + b_at, b_line, d_b, kernel_h, pitch)
+        starts, kept = (row_starts, column_starts), (pitch, size, span, channels)
         for row in range(top, bottom):
-            rows_of = (
-                first_query(row, members[0], kernel_h) - q_top,
-                last_query(row, members[0], kernel_h) + 1 - q_top,
-            )
+            above = first_query(row, members[0], kernel_h) - q_top
+            below = last_query(row, members[0], kernel_h) + 1 - q_top
             for column in range(left, right):
-                columns_of = (
-                    first_query(column, members[1], kernel_w) - q_left,
-                    last_query(column, members[1], kernel_w) + 1 - q_left,
-                )
+                before = first_query(column, members[1], kernel_w) - q_left
+                behind = last_query(column, members[1], kernel_w) + 1 - q_left
+                place, area = (row, column), (above, below, before, behind)
                 y, x = row * dilation_h + residues[0], column * dilation_w + residues[1]
-                out = (((image * height + y) * width + x) * heads + head) * channels
-                c = 0
-                while c < channels:
-                    c = min(c, channels - vectors_block * LANES)
-                    at = (row, column), rows_of, columns_of, c
-                    if vectors_block == 4:
-                        _collected_4(
-                            all_p,
-                            all_d,
-                            at,
-                            row_starts,
-                            column_starts,
-                            pitch,
-                            size,
-                            span,
-                            queries,
-                            grads,
-                            channels,
-                            back,
-                            dk,
-                            dv,
-                            out,
-                        )
-                    elif vectors_block == 2:
-                        _collected_2(
-                            all_p,
-                            all_d,
-                            at,
-                            row_starts,
-                            column_starts,
-                            pitch,
-                            size,
-                            span,
-                            queries,
-                            grads,
-                            channels,
-                            back,
-                            dk,
-                            dv,
-                            out,
-                        )
-                    else:
-                        _collected_1(
-                            all_p,
-                            all_d,
-                            at,
-                            row_starts,
-                            column_starts,
-                            pitch,
-                            size,
-                            span,
-                            queries,
-                            grads,
-                            channels,
-                            back,
-                            dk,
-                            dv,
-                            out,
-                        )
-                    c += vectors_block * LANES
+                a = (((image * height + y) * width + x) * heads + head) * channels
+                collected(all_p, all_d, place, area, starts, kept, queries, grads, vectors_block, back, dk, dv, a)

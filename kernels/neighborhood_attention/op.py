@@ -97,8 +97,8 @@ def _backward(
     if out is not None and fused.can_differentiate(rpb, kernel_size):
         grads = fused.backward(grad, query, key, value, rpb, out, lse, *window)
     else:
-        form = fused_cpu if backend == "fused" and is_for_cpu(query.device) else portable
-        grads = form.backward(grad, query, key, value, rpb, *window)
+        own = backend == "fused" and is_for_cpu(query.device) and fused_cpu.can_differentiate(kernel_size)
+        grads = (fused_cpu if own else portable).backward(grad, query, key, value, rpb, *window)
     # An op returns tensors only, so without a bias the bias' gradient is an empty tensor.
     return *(x.contiguous() for x in grads[:3]), query.new_empty(0) if rpb is None else grads[3].contiguous()
 

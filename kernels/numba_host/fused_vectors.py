@@ -12,7 +12,8 @@ from numba import types
 from numba.extending import lower_builtin, models, register_model, type_callable
 from numba.np import arrayobj
 
-LANES = 8
+from terrazzo.kernels.numba_host.fused_sizes import LANES
+
 # A product and a sum may become one operation, as in all CPU kernels.
 _FLAGS = ("contract",)
 

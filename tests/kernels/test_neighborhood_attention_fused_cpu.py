@@ -66,6 +66,10 @@ class TestKernels:
     def test_head_dims(self, dim):
         check(problem.errors((9, 10), 5, dim=dim))
 
+    def test_windows_too_large_for_the_gradient(self):
+        """Forward fused, backward portable."""
+        check(problem.errors((36, 35), (33, 32)))
+
     @pytest.mark.parametrize("layout", ["packed", "plain", "turned"])
     def test_layouts_heads_and_batches(self, layout):
         check(problem.errors((7, 9), 3, 2, heads=3, dim=24, batch=2, layout=layout))
