@@ -2,8 +2,9 @@
 
 A unit is a tile of positions of one image, head and residue class. It copies what its tile reads into memory that stays
 in the caches: keys with columns side by side, so that a vector of keys meets one number of a query, and values with
-channels side by side, so that a vector of channels meets one weight. So no window needs a mask within a tile, and no
-vector is summed up but once for each query. Two queries one above the other share all but one row of keys.
+channels side by side, so that a vector of channels meets one weight. So no window needs a mask within a tile, and the
+lanes of a vector are summed up only for a query's weights. Two queries, one above the other, share all but one row of
+keys.
 
 Numba compiles the kernels at the first call. Arrays are flat: q, k, v and grad with the steps of their axes (B, H, W,
 heads), whose channels are contiguous and fill whole vectors; out and gradients (B, H, W, heads, D), contiguous; bias
