@@ -27,18 +27,13 @@ _WORK, _CALLS = 1 << 20, 256
 # The most bytes for partial sums of the bias' gradient.
 _PARTIAL_BYTES = 64 << 20
 
-
 # Keys of a window up to which the kernels are faster on every map, and from which they are on none.
 _SMALL_WINDOW, _LARGE_WINDOW = 64, 256
 
 
-# The most keys of a window whose weights are kept for all queries of a tile in the backward pass.
-_LARGEST_GRADIENT = 1024
-
-
 def can_differentiate(kernel_size: tuple[int, int]) -> bool:
-    """Whether `backward` covers the call: memory holds the weights of a tile's queries."""
-    return math.prod(kernel_size) <= _LARGEST_GRADIENT
+    """Whether `backward` covers the call. It keeps the weights of all queries of a tile."""
+    return math.prod(kernel_size) <= _LARGE_WINDOW
 
 
 def slow(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> str | None:
@@ -93,6 +88,7 @@ class _Call:
         self.calls = max(1, min(self.units, work // _WORK, _CALLS))
 
     def given(self) -> list:
+        """The first arguments of both kernels."""
         arrays, steps = zip(*map(_flat, self.tensors))
         return [*arrays, steps, array_of(self.bias.flatten()), self.scale, self.sizes, self.window, tuple(self.cut)]
 
@@ -104,6 +100,7 @@ class _Call:
         return self.units * i // self.calls, self.units * (i + 1) // self.calls
 
     def real(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Without the channels that fill up vectors."""
         return x[..., : self.channels].to(dtype).contiguous()
 
 
@@ -121,7 +118,10 @@ def _flat(x: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _block(count: int, blocks: tuple[int, ...]) -> int:
-    """The number of sums, out of `blocks`, that computes `count` sums at the least cost. A block costs a sum more."""
+    """The number out of `blocks`, so many sums at once, that computes `count` sums at the least cost.
+
+    A block costs as much as one sum more.
+    """
     return min((block for block in blocks if block <= count), key=lambda block: -(-count // block) * (block + 1))
 
 

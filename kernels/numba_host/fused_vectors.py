@@ -99,9 +99,9 @@ def add_products(sums, factor, x, at, step):
 
 
 def add_products_of_two(sums, a, b, x, at, step, shift):
-    """Add a * x[at + i * step] to the i-th vector of the first half of `sums`, and the same for b and the second half.
+    """Add products with a to the first half of `sums`, as `add_products` does, and products with b to the second half.
 
-    `shift` is a constant number: so many steps farther begin the vectors of x for b. Each is read once.
+    The vectors of x for b begin `shift` steps farther, a constant number. Each vector is read once.
     """
     half = len(sums) // 2
     first = add_products(sums[:half], a, x, at, step)
@@ -115,14 +115,14 @@ def store_all(x, at, step, vectors):
 
 
 def store_two(x, at, other, step, vectors):
-    """Write the first half of vectors at places at + i * step, the second half at places other + i * step."""
+    """Write the first half of `vectors` from place `at` on, and the second half from place `other` on."""
     half = len(vectors) // 2
     store_all(x, at, step, vectors[:half])
     store_all(x, other, step, vectors[half:])
 
 
 def turned(vectors):
-    """`LANES` vectors as the rows of a square: its columns."""
+    """The columns of a square whose rows are these `LANES` vectors."""
     return tuple(np.stack(vectors).T)
 
 
@@ -141,7 +141,7 @@ def _compiled(function: Callable, typer: Callable) -> Callable:
 
 
 def _pointer(context, builder, array, value, at, vector: bool):
-    """The address of a number of an array, as that of a vector or of a number."""
+    """The address of a place of an array: of the vector that begins there, or of one number."""
     data = arrayobj.make_array(array)(context, builder, value).data
     pointer = builder.gep(data, [at])
     if not vector:
