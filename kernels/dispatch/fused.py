@@ -12,7 +12,7 @@ def is_for_cpu(device: torch.device) -> bool:
 
 
 def refusals(
-    device: torch.device, dtype: torch.dtype, misfit: str | None, cpu: bool
+    device: torch.device, dtype: torch.dtype, misfit: str | None, slow: str | None, cpu: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Why backends cannot run a call, and why "auto" skips a backend that can; see `backend.consider`.
 
@@ -21,4 +21,4 @@ def refusals(
     if not (cpu and is_for_cpu(device)):
         return triton_machine.refusals(device, dtype, misfit)
     reason = numba_machine.refusal(dtype)
-    return {} if reason is None else {"fused": reason}, {}
+    return {} if reason is None else {"fused": reason}, {} if slow is None else {"fused": slow}

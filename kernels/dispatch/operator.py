@@ -25,11 +25,13 @@ class Needs(NamedTuple):
         device: where the tensors are.
         dtype: the dtype in which the kernels would compute.
         misfit: why the kernels cannot take the call's sizes; None if they can.
+        slow: why "auto" skips kernels for CPUs, which can take all sizes; None if it does not.
     """
 
     device: torch.device
     dtype: torch.dtype
     misfit: str | None = None
+    slow: str | None = None
 
 
 class Call(NamedTuple):
@@ -76,8 +78,7 @@ class Operator:
         if is_exporting():
             backends.check_name(requested)
             return EXPORTED
-        device, dtype, misfit = self.needs(*arguments)
-        return _choose(self.name, self.opaque, requested, device, dtype, misfit, self.cpu)
+        return _choose(self.name, self.opaque, requested, *self.needs(*arguments), self.cpu)
 
     def why(self, requested: str, *arguments, device: torch.device | None = None, **more) -> backends.Choice:
         """Which backend would run a call outside of exporters, and why the others would not.

@@ -7,12 +7,14 @@ import torch
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.exporting import is_open
+from terrazzo.kernels.dispatch.fused import is_for_cpu
 from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
-from terrazzo.kernels.neighborhood_attention import exported, fused, portable, reference
+from terrazzo.kernels.neighborhood_attention import exported, fused, fused_cpu, portable, reference
 
 
-def _needs(query, *_) -> Needs:
-    return Needs(query.device, query.dtype, fused.HEAD_DIM.misfit(query.shape[-1]))
+def _needs(query, key=None, value=None, rpb=None, kernel_size=None, dilation=None, *_) -> Needs:
+    slow = None if kernel_size is None else fused_cpu.slow(query.shape[1:3], kernel_size, dilation)
+    return Needs(query.device, query.dtype, fused.HEAD_DIM.misfit(query.shape[-1]), slow)
 
 
 def _describe(query, key, value, rpb, kernel_size, dilation, scale, backend) -> Call:
@@ -25,12 +27,17 @@ def _per_axis(values: Sequence[int]) -> str:
     return "x".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
-OPERATOR = Operator("neighborhood_attention", ("fused", "portable"), _needs, _describe)
+OPERATOR = Operator("neighborhood_attention", ("fused", "portable"), _needs, _describe, cpu=True)
+
+
+def _keeps_sums(backend: str, query: torch.Tensor) -> bool:
+    """Whether the backward pass needs the output and the softmax' sums. All other forms compute the weights again."""
+    return backend == "fused" and not is_for_cpu(query.device)
 
 
 def _fake(query, key, value, rpb, kernel_size, dilation, scale, backend):
     batch, height, width, heads, _ = query.shape
-    rows = (batch, heads, height, width) if backend == "fused" else (0,)
+    rows = (batch, heads, height, width) if _keeps_sums(backend, query) else (0,)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, query.new_empty(rows, dtype=torch.float32)
 
@@ -52,11 +59,12 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the logarithm of each softmax's sum (B, heads, H, W); the sums are empty in the portable form."""
+    """The output, and the logarithm of each softmax's sum (B, heads, H, W); empty if the backward pass needs none."""
     arguments = (query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
-    if backend == "fused":
+    if _keeps_sums(backend, query):
         return fused.forward(*arguments)
-    return portable.forward(*arguments).contiguous(), query.new_empty(0, dtype=torch.float32)
+    form = fused_cpu if backend == "fused" else portable
+    return form.forward(*arguments).contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
 def _fake_gradients(grad, query, key, value, rpb, out, lse, kernel_size, dilation, scale, backend):
@@ -89,7 +97,8 @@ def _backward(
     if out is not None and fused.can_differentiate(rpb, kernel_size):
         grads = fused.backward(grad, query, key, value, rpb, out, lse, *window)
     else:
-        grads = portable.backward(grad, query, key, value, rpb, *window)
+        own = backend == "fused" and is_for_cpu(query.device) and fused_cpu.can_differentiate(kernel_size)
+        grads = (fused_cpu if own else portable).backward(grad, query, key, value, rpb, *window)
     # An op returns tensors only, so without a bias the bias' gradient is an empty tensor.
     return *(x.contiguous() for x in grads[:3]), query.new_empty(0) if rpb is None else grads[3].contiguous()
 
@@ -100,7 +109,7 @@ def _setup_context(ctx, inputs, output):
     # The gradient with respect to the sums is not defined, and nothing asks for it.
     ctx.mark_non_differentiable(lse)
     # The backward pass takes the form of the forward pass, even if another backend is requested by then.
-    ctx.save_for_backward(query, key, value, rpb, out if ctx.backend == "fused" else None, lse)
+    ctx.save_for_backward(query, key, value, rpb, out if _keeps_sums(ctx.backend, query) else None, lse)
 
 
 def _autograd(ctx, grad, _):
@@ -116,7 +125,7 @@ opaque.register_gradient(_forward, _autograd, _setup_context)
 def run(query, key, value, rpb, kernel_size, dilation, scale, backend) -> torch.Tensor:
     """Run neighborhood attention on a map; arguments are checked and complete."""
     arguments = (query, key, value, rpb, kernel_size, dilation, scale)
-    form = OPERATOR.choose(backend, query)
+    form = OPERATOR.choose(backend, *arguments)
     if form == EXPORTED:
         if is_open(query.shape[1]) or is_open(query.shape[2]):
             raise InputError("neighborhood attention is exported for images of one size: its windows become constants")

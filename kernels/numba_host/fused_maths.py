@@ -1,4 +1,4 @@
-"""Functions of numbers for CPU kernels: `exp2` and `log1p` of vectors, see fused_vectors.py; `exp` of one number.
+"""Functions of numbers for CPU kernels: `exp2` and `log1p` of wide vectors, see fused_vectors.py; `exp` of one number.
 
 float32 goes through polynomials, since processors have no instruction for `exp` and `log`. float64 goes through the C
 library, one lane after another: it is there to be exact.
@@ -10,16 +10,16 @@ import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
+from terrazzo.kernels.numba_host.fused_sizes import WIDE
 from terrazzo.kernels.numba_host.fused_vectors import (
-    LANES,
     Vector,
     above,
     bits_of,
     float_of,
-    get,
+    lane_of,
     number_of,
-    put,
     splat,
+    with_lane,
 )
 
 # Adding this number to a small float32 leaves the nearest integer in its last bits.
@@ -130,8 +130,8 @@ def _log1p_float32(x):
 def _by_lane(function):
     @register_jitable
     def call(x):
-        for lane in range(LANES):
-            x = put(x, lane, function(get(x, lane)))
+        for lane in range(WIDE):
+            x = with_lane(x, lane, function(lane_of(x, lane)))
         return x
 
     return call
@@ -141,13 +141,13 @@ _exp2_float64, _log1p_float64 = _by_lane(math.exp2), _by_lane(math.log1p)
 
 
 def exp2(x):
-    """2^x of a vector; NaN for NaN."""
-    raise NotImplementedError("for compiled kernels")
+    """2^x of a wide vector; NaN for NaN."""
+    return np.exp2(x)
 
 
 @overload(exp2)
 def _exp2(x):
-    if x == Vector(types.float32):
+    if x == Vector(types.float32, WIDE):
         return lambda x: _exp2_float32(x)
     return lambda x: _exp2_float64(x)
 
@@ -165,13 +165,13 @@ def _exp(x):
 
 
 def log1p(x):
-    """log(1 + x) of a vector of numbers of at least 0."""
-    raise NotImplementedError("for compiled kernels")
+    """log(1 + x) of a wide vector of numbers of at least 0."""
+    return np.log1p(x)
 
 
 @overload(log1p)
 def _log1p(x):
-    if x == Vector(types.float32):
+    if x == Vector(types.float32, WIDE):
         return lambda x: _log1p_float32(x)
     return lambda x: _log1p_float64(x)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from terrazzo.kernels.numba_host import threads
 from terrazzo.kernels.numba_host.arrays import array_of, rows_of
+from terrazzo.kernels.numba_host.fused_sizes import WIDE
 from terrazzo.kernels.selective_scan.orders import pixels
 from terrazzo.kernels.selective_scan.scans import Scans
 
@@ -21,7 +22,6 @@ LOG2_E = 1.4426950408889634
 _VECTORS = 8
 # Programs of the backward pass add up gradients of B and C by groups: few groups, as each has a sum of its own.
 _GROUPS = 8
-_LANES = 16
 
 
 def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
     kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=call.dtype)
     given = [*_given(arrays, call.delta_softplus), *rows_of(out), array_of(kept)]
     # Channels do not depend on each other, so any cut gives the same bits.
-    parts = _parts(wide, max(-(-wide // (_VECTORS * _LANES)), -(-torch.get_num_threads() // batch)))
+    parts = _parts(wide, max(-(-wide // (_VECTORS * WIDE)), -(-torch.get_num_threads() // batch)))
     count = len(parts)
     threads.run(lambda i: kernels.forward(*given, i // count, *parts[i % count]), batch * count)
     out, kept = out[..., :channels], kept[..., :channels]
@@ -90,7 +90,7 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
 def _arrays(call: Scans) -> tuple[list[torch.Tensor], int]:
     """What the kernels take, in the dtype of the computation and with whole programs of channels; the real channels."""
     channels = call.delta.shape[3]
-    wide = -(-channels // _LANES) * _LANES
+    wide = -(-channels // WIDE) * WIDE
     nothing = call.A.new_empty(0, wide, dtype=call.dtype)
     steps = torch.arange(call.length)
     found = [
@@ -115,9 +115,9 @@ def _given(arrays: list[torch.Tensor], softplus: bool) -> list:
 
 def _parts(wide: int, count: int) -> list[tuple[int, int]]:
     """The first channel and the number of channels of each program for an image: at most `count` programs."""
-    vectors = wide // _LANES
+    vectors = wide // WIDE
     count = min(count, vectors)
-    cuts = [vectors * i // count * _LANES for i in range(count + 1)]
+    cuts = [vectors * i // count * WIDE for i in range(count + 1)]
     return [(begin, end - begin) for begin, end in itertools.pairwise(cuts)]
 
 

@@ -1,16 +1,17 @@
 """The selective scan step by step on a CPU: states stay in the nearest cache, and each step is computed once.
 
-A program owns some channels of an image, LANES at a time. Numba compiles the kernels at the first call. Arrays are
+A program owns some channels of an image, WIDE at a time. Numba compiles the kernels at the first call. Arrays are
 flat; `u_at` and similar arguments hold the steps between images, pixels and scans, and channels lie side by side. A is
 (K, N, D) times log2(e); skip (the operator's D) and bias are (K, D), or empty; index is (K, L), the pixel of each step.
-D is a multiple of LANES.
+D is a multiple of WIDE.
 """
 
 import numpy as np
 
 from terrazzo.kernels.numba_host.fused_compile import jit
 from terrazzo.kernels.numba_host.fused_maths import exp2, log1p
-from terrazzo.kernels.numba_host.fused_vectors import LANES, above, load, splat, store, total
+from terrazzo.kernels.numba_host.fused_sizes import WIDE
+from terrazzo.kernels.numba_host.fused_vectors import above, load_wide, splat, store, sum_of
 from terrazzo.kernels.selective_scan.fused_cpu import CHUNK, LOG2_E
 
 
@@ -36,31 +37,31 @@ def forward(
             if t % CHUNK == 0:
                 at = ((image * kept.shape[1] + t // CHUNK) * scans + k) * states * channels + first
                 for n in range(states):
-                    for i in range(0, width, LANES):
-                        store(kept_flat, at + n * channels + i, load(h, n * width + i))
+                    for i in range(0, width, WIDE):
+                        store(kept_flat, at + n * channels + i, load_wide(h, n * width + i))
             p = index[k, t]
             u_row = image * u_at[0] + p * u_at[1] + k * u_at[2] + first
             delta_row = image * delta_at[0] + p * delta_at[1] + k * delta_at[2] + first
             b_row = image * b_at[0] + p * b_at[1] + k * b_at[2]
             c_row = image * c_at[0] + p * c_at[1] + k * c_at[2]
             out_row = image * out_at[0] + p * out_at[1] + k * out_at[2] + first
-            for i in range(0, width, LANES):
+            for i in range(0, width, WIDE):
                 own = k * channels + first + i
-                dt = load(delta, delta_row + i)
+                dt = load_wide(delta, delta_row + i)
                 if bias.size > 0:
-                    dt = dt + load(bias, own)
+                    dt = dt + load_wide(bias, own)
                 if softplus:
                     dt = above(dt, limit, dt, log1p(exp2(above(dt, limit, limit, dt) * log2_e)))
-                x = load(u, u_row + i)
+                x = load_wide(u, u_row + i)
                 dx = dt * x
                 y = zero
                 if skip.size > 0:
-                    y = x * load(skip, own)
+                    y = x * load_wide(skip, own)
                 if k > 0 and out_at[2] == 0:
-                    y = y + load(out, out_row + i)
+                    y = y + load_wide(out, out_row + i)
                 for n in range(states):
-                    decay = exp2(dt * load(A, (k * states + n) * channels + first + i))
-                    state = decay * load(h, n * width + i) + dx * B[b_row + n]
+                    decay = exp2(dt * load_wide(A, (k * states + n) * channels + first + i))
+                    state = decay * load_wide(h, n * width + i) + dx * B[b_row + n]
                     store(h, n * width + i, state)
                     y = y + state * C[c_row + n]
                 store(out, out_row + i, y)
@@ -112,12 +113,12 @@ def backward(
     states = kept.shape[3]
     log2_e, one, zero, limit = dtype(LOG2_E), splat(dtype(1)), splat(dtype(0)), splat(dtype(20))
     carried, sums_a = np.empty(states * width, dtype), np.empty(states * width, dtype)
-    # Of one chunk and LANES channels: states before each step and decays, step sizes and their slopes.
-    h, decays = np.empty((CHUNK + 1) * states * LANES, dtype), np.empty(CHUNK * states * LANES, dtype)
-    dts, slopes = np.empty(CHUNK * LANES, dtype), np.empty(CHUNK * LANES, dtype)
-    lanes_b, lanes_c = np.empty(CHUNK * states * LANES, dtype), np.empty(CHUNK * states * LANES, dtype)
+    # Of one chunk and WIDE channels: states before each step and decays, step sizes and their slopes.
+    h, decays = np.empty((CHUNK + 1) * states * WIDE, dtype), np.empty(CHUNK * states * WIDE, dtype)
+    dts, slopes = np.empty(CHUNK * WIDE, dtype), np.empty(CHUNK * WIDE, dtype)
+    lanes_b, lanes_c = np.empty(CHUNK * states * WIDE, dtype), np.empty(CHUNK * states * WIDE, dtype)
     kept_flat, dA_flat, dskip_flat, dbias_flat = kept.reshape(-1), dA.reshape(-1), dskip.reshape(-1), dbias.reshape(-1)
-    block = states * LANES
+    block = states * WIDE
     for k in range(scans):
         carried[:] = 0
         sums_a[:] = 0
@@ -126,68 +127,71 @@ def backward(
             steps = min(CHUNK, length - start)
             lanes_b[: steps * block] = 0
             lanes_c[: steps * block] = 0
-            for i in range(0, width, LANES):
+            for i in range(0, width, WIDE):
                 own, own_a = k * channels + first + i, k * states * channels + first + i
                 at = ((image * kept.shape[1] + chunk) * scans + k) * states * channels + first + i
                 for n in range(states):
-                    store(h, n * LANES, load(kept_flat, at + n * channels))
+                    store(h, n * WIDE, load_wide(kept_flat, at + n * channels))
                 for t in range(steps):
                     p = index[k, start + t]
-                    dt, slope = load(delta, image * delta_at[0] + p * delta_at[1] + k * delta_at[2] + first + i), one
+                    dt, slope = (
+                        load_wide(delta, image * delta_at[0] + p * delta_at[1] + k * delta_at[2] + first + i),
+                        one,
+                    )
                     if bias.size > 0:
-                        dt = dt + load(bias, own)
+                        dt = dt + load_wide(bias, own)
                     if softplus:
                         e = exp2(above(dt, limit, limit, dt) * log2_e)
                         slope = above(dt, limit, one, e / (e + one))
                         dt = above(dt, limit, dt, log1p(e))
-                    store(dts, t * LANES, dt)
-                    store(slopes, t * LANES, slope)
-                    dx = dt * load(u, image * u_at[0] + p * u_at[1] + k * u_at[2] + first + i)
+                    store(dts, t * WIDE, dt)
+                    store(slopes, t * WIDE, slope)
+                    dx = dt * load_wide(u, image * u_at[0] + p * u_at[1] + k * u_at[2] + first + i)
                     b_row = image * b_at[0] + p * b_at[1] + k * b_at[2]
                     for n in range(states):
-                        decay = exp2(dt * load(A, own_a + n * channels))
-                        store(decays, t * block + n * LANES, decay)
-                        state = decay * load(h, t * block + n * LANES) + dx * B[b_row + n]
-                        store(h, (t + 1) * block + n * LANES, state)
+                        decay = exp2(dt * load_wide(A, own_a + n * channels))
+                        store(decays, t * block + n * WIDE, decay)
+                        state = decay * load_wide(h, t * block + n * WIDE) + dx * B[b_row + n]
+                        store(h, (t + 1) * block + n * WIDE, state)
                 for t in range(steps - 1, -1, -1):
                     p = index[k, start + t]
-                    dy = load(grad, image * grad_at[0] + p * grad_at[1] + k * grad_at[2] + first + i)
-                    x = load(u, image * u_at[0] + p * u_at[1] + k * u_at[2] + first + i)
-                    dt = load(dts, t * LANES)
+                    dy = load_wide(grad, image * grad_at[0] + p * grad_at[1] + k * grad_at[2] + first + i)
+                    x = load_wide(u, image * u_at[0] + p * u_at[1] + k * u_at[2] + first + i)
+                    dt = load_wide(dts, t * WIDE)
                     dx, ddt, from_state = dt * x, zero, zero
                     b_row = image * b_at[0] + p * b_at[1] + k * b_at[2]
                     c_row = image * c_at[0] + p * c_at[1] + k * c_at[2]
                     for n in range(states):
-                        j, own_n = t * block + n * LANES, n * width + i
-                        g = load(carried, own_n) + dy * C[c_row + n]
-                        store(lanes_c, j, load(lanes_c, j) + load(h, j + block) * dy)
-                        store(lanes_b, j, load(lanes_b, j) + g * dx)
+                        j, own_n = t * block + n * WIDE, n * width + i
+                        g = load_wide(carried, own_n) + dy * C[c_row + n]
+                        store(lanes_c, j, load_wide(lanes_c, j) + load_wide(h, j + block) * dy)
+                        store(lanes_b, j, load_wide(lanes_b, j) + g * dx)
                         from_state = from_state + g * B[b_row + n]
-                        back = g * load(decays, j)
-                        flow = back * load(h, j)
-                        ddt = ddt + flow * load(A, own_a + n * channels)
-                        store(sums_a, own_n, load(sums_a, own_n) + flow * dt)
+                        back = g * load_wide(decays, j)
+                        flow = back * load_wide(h, j)
+                        ddt = ddt + flow * load_wide(A, own_a + n * channels)
+                        store(sums_a, own_n, load_wide(sums_a, own_n) + flow * dt)
                         store(carried, own_n, back)
                     # A is times log2(e), so that its sum is, too.
-                    change = (ddt / log2_e + x * from_state) * load(slopes, t * LANES)
+                    change = (ddt / log2_e + x * from_state) * load_wide(slopes, t * WIDE)
                     store(ddelta, image * ddelta_at[0] + p * ddelta_at[1] + k * ddelta_at[2] + first + i, change)
                     from_u = dt * from_state
                     sums = image * scans * channels + own
                     if bias.size > 0:
-                        store(dbias_flat, sums, load(dbias_flat, sums) + change)
+                        store(dbias_flat, sums, load_wide(dbias_flat, sums) + change)
                     if skip.size > 0:
-                        store(dskip_flat, sums, load(dskip_flat, sums) + dy * x)
-                        from_u = from_u + dy * load(skip, own)
+                        store(dskip_flat, sums, load_wide(dskip_flat, sums) + dy * x)
+                        from_u = from_u + dy * load_wide(skip, own)
                     du_row = image * du_at[0] + p * du_at[1] + k * du_at[2] + first + i
                     if k > 0 and du_at[2] == 0:
-                        from_u = from_u + load(du, du_row)
+                        from_u = from_u + load_wide(du, du_row)
                     store(du, du_row, from_u)
             for t in range(steps):
                 p = index[k, start + t]
                 for n in range(states):
-                    dB[group, image, p, k, n] = total(load(lanes_b, t * block + n * LANES))
-                    dC[group, image, p, k, n] = total(load(lanes_c, t * block + n * LANES))
+                    dB[group, image, p, k, n] = sum_of(load_wide(lanes_b, t * block + n * WIDE))
+                    dC[group, image, p, k, n] = sum_of(load_wide(lanes_c, t * block + n * WIDE))
         for n in range(states):
             at = ((image * scans + k) * states + n) * channels + first
-            for i in range(0, width, LANES):
-                store(dA_flat, at + i, load(sums_a, n * width + i))
+            for i in range(0, width, WIDE):
+                store(dA_flat, at + i, load_wide(sums_a, n * width + i))

@@ -222,7 +222,14 @@ class TestPortable:
 
 
 class TestProperties:
-    """The portable form has the properties that follow from the definition."""
+    """The forms that run on a CPU have the properties that follow from the definition."""
+
+    @pytest.fixture(autouse=True, params=["portable", "fused"])
+    def form(self, request):
+        if request.param == "fused":
+            pytest.importorskip("numba", reason="needs the extra 'cpu'")
+        with use_backend(request.param):
+            yield
 
     def test_whole_map_is_dense_attention(self):
         q, k, v, rpb = inputs((7, 6), (7, 6))
@@ -318,8 +325,9 @@ class TestOperator:
         compiled = torch.compile(neighborhood_attention, fullgraph=True, backend="aot_eager", dynamic=True)
         for size in ((15, 14), (17, 23)):
             arguments = inputs(size, (7, 7), dtype=torch.float32)
-            wanted = neighborhood_attention(*arguments[:3], 7, 2, arguments[3])
-            torch.testing.assert_close(compiled(*arguments[:3], 7, 2, arguments[3]), wanted)
+            with use_backend("portable"):
+                wanted = neighborhood_attention(*arguments[:3], 7, 2, arguments[3])
+                torch.testing.assert_close(compiled(*arguments[:3], 7, 2, arguments[3]), wanted)
 
     def test_half_inputs_with_a_float32_bias(self):
         """A model passes these dtypes under autocast."""
@@ -367,9 +375,15 @@ class TestBackends:
         monkeypatch.setenv("TERRAZZO_BACKEND", "")
         assert neighborhood_attention(q, q, q, 3).shape == q.shape
 
-    def test_a_named_backend_that_cannot_run_says_why(self, monkeypatch):
+    @pytest.fixture
+    def without_numba(self, monkeypatch):
+        """Whatever this machine has: without Numba no kernels run on a CPU."""
+        machine = importlib.import_module("terrazzo.kernels.numba_host.machine")
+        monkeypatch.setattr(machine, "has_numba", lambda: False)
+
+    def test_a_named_backend_that_cannot_run_says_why(self, monkeypatch, without_numba):
         q = torch.zeros(1, 8, 8, 1, 4)
-        with pytest.raises(BackendError, match=r"backend 'fused'.*needs a CUDA device, the tensors are on cpu"):
+        with pytest.raises(BackendError, match=r"backend 'fused'.*needs the package numba, which is not installed"):
             neighborhood_attention(q, q, q, 3, backend="fused")
         with use_backend("fused"), pytest.raises(BackendError, match="use_backend"):
             neighborhood_attention(q, q, q, 3)
@@ -377,7 +391,7 @@ class TestBackends:
         with pytest.raises(BackendError, match="TERRAZZO_BACKEND"):
             neighborhood_attention(q, q, q, 3)
 
-    def test_precedence(self, monkeypatch):
+    def test_precedence(self, monkeypatch, without_numba):
         operator = importlib.import_module("terrazzo.kernels.neighborhood_attention.op").OPERATOR
         q = torch.zeros(1, 8, 8, 1, 8)
         assert operator.why("auto", q).name == "portable"

@@ -14,18 +14,26 @@ from torch import nn
 
 import terrazzo.kernels
 from terrazzo.kernels.dispatch.operator import Call, Needs, Operator
+from terrazzo.kernels.numba_host import machine as numba_machine
 from terrazzo.kernels.triton_host import machine
 from terrazzo.tools.inspect.costs import explain
 from terrazzo.tools.inspect.explanation import ranges, reasons
 from terrazzo.tools.inspect.trace import trace
 
 CPU = torch.device("cpu")
+NO_NUMBA = "needs the package numba, which is not installed; pip install 'terrazzo[cpu]'"
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     for name in ("TERRAZZO_BACKEND", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def without_numba(monkeypatch):
+    """Whatever this machine has: without Numba no kernels run on a CPU."""
+    monkeypatch.setattr(numba_machine, "has_numba", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +85,7 @@ def test_one_record_for_each_call(run, mini):
         "backend": "portable",
         "asked": "auto",
         "asked_by": "auto",
-        "refused": {"fused": "needs a CUDA device, the tensors are on cpu"},
+        "refused": {"fused": NO_NUMBA},
         "flops": 2 * 2 * 56 * 56 * 64 * 49,
         "bytes_read": 3 * map_bytes + 4 * 2 * 13 * 13,
         "bytes_written": map_bytes,
@@ -113,8 +121,13 @@ class TestReasons:
         assert "neighborhood_attention, 18 calls" in out
         assert "stages.2.blocks.5.attn  1x14x14x8x32             7, 2              portable     9.8  0.77" in out
         assert "portable runs: it is the first of fused, portable, reference that is not refused (all calls)" in out
-        assert "fused is refused: needs a CUDA device, the tensors are on cpu (all calls)" in out
+        assert f"fused is refused: {NO_NUMBA} (all calls)" in out
         assert "2.69 G (2,694,812,672)" in out
+
+    def test_kernels_for_cpus(self, run, monkeypatch):
+        monkeypatch.setattr(numba_machine, "has_numba", lambda: True)
+        calls = facts_of(run, "dinat_mini", "--size", 64, 64)["calls"]
+        assert {(call["backend"], *call["refused"]) for call in calls} == {("fused",)}
 
     def test_environment_names_a_backend(self, run, monkeypatch):
         """The reference does not call the opaque op, but every call is still found and counted."""
@@ -136,7 +149,7 @@ class TestReasons:
         result = run("explain", "dinat_mini", "--backend", "fused", "--device", "cpu")
         assert result.exit_code == 1
         assert "fused, asked for by --backend, cannot run: the model raises BackendError (all calls)" in result.stdout
-        assert "fused is refused: needs a CUDA device" in result.stdout
+        assert f"fused is refused: {NO_NUMBA}" in result.stdout
         monkeypatch.setenv("TERRAZZO_BACKEND", "fused")
         facts = facts_of(run, "dinat_mini", exit_code=1)
         assert {(call["backend"], call["asked"]) for call in facts["calls"]} == {(None, "fused")}

@@ -1,7 +1,7 @@
 """Neighborhood attention against other implementations, forward and with backward.
 
-On a CPU the portable form is compared with gathering and with dense attention under a mask. On a GPU the fused form is
-compared with FlexAttention, NATTEN, dense attention and the portable form (gpu.py).
+On a CPU the fused form is compared with the portable form, with gathering and with dense attention under a mask. On a
+GPU it is compared with FlexAttention, NATTEN, dense attention and the portable form (gpu.py).
 """
 
 from functools import partial
@@ -39,10 +39,8 @@ def _forms(case: Case, inputs: list[torch.Tensor], training: bool, plan: Plan) -
         """The code of a user without the operator; it makes the mask each time."""
         return peers.dense(query, key, value, peers.dense_mask(rpb, case.window, query.dtype))
 
-    forms = {
-        "portable": partial(attend, case, "portable", *inputs),
-        "gather": partial(attend, case, "reference", *inputs),
-    }
+    own = {"fused": "fused", "portable": "portable", "gather": "reference"}
+    forms = {name: partial(attend, case, backend, *inputs) for name, backend in own.items()}
     if case.window.tokens <= DENSE_TOKENS:
         forms["dense"] = dense
     return forms
@@ -54,7 +52,7 @@ def measure(case: Case, plan: Plan) -> tuple[list[results.Row], dict[str, str]]:
     Returns:
         The rows, and a reason for each form without rows.
     """
-    forms_of, about = _forms, results.about(plan.device)
+    forms_of, about = _forms, results.about(plan.device, "numba")
     rows, reasons = [], {}
 
     def row(backend: str, metric: str, unit: str, quantiles) -> results.Row:
@@ -86,13 +84,14 @@ def table(rows: list[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...
     """Head and lines: our time, and how many times as long others take; on a GPU also against the memory floor."""
     if gpu.is_gpu(rows):
         return gpu.table(rows)
-    lines = []
+    name = "fused" if any(row.backend == "fused" for row in rows) else "portable"
+    lines, others = [], [other for other in ("portable", "gather", "dense") if other != name]
     times = {(row.shape, row.variant, row.metric, row.backend): row.p50 for row in rows}
     for shape, variant, metric in dict.fromkeys(key[:3] for key in times):
-        ours = times.get((shape, variant, metric, "portable"))
-        ratios = (results.ratio(times.get((shape, variant, metric, peer)), ours) for peer in ("gather", "dense"))
+        ours = times.get((shape, variant, metric, name))
+        ratios = (results.ratio(times.get((shape, variant, metric, other)), ours) for other in others)
         lines.append((f"{shape}, {variant}", metric, results.milliseconds(ours), *ratios))
-    return ("B x H x W x heads x dim", "pass", "portable, ms", "gather takes", "dense takes"), lines
+    return ("B x H x W x heads x dim", "pass", f"{name}, ms", *(f"{other} takes" for other in others)), lines
 
 
 def verdicts(rows: list[results.Row], device: str) -> list[str]:

@@ -1,0 +1,98 @@
+"""Vectors of CPU kernels, and functions of numbers, are compared with NumPy."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+from terrazzo.kernels.numba_host.fused_sizes import WIDE
+
+numba = pytest.importorskip("numba", reason="needs the extra 'cpu'")
+vectors = importlib.import_module("terrazzo.kernels.numba_host.fused_vectors")
+
+
+class TestVectors:
+    """Each operation, compiled, gives what its body gives."""
+
+    def test_operations(self):
+        integer = np.int32
+
+        def run(x, y, out):
+            store, load, spread = vectors.store, vectors.load, vectors.spread
+            a, b = load(x, 3), load(y, 1)
+            results = (
+                a + b,
+                a - b,
+                a * b / (a + 3),
+                vectors.larger(a, b),
+                vectors.keep(a, 3, x[0]),
+                spread(x, 5),
+            )
+            vectors.store_all(out, 0, 8, results)
+            sums = vectors.add_products(vectors.zeros(x, 3), a, y, 2, 5)
+            vectors.store_all(out, 48, 9, vectors.multiply_all(sums, b))
+            two = vectors.add_products_of_two(vectors.zeros(x, 4), a, b, y, 0, 7, 1)
+            vectors.store_two(out, 80, 120, 11, two)
+            first = (load(x, 0), load(x, 7), load(x, 14), load(x, 21))
+            rows = first + (load(x, 28), load(x, 35), load(x, 42), load(x, 49))
+            vectors.store_all(out, 150, 8, vectors.turned(rows))
+            store(out, 220, a)
+            out[230], out[231] = vectors.largest_of(a), vectors.sum_of(b)
+            wide, other = vectors.load_wide(x, 9), vectors.splat(x[2])
+            store(out, 240, vectors.above(wide, other, 2 * wide, other))
+            bits = vectors.bits_of(wide)
+            store(out, 256, vectors.float_of(bits - ((bits >> integer(23)) << integer(23))))
+            store(out, 272, vectors.with_lane(vectors.number_of(bits), 5, vectors.lane_of(wide, 3)))
+
+        generator = np.random.default_rng(0)
+        x, y = (generator.standard_normal(60).astype(np.float32) for _ in range(2))
+        y[4] = np.nan
+        found, wanted = np.zeros(288, np.float32), np.zeros(288, np.float32)
+        numba.njit(run)(x, y, found)
+        run(x, y, wanted)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def on_vectors(name):
+    """A function of fused_maths, for arrays of any size."""
+    function = getattr(importlib.import_module("terrazzo.kernels.numba_host.fused_maths"), name)
+    load, store = vectors.load_wide, vectors.store
+
+    @numba.njit
+    def run(x, out):
+        for i in range(0, len(x), WIDE):
+            store(out, i, function(load(x, i)))
+
+    def call(x):
+        x = np.concatenate([x, np.ones(-len(x) % WIDE, x.dtype)])
+        out = np.empty_like(x)
+        run(x, out)
+        return out
+
+    return call
+
+
+class TestMaths:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_log1p(self, dtype):
+        """Errors are within 4 units in the last place, for all values that exp takes below the limit of softplus."""
+        x = np.concatenate([np.logspace(-38, 8.7, 300_001), np.linspace(0, 3, 300_001)]).astype(dtype)
+        exact = np.log1p(x.astype(np.longdouble))
+        error = np.abs(on_vectors("log1p")(x)[: len(x)] - exact)
+        assert (error <= 4 * np.spacing(exact.astype(dtype))).all()
+        assert np.isnan(on_vectors("log1p")(np.array([np.nan], dtype))[0])
+
+    def test_exp2_over_its_whole_range(self):
+        """Errors are within 2 units in the last place, from the smallest number to infinity."""
+        run = on_vectors("exp2")
+        x = np.concatenate([np.linspace(-152, 128.5, 1_000_003), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+        out = run(x)[: len(x)]
+        with np.errstate(over="ignore"):
+            exact = np.exp2(x.astype(np.float64))
+            rounded = exact.astype(np.float32)
+        finite = np.isfinite(rounded)
+        assert np.array_equal(np.isinf(out), ~finite)
+        assert (np.abs(out[finite] - exact[finite]) <= 2 * np.spacing(rounded[finite])).all()
+        special = np.array([np.nan, np.inf, -np.inf, -1e30, 1e30, 0], np.float32)
+        out = run(special)[: len(special)]
+        assert np.array_equal(out, np.array([np.nan, np.inf, 0, 0, np.inf, 1], np.float32), equal_nan=True)
