@@ -200,7 +200,7 @@ class TestOperator:
         assert OPERATOR.why("auto", x, x, x, None, (7, 7), (1, 1)).name == "fused"
 
     def test_auto_skips_it_where_it_is_slower(self):
-        """Windows that fill their residue classes are dense products, which PyTorch does better; so are large windows."""
+        """Windows that fill their residue classes, and large windows: PyTorch does these products better."""
         grid = torch.zeros(1, 56, 56, 1, 4)
         assert OPERATOR.why("auto", grid, grid, grid, None, (7, 7), (8, 8)).name == "portable"
         x = torch.zeros(1, 26, 26, 1, 4)
