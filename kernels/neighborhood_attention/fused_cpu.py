@@ -27,8 +27,8 @@ _WORK, _CALLS = 1 << 20, 256
 # The most bytes for partial sums of the bias' gradient.
 _PARTIAL_BYTES = 64 << 20
 
-# Keys of a window up to which the kernels are faster on every map, and from which they are on none.
-_SMALL_WINDOW, _LARGE_WINDOW = 64, 256
+# Keys of a window from which the kernels are faster on no map.
+_LARGE_WINDOW = 256
 
 
 def can_differentiate(kernel_size: tuple[int, int]) -> bool:
@@ -42,8 +42,6 @@ def slow(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[in
     These cost little if most keys of a tile belong to most of its windows (README.md).
     """
     window = math.prod(kernel_size)
-    if window <= _SMALL_WINDOW:
-        return None
     if window > _LARGE_WINDOW or size[0] * size[1] < 2 * window * math.prod(dilation):
         return f"takes longer than matrix products of whole tiles where windows of {window} keys are close to the tiles"
     return None

@@ -164,10 +164,12 @@ class TestOperator:
     def test_auto_takes_it(self):
         x = torch.zeros(1, 14, 14, 1, 4)
         assert OPERATOR.why("auto", x).name == "fused"
-        assert OPERATOR.why("auto", x, x, x, None, (7, 7), (2, 2)).name == "fused"
+        assert OPERATOR.why("auto", x, x, x, None, (7, 7), (1, 1)).name == "fused"
 
     def test_auto_skips_it_where_it_is_slower(self):
-        """Large windows that fill their residue classes are dense products, which PyTorch does better."""
+        """Windows that fill their residue classes, and large windows: PyTorch does these products better."""
+        grid = torch.zeros(1, 56, 56, 1, 4)
+        assert OPERATOR.why("auto", grid, grid, grid, None, (7, 7), (8, 8)).name == "portable"
         x = torch.zeros(1, 26, 26, 1, 4)
         choice = OPERATOR.why("auto", x, x, x, None, (13, 13), (2, 2))
         assert (choice.name, list(choice.reasons)) == ("portable", ["fused"])
@@ -214,7 +216,7 @@ class TestOperator:
 
     def test_numba_comes_at_the_first_call(self):
         code = (
-            "import sys, torch, terrazzo.kernels as k; x = torch.zeros(1, 3, 3, 1, 8)\n"
+            "import sys, torch, terrazzo.kernels as k; x = torch.zeros(1, 6, 6, 1, 8)\n"
             "assert 'numba' not in sys.modules\n"
             "k.neighborhood_attention(x, x, x, 3)\n"
             "assert 'numba' in sys.modules"

@@ -126,8 +126,10 @@ class TestReasons:
 
     def test_kernels_for_cpus(self, run, monkeypatch):
         monkeypatch.setattr(numba_machine, "has_numba", lambda: True)
-        calls = facts_of(run, "dinat_mini", "--size", 64, 64)["calls"]
-        assert {(call["backend"], *call["refused"]) for call in calls} == {("fused",)}
+        neighbors, grid = facts_of(run, "dinat_mini")["calls"][:2]
+        assert (neighbors["backend"], neighbors["refused"]) == ("fused", {})
+        assert grid["backend"] == "portable"
+        assert "windows of 49 keys" in grid["refused"]["fused"]
 
     def test_environment_names_a_backend(self, run, monkeypatch):
         """The reference does not call the opaque op, but every call is still found and counted."""
