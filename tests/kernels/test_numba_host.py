@@ -1,10 +1,15 @@
-"""Vectors of CPU kernels, and functions of numbers, are compared with NumPy."""
+"""Vectors of CPU kernels, and functions of numbers, are compared with NumPy; threads share the work of a call."""
 
 import importlib
+import sys
+import threading
 
 import numpy as np
 import pytest
+import torch
+from support.processes import run_code
 
+from terrazzo.kernels.numba_host import openmp, threads
 from terrazzo.kernels.numba_host.fused_sizes import WIDE
 
 numba = pytest.importorskip("numba", reason="needs the extra 'cpu'")
@@ -96,3 +101,40 @@ class TestMaths:
         special = np.array([np.nan, np.inf, -np.inf, -1e30, 1e30, 0], np.float32)
         out = run(special)[: len(special)]
         assert np.array_equal(out, np.array([np.nan, np.inf, 0, 0, np.inf, 1], np.float32), equal_nan=True)
+
+
+class TestThreads:
+    @pytest.fixture
+    def three(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        yield
+        torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("reached", [True, False])
+    def test_calls_run_at_the_same_time(self, monkeypatch, three, reached):
+        """On PyTorch's threads, or on Python threads if these cannot be reached: calls wait for each other."""
+        if not reached:
+            monkeypatch.setattr(openmp, "run", lambda work, threads: False)
+        barrier, seen = threading.Barrier(3), set()
+
+        def kernel(i):
+            barrier.wait(timeout=60)
+            seen.add((i, threading.get_ident()))
+
+        threads.run(kernel, 3)
+        assert {i for i, _ in seen} == {0, 1, 2}
+        assert len({thread for _, thread in seen}) == 3
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch contains GNU's OpenMP on Linux alone")
+    def test_pytorchs_threads_are_reached(self):
+        code = (
+            "import os, sys, torch, terrazzo; from terrazzo.kernels.numba_host import openmp\n"
+            "calls = []\n"
+            "assert openmp.run(lambda: calls.append(1), 2) and len(calls) == 2\n"
+            "child = os.fork()\n"
+            "if child == 0: os._exit(openmp.run(lambda: None, 2))\n"
+            "assert os.waitpid(child, 0)[1] == 0, 'a forked process would wait for threads that it lacks'"
+        )
+        done = run_code(code)
+        assert done.returncode == 0, done.stderr
