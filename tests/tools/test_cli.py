@@ -119,6 +119,10 @@ def test_interrupt(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(type(cli), "get_command", lambda self, ctx, name: command)
+    ended = []
+    # It would kill the processes of other tests, and let this process and its children ignore signals.
+    monkeypatch.setattr("terrazzo.tools.cli.end_children", lambda: ended.append(True))
     result = run("list")
     assert result.exit_code == 130
+    assert ended
     assert "Traceback" not in result.output
