@@ -41,14 +41,18 @@ from terrazzo.tools.reports import cards
 
 SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest size, an odd and non-square size, a plain size
 MAX_SIDE = 96  # for costly checks
+MODEL_ROWS = results.read(cards.MODELS)
 SAMPLED = (
     "test_arguments",
+    "test_parameters_and_macs",
     "test_features_only",
     "test_group_matcher_covers_every_parameter_once",
     "test_configuration_names_what_fits_classes_and_channels",
     "test_norm_outputs",
 )
 """Checks of a variant's structure that run on the representatives and the largest variant; on others they are slow."""
+FIRST = ("test_compile", "test_hub", "test_autocast", "test_traced", "test_older_onnx_exporter", "test_poolings")
+"""Costly checks that run on the first representative; on other models they are slow."""
 
 
 def output_and_gradients(run, model, x):
@@ -71,7 +75,11 @@ class BackboneContract(CapabilityContract):
             every = metafunc.function.__name__ not in SAMPLED
             models = [x if every or x in quick else pytest.param(x, marks=pytest.mark.slow) for x in self.costs]
             metafunc.parametrize("variant", models)
-        for fixture, quick in (("name", self.representatives), ("example", self.representatives[:1])):
+        first = metafunc.function.__name__ in FIRST
+        for fixture, quick in (
+            ("name", self.representatives[: 1 if first else None]),
+            ("example", self.representatives[:1]),
+        ):
             if fixture in metafunc.fixturenames:
                 if self.operators_of and metafunc.function.__name__ in ("test_openvino", "test_fp16", "test_int8"):
                     quick = ()
@@ -101,14 +109,17 @@ class BackboneContract(CapabilityContract):
             with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {variant}"):
                 timm.create_model(variant, pretrained=True, device="meta")
 
+    def test_parameters(self, variant):
+        wanted = next(row.p50 for row in MODEL_ROWS if (row.variant, row.metric) == (variant, "parameters"))
+        model = timm.create_model(variant, device="meta")
+        assert self.costs[variant][0] == wanted == sum(p.numel() for p in model.parameters())
+
     def test_parameters_and_macs(self, variant):
         parameters, gmacs = self.costs[variant]
         found = cards.measure_model(variant)
         assert found[0].p50 == parameters
         assert found[1].p50 / 1e9 == pytest.approx(gmacs, rel=0.02)
-        assert found == [row for row in results.read(cards.MODELS) if row.variant == variant], (
-            "`terrazzo cards --count`"
-        )
+        assert found == [row for row in MODEL_ROWS if row.variant == variant], "`terrazzo cards --count`"
 
     def test_arguments(self, variant):
         model = timm.create_model(

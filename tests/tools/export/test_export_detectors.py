@@ -156,7 +156,10 @@ def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
         assert set(np.unique(outputs["masks"])) == {0, 1}
 
 
-@pytest.mark.parametrize("name", ["mask-rcnn_dinat-mini_fpn_1x_coco"])
+@pytest.mark.parametrize(
+    "name",
+    ["retinanet_dinat-mini_fpn_1x_coco", pytest.param("mask-rcnn_dinat-mini_fpn_1x_coco", marks=pytest.mark.slow)],
+)
 def test_nothing_found(run, tiny, tmp_path, name):
     """A high threshold: the file runs and finds nothing, and the command says that nothing was compared."""
     key = "model.test_cfg.rcnn.score_thr" if "rcnn" in name else "model.test_cfg.score_thr"

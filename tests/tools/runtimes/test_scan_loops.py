@@ -79,7 +79,7 @@ class Scans(torch.nn.Module):
         return selective_scan_2d(u, delta, self.A, B, C, delta_softplus=True, orders=self.orders)
 
 
-@pytest.mark.parametrize("states", [1, 3])
+@pytest.mark.parametrize("states", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_selective_scan_in_every_runtime(tmp_path, states):
     """The four orders of a map share a Scan; ONNX Runtime and OpenVINO give PyTorch's results, also at other sizes."""
     torch.manual_seed(0)
@@ -109,7 +109,9 @@ def test_selective_scan_in_every_runtime(tmp_path, states):
         torch.testing.assert_close(openvino(*given)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 10, 49])
+@pytest.mark.parametrize(
+    "length", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(10, marks=pytest.mark.slow), 49]
+)
 def test_unrolled(tmp_path, length):
     """Without loops, no node has a body, and every runtime gives the same results."""
     torch.manual_seed(0)
