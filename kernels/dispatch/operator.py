@@ -25,7 +25,7 @@ class Needs(NamedTuple):
         device: where the tensors are.
         dtype: the dtype in which the kernels would compute.
         misfit: why the kernels cannot take the call's sizes; None if they can.
-        slow: why "auto" skips kernels for CPUs, which can take all sizes; None if it does not.
+        slow: why "auto" does not choose the kernels for CPUs, which run at all sizes; None if it does.
     """
 
     device: torch.device

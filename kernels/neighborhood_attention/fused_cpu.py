@@ -7,16 +7,14 @@ its sizes alone, never by the number of threads, so the same call gives the same
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from terrazzo.kernels.dispatch.dtypes import accumulator
 from terrazzo.kernels.numba_host import threads
-from terrazzo.kernels.numba_host.arrays import array_of
-from terrazzo.kernels.numba_host.fused_sizes import LANES
+from terrazzo.kernels.numba_host.arrays import array_of, rows_of
+from terrazzo.kernels.numba_host.fused_constants import LANES, LOG2_E
 
-LOG2_E = 1.4426950408889634
 # Rows of keys, and vectors of channels, whose sums are in registers at once.
 _ROWS, _VECTORS = (7, 5, 3, 1), (4, 2, 1)
 # The most rows and columns of a tile: its keys and values stay in the caches. In the backward pass neighbouring tiles
@@ -37,13 +35,13 @@ def can_differentiate(kernel_size: tuple[int, int]) -> bool:
 
 
 def slow(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> str | None:
-    """Why the portable form is faster on a map, or None if it is not: it computes products of whole tiles.
+    """Why the portable form is faster on a map, or None if it is not.
 
-    These cost little if most keys of a tile belong to most of its windows (README.md).
+    The portable form multiplies whole tiles. That wastes little if most keys of a tile are in most windows (README.md).
     """
     window = math.prod(kernel_size)
     if window > _LARGE_WINDOW or size[0] * size[1] < 2 * window * math.prod(dilation):
-        return f"takes longer than matrix products of whole tiles where windows of {window} keys are close to the tiles"
+        return f"takes longer than matrix products of whole tiles where most keys are in most windows of {window} keys"
     return None
 
 
@@ -87,7 +85,7 @@ class _Call:
 
     def given(self) -> list:
         """The first arguments of both kernels."""
-        arrays, steps = zip(*map(_flat, self.tensors))
+        arrays, steps = zip(*map(rows_of, self.tensors))
         return [*arrays, steps, array_of(self.bias.flatten()), self.scale, self.sizes, self.window, tuple(self.cut)]
 
     def empty(self) -> torch.Tensor:
@@ -109,16 +107,10 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _flat(x: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The memory of a tensor as a flat array, and the steps of its axes but the last."""
-    length = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride()))
-    return array_of(x.as_strided((length,), (1,))), x.stride()[:-1]
-
-
 def _block(count: int, blocks: tuple[int, ...]) -> int:
-    """The number out of `blocks`, so many sums at once, that computes `count` sums at the least cost.
+    """How many sums to compute at once, out of `blocks`, so that `count` sums cost least.
 
-    A block costs as much as one sum more.
+    A block of n sums costs as much as n + 1 sums.
     """
     return min((block for block in blocks if block <= count), key=lambda block: -(-count // block) * (block + 1))
 

@@ -16,10 +16,9 @@ Arguments: sizes (B, H, W, heads, D); window, kernel and dilation of both axes; 
 import numpy as np
 from numba.extending import register_jitable
 
-from terrazzo.kernels.neighborhood_attention.fused_cpu import LOG2_E
 from terrazzo.kernels.numba_host.fused_compile import jit
+from terrazzo.kernels.numba_host.fused_constants import LANES, LOG2_E, WIDE
 from terrazzo.kernels.numba_host.fused_maths import exp2
-from terrazzo.kernels.numba_host.fused_sizes import LANES, WIDE
 from terrazzo.kernels.numba_host.fused_vectors import (
     add_products,
     add_products_of_two,

@@ -27,13 +27,13 @@ def array_of(tensor: torch.Tensor) -> np.ndarray:
     return np.asarray(_Memory(tensor))
 
 
-def rows_of(tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(tensor: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """The memory of a CPU tensor whose last dimension is contiguous, and the steps between its other indices.
 
     Kernels for arrays of any strides would not be vector code. A dimension of size 1 has step 0, so that any index
     reads its only element.
     """
     assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    steps = [0 if size == 1 else step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1])]
+    steps = tuple(0 if size == 1 else step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1]))
     span = 0 if tensor.numel() == 0 else 1 + sum((size - 1) * step for size, step in zip(tensor.shape, (*steps, 1)))
-    return np.asarray(_Memory(tensor.as_strided((span,), (1,)))), np.array(steps, np.int64)
+    return array_of(tensor.as_strided((span,), (1,))), steps

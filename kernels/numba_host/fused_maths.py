@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
-from terrazzo.kernels.numba_host.fused_sizes import WIDE
+from terrazzo.kernels.numba_host.fused_constants import LOG2_E, WIDE
 from terrazzo.kernels.numba_host.fused_vectors import (
     Vector,
     above,
@@ -68,7 +68,7 @@ def _exp2_float32(x):
     return p * float_of((half + _BIAS) << _MANTISSA) * float_of((rest + _BIAS) << _MANTISSA)
 
 
-_LOG2_E = np.float32(1.44269504)
+_LOG2_E = np.float32(LOG2_E)
 # log(2) in two numbers: products of the first with small integers are exact.
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 

@@ -1,9 +1,9 @@
 """Vectors of 8 or 16 numbers as values of CPU kernels: they stay in registers, which no loop over an array promises.
 
-Vectors have the operators +, -, * and /, also with numbers, and vectors of integers have + , -, << and >>.
+Vectors have the operators +, -, * and /, also with numbers, and vectors of integers have +, -, << and >>.
 
-Addresses are places in a 1-D array, and nothing is checked. A kernel that runs interpreted (`kernel.py_func`) gets the
-bodies that are written here, in which a vector is a NumPy array.
+An address is an index of a 1-D array, and no bound is checked. A kernel that runs in Python (`kernel.py_func`) calls
+the functions' bodies, in which a vector is a NumPy array.
 """
 
 import operator
@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import lower_builtin, models, register_model, type_callable
 from numba.np import arrayobj
 
-from terrazzo.kernels.numba_host.fused_sizes import LANES, WIDE
+from terrazzo.kernels.numba_host.fused_constants import LANES, WIDE
 
 # A product and a sum may become one operation, as in all CPU kernels.
 _FLAGS = ("contract",)
@@ -164,7 +164,7 @@ def turned(vectors):
 def _compiled(function: Callable, typer: Callable) -> Callable:
     """Give a function a compiled form. `typer` maps types of arguments to the type of the result.
 
-    What is decorated writes the instructions, as numba's `lower_builtin` wants it.
+    The decorated function writes the instructions; its arguments are those of numba's `lower_builtin`.
     """
 
     def define(lower: Callable) -> Callable:

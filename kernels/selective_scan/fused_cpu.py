@@ -11,13 +11,12 @@ import torch.nn.functional as F
 
 from terrazzo.kernels.numba_host import threads
 from terrazzo.kernels.numba_host.arrays import array_of, rows_of
-from terrazzo.kernels.numba_host.fused_sizes import WIDE
+from terrazzo.kernels.numba_host.fused_constants import LOG2_E, WIDE
 from terrazzo.kernels.selective_scan.orders import pixels
 from terrazzo.kernels.selective_scan.scans import Scans
 
 # Steps between two states that are kept.
 CHUNK = 64
-LOG2_E = 1.4426950408889634
 # Vectors of channels of a program of the forward pass. Neighbouring channels lie side by side in memory.
 _VECTORS = 8
 # Programs of the backward pass add up gradients of B and C by groups: few groups, as each has a sum of its own.

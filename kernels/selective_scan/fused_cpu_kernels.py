@@ -9,10 +9,10 @@ D is a multiple of WIDE.
 import numpy as np
 
 from terrazzo.kernels.numba_host.fused_compile import jit
+from terrazzo.kernels.numba_host.fused_constants import LOG2_E, WIDE
 from terrazzo.kernels.numba_host.fused_maths import exp2, log1p
-from terrazzo.kernels.numba_host.fused_sizes import WIDE
 from terrazzo.kernels.numba_host.fused_vectors import above, load_wide, splat, store, sum_of
-from terrazzo.kernels.selective_scan.fused_cpu import CHUNK, LOG2_E
+from terrazzo.kernels.selective_scan.fused_cpu import CHUNK
 
 
 @jit

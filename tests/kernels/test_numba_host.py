@@ -10,7 +10,7 @@ import torch
 from support.processes import run_code
 
 from terrazzo.kernels.numba_host import openmp, threads
-from terrazzo.kernels.numba_host.fused_sizes import WIDE
+from terrazzo.kernels.numba_host.fused_constants import WIDE
 
 numba = pytest.importorskip("numba", reason="needs the extra 'cpu'")
 vectors = importlib.import_module("terrazzo.kernels.numba_host.fused_vectors")
