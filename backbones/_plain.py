@@ -10,8 +10,8 @@ from torch import nn
 from terrazzo.backbones._backbone import Backbone
 from terrazzo.backbones._checks import check_image, whole
 from terrazzo.backbones._head import TokenHead
+from terrazzo.backbones._hosted import hosted
 from terrazzo.backbones._layers import bicubic, whole_patches
-from terrazzo.backbones._reducible import reducible
 from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import RESTORE, Reducer, State
 from terrazzo.backbones._windows import within
@@ -114,7 +114,7 @@ class PlainViT(Plain):
     ):
         """Args:
         patches: Maps the image to (B, C, H, W).
-        blocks: timm's blocks; they become reducible (`terrazzo.backbones._reducible`).
+        blocks: timm's blocks; they become hosts (`terrazzo.backbones._hosted`).
         reducer: Runs the blocks; None for a reducer that reduces nothing.
         restore: "copy", "delta" or "soft": how positions are restored in maps.
         full_last: The number of last blocks that run on restored tokens whenever maps are requested, so that parked and
@@ -140,7 +140,7 @@ class PlainViT(Plain):
         stem = TokenStem(patches, channels, grid, **factory)
         super().__init__(
             stem,
-            [reducible(block) for block in blocks],
+            [hosted(block) for block in blocks],
             channels,
             reduction,
             num_classes=num_classes,

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 
+from terrazzo.backbones._place import Place
 from terrazzo.backbones._states import Beside
-from terrazzo.kernels.token_reduction import compose, prop_bias, unmerge
+from terrazzo.kernels.token_reduction import compose, unmerge
 
 NEIGHBOURS, TEMPERATURE = 20, 0.01  # of the mode "soft", as in Expedite's SAM (arXiv 2210.01035)
 
@@ -43,6 +43,7 @@ class State(Beside):
         depth: Number of blocks that have run.
         maps: Whether maps will be needed; otherwise nothing is recorded.
         reducer: Runs the blocks.
+        ropes: Rotary positions of the patches, one tensor for each block; None for none.
     """
 
     grid: tuple[int, int] = (0, 0)
@@ -50,6 +51,16 @@ class State(Beside):
     depth: int = 0
     maps: bool = True
     reducer: Any = None
+    ropes: tuple[torch.Tensor, ...] | None = None
+
+    def where(self) -> Place:
+        """Where the tokens of the next block stand."""
+        return Place(self.grid, self.prefix)
+
+    @property
+    def rope(self) -> torch.Tensor | None:
+        """Rotary positions of the next block."""
+        return None if self.ropes is None else self.ropes[self.depth]
 
 
 class TokenState(State):
@@ -68,6 +79,10 @@ class TokenState(State):
     levels: tuple[Level, ...] = ()
     window: tuple[int, int] | None = None
     r: float | None = None
+
+    def where(self) -> Place:
+        whole = self.size is None and self.window is None
+        return Place(self.grid if whole else None, self.prefix, self.size)
 
     def reduced(self, left: torch.Tensor, merged: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor) -> None:
         """Record a reduction from the tokens `left` to `merged`."""
@@ -137,14 +152,17 @@ class Reducer(nn.Module):
         """The blocks in front of which to reduce by default."""
         return ()
 
+    def attends(self, block: int) -> bool:
+        """Whether the reducer computes a block's attention itself, so that the block can have no mixer."""
+        return False
+
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> TokenState:
         """The state in front of a block that gets all tokens."""
         return TokenState(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         """Run a timm block on tokens (B, T, C). A block calls this method, which calls the block's parts."""
-        bias = prop_bias(state.size)
-        return Block.forward(block, x, attn_mask=None if bias is None else bias[:, None, None].to(x.dtype))
+        return block.placed(x, state.where(), state.rope)
 
     def left(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         """The remaining tokens, (B, T, C)."""

@@ -75,6 +75,9 @@ class Windows(Reducer):
         self.window = window
         self.global_blocks = global_blocks
 
+    def attends(self, block: int) -> bool:
+        return self.reducer.attends(block)
+
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool, **choices: Any) -> TokenState:
         state = self.reducer.begin(grid, prefix, depth, maps, **choices)
         state.reducer = self

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from terrazzo.backbones import _deit, _lvvit
 from terrazzo.backbones._checks import numbers, wholes
 from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, from_official
+from terrazzo.backbones._hosted import heads
 from terrazzo.backbones._layers import dimensioned, learned_number, take_scalars
 from terrazzo.backbones._lvvit import LVViT
-from terrazzo.backbones._reducible import attended, heads, widened
 from terrazzo.backbones._registration import register_variants
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.backbones._weights import any_prefix
@@ -171,13 +170,16 @@ class Pruning(Reducer):
         static = torch.compiler.is_compiling() or is_exporting() or x.device.type == "meta"
         return "masked" if self.training or torch.is_grad_enabled() or static else "packed"
 
+    def attends(self, block: int) -> bool:
+        return block + 1 >= min(self.blocks, default=block + 2)
+
     def forward(self, block: nn.Module, x: torch.Tensor, state: PrunedState) -> torch.Tensor:
         if state.depth in self.blocks:
             prune_ = getattr(self, f"_{self.form_of(x)}")
             x = prune_(x, state, self.blocks.index(state.depth))
         scored = state.depth + 1 in self.blocks
         if state.lengths is None and state.keep is None and not scored:
-            return Block.forward(block, x)
+            return block.placed(x, state.where())
 
         def among_kept(attn: nn.Module, normed: torch.Tensor) -> torch.Tensor:
             """Attention to the kept tokens; it also scores them."""
@@ -188,7 +190,7 @@ class Pruning(Reducer):
             state.score = score if scored else None
             return context
 
-        return widened(block, x + attended(block, x, among_kept))
+        return block.widened(x + block.attended(x, among_kept))
 
     @staticmethod
     def _context(attn: nn.Module, projected: torch.Tensor, keep: torch.Tensor | None):

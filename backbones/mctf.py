@@ -20,7 +20,7 @@ from torch import nn
 from terrazzo.backbones._bare import rows_of
 from terrazzo.backbones._checks import number, numbers, whole, wholes
 from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, from_official
-from terrazzo.backbones._reducible import attended, heads, widened
+from terrazzo.backbones._hosted import heads
 from terrazzo.backbones._registration import register_variants
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.backbones._weights import any_prefix
@@ -118,6 +118,9 @@ class Fusion(Reducer):
             r = max(0, tokens - -(-(tokens - r) // self.multiple) * self.multiple)
         return r
 
+    def attends(self, block: int) -> bool:
+        return block in self.blocks and self.criteria[1] != 0
+
     def forward(self, block: nn.Module, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         r = self.count(x.shape[1], state.r, state.prefix) if state.depth in self.blocks else 0
         if r == 0:
@@ -143,8 +146,8 @@ class Fusion(Reducer):
             (value,) = heads(attn, unmerge(value, assignment))
             return merge(attend(value).transpose(1, 2).flatten(2), found, weight)[0]
 
-        update = attended(block, x, ahead)
-        return widened(block, merged + update)
+        update = block.attended(x, ahead)
+        return block.widened(merged + update)
 
     def _plan(self, x: torch.Tensor, state: TokenState, r: int, importance: torch.Tensor | None = None) -> Plan:
         cells = self.cells_first and x.shape[1] == state.prefix + state.grid[0] * state.grid[1]

@@ -1,12 +1,15 @@
 """MCTF: the contract, official weights, the plain ViT underneath, and maps of every position."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
 
-from terrazzo.backbones import _tokens, mctf
+from terrazzo.backbones import _place, _tokens, mctf
+from terrazzo.backbones._hosted import hosted
 from terrazzo.backbones._layers import bicubic
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import merge, plan, unmerge
@@ -102,7 +105,7 @@ class TestOfficial:
     @torch.no_grad()
     def test_without_informativeness_nothing_is_computed_ahead(self, deit, sizes):
         """timm's block runs on merged tokens, with keys weighted by sizes; merging also weights tokens by size."""
-        block = deit.blocks[1].double()
+        block = hosted(copy.deepcopy(deit.blocks[1]).double())
         fusion = mctf.Fusion((1,), r=4, criteria=(1, 0, 40))
         x = image((64, 64)).double().flatten(1)[:, : 17 * 192].unflatten(1, (17, 192))
         size = torch.arange(1.0, 18).expand(len(x), -1).double() if sizes else None
@@ -243,7 +246,7 @@ class TestRestore:
         tokens = torch.randn(1, 13, 192, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         x = tokens[:, torch.cat([torch.zeros(1, dtype=torch.int64), groups])]
         if not proportional:
-            monkeypatch.setattr(_tokens, "prop_bias", lambda size: None)
+            monkeypatch.setattr(_place, "prop_bias", lambda size: None)
         with torch.no_grad():
             full = model.reducer.begin((6, 4), 1, 0, maps=True)
             wanted = x

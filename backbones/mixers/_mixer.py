@@ -1,0 +1,80 @@
+"""The base of all mixers."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from terrazzo.backbones._place import Place
+from terrazzo.errors import InputError
+
+
+class Host(NamedTuple):
+    """The attention layer that a mixer serves.
+
+    Attributes:
+        dim: Channels of the layer's input.
+        heads: Query heads; keys and values come with as many.
+        head_dim: Channels of a head.
+        layer: Index of the layer, from 0.
+        depth: Number of layers of the model.
+    """
+
+    dim: int
+    heads: int
+    head_dim: int
+    layer: int = 0
+    depth: int = 1
+
+
+class Mixer(nn.Module):
+    """Mixes tokens: queries, keys and values (B, heads, N, D) to (B, heads, N, D).
+
+    A subclass implements `mix`, and `dense` if it computes softmax attention on small maps. Its constructor takes the
+    `Host`, options by name, `device` and `dtype`.
+
+    Attributes:
+        needs_grid: Whether it needs the tokens' positions on a grid, so that no reducer may merge tokens before.
+        name: Its name among `mixers()`.
+        options: The options with which it was made.
+    """
+
+    needs_grid = True
+    name: str = ""
+    options: dict[str, Any]
+
+    def __init__(self, host: Host, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.host = host
+        self.options = {}
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        """Mix tokens (B, heads, N, D).
+
+        Raises:
+            InputError: The mixer needs a grid, and tokens were merged or reordered.
+        """
+        if place.grid is None and self.needs_grid:
+            raise InputError(
+                f"mixer {self.name!r} needs tokens on a grid, and tokens of layer {self.host.layer} are not"
+            )
+        if place.grid is not None and self.dense(place.grid, place.prefix) is not None:
+            return softmax_attention(query, key, value, place)
+        return self.mix(query, key, value, place)
+
+    def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        """Mix tokens (B, heads, N, D) by the mechanism itself."""
+        raise NotImplementedError
+
+    def dense(self, grid: tuple[int, int], prefix: int) -> str | None:
+        """Why the mixer computes softmax attention on this grid; None if it does not."""
+        return None
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.name), *(f"{key}={value!r}" for key, value in self.options.items())])
+
+
+def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+    """PyTorch's attention (B, heads, N, D), in which a token counts as often as the patches that it stands for."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=place.mask(query.dtype))
