@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from terrazzo.kernels.block_sparse_attention import exported, lowering, merging, portable, reference
+from terrazzo.kernels.block_sparse_attention import exported, fused, lowering, merging, portable, reference
 from terrazzo.kernels.block_sparse_attention.plan import Plan
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.dtypes import accumulator
@@ -60,7 +60,8 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys of one segment; see `lowering.Keys`."""
-    return portable.forward(query, key, value, index, bias, query_tile, key_tile, scale)
+    form = fused if backend == "fused" else portable
+    return form.forward(query, key, value, index, bias, query_tile, key_tile, scale)
 
 
 def _fake_gradients(grad, grad_lse, query, key, value, index, bias, *_):
@@ -91,7 +92,8 @@ def _backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = (grad, grad_lse, query, key, value, index, bias, out, lse, query_tile, key_tile, scale)
-    *grads, grad_bias = portable.backward(*arguments)
+    # The backward pass takes the form of the forward pass, even if another backend is requested by then.
+    *grads, grad_bias = (fused if backend == "fused" else portable).backward(*arguments)
     # An op returns tensors only, so without a bias the bias' gradient is an empty tensor.
     return *grads, query.new_empty(0) if grad_bias is None else grad_bias
 
@@ -99,7 +101,6 @@ def _backward(
 def _setup_context(ctx, inputs, output):
     *tensors, query_tile, key_tile, scale, backend = inputs
     ctx.constants = query_tile, key_tile, scale, backend
-    # The backward pass takes the form of the forward pass, even if another backend is requested by then.
     ctx.save_for_backward(*tensors, *output)
 
 
