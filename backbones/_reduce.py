@@ -7,6 +7,7 @@ from typing import Any
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from terrazzo.backbones._checks import whole
 from terrazzo.backbones._convert import check_together
 from terrazzo.backbones._hosts import check_host, kind_of, make_host
 from terrazzo.backbones._tokens import RESTORE, Reducer
@@ -43,6 +44,7 @@ def reduce(
     restore: str = "delta",
     window: int | None = None,
     global_blocks: Sequence[int] | None = None,
+    full_last: int | None = None,
     **options: Any,
 ) -> VisionTransformer:
     """Make a plain ViT of timm, pretrained or not, reduce its tokens, and return it.
@@ -58,7 +60,8 @@ def reduce(
         model = terrazzo.reduce(model, method="asvit", form="fixed", keep=(0.7, 0.5, 0.35))
 
     If the head pools all positions ("avg", "map", ...), a merged token counts for each position that it stands for, and
-    a dropped token counts with the features that it had when it was dropped.
+    a dropped token counts with the features that it had when it was dropped. In maps, a dropped token gets the mean
+    update of the kept tokens that were most similar to it; with `restore="copy"` it keeps its features.
 
     Args:
         model: timm's VisionTransformer or VisionTransformerDistilled with timm's plain blocks.
@@ -68,6 +71,8 @@ def reduce(
         restore: "copy", "delta" or "soft": how merged positions are restored in maps.
         window: Blocks attend within square windows with a side of at most this many patches; see `_plain.PlainViT`.
         global_blocks: With `window`: blocks that attend to the whole image; None for the last block of each quarter.
+        full_last: The number of last blocks that run on restored tokens whenever maps are requested (last-layer fusion,
+            arXiv 2412.00965). None for 0 with "mctf" and 1 with "asvit", in which a map needs it.
         **options: For "mctf": r, criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
             For "asvit": form, keep, thresholds: see `terrazzo.backbones.asvit.Pruning`.
 
@@ -83,6 +88,9 @@ def reduce(
     reducer = within(reducer, window, len(model.blocks), global_blocks)
     if kind_of(model) is not type(model):
         check_together(model, reducer)
+    full_last = reducer.full_last if full_last is None else whole("full_last", full_last)
+    if not 0 <= full_last <= len(model.blocks):
+        raise InputError(f"full_last must be 0 to the {len(model.blocks)} blocks, got {full_last}")
     make_host(model)
-    model.reducer, model.restore = reducer, restore
+    model.reducer, model.restore, model.full_last = reducer, restore, full_last
     return model
