@@ -6,10 +6,11 @@ from typing import Any
 
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from terrazzo.backbones._checks import whole
 from terrazzo.backbones._convert import check_together
-from terrazzo.backbones._hosts import check_host, kind_of, make_host
+from terrazzo.backbones._hosts import check_host, kind_of, make_host, unwrapped
 from terrazzo.backbones._tokens import RESTORE, Reducer
 from terrazzo.backbones._windows import within
 from terrazzo.backbones.asvit import Pruning
@@ -38,7 +39,7 @@ def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None
 
 
 def reduce(
-    model: VisionTransformer,
+    model: nn.Module,
     method: str = "mctf",
     blocks: Sequence[int] | None = None,
     restore: str = "delta",
@@ -46,7 +47,7 @@ def reduce(
     global_blocks: Sequence[int] | None = None,
     full_last: int | None = None,
     **options: Any,
-) -> VisionTransformer:
+) -> nn.Module:
     """Make a plain ViT of timm, pretrained or not, reduce its tokens, and return it.
 
     The model is changed in place: its class, the classes of its blocks and of their attention, and its attribute
@@ -64,7 +65,8 @@ def reduce(
     update of the kept tokens that were most similar to it; with `restore="copy"` it keeps its features.
 
     Args:
-        model: timm's VisionTransformer or VisionTransformerDistilled with timm's plain blocks.
+        model: timm's VisionTransformer or VisionTransformerDistilled with timm's plain blocks, or its wrapper for
+            `features_only=True`.
         method: "mctf" merges similar tokens, "asvit" drops tokens of low class attention.
         blocks: The blocks that merge tokens, or in front of which tokens are dropped, counted from 0. None for the
             method's default: all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
@@ -79,6 +81,7 @@ def reduce(
     Raises:
         InputError: The model is of another kind, or a method, an option or a number is not valid.
     """
+    given, model = model, unwrapped(model)
     check_host(model, "reduced")
     if isinstance(model, Eva):
         raise InputError(f"tokens with rotary positions cannot be merged or dropped yet, got {type(model).__name__}")
@@ -93,4 +96,4 @@ def reduce(
         raise InputError(f"full_last must be 0 to the {len(model.blocks)} blocks, got {full_last}")
     make_host(model)
     model.reducer, model.restore, model.full_last = reducer, restore, full_last
-    return model
+    return given

@@ -181,6 +181,23 @@ def test_masks_are_refused():
 
 
 @torch.no_grad()
+def test_features_only():
+    """timm's wrapper for `features_only=True` can be converted and reduced, too."""
+    name, options = "vit_tiny_patch16_224", dict(SMALL, out_indices=(0, 2))
+    plain, wrapped = build(name, **SMALL), build(name, features_only=True, **options)
+    wrapped.model.load_state_dict(plain.state_dict(), strict=False)
+    x = image((224, 224))
+    for change in (
+        lambda model: terrazzo.convert_attention(model, "hedgehog"),
+        lambda model: terrazzo.reduce(model, r=16, criteria=(1, 0, 40)),
+    ):
+        assert change(wrapped) is wrapped
+        wanted = change(plain).forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+        for found, map_ in zip(wrapped(x), wanted):
+            torch.testing.assert_close(found, map_)
+
+
+@torch.no_grad()
 def test_a_block_alone_mixes_too():
     """A block that is called without the model's state still has its mixer."""
     block = terrazzo.convert_attention(build("vit_tiny_patch16_224", depth=1), "hedgehog").blocks[0]
