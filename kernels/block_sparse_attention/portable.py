@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
 
-# On a CPU, as much as the caches hold (README.md): keys that are gathered at a time for PyTorch's attention, and logits
-# that are computed at a time. Elsewhere logits, few enough for any memory.
-_KEYS = 1 << 13
-_LOGITS = 1 << 19
-_LOGITS_ELSEWHERE = 1 << 25
+# Keys that are gathered at a time, and logits that are computed at a time: on a CPU as many as the caches hold
+# (README.md), elsewhere few enough for any memory.
+_KEYS, _LOGITS = 1 << 13, 1 << 19
+_KEYS_ELSEWHERE, _LOGITS_ELSEWHERE = 1 << 18, 1 << 25
+_MASK = 1 << 22  # elements of a mask at a time
 
 
 def _blocks(x: torch.Tensor, tile: int, value: float = 0.0) -> torch.Tensor:
@@ -61,7 +61,7 @@ class _Call:
     def __init__(self, query, key, value, index, bias, query_tile: int, key_tile: int):
         self.dtype, self.on_cpu = accumulator(query), query.device.type == "cpu"
         batch, heads, queries, _ = query.shape
-        keys = key.shape[2]
+        keys, self.heads = key.shape[2], batch * heads
         # Attention to all keys is one block, and one list for all queries of a head is one tile.
         self.key_tile = keys if index is None else key_tile
         self.query_tile = queries if index is None or index.shape[2] == 1 else query_tile
@@ -72,7 +72,7 @@ class _Call:
             self.bias = _blocks(bias.expand(batch, heads, keys), self.key_tile, -torch.inf)
         if index is not None:
             index = index.expand(batch, heads, -1, -1)
-            first = torch.arange(batch * heads, device=index.device) * (len(self.key) // (batch * heads))
+            first = torch.arange(self.heads, device=index.device) * (len(self.key) // self.heads)
             self.place = (index.clamp(min=0) + first.view(batch, heads, 1, 1)).flatten(0, 2)
             hidden = (index < 0).flatten(0, 2)
             if not self.on_cpu or hidden.any():  # elsewhere the host does not wait to know
@@ -82,21 +82,21 @@ class _Call:
         """Queries, or what belongs to them, (B, H, Nq, ...), in tiles (tiles, rows, ...)."""
         return _blocks(x, self.query_tile, value)
 
-    def pieces(self, limit: int, logits: bool) -> Iterator[_Piece]:
+    def pieces(self, whole: bool = False) -> Iterator[_Piece]:
         """The pieces; on a CPU, tiles without a list are in none.
 
         Args:
-            limit: how many keys are gathered, or how many logits are computed, for a piece of several tiles.
-            logits: whether logits count. Then one tile that is larger than a piece is cut, too.
+            whole: whether a piece has all queries of its tiles. Otherwise they are cut where logits are too many.
         """
+        most_keys, most_logits = (_KEYS, _LOGITS) if self.on_cpu else (_KEYS_ELSEWHERE, _LOGITS_ELSEWHERE)
         order, lengths = self._longest_first()
         at, rows = 0, self.query_tile
         while at < len(lengths) and lengths[at]:
             keys = lengths[at] * self.key_tile
-            count = max(1, limit // (keys * self.query_tile if logits else keys))
+            count = max(1, most_keys // keys)
             tiles = slice(at, at + count) if order is None else order[at : at + count]
             place, column = self._gathered(tiles, lengths[at])
-            step = max(1, min(rows, limit // keys)) if logits else rows
+            step = rows if whole else max(1, most_logits // (count * keys))
             for first in range(0, rows, step):
                 yield _Piece(tiles, slice(first, first + step), place, column)
             at += count
@@ -122,6 +122,13 @@ class _Call:
         if self.hidden is not None:
             column = column.masked_fill(self.hidden[tiles, :length].unsqueeze(-1), -torch.inf)
         return place, column.flatten(1).unsqueeze(1)
+
+    def prefers_a_mask(self) -> bool:
+        """Whether attention to all keys with a mask is faster than to gathered keys; measured (README.md)."""
+        if self.place is None or len(self.place) == self.heads:
+            return False
+        listed = sum(self._longest_first()[1]) / len(self.place)
+        return listed * (0.8 + 40 / self.query_tile) > 1.15 * len(self.key) / self.heads
 
     def keys(self, x: torch.Tensor, piece: _Piece) -> torch.Tensor:
         """The keys or values of a piece: (tiles, L key_tile, D)."""
@@ -149,6 +156,35 @@ def _plain(query, key, value, column, scale: float) -> tuple[torch.Tensor, torch
     return torch.bmm(logit.softmax(-1), value.to(dtype)), logit.logsumexp(-1)
 
 
+def _without_keys(out, lse, column) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results with 0 and -inf in rows whose bias, (tiles, rows or 1, K), leaves them no key."""
+    if column is None:
+        return out, lse
+    empty = column.amax(-1) == -torch.inf
+    return out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, -torch.inf)
+
+
+def _masked(call: _Call, queries: torch.Tensor, scale: float) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """The results of some tiles at a time, from attention to all keys with a mask of logarithms of multiplicities."""
+    tiles, blocks = len(call.place) // call.heads, len(call.key) // call.heads
+    step = max(1, _MASK // (call.query_tile * blocks * call.key_tile))
+    for head in range(call.heads):
+        own = slice(head * blocks, (head + 1) * blocks)
+        key, value = call.key[own].flatten(0, 1), call.value[own].flatten(0, 1)
+        for first in range(head * tiles, (head + 1) * tiles, step):
+            part = slice(first, min(first + step, (head + 1) * tiles))
+            place = call.place[part] - own.start
+            real = torch.ones_like(place) if call.hidden is None else ~call.hidden[part]
+            count = torch.zeros(len(place), blocks, dtype=call.dtype).scatter_add_(1, place, real.to(call.dtype))
+            mask = count.log_().repeat_interleave(call.key_tile, 1)
+            if call.bias is not None:
+                mask = mask + call.bias[own].flatten()
+            mask = mask.repeat_interleave(call.query_tile, 0)[None]
+            out, lse = _attention(queries[part].flatten(0, 1)[None], key[None], value[None], mask, scale)
+            out, lse = _without_keys(out, lse, mask)
+            yield part, out.view(*queries[part].shape[:2], -1), lse.view(-1, call.query_tile)
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -169,16 +205,16 @@ def forward(
         queries = call.tiles(query)
         out = query.new_zeros(*queries.shape[:2], value.shape[-1])
         lse = query.new_full(queries.shape[:2], -torch.inf, dtype=call.dtype)
-        attend, pieces = _attention, call.pieces(_KEYS, logits=False)
-        if not call.on_cpu or query.shape[-1] != value.shape[-1]:
-            attend, pieces = _plain, call.pieces(_LOGITS if call.on_cpu else _LOGITS_ELSEWHERE, logits=True)
-        for piece in pieces:
-            keys, values = call.keys(call.key, piece), call.keys(call.value, piece)
-            part, sums = attend(queries[piece.own], keys, values, piece.column, scale)
-            if piece.column is not None:
-                empty = piece.column.amax(-1) == -torch.inf  # tiles without keys: (tiles, 1)
-                part, sums = part.masked_fill(empty.unsqueeze(-1), 0), sums.masked_fill(empty, -torch.inf)
-            out[piece.own], lse[piece.own] = part, sums
+        fast = call.on_cpu and query.shape[-1] == value.shape[-1]
+        if fast and call.prefers_a_mask():
+            for part, found, sums in _masked(call, queries, scale):
+                out[part], lse[part] = found, sums
+        else:
+            attend = _attention if fast else _plain
+            for piece in call.pieces(whole=fast):
+                keys, values = call.keys(call.key, piece), call.keys(call.value, piece)
+                results = attend(queries[piece.own], keys, values, piece.column, scale)
+                out[piece.own], lse[piece.own] = _without_keys(*results, piece.column)
         return _rows(out, query), _rows(lse, query, call.dtype)
 
 
@@ -218,7 +254,7 @@ def backward(
             else:
                 total.flatten(1).index_add_(0, piece.place.flatten(), part.view(piece.place.numel(), -1))
 
-        for piece in call.pieces(_LOGITS if call.on_cpu else _LOGITS_ELSEWHERE, logits=True):
+        for piece in call.pieces():
             keys, values = (call.keys(x, piece).to(call.dtype) for x in (call.key, call.value))
             part_query, part_grad = queries[piece.own].to(call.dtype) * scale, grads[piece.own].to(call.dtype)
             weight = torch.bmm(part_query, keys.mT)

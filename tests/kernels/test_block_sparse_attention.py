@@ -176,10 +176,16 @@ class TestDefinition:
         assert torch.autograd.gradcheck(call, (*arguments, *more), fast_mode=True)
 
 
+@pytest.fixture
+def gathering(monkeypatch):
+    """The rule would prefer a mask for most calls as small as these."""
+    monkeypatch.setattr(portable._Call, "prefers_a_mask", lambda call: False)
+
+
 class TestPortable:
     @every_kind
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_float64(self, kind, shape):
+    def test_float64(self, gathering, kind, shape):
         *sizes, query_tile, key_tile = shape
         arguments = inputs(*sizes)
         plan, more = kinds(*arguments[:2], query_tile, key_tile, sizes[-1])[kind]
@@ -189,7 +195,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("kind", ["ragged blocks", "one list", "segments", "all"])
     @pytest.mark.parametrize("piece", [1, 100, 1000, 10**9])
-    def test_pieces(self, monkeypatch, kind, piece):
+    def test_pieces(self, monkeypatch, gathering, kind, piece):
         """Pieces of a tile's queries, single tiles and several tiles give the same numbers."""
         arguments = inputs()
         plan, more = kinds(*arguments[:2])[kind]
@@ -202,7 +208,7 @@ class TestPortable:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", ["ragged blocks", "segments", "mean order"])
-    def test_error_is_no_worse_than_plain_pytorch(self, dtype, kind):
+    def test_error_is_no_worse_than_plain_pytorch(self, gathering, dtype, kind):
         """The error is at most twice the definition's error in the same dtype."""
         arguments = inputs(2, 3, 130, 130, 32, dtype=dtype)
         plan, more = kinds(*arguments[:2], 16, 16)[kind]
@@ -216,6 +222,34 @@ class TestPortable:
             error, limit = ((x.double() - e).square().mean().sqrt() for x in (f, p))
             floor = 3 * torch.finfo(f.dtype).eps * e.square().mean().sqrt()
             assert error <= max(2 * limit, floor), f"result {n}: {error:.2e} against {limit:.2e}"
+
+    @pytest.mark.parametrize("kind", ["ragged blocks", "a bias of blocks", "lists of keys", "a bias of keys"])
+    @pytest.mark.parametrize("mask", [1, 10**9])
+    def test_gathered_and_masked(self, monkeypatch, kind, mask):
+        """Both give the same numbers, whichever the rule prefers."""
+        arguments = inputs()
+        plan, more = kinds(*arguments[:2])[kind]
+        monkeypatch.setattr(portable, "_MASK", mask)
+        results = []
+        for preferred in (False, True):
+            monkeypatch.setattr(portable._Call, "prefers_a_mask", lambda call, preferred=preferred: preferred)
+            with poisoned():
+                results.append(run(arguments, plan, more))
+        assert_all_close(*results, rtol=1e-10, atol=1e-10)
+
+    def test_the_rule_for_masks(self):
+        """Dense lists of small tiles are masked, sparse lists, one list for all queries and all keys are gathered."""
+        query, key, value = (x.detach() for x in inputs(1, 1, 256, 256))
+
+        def prefers(entries, tile, one=False):
+            index = torch.arange(entries).expand(1, 1, 1 if one else 256 // tile, -1)
+            return portable._Call(query, key, value, index, None, tile, tile).prefers_a_mask()
+
+        assert prefers(8, 16)
+        assert not prefers(2, 16)
+        assert not prefers(2, 64)
+        assert not prefers(16, 16, one=True)
+        assert not portable._Call(query, key, value, None, None, 16, 16).prefers_a_mask()
 
     def test_strides(self):
         """Views of a packed projection, keys and values of another memory format."""
