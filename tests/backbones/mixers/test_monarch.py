@@ -1,0 +1,66 @@
+"""The mixer `monarch`."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.mixer_contract import MixerContract, MixerPack, packs, place_of
+
+from terrazzo.errors import InputError
+
+
+class TestMonarch(MixerContract):
+    mixer = "monarch"
+
+    @pytest.mark.parametrize("name", packs("monarch"))
+    def test_golden(self, name):
+        pack = MixerPack("monarch", name)
+        q, k, v = (pack[key].requires_grad_() for key in "qkv")
+        mixer = self.make(heads=q.shape[1], head_dim=q.shape[3], steps=pack.meta["iters"])
+        out = mixer(q, k, v, place_of((pack.meta["height"], pack.meta["width"]), 0, q, k))
+        torch.testing.assert_close(out, pack["out"], rtol=0, atol=1e-9)
+        out.backward(pack["grad"])
+        for found, key in ((q, "dq"), (k, "dk"), (v, "dv")):
+            torch.testing.assert_close(found.grad, pack[key], rtol=0, atol=1e-9)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("prefix", [0, 1, 5])
+    def test_where_it_is_softmax_attention(self, prefix):
+        """On one row, on one column, and where keys are equal along each row."""
+        for steps in (1, 3):
+            mixer = self.make(steps=steps)
+            for grid in ((1, 17), (17, 1), (6, 7)):
+                q, k, v, place = self.given(grid, prefix)
+                if grid == (6, 7):
+                    k[:, :, prefix:] = k[:, :, prefix::7][:, :, :6].repeat_interleave(7, 2)
+                # The guard of more than one step changes logits by about 1e-6 of themselves.
+                tolerance = dict(rtol=0, atol=1e-12 if steps == 1 else 1e-5)
+                torch.testing.assert_close(mixer(q, k, v, place), F.scaled_dot_product_attention(q, k, v), **tolerance)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("prefix", [0, 2])
+    def test_bound(self, prefix):
+        """Rows of the matrix are distributions; logits and entropy stay below softmax's, and do not fall with steps."""
+        q, k, _, place = self.given((4, 5), prefix)
+        logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        best = logits.logsumexp(-1)
+        eye = torch.eye(q.shape[2], dtype=q.dtype).expand(*q.shape[:3], -1)
+        totals = []
+        for steps in (1, 2, 3, 5):
+            matrix = self.make(steps=steps)(q, k, eye, place)
+            torch.testing.assert_close(matrix.sum(-1), torch.ones_like(best))
+            reached = (matrix * logits - torch.xlogy(matrix, matrix)).sum(-1)
+            assert (reached <= best + 1e-9).all()
+            torch.testing.assert_close(reached[:, :, :prefix], best[:, :, :prefix])
+            totals.append(reached.sum())
+        assert all(a < b + 1e-4 for a, b in itertools.pairwise(totals)), totals
+        assert totals[0] < totals[-1] < best.sum()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [(dict(steps=0), "steps must be at least 1, got 0"), (dict(steps=None), "steps must be an int, got None")],
+    )
+    def test_refused_options(self, options, message):
+        with pytest.raises(InputError, match=message):
+            self.make(**options)
