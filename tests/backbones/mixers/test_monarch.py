@@ -17,8 +17,11 @@ class TestMonarch(MixerContract):
     def test_golden(self, name):
         pack = MixerPack("monarch", name)
         q, k, v = (pack[key].requires_grad_() for key in "qkv")
-        mixer = self.make(heads=q.shape[1], head_dim=q.shape[3], steps=pack.meta["iters"])
-        out = mixer(q, k, v, place_of((pack.meta["height"], pack.meta["width"]), 0, q, k))
+        meta = pack.meta
+        # Frames, which are tiles of their own or rows of one tile, stand below each other.
+        tiles = meta["frames"] // meta["f_tied"] * meta["h_reduce"], meta["w_reduce"]
+        mixer = self.make(heads=q.shape[1], head_dim=q.shape[3], steps=meta["iters"], tiles=tiles)
+        out = mixer(q, k, v, place_of((meta["frames"] * meta["height"], meta["width"]), 0, q, k))
         torch.testing.assert_close(out, pack["out"], rtol=0, atol=1e-9)
         out.backward(pack["grad"])
         for found, key in ((q, "dq"), (k, "dk"), (v, "dv")):
@@ -59,8 +62,43 @@ class TestMonarch(MixerContract):
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [(dict(steps=0), "steps must be at least 1, got 0"), (dict(steps=None), "steps must be an int, got None")],
+        [
+            (dict(steps=0), "steps must be at least 1, got 0"),
+            (dict(steps=None), "steps must be an int, got None"),
+            (dict(tiles=2), "tiles must be a sequence of numbers"),
+            (dict(tiles=(2, 0)), "tiles must be 2 numbers of at least 1, the rows and columns of tiles"),
+        ],
     )
     def test_refused_options(self, options, message):
         with pytest.raises(InputError, match=message):
             self.make(**options)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("prefix", [0, 1])
+    def test_tiles(self, prefix):
+        """Tiles of one column are softmax attention, also if tiles are cut short; rows of the matrix sum to 1."""
+        q, k, v, place = self.given((7, 11), prefix)
+        wanted = F.scaled_dot_product_attention(q, k, v)
+        for rows in (1, 2, 3):
+            torch.testing.assert_close(self.make(tiles=(rows, 11))(q, k, v, place), wanted)
+            torch.testing.assert_close(self.make(tiles=(rows, 99), steps=2)(q, k, v, place), wanted, rtol=0, atol=1e-5)
+        distances = []
+        for tiles in ((1, 1), (2, 2), (3, 5)):
+            found = self.make(tiles=tiles, steps=2)(q, k, v, place)
+            distances.append((found - wanted).norm())
+        assert distances == sorted(distances, reverse=True)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("steps", [1, 3])
+    def test_parts(self, steps, monkeypatch):
+        """Large maps are computed in parts, which do not depend on each other."""
+        given = self.given((10, 13), 1)
+        mixer = self.make(tiles=(2, 3), steps=steps)
+        wanted = mixer(*given)
+        monkeypatch.setattr("terrazzo.backbones.mixers.monarch._PART", 5000)
+        torch.testing.assert_close(mixer(*given), wanted)
+
+
+class TestMonarchWithTiles(MixerContract):
+    mixer = "monarch"
+    options = dict(tiles=(2, 3), steps=2)
