@@ -29,6 +29,7 @@ VERBS = {
     "export": "Write a classifier, segmentor or detector as ONNX, checked against PyTorch.",
     "convert": "Write the weights of a checkpoint as safetensors.",
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
+    "probe": "Train a linear probe on a frozen backbone: what its features are good for.",
     "bench": "Measure operators and backbones here, as ratios to named peers.",
     "compare": "Train backbones under one recipe, and compare them.",
     "doctor": "Build every model config of mmdet and mmseg; say which cannot be built, and why.",
