@@ -46,6 +46,7 @@ EXTRAS = {
     "mmseg": "openmmlab",
     "pycocotools": "openmmlab",
     "torchmetrics": "openmmlab",
+    "matplotlib": "openmmlab",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

@@ -55,6 +55,12 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model without numbers: its forward pass computes shapes."""
+    made = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
+    return copy.deepcopy(model, made | {id(buffer): buffer.to("meta") for buffer in model.buffers()})
+
+
 def without_parameters(model: nn.Module) -> list[str]:
     """The mixers, except "softmax", that add no parameters to a model, so that they work without training.
 
