@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from terrazzo.backbones._place import Place
+from terrazzo.errors import InputError
 
 Attend = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 """Maps the attention module and its input (B, N, C) to the attention's output, heads side by side, (B, M, C)."""
@@ -43,8 +44,8 @@ class _Hosted(nn.Module):
         """
         if attend is not None:
             return self.proj_drop(self.proj(self.norm(attend(self, x))))
-        if self.mixer is not None and isinstance(attn_mask, Place):
-            return self._mixed(x, rope, attn_mask)
+        if self.mixer is not None:
+            return self._mixed(x, rope, self._place(attn_mask))
         if isinstance(attn_mask, Place):
             attn_mask = attn_mask.mask(x.dtype)
         if rope is not None:
@@ -84,6 +85,18 @@ class _Hosted(nn.Module):
     def _spread(self, x: torch.Tensor) -> torch.Tensor:
         """Repeat heads of keys or values that several query heads share."""
         return x if x.shape[1] == self.num_heads else x.repeat_interleave(self.num_heads // x.shape[1], 1)
+
+    def _place(self, given: Any) -> Place:
+        """Where the tokens stand; without a host's state nobody knows, so mixers that need a grid refuse.
+
+        Raises:
+            InputError: A mask was given.
+        """
+        if given is None:
+            return Place(None)
+        if not isinstance(given, Place):
+            raise InputError(f"attention with the mixer {self.mixer.name!r} takes no mask")
+        return given
 
     def _mixed(self, x: torch.Tensor, rope: torch.Tensor | None, place: Place) -> torch.Tensor:
         query, raw_key, value = self.projected(x)

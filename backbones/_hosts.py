@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -22,10 +22,11 @@ from terrazzo.errors import InputError
 
 
 class _Host:
-    """Replaces timm's loops over blocks; `reduce` sets `reducer` and `restore`."""
+    """Replaces timm's loops over blocks; `reduce` sets these attributes."""
 
     reducer: Reducer
     restore: str
+    full_last: int
 
     @property
     def conversion(self) -> dict[int, dict[str, Any]]:
@@ -45,6 +46,13 @@ class _Host:
     def _embedded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Tokens with positions, and the rotary positions for each block."""
         return self._pos_embed(x), None
+
+    def _whole(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        """A token for every position, and a state in which no later block reduces."""
+        x = self.reducer.restored(x, state, self.restore)
+        whole = self.reducer.begin(state.grid, state.prefix, state.depth, maps=True)
+        whole.reducer, whole.ropes = Reducer(), state.ropes
+        return x, whole
 
     def _features(self, x: torch.Tensor, state: State) -> torch.Tensor:
         """The normalised remaining tokens; one for every position if the head pools positions."""
@@ -81,6 +89,8 @@ class _Host:
         x, state = self._begin(x, maps=True)
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            if i == self.depth - self.full_last:
+                x, state = self._whole(x, state)
             x = run(block, x, state, self.grad_checkpointing)
             if i in taken:
                 y = self.reducer.restored(x, state, self.restore)
@@ -126,6 +136,11 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
         )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself: timm wraps it for `features_only=True`."""
+    return model.model if isinstance(model, FeatureGetterNet) else model
+
+
 def kind_of(model: nn.Module) -> type[nn.Module] | None:
     """timm's class of a model that is a host or can become a host; None for any other model."""
     return next((kind for kind, made in _HOSTS.items() if type(model) in (kind, made)), None)
@@ -157,7 +172,7 @@ def make_host(model: nn.Module) -> None:
         hosted(block)
     if type(model) in _HOSTS:
         model.reducer = Reducer()
-        model.restore = "delta"
+        model.restore, model.full_last, model.depth = "delta", 0, len(model.blocks)
         model.__class__ = _HOSTS[type(model)]
 
 
@@ -166,4 +181,4 @@ def unmake_host(model: nn.Module) -> None:
     for block in model.blocks:
         plain(block)
     model.__class__ = kind_of(model)
-    del model.reducer, model.restore
+    del model.reducer, model.restore, model.full_last, model.depth

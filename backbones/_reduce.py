@@ -6,9 +6,11 @@ from typing import Any
 
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
+from terrazzo.backbones._checks import whole
 from terrazzo.backbones._convert import check_together
-from terrazzo.backbones._hosts import check_host, kind_of, make_host
+from terrazzo.backbones._hosts import check_host, kind_of, make_host, unwrapped
 from terrazzo.backbones._tokens import RESTORE, Reducer
 from terrazzo.backbones._windows import within
 from terrazzo.backbones.asvit import Pruning
@@ -37,14 +39,15 @@ def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None
 
 
 def reduce(
-    model: VisionTransformer,
+    model: nn.Module,
     method: str = "mctf",
     blocks: Sequence[int] | None = None,
     restore: str = "delta",
     window: int | None = None,
     global_blocks: Sequence[int] | None = None,
+    full_last: int | None = None,
     **options: Any,
-) -> VisionTransformer:
+) -> nn.Module:
     """Make a plain ViT of timm, pretrained or not, reduce its tokens, and return it.
 
     The model is changed in place: its class, the classes of its blocks and of their attention, and its attribute
@@ -58,22 +61,27 @@ def reduce(
         model = terrazzo.reduce(model, method="asvit", form="fixed", keep=(0.7, 0.5, 0.35))
 
     If the head pools all positions ("avg", "map", ...), a merged token counts for each position that it stands for, and
-    a dropped token counts with the features that it had when it was dropped.
+    a dropped token counts with the features that it had when it was dropped. In maps, a dropped token gets the mean
+    update of the kept tokens that were most similar to it; with `restore="copy"` it keeps its features.
 
     Args:
-        model: timm's VisionTransformer or VisionTransformerDistilled with timm's plain blocks.
+        model: timm's VisionTransformer or VisionTransformerDistilled with timm's plain blocks, or its wrapper for
+            `features_only=True`.
         method: "mctf" merges similar tokens, "asvit" drops tokens of low class attention.
         blocks: The blocks that merge tokens, or in front of which tokens are dropped, counted from 0. None for the
             method's default: all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
         restore: "copy", "delta" or "soft": how merged positions are restored in maps.
         window: Blocks attend within square windows with a side of at most this many patches; see `_plain.PlainViT`.
         global_blocks: With `window`: blocks that attend to the whole image; None for the last block of each quarter.
+        full_last: The number of last blocks that run on restored tokens whenever maps are requested (last-layer fusion,
+            arXiv 2412.00965). None for 0 with "mctf" and 1 with "asvit", in which a map needs it.
         **options: For "mctf": r, criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
             For "asvit": form, keep, thresholds: see `terrazzo.backbones.asvit.Pruning`.
 
     Raises:
         InputError: The model is of another kind, or a method, an option or a number is not valid.
     """
+    given, model = model, unwrapped(model)
     check_host(model, "reduced")
     if isinstance(model, Eva):
         raise InputError(f"tokens with rotary positions cannot be merged or dropped yet, got {type(model).__name__}")
@@ -83,6 +91,9 @@ def reduce(
     reducer = within(reducer, window, len(model.blocks), global_blocks)
     if kind_of(model) is not type(model):
         check_together(model, reducer)
+    full_last = reducer.full_last if full_last is None else whole("full_last", full_last)
+    if not 0 <= full_last <= len(model.blocks):
+        raise InputError(f"full_last must be 0 to the {len(model.blocks)} blocks, got {full_last}")
     make_host(model)
-    model.reducer, model.restore = reducer, restore
-    return model
+    model.reducer, model.restore, model.full_last = reducer, restore, full_last
+    return given

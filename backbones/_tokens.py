@@ -142,10 +142,12 @@ class Reducer(nn.Module):
     Attributes:
         blocks: The blocks in front of which it reduces, counted from 0.
         by_class_token: Whether it depends on the attention of a class token, the first token in front.
+        full_last: How many last blocks `terrazzo.reduce` runs on restored tokens by default when maps are requested.
     """
 
     blocks: tuple[int, ...] = ()
     by_class_token = False
+    full_last = 0
 
     @staticmethod
     def default_blocks(depth: int) -> Sequence[int]:

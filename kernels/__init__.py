@@ -1,6 +1,7 @@
 """Operators: each has a reference that defines it, a portable form that runs everywhere, and a fused form in Triton."""
 
 from terrazzo.kernels.attentive_conv import attentive_conv as attentive_conv
+from terrazzo.kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from terrazzo.kernels.dispatch.backend import use_backend as use_backend
 from terrazzo.kernels.neighborhood_attention import neighborhood_attention as neighborhood_attention
 from terrazzo.kernels.selective_scan import selective_scan as selective_scan
@@ -11,6 +12,7 @@ from terrazzo.kernels.varlen_attention import varlen_attention as varlen_attenti
 
 __all__ = [
     "attentive_conv",
+    "block_sparse_attention",
     "neighborhood_attention",
     "selective_scan",
     "selective_scan_2d",

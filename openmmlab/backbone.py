@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from terrazzo.backbones._names import check_name, family_of
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import create_model
+from terrazzo.openmmlab._timm import ADDED, create_model
 
 
 @MODELS.register_module()
@@ -39,6 +39,10 @@ class TerrazzoBackbone(BaseModule):
             norms (terrazzo's models have them, like the detectors of their papers); True adds them to any other model.
         with_cp: whether to save memory by recomputing activations in the backward pass.
         init_cfg: mmengine's; timm and `checkpoint` set the weights.
+        reduce: arguments of `terrazzo.reduce`, for a plain ViT that merges or drops tokens:
+            `dict(method="mctf", r=0.35)`.
+        convert: arguments of `terrazzo.convert_attention`, for a plain ViT with another mechanism in place of softmax
+            attention: `dict(mixer="hedgehog", layers=[0, 1, 2])`; or several of these.
         **kwargs: further arguments of the model.
 
     Raises:
@@ -56,6 +60,8 @@ class TerrazzoBackbone(BaseModule):
         norm_outputs: bool | None = None,
         with_cp: bool = False,
         init_cfg: dict | None = None,
+        reduce: dict | None = None,
+        convert: dict | Sequence[dict] | None = None,
         **kwargs: Any,
     ):
         super().__init__(init_cfg)
@@ -66,13 +72,14 @@ class TerrazzoBackbone(BaseModule):
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
         self.name = name
-        model = create_model(name, pretrained, num_classes=0, **kwargs)
+        model = create_model(name, pretrained, reduce, convert, num_classes=0, **kwargs)
         if not hasattr(model, "forward_intermediates"):
             raise InputError(
                 f"model '{name}' has no forward_intermediates, so it gives no feature maps; choose another"
             )
         if checkpoint is not None:
-            load_weights(model, name, checkpoint, optional=r"^norm\d|num_batches_tracked$")
+            # The last norm is removed below, so a training with this wrapper does not save it.
+            load_weights(model, name, checkpoint, optional=rf"^(fc_)?norm\d*\.|num_batches_tracked$|{ADDED}")
         info = model.feature_info.info if isinstance(model.feature_info, FeatureInfo) else model.feature_info
         self.out_indices = _checked_indices(name, out_indices, len(info))
         self.out_channels = [info[index]["num_chs"] for index in self.out_indices]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import create_model
+from terrazzo.openmmlab._timm import ADDED, create_model
 
 LOSSES = {
     loss.__name__: loss
@@ -25,7 +25,8 @@ class Classifier(BaseModel):
 
     Args:
         backbone: `name`, `num_classes` and any other argument of `timm.create_model`; also `checkpoint`, a file of
-            weights; its classifier is left out if it has other classes.
+            weights; its classifier is left out if it has other classes; also `reduce` and `convert`, as in
+            `TerrazzoBackbone`.
         probe: whether to train only the last layer, on frozen features: a linear probe.
         loss: `type` (BinaryCrossEntropy, CrossEntropyLoss, LabelSmoothingCrossEntropy or SoftTargetCrossEntropy) and
             its arguments. By default LabelSmoothingCrossEntropy, or SoftTargetCrossEntropy with mixup.
@@ -60,7 +61,7 @@ class Classifier(BaseModel):
         self.backbone = create_model(name, **options)
         if checkpoint is not None:
             head = "|".join(rf"^{part}\." for part in _head_names(self.backbone))
-            load_weights(self.backbone, name, checkpoint, optional=head)
+            load_weights(self.backbone, name, checkpoint, optional=f"{head}|{ADDED}")
         self.probe = probe
         if probe:
             self.backbone.requires_grad_(False)

@@ -1,6 +1,7 @@
 """What ships: every module imports from a built wheel, layers import downwards only, and importing stays light."""
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def sources() -> list[Path]:
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
+@functools.cache
 def imports(path: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,5 +1,7 @@
 """AS-ViT: the contract, the official inference, and a comparison of its forms."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -149,7 +151,9 @@ class TestPruning:
                 torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
     def test_dropped_positions_keep_their_features(self, images):
+        """Positions are copied; other modes update them."""
         model = pruning("packed")
+        model.restore = "copy"
         with torch.no_grad():
             maps = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
             sets = kept(model, images)
@@ -158,6 +162,29 @@ class TestPruning:
                     before, after = (maps[block][i].flatten(0, 1) for block in (stage - 1, 11))
                     same = (before == after).all(-1).nonzero().flatten().tolist()
                     assert same == sorted(set(range(80)) - set(row))
+
+    @pytest.mark.parametrize("form", ["masked", "packed", "fixed"])
+    @torch.no_grad()
+    def test_dropped_positions_are_updated(self, images, form):
+        """In maps, a dropped token gets the mean update of the five kept tokens that were most similar to it."""
+        model = pruning(form, **(dict(keep=(0.5, 0.25, 0.125)) if form == "fixed" else {}))
+        copies = copy.deepcopy(model)
+        copies.restore = "copy"
+        found, own = (
+            [y.flatten(1, 2) for y in m.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)]
+            for m in (model, copies)
+        )
+        sets = kept(model, images)
+        for i in range(len(images)):
+            wanted = own[11][i].clone()
+            for stage, block in reversed(list(enumerate(model.reducer.blocks))):
+                before = own[block - 1][i]
+                update, unit = wanted - before, torch.nn.functional.normalize(before, dim=-1)
+                left = torch.tensor(sets[stage][i], dtype=torch.long)
+                for position in set(range(80)) - set(sets[stage][i]):
+                    near = left[(unit[left] @ unit[position]).topk(min(5, len(left))).indices]
+                    wanted[position] = before[position] + update[near].sum(0) / max(1, len(near))
+            torch.testing.assert_close(found[11][i], wanted)
 
     def test_every_patch_may_go(self, images):
         for form in ("packed", "masked"):

@@ -2,12 +2,16 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from support.module_contract import check_adapters, check_dynamic_int8, check_hooks, check_sharded
 from support.seeded import build, image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
 import terrazzo
 from terrazzo.backbones import asvit, mctf
@@ -270,13 +274,50 @@ class TestPruning:
         model = build("vit_tiny_patch16_224", global_pool=pool, **self.SMALL).double()
         x = image((224, 224), batch=2).double()
         whole = model.forward_intermediates(x, indices=[3], intermediates_only=True, norm=True)[0]
-        (found,), tokens = self.pruned(model).forward_intermediates(x, [3], norm=True)[1], model.forward_features(x)
+        self.pruned(model, restore="copy", full_last=0)
+        (found,), tokens = model.forward_intermediates(x, [3], norm=True)[1], model.forward_features(x)
         if pool != "token":
             torch.testing.assert_close(tokens[:, 1:], found.flatten(2).transpose(1, 2))
         else:
             assert tokens.shape == (2, 197, 48)
         assert not torch.allclose(found, whole)
         torch.testing.assert_close(model(x), model.head(model.fc_norm(model.pool(tokens))))
+
+    @torch.no_grad()
+    def test_last_blocks_see_every_position(self, vit):
+        """The last block runs on restored tokens when maps are requested, and only then."""
+        x = image((224, 224)).double()
+        model = self.pruned(vit, full_last=0)
+        features, logits = model.forward_features(x), model(x)
+        (before, after) = model.forward_intermediates(x, indices=[2, 3], return_prefix_tokens=True, output_fmt="NLC")[1]
+        last = self.pruned(vit, full_last=1)
+        (same, found) = last.forward_intermediates(x, indices=[2, 3], return_prefix_tokens=True, output_fmt="NLC")[1]
+        assert torch.equal(same[0], before[0])
+        assert not torch.allclose(found[0], after[0])
+        wanted = last.blocks[3](torch.cat([same[1], same[0]], 1))
+        torch.testing.assert_close(torch.cat([found[1], found[0]], 1), wanted)
+        if vit.global_pool == "token":
+            torch.testing.assert_close(last.forward_features(x), features)
+            torch.testing.assert_close(last(x), logits)
+        with pytest.raises(InputError, match="full_last must be 0 to the 4 blocks, got 5"):
+            self.pruned(vit, full_last=5)
+
+    @torch.no_grad()
+    def test_maps_of_real_weights(self):
+        """With weights of a DINOv2 ViT-S/14 and 70, 50 and 35 % of the patches kept, maps stay close to the model's."""
+        weights = Path(__file__).parents[3] / "shared/weights/vit_small_patch14_dinov2.safetensors"
+        photos = Path(__file__).parents[3] / "shared/data/photos"
+        if not (weights.exists() and photos.exists()):
+            pytest.skip("the real weights and photos are not here")
+        model = timm.create_model("vit_small_patch14_dinov2", dynamic_img_size=True).eval()
+        model.load_state_dict({key: value.float() for key, value in load_file(weights).items()})
+        pictures = [Image.open(photos / f"cc0_{name}.jpg") for name in ("street_sunset", "singapore")]
+        transform = create_transform((3, 336, 448), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, crop_pct=1.0)
+        x = torch.stack([transform(picture.convert("RGB")) for picture in pictures])
+        (wanted,) = model.forward_intermediates(x, indices=[11], norm=True, intermediates_only=True)
+        terrazzo.reduce(model, method="asvit", form="fixed", keep=(0.7, 0.5, 0.35))
+        (found,) = model.forward_intermediates(x, indices=[11], norm=True, intermediates_only=True)
+        assert torch.cosine_similarity(found, wanted, dim=1).mean() > 0.93
 
     def test_thresholds_are_all_that_is_added(self):
         model = build("vit_tiny_patch16_224", **self.SMALL)

@@ -27,6 +27,7 @@ WRONG = {
 }
 # Wrong tensors that an operator accepts: a free size, a tensor whose dtype or rank is free, a tensor of a later call.
 FREE = {
+    "block_sparse_attention": {"value": ("one more",), "key_bias": tuple(WRONG)},
     "merge": {"x": ("one more",)},
     "unmerge": {"tokens": tuple(set(WRONG) - {"list", "array", "number", "meta"})},
     "ssd with its last states": {"x": ("one more",)},
@@ -66,7 +67,7 @@ def test_each_tensor_is_checked(name, wrong):
 def test_required_tensors_are_not_none(name):
     call = CALLS[name]
     tensors = call.tensors()
-    free = {"D", "z", "delta_bias", "dt_bias", "rpb", *(FREE["attention"] if name == "attention" else ())}
+    free = {"D", "z", "delta_bias", "dt_bias", "key_bias", "rpb", *(FREE["attention"] if name == "attention" else ())}
     for changed in tensors.keys() - free:
         arguments = [None if key == changed else x for key, x in tensors.items()]
         assert f"{changed} must be a tensor, got NoneType" in refused(lambda a=arguments: call.bound()(*a))

@@ -177,3 +177,42 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 def test_errors_say_what_and_what_next(arguments, message):
     with pytest.raises(InputError, match=message):
         TerrazzoBackbone(**arguments)
+
+
+VIT = dict(name="vit_tiny_patch16_224", depth=3, embed_dim=48, num_heads=3, out_indices=(0, 2))
+
+
+def test_converts_and_reduces(tmp_path):
+    """A file of the plain ViT's weights, or of the changed model, loads into the changed model."""
+    torch.manual_seed(0)
+    image, plain = torch.rand(1, 3, 96, 64), ready(TerrazzoBackbone(**VIT))
+    torch.save(plain.model.state_dict(), tmp_path / "plain.pth")
+    changes = dict(
+        convert=[dict(mixer="hedgehog", layers=[0]), dict(mixer="hedgehog", layers=[1])],
+        reduce=dict(method="mctf", r=2, criteria=(1, 0, 40), blocks=(2,)),
+    )
+    changed = ready(TerrazzoBackbone(**VIT, **changes, checkpoint=str(tmp_path / "plain.pth")))
+    assert list(changed.model.conversion) == [0, 1]
+    wanted = changed(image)
+    assert [y.shape for y in wanted] == [y.shape for y in plain(image)]
+    assert not torch.allclose(wanted[0], plain(image)[0])
+    with torch.no_grad():
+        changed.model.blocks[0].attn.mixer.query_map.mul_(2)
+    wanted = changed(image)
+    torch.save(changed.model.state_dict(), tmp_path / "changed.pth")
+    again = ready(TerrazzoBackbone(**VIT, **changes, checkpoint=str(tmp_path / "changed.pth")))
+    for found, map_ in zip(again(image), wanted):
+        torch.testing.assert_close(found, map_)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(convert=dict(mixer="tome")), "mixer must be one of .*hedgehog"),
+        (dict(convert=dict(layers=[0])), "convert=.* of model 'vit_tiny_patch16_224' does not fit: .*mixer"),
+        (dict(reduce=dict(method="mctf", keep=0.5)), "options of 'mctf' are"),
+    ],
+)
+def test_wrong_changes(changes, message):
+    with pytest.raises(InputError, match=message):
+        TerrazzoBackbone(**VIT, **changes)

@@ -8,6 +8,7 @@ import torch
 
 from terrazzo.kernels import (
     attentive_conv,
+    block_sparse_attention,
     neighborhood_attention,
     selective_scan,
     selective_scan_2d,
@@ -18,6 +19,7 @@ from terrazzo.kernels import (
 )
 
 token_reduction = importlib.import_module("terrazzo.kernels.token_reduction")
+plans = importlib.import_module("terrazzo.kernels.block_sparse_attention")
 first_weights = importlib.import_module("terrazzo.kernels.varlen_attention").first_weights
 
 
@@ -73,6 +75,14 @@ def _map(batch: int) -> dict:
     return {"map": torch.tensor([[0, 1, 2, 1, 0, 2]]).expand(batch, -1), "M": 3}
 
 
+def _by_plan(query, key, value, key_bias):
+    """Tiles of 3 queries attend to blocks of 2 of the 5 keys, and to single keys with a bias."""
+    index = torch.tensor([[[[0, 2], [1, -1]], [[2, 1], [0, 0]]]])
+    blocks = plans.Segment("block", index.to(getattr(query, "device", "cpu")))
+    tokens = plans.Segment("token", index[:, :1, :1].to(blocks.index.device), bias=key_bias)
+    return block_sparse_attention(query, key, value, plans.Plan([blocks, tokens], 3, 2))
+
+
 def _offsets(batch: int) -> dict:
     """Five tokens for each image, in two sequences of different lengths and an empty sequence."""
     cu_seqlens = [0] + [5 * i + at for i in range(batch) for at in (2, 2, 5)]
@@ -88,6 +98,9 @@ _ATTENTIVE = dict(
 
 CALLS = {
     "attentive_conv": OperatorCall("attentive_conv", attentive_conv, _ATTENTIVE, tuple(_ATTENTIVE)[2:]),
+    "block_sparse_attention": OperatorCall(
+        "block_sparse_attention", _by_plan, dict.fromkeys(_QKV, (1, 2, 5, 4)) | {"key_bias": (1, 2, 5)}, ("key_bias",)
+    ),
     "neighborhood_attention": OperatorCall(
         "neighborhood_attention",
         neighborhood_attention,
