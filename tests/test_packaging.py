@@ -24,7 +24,20 @@ ARROWS = {
     "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "checkpoints", "necks", "openmmlab"},
 }
 # Packages of tools/ from the bottom up: a package imports only packages before it. "" means the files of tools/ itself.
-ROOMS = ("", "data", "inspect", "runtimes", "predict", "export", "training", "bench", "reports", "doctor", "verbs")
+ROOMS = (
+    "",
+    "data",
+    "inspect",
+    "runtimes",
+    "predict",
+    "export",
+    "training",
+    "probe",
+    "bench",
+    "reports",
+    "doctor",
+    "verbs",
+)
 # Packages that a layer must not import at the top of a module.
 FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba", "llvmlite"},
