@@ -13,11 +13,13 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from terrazzo.backbones._bare import rows_of
 from terrazzo.backbones._place import Place
 from terrazzo.errors import InputError
 
-Attend = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-"""Maps the attention module and its input (B, N, C) to the attention's output, heads side by side, (B, M, C)."""
+Attend = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Maps the attention module and its input (B, N, C) to the attention's output, heads side by side, (B, M, C), and to
+what would be the module's input for these M tokens, which a gate reads."""
 
 
 class _Hosted(nn.Module):
@@ -43,7 +45,7 @@ class _Hosted(nn.Module):
             attend: The inner part (see `Attend`) instead of any attention; None for the module's own.
         """
         if attend is not None:
-            return self.proj_drop(self.proj(self.norm(attend(self, x))))
+            return self._finished(*attend(self, x))
         if self.mixer is not None:
             return self._mixed(x, rope, self._place(attn_mask))
         if isinstance(attn_mask, Place):
@@ -53,38 +55,87 @@ class _Hosted(nn.Module):
         return super().forward(x, attn_mask=attn_mask, **kwargs)
 
     def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values (B, heads, N, D), neither normalised nor rotated; keys may have fewer heads."""
-        if self.qkv is None:
-            layers = (self.q_proj, self.k_proj, self.v_proj)
-            return tuple(layer(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
-        qkv = self.qkv(x)
-        if getattr(self, "q_bias", None) is not None:  # EVA's queries and values have a bias, keys have none
-            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        return heads(self, qkv)
+        """Queries, keys and values (..., heads, N, D), neither normalised nor rotated; keys may have fewer heads."""
+        return tuple(self._by_head(part) for part in self._parts(x, slice(0, 3)))
 
-    def turned(
-        self, x: torch.Tensor, norm: nn.Module, rope: torch.Tensor | None, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Raw queries or keys (B, heads, N, D), normalised by `norm` and rotated, with a head for each query head.
+    def prepared(
+        self, x: torch.Tensor, rope: torch.Tensor | None, front: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (..., heads, N, D) of tokens (..., N, C), as softmax attention takes them.
 
         Args:
-            rope: Rotary positions of the patches; None for none.
-            positions: (N,), the patch at which each token stands; None if all tokens stand in the grid's order, behind
-                the tokens in front.
+            rope, front: See `turned`.
+        """
+        query, key, value = self.projected(x)
+        return *self._turned_pair(query, key, rope, front), self._spread(value)
+
+    def queries_and_keys(self, x: torch.Tensor, rope: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `prepared` without values, which a bare layer does not compute."""
+        return self._turned_pair(*(self._by_head(part) for part in self._parts(x, slice(0, 2))), rope)
+
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """Values of tokens (..., N, C) with heads side by side: see `in_heads`."""
+        (value,) = self._parts(x, slice(2, 3))
+        return value
+
+    def in_heads(self, value: torch.Tensor) -> torch.Tensor:
+        """Values with heads side by side, as (..., heads, N, D) with a head for each query head."""
+        return self._spread(self._by_head(value))
+
+    def _parts(self, x: torch.Tensor, parts: slice) -> tuple[torch.Tensor, ...]:
+        """Some of queries, keys and values, in this order, with heads side by side (..., N, C)."""
+        if self.qkv is None:
+            return tuple(layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)[parts])
+        width = self.num_heads * self.head_dim
+        rows = slice(parts.start * width, parts.stop * width)
+        out = self.qkv(x) if parts == slice(0, 3) else rows_of(self.qkv, x, rows)
+        if getattr(self, "q_bias", None) is not None:  # EVA's queries and values have a bias, keys have none
+            out = out + torch.cat((self.q_bias, self.k_bias, self.v_bias))[rows]
+        return out.split(width, -1)
+
+    def _by_head(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+
+    def turned(
+        self,
+        x: torch.Tensor,
+        norm: nn.Module,
+        rope: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+        front: int | None = None,
+    ) -> torch.Tensor:
+        """Raw queries or keys (..., heads, N, D), normalised by `norm` and rotated, with a head for each query head.
+
+        Args:
+            rope: Sines and cosines of the tokens' rotary positions, (..., N - front, 2 D); None for none.
+            positions: (N,), where in `rope` each token stands; None if tokens and `rope` have the same order.
+            front: Number of tokens in front without a position; None for the host's number.
         """
         out = norm(x)
         if rope is not None:
             if positions is None:
-                front, out = out.tensor_split([self.num_prefix_tokens], 2)
+                front, out = out.tensor_split([self.num_prefix_tokens if front is None else front], -2)
             else:
-                front, rope = out[:, :, :0], rope[..., positions, :]
+                front, rope = out[..., :0, :], rope[..., positions, :]
             half = getattr(self, "rotate_half", False)
-            out = torch.cat([front, apply_rot_embed_cat(out, rope, half=half)], 2).type_as(x)
+            out = torch.cat([front, apply_rot_embed_cat(out, rope, half=half)], -2).type_as(x)
         return self._spread(out)
+
+    def _turned_pair(
+        self, query: torch.Tensor, key: torch.Tensor, rope: torch.Tensor | None, front: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.turned(query, self.q_norm, rope, front=front), self.turned(key, self.k_norm, rope, front=front)
 
     def _spread(self, x: torch.Tensor) -> torch.Tensor:
         """Repeat heads of keys or values that several query heads share."""
-        return x if x.shape[1] == self.num_heads else x.repeat_interleave(self.num_heads // x.shape[1], 1)
+        return x if x.shape[-3] == self.num_heads else x.repeat_interleave(self.num_heads // x.shape[-3], -3)
+
+    def _finished(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The rest of the module after attention, for heads side by side and the input of the same tokens."""
+        out = self.norm(out)
+        if getattr(self, "gate", None) is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
 
     def _place(self, given: Any) -> Place:
         """Where the tokens stand; without a host's state nobody knows, so mixers that need a grid refuse.
@@ -103,11 +154,9 @@ class _Hosted(nn.Module):
         place = place._replace(
             x=x, raw_key=raw_key, keyed=lambda key, positions: self.turned(key, self.k_norm, rope, positions)
         )
-        query, key = self.turned(query, self.q_norm, rope), self.turned(raw_key, self.k_norm, rope)
-        out = self.norm(self.mixer(query, key, self._spread(value), place).transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        query, key = self._turned_pair(query, raw_key, rope)
+        out = self.mixer(query, key, self._spread(value), place).transpose(1, 2).flatten(2)
+        return self._finished(out, x)
 
 
 class HostedAttention(_Hosted, Attention):
@@ -200,8 +249,3 @@ def plain(block: nn.Module) -> nn.Module:
     block.attn.__class__ = _known(_ATTENTION, block.attn)
     block.attn._modules.pop("mixer", None)
     return block
-
-
-def heads(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split (B, N, parts C) into parts (B, heads, N, D)."""
-    return x.unflatten(2, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()

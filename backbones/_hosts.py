@@ -43,7 +43,7 @@ class _Host:
         state.ropes = ropes
         return self.norm_pre(x), state
 
-    def _embedded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    def _embedded(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor] | None]:
         """Tokens with positions, and the rotary positions for each block."""
         return self._pos_embed(x), None
 
@@ -119,11 +119,12 @@ class HostViTDistilled(_Host, VisionTransformerDistilled):
 class HostEva(_Host, Eva):
     """timm's Eva (EVA-02, DINOv3, PE) as a host."""
 
-    def _embedded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    def _embedded(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor] | None]:
         x, rope = self._pos_embed(x)
         if rope is None:
             return x, None
-        return x, tuple(rope) if getattr(self, "rope_mixed", False) else (rope,) * len(self.blocks)
+        ropes = rope if getattr(self, "rope_mixed", False) else [rope] * len(self.blocks)
+        return x, dict(enumerate(ropes))
 
 
 _HOSTS = {VisionTransformer: HostViT, VisionTransformerDistilled: HostViTDistilled, Eva: HostEva}

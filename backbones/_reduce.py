@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -64,9 +63,12 @@ def reduce(
     a dropped token counts with the features that it had when it was dropped. In maps, a dropped token gets the mean
     update of the kept tokens that were most similar to it; with `restore="copy"` it keeps its features.
 
+    A kept token keeps its rotary position. A merged token has, for each frequency, the circular mean of its patches'
+    angles; the angle at their mean coordinates would be the alternative (`terrazzo.backbones._rotary`).
+
     Args:
-        model: timm's VisionTransformer or VisionTransformerDistilled with timm's plain blocks, or its wrapper for
-            `features_only=True`.
+        model: timm's VisionTransformer, VisionTransformerDistilled or Eva (DINOv3, EVA-02, PE: with rotary positions)
+            with timm's plain blocks, or its wrapper for `features_only=True`.
         method: "mctf" merges similar tokens, "asvit" drops tokens of low class attention.
         blocks: The blocks that merge tokens, or in front of which tokens are dropped, counted from 0. None for the
             method's default: all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
@@ -83,8 +85,6 @@ def reduce(
     """
     given, model = model, unwrapped(model)
     check_host(model, "reduced")
-    if isinstance(model, Eva):
-        raise InputError(f"tokens with rotary positions cannot be merged or dropped yet, got {type(model).__name__}")
     if not isinstance(restore, str) or restore not in RESTORE:
         raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
     reducer = _reducer(model, method, blocks, options)

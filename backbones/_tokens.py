@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from terrazzo.backbones._place import Place
+from terrazzo.backbones._rotary import pooled, unit
 from terrazzo.backbones._states import Beside
-from terrazzo.kernels.token_reduction import compose, unmerge
+from terrazzo.kernels.token_reduction import Plan, compose, unmerge
 
 NEIGHBOURS, TEMPERATURE = 20, 0.01  # of the mode "soft", as in Expedite's SAM (arXiv 2210.01035)
 
@@ -43,7 +44,8 @@ class State(Beside):
         depth: Number of blocks that have run.
         maps: Whether maps will be needed; otherwise nothing is recorded.
         reducer: Runs the blocks.
-        ropes: Rotary positions of the patches, one tensor for each block; None for none.
+        ropes: For each block, rotary positions of the patches before any reduction (`_rotary`); None for none.
+        turned: Positions from `ropes`, and the positions of the remaining patches; None if the tokens changed since.
     """
 
     grid: tuple[int, int] = (0, 0)
@@ -51,7 +53,8 @@ class State(Beside):
     depth: int = 0
     maps: bool = True
     reducer: Any = None
-    ropes: tuple[torch.Tensor, ...] | None = None
+    ropes: dict[int, torch.Tensor] | None = None
+    turned: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def where(self) -> Place:
         """Where the tokens of the next block stand."""
@@ -59,8 +62,21 @@ class State(Beside):
 
     @property
     def rope(self) -> torch.Tensor | None:
-        """Rotary positions of the next block."""
-        return None if self.ropes is None else self.ropes[self.depth]
+        """Rotary positions of the remaining patches for the next block."""
+        if self.ropes is None:
+            return None
+        rope = self.ropes[self.depth]
+        if self.turned is None or self.turned[0] is not rope:
+            self.turned = rope, self.followed(rope)
+        return self.turned[1]
+
+    def followed(self, rope: torch.Tensor) -> torch.Tensor:
+        """The rotary positions of the remaining patches, from the positions before any reduction."""
+        return rope
+
+    def moved(self) -> None:
+        """The tokens are other tokens now, or have another order."""
+        self.turned = None
 
 
 class TokenState(State):
@@ -71,6 +87,9 @@ class TokenState(State):
         size: (B, T), patches that each token stands for, 0 for padding; None for 1 each.
         levels: The completed levels.
         window: Rows and columns of a window, if patches are ordered by windows; None for the grid's order.
+        standing: With `ropes`: the token that stands for each of the tokens for which `ropes` were made; None for the
+            same tokens.
+        weight: (B, N), patches that each of these tokens stands for, 0 for padding; None for 1 each.
         r: Number of tokens that each reduction removes, as given at the beginning of the forward pass.
     """
 
@@ -78,15 +97,33 @@ class TokenState(State):
     size: torch.Tensor | None = None
     levels: tuple[Level, ...] = ()
     window: tuple[int, int] | None = None
+    standing: Plan | None = None
+    weight: torch.Tensor | None = None
     r: float | None = None
 
     def where(self) -> Place:
         whole = self.size is None and self.window is None
         return Place(self.grid if whole else None, self.prefix, self.size)
 
+    def follow(self, assignment: torch.Tensor, count: int) -> None:
+        """Move rotary positions with the tokens: `assignment` (B, T) says which of `count` tokens each token became."""
+        if self.ropes is not None:
+            before = self.standing
+            self.standing = Plan(assignment if before is None else compose(assignment, before.map), count)
+            self.moved()
+
+    def means(self, rope: torch.Tensor) -> torch.Tensor:
+        """The mean (sin, cos) of the patches for which each token stands."""
+        return rope if self.standing is None else pooled(rope, self.standing, self.weight, self.prefix)
+
+    def followed(self, rope: torch.Tensor) -> torch.Tensor:
+        means = self.means(rope)
+        return means if means.dim() < 4 else unit(means)  # the grid's own positions have no axis of images
+
     def reduced(self, left: torch.Tensor, merged: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor) -> None:
         """Record a reduction from the tokens `left` to `merged`."""
         self.size = size
+        self.follow(assignment, merged.shape[1])
         if self.maps:
             entered = left if self.entered is None else self.entered
             self.levels = (*self.levels, Level(entered, left, assignment, merged, size))

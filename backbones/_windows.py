@@ -105,6 +105,11 @@ class Windows(Reducer):
             real = to_windows(x.new_ones(1, count, 1, dtype=torch.float32), state.grid, state.window)
             size = F.pad(real.squeeze(2), (state.prefix, 0), value=1.0)
             state.size = size.expand(x.shape[0], -1)
+        if state.ropes is not None:
+            place = torch.arange(body.shape[1], device=x.device).view(1, -1, 1)
+            place = from_windows(place, state.grid, state.window).squeeze(2) + state.prefix
+            place = torch.cat([torch.arange(state.prefix, device=x.device).unsqueeze(0), place], 1)
+            state.follow(place.expand(x.shape[0], -1), state.prefix + body.shape[1])
         return torch.cat([front, body], 1)
 
     def _fold(self, x: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
@@ -120,6 +125,9 @@ class Windows(Reducer):
         inside = TokenState(
             grid=state.window, prefix=state.prefix, depth=state.depth, reducer=self.reducer, size=size, r=state.r
         )
+        if state.ropes is not None:
+            means = state.means(state.ropes[state.depth]).unflatten(2, (rows * columns, -1))
+            inside.ropes, inside.weight = {state.depth: means.transpose(1, 2).flatten(0, 1)}, size
         return fold(x), inside
 
     @staticmethod

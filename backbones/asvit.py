@@ -21,10 +21,10 @@ from torch import nn
 from terrazzo.backbones import _deit, _lvvit
 from terrazzo.backbones._checks import numbers, wholes
 from terrazzo.backbones._deit import SMALL, TINY, DeiT, cfg, from_official
-from terrazzo.backbones._hosted import heads
 from terrazzo.backbones._layers import dimensioned, learned_number, take_scalars
 from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._registration import register_variants
+from terrazzo.backbones._rotary import taken, with_front
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
@@ -64,7 +64,7 @@ class PrunedState(State):
         keep: Masked, from the first stage on: (B, T), 1 for a kept token, with the thresholds' gradient.
         full: Features of every position (B, T, C), flat if packed; only the features of dropped tokens are read.
         map: Fixed: (B, T) to the remaining tokens, -1 for a dropped token.
-        place: Packed: (sum of T,), the place of each token in `full`.
+        place: The place of each token in `full`: packed (sum of T,); fixed (B, T), in its image.
         lengths: Packed: the number of remaining tokens of each image.
         cu_seqlens: Packed: (B + 1,) int32, where the tokens of each image begin.
     """
@@ -77,6 +77,11 @@ class PrunedState(State):
     place: torch.Tensor | None = None
     lengths: tuple[int, ...] | None = None
     cu_seqlens: torch.Tensor | None = None
+
+    def followed(self, rope: torch.Tensor) -> torch.Tensor:
+        if self.lengths is not None:
+            return with_front(rope, self.prefix)[..., self.place % (self.prefix + rope.shape[-2]), :]
+        return rope if self.map is None else taken(rope, self.place[:, self.prefix :] - self.prefix)
 
 
 def masked_attention(
@@ -244,35 +249,33 @@ class Pruning(Reducer):
             x = prune_(x, state, self.blocks.index(state.depth))
         scored = state.depth + 1 in self.blocks
         if state.lengths is None and state.keep is None and not scored:
-            return block.placed(x, state.where())
+            return block.placed(x, state.where(), state.rope)
 
-        def among_kept(attn: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        def among_kept(attn: nn.Module, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             """Attention to the kept tokens; it also scores them."""
             if state.lengths is not None:
-                context, score = self._packed_context(attn, attn.qkv(normed), state, scored)
+                context, score = self._packed_context(attn, normed, state, scored)
             else:
-                context, score = self._context(attn, attn.qkv(normed), state.keep)
+                context, score = self._context(attn, normed, state)
             state.score = score if scored else None
-            return context
+            return context, normed
 
         return block.widened(x + block.attended(x, among_kept))
 
     @staticmethod
-    def _context(attn: nn.Module, projected: torch.Tensor, keep: torch.Tensor | None):
+    def _context(attn: nn.Module, normed: torch.Tensor, state: PrunedState):
         """The attention's output (B, T, C), and scores (B, T)."""
-        query, key, value = heads(attn, projected)
-        query, key = attn.q_norm(query), attn.k_norm(key)
-        if keep is None:
+        query, key, value = attn.prepared(normed, state.rope)
+        if state.keep is None:
             context, row = attention(query, key, value)
         else:
-            context, row = masked_attention(query, key, value, keep)
+            context, row = masked_attention(query, key, value, state.keep)
         return context.transpose(1, 2).flatten(2), token_scores(context, row)
 
     @staticmethod
-    def _packed_context(attn: nn.Module, projected: torch.Tensor, state: PrunedState, scored: bool):
+    def _packed_context(attn: nn.Module, normed: torch.Tensor, state: PrunedState, scored: bool):
         """Like `_context` for packed tokens (sum of T, C); scores only if `scored`."""
-        query, key, value = projected.unflatten(1, (-1, attn.num_heads, attn.head_dim)).unbind(1)
-        query, key = attn.q_norm(query), attn.k_norm(key)
+        query, key, value = (x.transpose(0, 1) for x in attn.prepared(normed, state.rope, front=0))
         context = varlen_attention(query, key, value, state.cu_seqlens, max(state.lengths))
         score = token_scores(context, first_weights(query, key, state.cu_seqlens)) if scored else None
         return context.flatten(1), score
@@ -303,6 +306,7 @@ class Pruning(Reducer):
         x, cu_seqlens, index = prune_packed(x, state.score.flatten(), self.thresholds[stage], cu_seqlens, state.prefix)
         state.full, state.place, state.cu_seqlens = full, place[index], cu_seqlens
         state.lengths = tuple(cu_seqlens.diff().tolist())
+        state.moved()
         self._remember(state, full.unflatten(0, (len(state.lengths), -1)))
         return x
 
@@ -313,6 +317,10 @@ class Pruning(Reducer):
         state.full = x if state.full is None else self.restored(x, state, "copy")
         x, assignment, _ = prune(x, state.score, k=kept, protect=state.prefix)
         state.map = assignment if state.map is None else compose(assignment, state.map)
+        if state.ropes is not None:
+            # The positions that have a token, in order, because all others are sorted behind them.
+            state.place = torch.where(state.map < 0, state.map.shape[1], state.map).argsort(1)[:, : x.shape[1]]
+            state.moved()
         self._remember(state, state.full, state.full.shape[1] - x.shape[1])
         return x
 

@@ -17,10 +17,8 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from terrazzo.backbones._bare import rows_of
 from terrazzo.backbones._checks import number, numbers, whole, wholes
 from terrazzo.backbones._deit import BASE, SMALL, TINY, DeiT, cfg, from_official
-from terrazzo.backbones._hosted import heads
 from terrazzo.backbones._registration import register_variants
 from terrazzo.backbones._tokens import Reducer, TokenState
 from terrazzo.backbones._weights import any_prefix
@@ -131,20 +129,19 @@ class Fusion(Reducer):
             return super().forward(block, merged, state)
         merged = x
 
-        def ahead(attn: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        def ahead(attn: nn.Module, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             """Merge tokens by the attention of the unmerged tokens, and apply this attention to the merged tokens."""
             nonlocal merged
-            width = attn.num_heads * attn.head_dim
-            query, key = heads(attn, rows_of(attn.qkv, normed, slice(None, -width)))
-            importance, attend = attention(attn.q_norm(query), attn.k_norm(key), prop_bias(state.size))
+            query, key = attn.queries_and_keys(normed, state.rope)
+            importance, attend = attention(query, key, prop_bias(state.size))
             weight = importance if state.size is None else importance * state.size / state.size.amax(1, keepdim=True)
             found = self._plan(x, state, r, importance)
             merged, size, assignment = merge(x, found, weight, state.size)
             state.reduced(x, merged, assignment, size)
 
-            value = rows_of(attn.qkv, block.norm1(merged), slice(-width, None))
-            (value,) = heads(attn, unmerge(value, assignment))
-            return merge(attend(value).transpose(1, 2).flatten(2), found, weight)[0]
+            normed = block.norm1(merged)
+            value = attn.in_heads(unmerge(attn.values(normed), assignment))
+            return merge(attend(value).transpose(1, 2).flatten(2), found, weight)[0], normed
 
         update = block.attended(x, ahead)
         return block.widened(merged + update)

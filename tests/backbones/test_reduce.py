@@ -18,7 +18,9 @@ from terrazzo.backbones import asvit, mctf
 from terrazzo.errors import InputError
 
 # The models have, in turn: a class token; registers, positions without a class token, mean pooling, layer scale, norms
-# of queries and keys, a norm before the blocks; a distillation token; attention pooling without prefix tokens.
+# of queries and keys, a norm before the blocks; a distillation token; attention pooling without prefix tokens; rotary
+# positions with registers (DINOv3); rotary positions with a gated MLP and separate projections (EVA-02); rotary
+# positions with attention of another class (PE). Each has 14 x 14 patches.
 MODELS = {
     "deit_tiny_patch16_224": {},
     "vit_small_patch16_224": dict(
@@ -34,7 +36,15 @@ MODELS = {
     ),
     "deit_tiny_distilled_patch16_224": dict(depth=4),
     "vit_base_patch16_siglip_224": dict(embed_dim=96, num_heads=3, depth=4),
+    "vit_small_patch16_dinov3": dict(embed_dim=96, num_heads=3, depth=4, img_size=224),
+    "eva02_tiny_patch14_224": dict(embed_dim=96, num_heads=3, depth=4, img_size=196),
+    "vit_pe_core_tiny_patch16_384": dict(embed_dim=96, num_heads=3, depth=4, img_size=224),
 }
+
+
+def picture(vit, batch=1):
+    side = 14 * vit.patch_embed.patch_size[0]
+    return image((side, side), batch=batch)
 
 
 @pytest.fixture(params=MODELS)
@@ -44,7 +54,7 @@ def vit(request):
 
 @torch.no_grad()
 def test_without_merging_nothing_changes(vit):
-    x = image((224, 224))
+    x = picture(vit)
     wanted, maps = vit.forward_intermediates(x, indices=[0, 3])
     logits = vit(x)
     names = list(vit.state_dict())
@@ -59,7 +69,7 @@ def test_without_merging_nothing_changes(vit):
 @torch.no_grad()
 def test_merges(vit):
     """Blocks have fewer tokens, timm's interface still works, and outputs stay similar."""
-    x, before = image((224, 224), batch=2), copy.deepcopy(vit)
+    x, before = picture(vit, batch=2), copy.deepcopy(vit)
     terrazzo.reduce(vit, r=16)
     blocks, prefix = len(vit.blocks), vit.num_prefix_tokens
     assert vit(x).shape == before(x).shape
@@ -193,10 +203,16 @@ class TestPruning:
     """Pruning by class attention, for models with a class token."""
 
     THRESHOLDS = (0.0050, 0.0060)  # within the range of both stages' scores
+    OTHERS = {
+        "vit_small_patch16_dinov3": (0.0050, 0.0140),
+        "eva02_tiny_patch14_224": (0.0050, 0.0059),
+        "vit_pe_core_tiny_patch16_384": (0.0050, 0.00625),
+    }
     SMALL = dict(embed_dim=48, num_heads=3, depth=4)
 
     @pytest.fixture(params=[name for name in MODELS if "siglip" not in name])
     def vit(self, request):
+        self.THRESHOLDS = self.OTHERS.get(request.param, self.THRESHOLDS)
         return build(request.param, **MODELS[request.param] | self.SMALL).double()
 
     def pruned(self, vit, **options):
@@ -206,7 +222,7 @@ class TestPruning:
     @torch.no_grad()
     def test_a_batch_is_its_images(self, vit):
         """Each image keeps the same tokens as alone, and always its prefix tokens; maps have every position."""
-        x, before = image((224, 224), batch=2).double(), copy.deepcopy(vit)
+        x, before = picture(vit, batch=2).double(), copy.deepcopy(vit)
         model = self.pruned(vit)
         tokens, state = model._begin(x, maps=False)
         for block in model.blocks:
@@ -230,7 +246,7 @@ class TestPruning:
     @torch.no_grad()
     def test_forms_agree(self, vit):
         """The masked form agrees up to the effect of 1e-6; the fixed form agrees if it keeps the same number."""
-        x = image((224, 224)).double()
+        x = picture(vit).double()
         wanted, maps = self.pruned(vit).forward_intermediates(x, norm=True)
         tokens, state = vit._begin(x, maps=False)
         parts = []
@@ -286,7 +302,7 @@ class TestPruning:
     @torch.no_grad()
     def test_last_blocks_see_every_position(self, vit):
         """The last block runs on restored tokens when maps are requested, and only then."""
-        x = image((224, 224)).double()
+        x = picture(vit).double()
         model = self.pruned(vit, full_last=0)
         features, logits = model.forward_features(x), model(x)
         (before, after) = model.forward_intermediates(x, indices=[2, 3], return_prefix_tokens=True, output_fmt="NLC")[1]
@@ -294,7 +310,8 @@ class TestPruning:
         (same, found) = last.forward_intermediates(x, indices=[2, 3], return_prefix_tokens=True, output_fmt="NLC")[1]
         assert torch.equal(same[0], before[0])
         assert not torch.allclose(found[0], after[0])
-        wanted = last.blocks[3](torch.cat([same[1], same[0]], 1))
+        ropes = last._begin(x, maps=True)[1].ropes
+        wanted = last.blocks[3](torch.cat([same[1], same[0]], 1), **({} if ropes is None else dict(rope=ropes[3])))
         torch.testing.assert_close(torch.cat([found[1], found[0]], 1), wanted)
         if vit.global_pool == "token":
             torch.testing.assert_close(last.forward_features(x), features)
