@@ -37,7 +37,7 @@ def masked(query, key, value, index, mask) -> torch.Tensor:
 
 
 def flex(query, key, value, index, mask) -> torch.Tensor:
-    """PyTorch's FlexAttention with the listed blocks, compiled; on a CPU it has no backward pass, so its mask is used."""
+    """PyTorch's FlexAttention with the listed blocks, compiled. It has no backward pass on a CPU: its mask is used."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tile = query.shape[2] // index.shape[2]
