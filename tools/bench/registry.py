@@ -17,6 +17,7 @@ _RUNTIMES = "terrazzo.tools.bench.runtimes"
 KINDS = {
     "operators": {
         "attentive_conv": _OPERATORS,
+        "block_sparse_attention": _OPERATORS,
         "neighborhood_attention": "terrazzo.tools.bench.neighborhood.benchmark",
         "selective_scan": _OPERATORS,
         "strip_attention": _OPERATORS,
