@@ -48,11 +48,16 @@ class TestVectors:
             bits = vectors.bits_of(wide)
             store(out, 256, vectors.float_of(bits - ((bits >> integer(23)) << integer(23))))
             store(out, 272, vectors.with_lane(vectors.number_of(bits), 5, vectors.lane_of(wide, 3)))
+            many = vectors.load_all(y, 0, 9, 3)
+            vectors.store_all(out, 288, 8, vectors.add_multiples(many, a, x, 7))
+            vectors.store_all(out, 312, 8, vectors.add_scaled(many, a, results[:3]))
+            store(out, 336, vectors.add_dot(a, many, x, 2))
+            store(out, 344, vectors.dot(a, many, x, 2, 11))
 
         generator = np.random.default_rng(0)
         x, y = (generator.standard_normal(60).astype(np.float32) for _ in range(2))
         y[4] = np.nan
-        found, wanted = np.zeros(288, np.float32), np.zeros(288, np.float32)
+        found, wanted = np.zeros(352, np.float32), np.zeros(352, np.float32)
         numba.njit(run)(x, y, found)
         run(x, y, wanted)
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)

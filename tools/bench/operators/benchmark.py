@@ -14,6 +14,7 @@ from terrazzo.tools import results
 from terrazzo.tools.bench.operators.attentive_conv import ATTENTIVE_CONV
 from terrazzo.tools.bench.operators.operator import Operator
 from terrazzo.tools.bench.operators.selective_scan import SELECTIVE_SCAN
+from terrazzo.tools.bench.operators.ssd import SSD
 from terrazzo.tools.bench.operators.strip_attention import STRIP_ATTENTION
 from terrazzo.tools.bench.operators.token_reduction import TOKEN_REDUCTION
 from terrazzo.tools.bench.operators.varlen_attention import VARLEN_ATTENTION
@@ -22,7 +23,7 @@ from terrazzo.tools.inspect.timing import FORWARD, TRAINING, Function, Plan, att
 
 OPERATORS = {
     operator.name: operator
-    for operator in (ATTENTIVE_CONV, SELECTIVE_SCAN, STRIP_ATTENTION, TOKEN_REDUCTION, VARLEN_ATTENTION)
+    for operator in (ATTENTIVE_CONV, SELECTIVE_SCAN, SSD, STRIP_ATTENTION, TOKEN_REDUCTION, VARLEN_ATTENTION)
 }
 COMPILED = " compiled"
 # How far a form's result may differ from the portable form's in float32, relative to its norm.
