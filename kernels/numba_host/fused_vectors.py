@@ -119,11 +119,6 @@ def float_of(x):
     return x.view(np.float32)
 
 
-def number_of(x):
-    """The float32 of the same value as an int32."""
-    return x.astype(np.float32)
-
-
 def lane_of(vector, lane):
     """The number in a lane."""
     return vector[lane]
@@ -329,7 +324,6 @@ def _cast(function: Callable, instruction: str, number: types.Number) -> None:
 
 _cast(bits_of, "bitcast", types.int32)
 _cast(float_of, "bitcast", types.float32)
-_cast(number_of, "sitofp", types.float32)
 
 
 @_compiled(lane_of, lambda vector, lane: vector.number)

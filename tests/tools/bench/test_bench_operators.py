@@ -16,6 +16,7 @@ from terrazzo.tools.verbs import bench
 SMALL = {
     "attentive_conv": (4, 6, 5),
     "selective_scan": (4, 9, 2),
+    "ssd": (9, 2, 4, 3),
     "strip_attention": (20, 9, 2, 8),
     "token_reduction": (11, 2, 4),
     "varlen_attention": (3, 5, 2, 4),
