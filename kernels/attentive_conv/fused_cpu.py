@@ -22,7 +22,7 @@ from terrazzo.kernels.numba_host.fused_constants import LANES
 # The most positions that are added up one after another.
 SPLIT = 256
 # Numbers of maps in a call of a kernel, so that the call itself costs little, and the most calls.
-_WORK, _CALLS = 1 << 15, 256
+_WORK, _CALLS = 1 << 17, 256
 
 
 def _divided(kernel: Callable, units: int, work: int, *arguments) -> None:
