@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as _everywhere
 from torch.utils.module_tracker import ModuleTracker
 
+from terrazzo.kernels.dispatch.exporting import is_exporting
+
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
 
@@ -60,6 +62,23 @@ def on_sequences(x: torch.Tensor, *convs: nn.Conv1d) -> torch.Tensor:
     bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
     x = F.conv2d(x.transpose(1, 2).unsqueeze(2), weight, bias, padding=(0, *convs[0].padding), groups=x.shape[2])
     return x.squeeze(2).transpose(1, 2)
+
+
+def on_few_positions(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A 3x3 convolution of stride 2 on (B, H, W, C), padded by one.
+
+    At each call PyTorch copies the weights to an order of its own, which takes longer than the convolution if the
+    weights are larger than its input. There, on a CPU and without gradients, a bare layer is a matrix product.
+    """
+    height, width = ((length + 1) // 2 for length in x.shape[1:3])
+    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting())
+    if not (eager and x.device.type == "cpu" and is_bare(conv) and conv.out_channels > len(x) * height * width):
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2)  # B H/2 W/2 C 3 3
+    weight = conv.weight
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        windows, weight = windows.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
+    return F.linear(windows.flatten(3), weight.flatten(1), conv.bias)
 
 
 def step_sizes(linear: nn.Module, x: torch.Tensor, times: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_ as draw_truncated
 from torch import nn
 
+from terrazzo.backbones._bare import on_few_positions
+
 
 def on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
     """Apply layers of (B, C, H, W) to (B, H, W, C), a channels_last view of it: nothing is copied."""
@@ -159,7 +161,7 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(on_maps(x, self.reduction))
+        return self.norm(on_few_positions(self.reduction, x))
 
 
 def trunc_normal_(tensor: torch.Tensor, std: float) -> None:

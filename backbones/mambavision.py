@@ -29,7 +29,7 @@ from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from terrazzo.backbones._bare import on_sequences, step_sizes
+from terrazzo.backbones._bare import on_few_positions, on_sequences, step_sizes
 from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
@@ -168,7 +168,7 @@ class WindowStage(Stage):
         self.fit_windows = fit_windows
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
+        x = on_few_positions(self.downsample, x.permute(0, 2, 3, 1))
         size = tuple(x.shape[1:3])
         sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in size]
         x = split_windows(x, sides)

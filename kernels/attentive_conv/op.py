@@ -4,9 +4,10 @@ import math
 
 import torch
 
-from terrazzo.kernels.attentive_conv import exported, fused, portable, reference
+from terrazzo.kernels.attentive_conv import exported, fused, fused_cpu, portable, reference
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
+from terrazzo.kernels.dispatch.fused import Forms
 from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
 
 
@@ -18,7 +19,8 @@ def _describe(x, value, weight, bias, mixing, mixing_bias, inhibition, backend) 
     return Call(dict(zip("BCHW", value.shape)), {"kernel": str(math.isqrt(mixing.shape[0]))})
 
 
-OPERATOR = Operator("attentive_conv", ("fused", "portable"), _needs, _describe)
+OPERATOR = Operator("attentive_conv", ("fused", "portable"), _needs, _describe, cpu=True)
+_FORMS = Forms(fused, fused_cpu, portable)
 
 
 def _fake(x, value, weight, bias, mixing, mixing_bias, inhibition, backend):
@@ -46,7 +48,7 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, channels last, and three tensors (B, taps, C): the bins' means, their projection, the kernels."""
-    form = fused if backend == "fused" else portable
+    form = _FORMS.of(value.device, backend)
     with without_autocast(value):  # autocast would round the means and the kernels
         return form.forward(x, value, weight, bias, mixing, mixing_bias, inhibition)
 
@@ -83,7 +85,7 @@ def _backward(
     x_dtype: torch.dtype,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    form = fused if backend == "fused" else portable
+    form = _FORMS.of(value.device, backend)
     with without_autocast(value):
         grad_x, grad_value, *others = form.backward(
             grad, value, pooled, projected, kernels, weight, mixing, mixing_bias, inhibition, x_dtype

@@ -5,6 +5,7 @@ whole map. Everything from the means to the kernels is computed in float32 at le
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,15 @@ def projection_gradients(
     return grad_pooled, grad_projected.flatten(0, 1).t() @ pooled.flatten(0, 1), grad_projected.sum((0, 1))
 
 
+def spread(grad_pooled: torch.Tensor, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of the map (B, C, H, W), channels last, from the gradients of the bins' means (B, taps, C)."""
+    batch, taps, channels = grad_pooled.shape
+    out = grad_pooled.new_zeros(batch, size[0] * size[1], channels)
+    for number, (first, last) in enumerate(bins(size[0] * size[1], taps)):
+        out[:, first:last] += (grad_pooled[:, number] / (last - first))[:, None]
+    return out.to(dtype).view(batch, *size, channels).permute(0, 3, 1, 2)
+
+
 def backward(
     grad: torch.Tensor,
     value: torch.Tensor,
@@ -123,8 +133,14 @@ def backward(
     mixing_bias: torch.Tensor,
     inhibition: torch.Tensor,
     x_dtype: torch.dtype,
+    convolution_gradients: Callable = convolution_gradients,
+    spread: Callable = spread,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of all arguments of `forward`, given its outputs. Weights get gradients in float32 at least."""
+    """Gradients of all arguments of `forward`, given its outputs. Weights get gradients in float32 at least.
+
+    Args:
+        convolution_gradients, spread: what computes with whole maps.
+    """
     taps = len(mixing)
     grad_value, grad_kernels = convolution_gradients(grad, value, kernels)
     active, raw = _mix(projected, mixing, mixing_bias)
@@ -135,10 +151,6 @@ def backward(
     grad_active = mixing.to(raw.dtype).t() @ grad_raw
     grad_projected = torch.ops.aten.gelu_backward(grad_active, projected)
     grad_pooled, grad_weight, grad_bias = projection_gradients(grad_projected, pooled, weight)
-    batch, channels, height, width = value.shape
-    grad_x = pooled.new_zeros(batch, height * width, channels)
-    for number, (first, last) in enumerate(bins(height * width, taps)):
-        grad_x[:, first:last] += (grad_pooled[:, number] / (last - first))[:, None]
-    grad_x = grad_x.to(x_dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+    grad_x = spread(grad_pooled, value.shape[2:], x_dtype)
     grad_mixing = torch.einsum("bsc,btc->st", grad_raw, active)
     return grad_x, grad_value, grad_weight, grad_bias, grad_mixing, grad_raw.sum((0, 2)), grad_inhibition

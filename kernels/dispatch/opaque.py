@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from terrazzo.errors import BackendError
 
@@ -49,6 +49,8 @@ def _refuse(name: str) -> None:
 def op(name: str, fake: Callable) -> Callable:
     """Like `torch.library.custom_op`, with a fake form. `register_gradient` adds the gradient.
 
+    Where nobody else would see the op, its function runs without it (`_is_direct`).
+
     If the first tensor has no rows (an empty batch), the op returns zeros in the shapes of `fake`: outputs are empty,
     and gradients of weights are 0.
 
@@ -70,13 +72,40 @@ def op(name: str, fake: Callable) -> Callable:
         defined = torch.library.custom_op(name, mutates_args=())(checked)
         defined.register_fake(fake)
         defined.register_autograd(lambda ctx, *grads: _refuse(name))
-        return defined
+
+        @functools.wraps(function)
+        def call(*args):
+            if torch.compiler.is_compiling() or not _is_direct(args):
+                return defined(*args)
+            return checked(*args)
+
+        call.defined = defined
+        return call
 
     return define
 
 
-def register_gradient(defined: torch.library.CustomOpDef, gradient: Callable, setup_context: Callable) -> None:
-    """Like `defined.register_autograd`, for a gradient that is itself an opaque op."""
+def _is_direct(args: tuple) -> bool:
+    """Whether nobody but the caller would see the op, so that its function can be called instead.
+
+    PyTorch takes longer for the call of an op than some of the kernels on a CPU take for small tensors.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if profiler._is_profiler_enabled or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    if any(type(x) not in _PLAIN or x.device.type != "cpu" for x in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def register_gradient(call: Callable, gradient: Callable, setup_context: Callable) -> None:
+    """Like `register_autograd` of a custom op, for an op of `op` and a gradient that is itself an opaque op."""
+    defined = call.defined
 
     @functools.wraps(gradient)
     def checked(ctx, *grads):

@@ -103,7 +103,7 @@ class Operator:
         """
         name = f"{self.name}_{part}" if part else self.name
 
-        def define(function: Callable) -> torch.library.CustomOpDef:
+        def define(function: Callable) -> Callable:
             defined = opaque.op(f"terrazzo::{name}", fake)(function)
             if flops is not None:
                 register_flop_formula(getattr(torch.ops.terrazzo, name))(flops)

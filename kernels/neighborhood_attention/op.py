@@ -7,7 +7,7 @@ import torch
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.exporting import is_open
-from terrazzo.kernels.dispatch.fused import is_for_cpu
+from terrazzo.kernels.dispatch.fused import Forms
 from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
 from terrazzo.kernels.neighborhood_attention import exported, fused, fused_cpu, portable, reference
 
@@ -28,11 +28,12 @@ def _per_axis(values: Sequence[int]) -> str:
 
 
 OPERATOR = Operator("neighborhood_attention", ("fused", "portable"), _needs, _describe, cpu=True)
+_FORMS = Forms(fused, fused_cpu, portable)
 
 
 def _keeps_sums(backend: str, query: torch.Tensor) -> bool:
     """Whether the backward pass needs the output and the softmax' sums. All other forms compute the weights again."""
-    return backend == "fused" and not is_for_cpu(query.device)
+    return _FORMS.of(query.device, backend) is fused
 
 
 def _fake(query, key, value, rpb, kernel_size, dilation, scale, backend):
@@ -63,8 +64,7 @@ def _forward(
     arguments = (query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
     if _keeps_sums(backend, query):
         return fused.forward(*arguments)
-    form = fused_cpu if backend == "fused" else portable
-    return form.forward(*arguments).contiguous(), query.new_empty(0, dtype=torch.float32)
+    return _FORMS.of(query.device, backend).forward(*arguments).contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
 def _fake_gradients(grad, query, key, value, rpb, out, lse, kernel_size, dilation, scale, backend):
@@ -97,7 +97,8 @@ def _backward(
     if out is not None and fused.can_differentiate(rpb, kernel_size):
         grads = fused.backward(grad, query, key, value, rpb, out, lse, *window)
     else:
-        own = backend == "fused" and is_for_cpu(query.device) and fused_cpu.can_differentiate(kernel_size)
+        form = _FORMS.of(query.device, backend)
+        own = form is fused_cpu and fused_cpu.can_differentiate(kernel_size)
         grads = (fused_cpu if own else portable).backward(grad, query, key, value, rpb, *window)
     # An op returns tensors only, so without a bias the bias' gradient is an empty tensor.
     return *(x.contiguous() for x in grads[:3]), query.new_empty(0) if rpb is None else grads[3].contiguous()

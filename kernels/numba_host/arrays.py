@@ -9,11 +9,11 @@ _TYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.int64: "<i8"}
 class _Memory:
     """The memory of a contiguous CPU tensor, as NumPy asks for it."""
 
-    def __init__(self, tensor: torch.Tensor):
+    def __init__(self, tensor: torch.Tensor, shape: tuple[int, ...]):
         self.tensor = tensor
         self.__array_interface__ = {
             "data": (tensor.data_ptr(), False),
-            "shape": tuple(tensor.shape),
+            "shape": shape,
             "typestr": _TYPES[tensor.dtype],
             "version": 3,
         }
@@ -24,7 +24,7 @@ def array_of(tensor: torch.Tensor) -> np.ndarray:
 
     `Tensor.numpy` would also make the tensor's storage one that cannot be resized, as FSDP resizes parameters.
     """
-    return np.asarray(_Memory(tensor))
+    return np.asarray(_Memory(tensor, tuple(tensor.shape)))
 
 
 def rows_of(tensor: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -34,6 +34,7 @@ def rows_of(tensor: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     reads its only element.
     """
     assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    steps = tuple(0 if size == 1 else step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1]))
-    span = 0 if tensor.numel() == 0 else 1 + sum((size - 1) * step for size, step in zip(tensor.shape, (*steps, 1)))
-    return array_of(tensor.as_strided((span,), (1,))), steps
+    *sizes, last = tensor.shape
+    steps = tuple([0 if size == 1 else step for size, step in zip(sizes, tensor.stride())])
+    span = 0 if tensor.numel() == 0 else last + sum([(size - 1) * step for size, step in zip(sizes, steps)])
+    return np.asarray(_Memory(tensor, (span,))), steps

@@ -70,6 +70,35 @@ def multiply_all(vectors, b):
     return tuple(a * b for a in vectors)
 
 
+def load_all(x, at, step, count):
+    """`count` vectors (a constant number); the i-th begins at place at + i * step."""
+    return tuple(load(x, at + i * step) for i in range(count))
+
+
+def add_multiples(vectors, factor, x, at):
+    """Add the vector `factor` times the number x[at + i] to the i-th vector."""
+    return tuple(a + factor * x[at + i] for i, a in enumerate(vectors))
+
+
+def add_scaled(vectors, factor, others):
+    """Add the vector `factor` times the i-th of `others` to the i-th vector."""
+    return tuple(a + factor * b for a, b in zip(vectors, others))
+
+
+def add_dot(total, vectors, x, at):
+    """Add each vector times a number to a vector; the number of the i-th is x[at + i]."""
+    for i, a in enumerate(vectors):
+        total = total + a * x[at + i]
+    return total
+
+
+def dot(total, vectors, x, at, step):
+    """Add each vector times a vector of x to a vector; for the i-th it begins at place at + i * step."""
+    for i, a in enumerate(vectors):
+        total = total + a * load(x, at + i * step)
+    return total
+
+
 def larger(a, b):
     """The larger number, lane by lane; `a` where `b` is not a number."""
     return np.where(b > a, b, a)
@@ -88,11 +117,6 @@ def bits_of(x):
 def float_of(x):
     """The float32 whose bits these int32 are."""
     return x.view(np.float32)
-
-
-def number_of(x):
-    """The float32 of the same value as an int32."""
-    return x.astype(np.float32)
 
 
 def lane_of(vector, lane):
@@ -300,7 +324,6 @@ def _cast(function: Callable, instruction: str, number: types.Number) -> None:
 
 _cast(bits_of, "bitcast", types.int32)
 _cast(float_of, "bitcast", types.float32)
-_cast(number_of, "sitofp", types.float32)
 
 
 @_compiled(lane_of, lambda vector, lane: vector.number)
@@ -328,6 +351,71 @@ def _(context, builder, signature, arguments):
     vectors = [builder.extract_value(arguments[0], i) for i in range(signature.return_type.count)]
     found = [builder.fmul(x, arguments[1], flags=_FLAGS) for x in vectors]
     return context.make_tuple(builder, signature.return_type, found)
+
+
+@_compiled(
+    load_all,
+    lambda x, at, step, count: (
+        types.UniTuple(Vector(x.dtype), count.literal_value) if isinstance(count, types.Literal) else None
+    ),
+)
+def _(context, builder, signature, arguments):
+    x, at, step, _ = arguments
+    found = []
+    for _ in range(signature.return_type.count):
+        found.append(_read(context, builder, signature.args[0], x, at))
+        at = builder.add(at, step)
+    return context.make_tuple(builder, signature.return_type, found)
+
+
+def _numbers_at(context, builder, array, value, at, count):
+    """Vectors of one number each: of the places `at`, at + 1 and so on."""
+    for i in range(count):
+        place = builder.add(at, ir.Constant(at.type, i))
+        yield _spread(builder, builder.load(_pointer(context, builder, array, value, place)))
+
+
+def _vectors_at(context, builder, array, value, at, step, count):
+    """Vectors that begin at the places `at`, at + step and so on."""
+    for i in range(count):
+        yield _read(context, builder, array, value, builder.add(at, builder.mul(step, ir.Constant(step.type, i))))
+
+
+def _sum(builder, total, a, b):
+    return builder.fadd(total, builder.fmul(a, b, flags=_FLAGS), flags=_FLAGS)
+
+
+@_compiled(add_multiples, lambda vectors, factor, x, at: vectors)
+def _(context, builder, signature, arguments):
+    vectors, factor, x, at = arguments
+    count = signature.return_type.count
+    numbers = _numbers_at(context, builder, signature.args[2], x, at, count)
+    found = [_sum(builder, builder.extract_value(vectors, i), factor, number) for i, number in enumerate(numbers)]
+    return context.make_tuple(builder, signature.return_type, found)
+
+
+@_compiled(add_scaled, lambda vectors, factor, others: vectors)
+def _(context, builder, signature, arguments):
+    vectors, factor, others = arguments
+    each = [[builder.extract_value(x, i) for x in (vectors, others)] for i in range(signature.return_type.count)]
+    found = [_sum(builder, a, factor, b) for a, b in each]
+    return context.make_tuple(builder, signature.return_type, found)
+
+
+@_compiled(add_dot, lambda total, vectors, x, at: total)
+def _(context, builder, signature, arguments):
+    total, vectors, x, at = arguments
+    for i, number in enumerate(_numbers_at(context, builder, signature.args[2], x, at, signature.args[1].count)):
+        total = _sum(builder, total, builder.extract_value(vectors, i), number)
+    return total
+
+
+@_compiled(dot, lambda total, vectors, x, at, step: total)
+def _(context, builder, signature, arguments):
+    total, vectors, *place = arguments
+    for i, other in enumerate(_vectors_at(context, builder, signature.args[2], *place, signature.args[1].count)):
+        total = _sum(builder, total, builder.extract_value(vectors, i), other)
+    return total
 
 
 @_compiled(turned, lambda vectors: vectors)

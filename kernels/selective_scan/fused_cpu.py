@@ -4,6 +4,7 @@ The kernels are in fused_cpu_kernels.py, which imports numba; this file does so 
 changes no bit of a result: sums over channels are divided by the sizes of a call alone.
 """
 
+import functools
 import itertools
 
 import torch
@@ -28,11 +29,11 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
     from terrazzo.kernels.selective_scan import fused_cpu_kernels as kernels
 
     arrays, channels = _arrays(call)
-    batch, length, scans, _ = call.delta.shape
+    dtype, (batch, length, scans, _) = arrays[0].dtype, call.delta.shape
     wide = arrays[2].shape[-1]
     merged = call.merge and call.z is None  # gates come before the sum
-    out = torch.empty(batch, length, 1 if merged else scans, wide, dtype=call.dtype)
-    kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=call.dtype)
+    out = torch.empty(batch, length, 1 if merged else scans, wide, dtype=dtype)
+    kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=dtype)
     given = [*_given(arrays, call.delta_softplus), *rows_of(out), array_of(kept)]
     # Channels do not depend on each other, so any cut gives the same bits.
     parts = _parts(wide, max(-(-wide // (_VECTORS * WIDE)), -(-torch.get_num_threads() // batch)))
@@ -40,7 +41,7 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
     threads.run(lambda i: kernels.forward(*given, i // count, *parts[i % count]), batch * count)
     out, kept = out[..., :channels], kept[..., :channels]
     if call.z is not None:
-        out = out * F.silu(call.z.to(call.dtype))
+        out = out * F.silu(call.z.to(dtype))
     if call.merge:
         out = out.squeeze(2) if merged else out.sum(2)
     else:
@@ -88,21 +89,27 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
 
 def _arrays(call: Scans) -> tuple[list[torch.Tensor], int]:
     """What the kernels take, in the dtype of the computation and with whole programs of channels; the real channels."""
-    channels = call.delta.shape[3]
+    channels, dtype = call.delta.shape[3], call.dtype
     wide = -(-channels // WIDE) * WIDE
-    nothing = call.A.new_empty(0, wide, dtype=call.dtype)
-    steps = torch.arange(call.length)
+    nothing = call.A.new_empty(0, wide, dtype=dtype)
     found = [
-        _padded(call.u.to(call.dtype), wide),
-        _padded(call.delta.to(call.dtype), wide),
-        _padded(call.A.to(call.dtype).transpose(1, 2) * LOG2_E, wide).contiguous(),
-        _padded(call.B.to(call.dtype), 0),
-        _padded(call.C.to(call.dtype), 0),
-        nothing if call.D is None else _padded(call.D.to(call.dtype), wide).contiguous(),
-        nothing if call.delta_bias is None else _padded(call.delta_bias.to(call.dtype), wide).contiguous(),
-        torch.stack([pixels(code, steps, call.length, call.width) for code in call.orders]),
+        _padded(call.u.to(dtype), wide),
+        _padded(call.delta.to(dtype), wide),
+        _padded(call.A.to(dtype).transpose(1, 2) * LOG2_E, wide).contiguous(),
+        _padded(call.B.to(dtype), 0),
+        _padded(call.C.to(dtype), 0),
+        nothing if call.D is None else _padded(call.D.to(dtype), wide).contiguous(),
+        nothing if call.delta_bias is None else _padded(call.delta_bias.to(dtype), wide).contiguous(),
+        _index(tuple(call.orders), call.length, call.width),
     ]
     return found, channels
+
+
+@functools.lru_cache(maxsize=16)
+def _index(orders: tuple[int, ...], length: int, width: int) -> torch.Tensor:
+    """The pixel of each step, (K, L)."""
+    steps = torch.arange(length, device="cpu")
+    return torch.stack([pixels(code, steps, length, width) for code in orders])
 
 
 def _given(arrays: list[torch.Tensor], softplus: bool) -> list:

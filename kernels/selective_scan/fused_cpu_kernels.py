@@ -2,22 +2,22 @@
 
 A program owns some channels of an image, WIDE at a time. Numba compiles the kernels at the first call. Arrays are
 flat; `u_at` and similar arguments hold the steps between images, pixels and scans, and channels lie side by side. A is
-(K, N, D) times log2(e); skip (the operator's D) and bias are (K, D), or empty; index is (K, L), the pixel of each step.
-D is a multiple of WIDE.
+(K, N, D) times log2(e); skip (the operator's D) and bias are (K, D), or empty; `positive` says whether delta goes
+through a softplus; index is (K, L), the pixel of each step. D is a multiple of WIDE.
 """
 
 import numpy as np
 
 from terrazzo.kernels.numba_host.fused_compile import jit
 from terrazzo.kernels.numba_host.fused_constants import LOG2_E, WIDE
-from terrazzo.kernels.numba_host.fused_maths import exp2, log1p
+from terrazzo.kernels.numba_host.fused_maths import exp2, softplus, vanishing
 from terrazzo.kernels.numba_host.fused_vectors import above, load_wide, splat, store, sum_of
 from terrazzo.kernels.selective_scan.fused_cpu import CHUNK
 
 
 @jit
 def forward(
-    u, u_at, delta, delta_at, A, B, b_at, C, c_at, skip, bias, softplus, index, out, out_at, kept, image, first, width
+    u, u_at, delta, delta_at, A, B, b_at, C, c_at, skip, bias, positive, index, out, out_at, kept, image, first, width
 ):
     """The scans of channels `first` to `first + width`.
 
@@ -29,7 +29,7 @@ def forward(
     dtype = u.dtype.type
     channels = kept.shape[4]
     states = kept.shape[3]
-    log2_e, limit, zero = dtype(LOG2_E), splat(dtype(20)), splat(dtype(0))
+    zero = splat(dtype(0))
     h, kept_flat = np.empty(states * width, dtype), kept.reshape(-1)
     for k in range(scans):
         h[:] = 0
@@ -50,8 +50,8 @@ def forward(
                 dt = load_wide(delta, delta_row + i)
                 if bias.size > 0:
                     dt = dt + load_wide(bias, own)
-                if softplus:
-                    dt = above(dt, limit, dt, log1p(exp2(above(dt, limit, limit, dt) * log2_e)))
+                if positive:
+                    dt = softplus(dt, vanishing(dt))
                 x = load_wide(u, u_row + i)
                 dx = dt * x
                 y = zero
@@ -80,7 +80,7 @@ def backward(
     c_at,
     skip,
     bias,
-    softplus,
+    positive,
     index,
     grad,
     grad_at,
@@ -111,7 +111,7 @@ def backward(
     dtype = u.dtype.type
     channels = kept.shape[4]
     states = kept.shape[3]
-    log2_e, one, zero, limit = dtype(LOG2_E), splat(dtype(1)), splat(dtype(0)), splat(dtype(20))
+    log2_e, one, zero = dtype(LOG2_E), splat(dtype(1)), splat(dtype(0))
     carried, sums_a = np.empty(states * width, dtype), np.empty(states * width, dtype)
     # Of one chunk and WIDE channels: states before each step and decays, step sizes and their slopes.
     h, decays = np.empty((CHUNK + 1) * states * WIDE, dtype), np.empty(CHUNK * states * WIDE, dtype)
@@ -140,10 +140,10 @@ def backward(
                     )
                     if bias.size > 0:
                         dt = dt + load_wide(bias, own)
-                    if softplus:
-                        e = exp2(above(dt, limit, limit, dt) * log2_e)
-                        slope = above(dt, limit, one, e / (e + one))
-                        dt = above(dt, limit, dt, log1p(e))
+                    if positive:
+                        e = vanishing(dt)
+                        slope = above(dt, zero, one, e) / (e + one)
+                        dt = softplus(dt, e)
                     store(dts, t * WIDE, dt)
                     store(slopes, t * WIDE, slope)
                     dx = dt * load_wide(u, image * u_at[0] + p * u_at[1] + k * u_at[2] + first + i)

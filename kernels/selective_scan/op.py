@@ -1,13 +1,12 @@
 """The operator as PyTorch sees it: one opaque custom op with a fake form, a gradient and a FLOP formula."""
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.dtypes import accumulator
-from terrazzo.kernels.dispatch.fused import is_for_cpu
+from terrazzo.kernels.dispatch.fused import Forms
 from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
 from terrazzo.kernels.selective_scan import exported, fused, fused_cpu, portable, reference
 from terrazzo.kernels.selective_scan.orders import ORDERS
@@ -27,18 +26,12 @@ def _describe(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width
 
 
 OPERATOR = Operator("selective_scan", ("fused", "portable"), _needs, _describe, cpu=True)
-
-
-def _form(backend: str, u: torch.Tensor) -> ModuleType:
-    """The module that runs inside of the op."""
-    if backend == "fused":
-        return fused_cpu if is_for_cpu(u.device) else fused
-    return portable
+_FORMS = Forms(fused, fused_cpu, portable)
 
 
 def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge, backend):
     batch, length, scans, channels = delta.shape
-    chunk = _form(backend, u).CHUNK
+    chunk = _FORMS.of(u.device, backend).CHUNK
     dtype = accumulator(u, delta, A, B, C)
     states = A.new_empty(batch, (length + chunk - 1) // chunk, scans, A.shape[2], channels, dtype=dtype)
     if merge:
@@ -69,7 +62,7 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the state before every chunk of steps, (B, chunks, K, N, D). `run` has chosen `backend`."""
-    form = _form(backend, u)
+    form = _FORMS.of(u.device, backend)
     return form.forward(Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge))
 
 
@@ -106,7 +99,7 @@ def _backward(
 
     The backward pass takes the form of the forward pass, even if another backend is requested by then.
     """
-    form = _form(backend, u)
+    form = _FORMS.of(u.device, backend)
     call = Scans(u, delta, A, B, C, D, z, delta_bias, delta_softplus, orders, width, merge)
     return tuple(u.new_empty(0) if x is None else x for x in form.backward(call, grad, states))
 

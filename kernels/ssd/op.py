@@ -6,14 +6,19 @@ The portable form is standard operations, which PyTorch differentiates and compi
 import torch
 
 from terrazzo.kernels.dispatch import opaque
+from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.fused import Forms
 from terrazzo.kernels.dispatch.operator import Call, Needs, Operator
-from terrazzo.kernels.ssd import fused, portable, reference
+from terrazzo.kernels.ssd import fused, fused_cpu, portable, reference
 
 _STEPS = fused.chunk(2)  # FLOPs are counted for the chunks of half precision
 
 
-def _needs(x, dt, A, B, *_) -> Needs:
-    return Needs(x.device, x.dtype, fused.SIZES.misfit(B.shape[3], x.shape[3]))
+def _needs(x, dt, A, B, C=None, *_) -> Needs:
+    """The dtype is x's, which the kernels read, or float64 if any tensor is float64."""
+    known = [tensor for tensor in (x, dt, A, B, C) if tensor is not None]
+    dtype = torch.float64 if accumulator(*known) == torch.float64 else x.dtype
+    return Needs(x.device, dtype, fused.SIZES.misfit(B.shape[3], x.shape[3]))
 
 
 def _describe(x, dt, A, B, C, reverse) -> Call:
@@ -21,14 +26,16 @@ def _describe(x, dt, A, B, C, reverse) -> Call:
     return Call({"B": batch, "L": length, "heads": heads, "P": width, "N": B.shape[3]})
 
 
-OPERATOR = Operator("ssd", ("fused",), _needs, _describe)
+OPERATOR = Operator("ssd", ("fused",), _needs, _describe, cpu=True)
+_FORMS = Forms(fused, fused_cpu)
 
 
 def _fake(x, dt, A, B, C, reverse):
-    chunk = fused.chunk(x.dtype.itemsize)
+    form, dtype = _FORMS.of(x.device), accumulator(x, dt)
+    chunk = form.chunk(x.dtype.itemsize)
     shape = (x.shape[0], (x.shape[1] + chunk - 1) // chunk, x.shape[2])
-    states = x.new_empty(*shape, B.shape[3], x.shape[3], dtype=torch.float32)
-    return x.new_empty(x.shape), states, x.new_empty(shape, dtype=torch.float32)
+    states = x.new_empty(*shape, B.shape[3], x.shape[3], dtype=dtype)
+    return x.new_empty(x.shape), states, x.new_empty(shape if form is fused else (0,), dtype=dtype)
 
 
 def _flops(x, dt, A, B, *args, **kwargs) -> int:
@@ -41,7 +48,7 @@ def _flops(x, dt, A, B, *args, **kwargs) -> int:
 def _forward(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return fused.forward(x, dt, A, B, C, reverse)
+    return _FORMS.of(x.device).forward(x, dt, A, B, C, reverse)
 
 
 def _fake_gradients(grad, x, dt, A, B, C, states, whole, reverse):
@@ -66,7 +73,7 @@ def _backward(
     whole: torch.Tensor,
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return fused.backward(grad, x, dt, A, B, C, states, whole, reverse)
+    return _FORMS.of(x.device).backward(grad, x, dt, A, B, C, states, whole, reverse)
 
 
 def _setup_context(ctx, inputs, output):
@@ -99,10 +106,12 @@ def run(
     Returns:
         (B, L, H, P); the fused form returns the dtype of x, the other forms the dtype of the computation.
     """
-    form = OPERATOR.choose(backend, x, dt, A, B)
+    form = OPERATOR.choose(backend, x, dt, A, B, C)
     if form == "fused":
-        # The kernels' products need one dtype; step sizes and decays stay in float32.
-        return _forward(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), reverse)[0]
+        # The kernels' products need one dtype; step sizes and decays stay in float32 at least.
+        dtype = accumulator(x, dt, A, B, C)
+        x = x.to(dtype) if dtype == torch.float64 else x
+        return _forward(x, dt.to(dtype), A.to(dtype), B.to(x.dtype), C.to(x.dtype), reverse)[0]
     if form == "reference":
         return reference.ssd(x, dt, A, B, C, reverse)
     return portable.forward(x, dt, A, B, C, reverse, chunk)

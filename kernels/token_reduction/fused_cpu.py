@@ -22,7 +22,7 @@ WIDTH = 32
 ROWS = 32
 # A call on fewer numbers is not divided: waking a thread takes longer. A larger call has this many parts, and a pooled
 # image this many channels at a time.
-_ALONE = 1 << 20
+_ALONE = 1 << 18
 _PARTS = 8
 _CHANNELS = 128
 # Products of an image with fewer multiplications are computed for all images at once.

@@ -7,13 +7,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
 
 import torch
 
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.dtypes import accumulator
-from terrazzo.kernels.dispatch.fused import is_for_cpu
+from terrazzo.kernels.dispatch.fused import Forms, is_for_cpu
 from terrazzo.kernels.dispatch.operator import Call, Needs, Operator
 from terrazzo.kernels.token_reduction import fused, fused_cpu, portable, reference
 from terrazzo.kernels.token_reduction.partition import sizes
@@ -39,11 +38,7 @@ def _describe(metric, r, size, importance, protect, criteria, bidirectional, gri
 OPERATOR = Operator("token_reduction", ("fused",), _needs, _describe, cpu=True)
 # The mean of attention: to users it is the same operator, but its kernels have other limits.
 ATTENTION = dataclasses.replace(OPERATOR, needs=_attention_needs)
-
-
-def _fused(x: torch.Tensor) -> ModuleType:
-    """The fused form on the device of a tensor."""
-    return fused_cpu if is_for_cpu(x.device) else fused
+_FORMS = Forms(fused, fused_cpu)
 
 
 def _fake_plan(metric, r, size, importance, protect, criteria, bidirectional, grid):
@@ -69,7 +64,8 @@ def _plan(
     grid: Sequence[int],
 ) -> torch.Tensor:
     """`plan` of a fused form; `grid` is empty for the partition "even_odd"."""
-    return _fused(metric).plan(metric, r, size, importance, protect, criteria, bidirectional, tuple(grid) or None)
+    form = _FORMS.of(metric.device)
+    return form.plan(metric, r, size, importance, protect, criteria, bidirectional, tuple(grid) or None)
 
 
 def plan(
@@ -101,7 +97,7 @@ def _fake_pool(x, assignment, count, weight, size):
 def _pool(
     x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor, size: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _fused(x).pool(x, assignment, count, weight, size)
+    return _FORMS.of(x.device).pool(x, assignment, count, weight, size)
 
 
 def _fake_pool_gradient(grad, assignment, weight, total):
@@ -112,7 +108,7 @@ def _fake_pool_gradient(grad, assignment, weight, total):
 def _pool_backward(
     grad: torch.Tensor, assignment: torch.Tensor, weight: torch.Tensor, total: torch.Tensor
 ) -> torch.Tensor:
-    return _fused(grad).pool_backward(grad, assignment, weight, total)
+    return _FORMS.of(grad.device).pool_backward(grad, assignment, weight, total)
 
 
 def _setup_context(ctx, inputs, output):
@@ -172,7 +168,7 @@ def _score_flops(query, key, bias, *args, **kwargs) -> int:
 
 @ATTENTION.op("column_mean", fake=_fake_column_mean, flops=_score_flops)
 def _column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _fused(query).column_mean(query, key, bias)
+    return _FORMS.of(query.device).column_mean(query, key, bias)
 
 
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:

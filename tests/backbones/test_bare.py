@@ -94,3 +94,26 @@ def test_both_ways_are_the_same(watched):
         wanted = _bare.on_sequences(wide, conv(**options), conv(**options))
         torch.testing.assert_close(_bare.on_sequences(wide, watched(conv(**options)), conv(**options)), wanted)
         torch.testing.assert_close(wanted[..., :6], conv(**options)(x.mT).mT)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4), (6, 7)])
+def test_a_convolution_of_few_positions_is_a_product(monkeypatch, memory_format, bias, size):
+    """The layer is not called without gradients, and gives the same result; with hooks or gradients it is called."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 40, 3, stride=2, padding=1, bias=bias).double().to(memory_format=memory_format)
+    x = torch.randn(2, *size, 4, dtype=torch.float64)
+    wanted = layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(_bare.on_few_positions(layer, x), wanted)
+    calls = []
+    hook = layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(_bare.on_few_positions(layer, x), wanted)
+        assert calls == [1]
+        hook.remove()
+        monkeypatch.setattr(layer, "_conv_forward", None)  # a call would fail
+        torch.testing.assert_close(_bare.on_few_positions(layer, x), wanted)
+        many = torch.randn(2, 9, 10, 4, dtype=torch.float64)
+        with pytest.raises(TypeError):
+            _bare.on_few_positions(layer, many)

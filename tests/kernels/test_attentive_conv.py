@@ -12,6 +12,7 @@ from support.triton_common import check, limits, poisoned, replaced
 
 from terrazzo.errors import BackendError, InputError
 from terrazzo.kernels import attentive_conv, use_backend
+from terrazzo.kernels.numba_host import machine
 
 exported = importlib.import_module("terrazzo.kernels.attentive_conv.exported")
 portable = importlib.import_module("terrazzo.kernels.attentive_conv.portable")
@@ -140,7 +141,8 @@ class TestPortable:
     def test_result_is_channels_last(self):
         for layout in ("contiguous", "channels last"):
             x, value, *weights = inputs(2, 6, 5, 4, layout=layout)
-            assert attentive_conv(x, value, *weights).is_contiguous(memory_format=torch.channels_last)
+            out = attentive_conv(x, value, *weights, backend="portable")
+            assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 class TestOperator:
@@ -158,7 +160,8 @@ class TestOperator:
         compiled = torch.compile(attentive_conv, fullgraph=True, backend="aot_eager", dynamic=True)
         for shape in ((1, 4, 9, 7), (2, 4, 6, 11)):
             arguments = inputs(*shape, dtype=torch.float32)
-            torch.testing.assert_close(compiled(*arguments), attentive_conv(*arguments))
+            options = dict(backend="portable")
+            torch.testing.assert_close(compiled(*arguments, **options), attentive_conv(*arguments, **options))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast_does_not_round_means_and_kernels(self, dtype):
@@ -185,9 +188,14 @@ class TestOperator:
 
 
 class TestBackends:
+    @pytest.fixture(autouse=True)
+    def without_numba(self, monkeypatch):
+        """On every machine, the portable form is the fastest without Numba."""
+        monkeypatch.setattr(machine, "has_numba", lambda: False)
+
     def test_a_named_backend_that_cannot_run_says_why(self):
         arguments = inputs(1, 4, 5, 5, dtype=torch.float32)
-        with pytest.raises(BackendError, match=r"attentive_conv: backend 'fused'.*the tensors are on cpu"):
+        with pytest.raises(BackendError, match=r"attentive_conv: backend 'fused'.*needs the package numba"):
             attentive_conv(*arguments, backend="fused")
         with use_backend("fused"), pytest.raises(BackendError, match="use_backend"):
             attentive_conv(*arguments)

@@ -7,10 +7,12 @@ import torch
 from support.operator_calls import CALLS, run_without_batch, several, total
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from terrazzo.errors import BackendError
-from terrazzo.kernels import use_backend
+from terrazzo.kernels import selective_scan, use_backend
 
+scan_op = importlib.import_module("terrazzo.kernels.selective_scan.op")
 REFERENCE = r"use_backend\(\"reference\"\)"
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 opaque_calls = pytest.mark.parametrize(
@@ -261,3 +263,39 @@ class TestEmptyBatch:
         compiled = torch.compile(call.bound(0), backend="aot_eager", fullgraph=True)
         for out, other in zip(several(compiled(*call.tensors(0).values())), several(call.bound()(*given(call)[0]))):
             assert out.shape == (0, *other.shape[1:])
+
+
+class TestDirectCalls:
+    """Where nobody but the caller would see an op, its function runs without it."""
+
+    @pytest.fixture
+    def ops(self, monkeypatch):
+        """The names of the ops that are called as ops."""
+        seen, kind = [], type(scan_op._forward.defined)
+        call = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda self, *args: seen.append(self._qualname) or call(self, *args))
+        return seen
+
+    def scan(self, **options):
+        x = torch.randn(1, 2, 8, **options)
+        return selective_scan(x, x, -torch.ones(2, 1, device=x.device), x[:, :1], x[:, :1], backend="portable")
+
+    def test_without_gradients(self, ops):
+        wanted = self.scan(requires_grad=True)
+        assert ops == ["terrazzo::selective_scan"]
+        with torch.no_grad():
+            self.scan(requires_grad=True)
+        self.scan()
+        assert ops == ["terrazzo::selective_scan"]
+        assert wanted.requires_grad
+
+    def test_who_looks_sees_the_op(self, ops):
+        """A dispatch mode (a counter of FLOPs), a profiler, a transform, a tensor on another device."""
+        with FlopCounterMode(display=False) as counter:
+            self.scan()
+        assert counter.get_total_flops() > 0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self.scan()
+        assert "terrazzo::selective_scan" in {event.key for event in profile.key_averages()}
+        assert self.scan(device="meta").is_meta
+        assert ops == 3 * ["terrazzo::selective_scan"]

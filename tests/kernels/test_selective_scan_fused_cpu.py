@@ -97,17 +97,17 @@ class TestKernels:
 class TestMutations:
     """Break the kernels' arithmetic on purpose: the comparison must fail."""
 
-    @pytest.mark.parametrize("helper", ["", "exp2", "log1p", "orders", "chunks"])
+    @pytest.mark.parametrize("helper", ["", "exp2", "softplus", "vanishing", "orders", "chunks"])
     def test_a_broken_piece_shows(self, monkeypatch, helper):
         fused_cpu = importlib.import_module("terrazzo.kernels.selective_scan.fused_cpu")
         for name in ("forward", "backward"):
             plain = getattr(kernels, name).py_func  # it runs in Python, so its parts can be replaced
             monkeypatch.setattr(kernels, name, plain)
-        if helper in ("exp2", "log1p"):
+        if helper in ("exp2", "softplus", "vanishing"):
             whole = getattr(kernels, helper)
-            monkeypatch.setattr(kernels, helper, lambda x: whole(x) * np.float32(0.9))
+            monkeypatch.setattr(kernels, helper, lambda *x: whole(*x) * np.float32(0.9))
         if helper == "orders":
-            monkeypatch.setattr(fused_cpu, "pixels", lambda code, steps, length, width: steps)
+            monkeypatch.setattr(fused_cpu, "_index", lambda orders, length, width: torch.arange(length).repeat(2, 1))
         if helper == "chunks":
             monkeypatch.setattr(kernels, "CHUNK", kernels.CHUNK - 1)
         options = dict(length=kernels.CHUNK + 2, channels=1, states=2, orders=(0, 3), width=2, merge=True)

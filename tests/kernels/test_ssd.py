@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from terrazzo.errors import BackendError, InputError
 from terrazzo.kernels import selective_scan, ssd, use_backend
+from terrazzo.kernels.numba_host import machine
 
 portable = importlib.import_module("terrazzo.kernels.ssd.portable")
 
@@ -85,7 +86,7 @@ class TestPortable:
     def test_float64(self, chunk, reverse):
         arguments = inputs(rank=2 if reverse else 1, extras=chunk != 16)
         wanted = run(arguments, reverse=reverse, backend="reference")
-        assert_all_close(run(arguments, reverse=reverse, chunk=chunk), wanted, rtol=1e-9, atol=1e-9)
+        assert_all_close(run(arguments, reverse=reverse, chunk=chunk, backend="portable"), wanted, rtol=1e-9, atol=1e-9)
 
     @settings(max_examples=20, deadline=None)
     @given(
@@ -95,7 +96,9 @@ class TestPortable:
     )
     def test_any_size(self, sizes, groups, states):
         arguments = inputs(*sizes, groups, states)
-        assert_all_close(run(arguments, chunk=16), run(arguments, backend="reference"), rtol=1e-8, atol=1e-8)
+        assert_all_close(
+            run(arguments, chunk=16, backend="portable"), run(arguments, backend="reference"), rtol=1e-8, atol=1e-8
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_error_is_no_worse_than_plain_pytorch(self, dtype):
@@ -103,7 +106,7 @@ class TestPortable:
         arguments = inputs(2, 200, 4, 16, 2, 16, dtype=dtype)
         wanted = run([x.detach().double().requires_grad_() for x in arguments], backend="reference")
         plain = run(arguments, backend="reference")
-        for e, p, f in zip(wanted, plain, run(arguments)):
+        for e, p, f in zip(wanted, plain, run(arguments, backend="portable")):
             error, limit = ((x.double() - e).square().mean().sqrt() for x in (f, p))
             size = e.square().mean().sqrt()
             assert error <= max(2 * limit, 3 * torch.finfo(torch.float32).eps * size)
@@ -113,7 +116,7 @@ class TestPortable:
         """With step sizes up to 20, running sums reach 10^5: decays must not be computed from their differences."""
         arguments = [x.detach().float() for x in inputs(1, length, 2, 2, 1, 4, extras=False)[:5]]
         arguments[1] *= 8
-        found = ssd(*arguments, dt_softplus=True, chunk=chunk)
+        found = ssd(*arguments, dt_softplus=True, chunk=chunk, backend="portable")
         wanted = ssd(*(x.double() for x in arguments), dt_softplus=True, backend="reference")
         assert found.isfinite().all()
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -123,7 +126,7 @@ class TestPortable:
         sums = portable._sums_between
         monkeypatch.setattr(portable, "_sums_between", lambda x: sums(x) + x[..., :, None])
         arguments = inputs()
-        found, wanted = run(arguments), run(arguments, backend="reference")
+        found, wanted = (run(arguments, backend=name) for name in ("portable", "reference"))
         assert not any(torch.allclose(a, b) for a, b in zip(found[:4], wanted[:4]))
 
     @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -132,7 +135,8 @@ class TestPortable:
         compiled = torch.compile(ssd, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         for length in (45, 70):
             arguments = inputs(length=length)
-            torch.testing.assert_close(compiled(*arguments), ssd(*arguments))
+            options = dict(backend="portable")
+            torch.testing.assert_close(compiled(*arguments, **options), ssd(*arguments, **options))
 
     def test_onnx(self, tmp_path):
         """The file has matrix products and no Scan, and takes any length of more than one chunk."""
@@ -158,7 +162,9 @@ class TestPortable:
 
 
 class TestOperator:
-    def test_backends(self):
+    def test_backends(self, monkeypatch):
+        # On every machine, the portable form is the fastest without Numba.
+        monkeypatch.setattr(machine, "has_numba", lambda: False)
         arguments = inputs()
         with pytest.raises(BackendError, match="ssd: backend 'fused'"):
             ssd(*arguments, backend="fused")

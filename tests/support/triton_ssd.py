@@ -1,4 +1,4 @@
-"""Checks of the state space dual's Triton kernels. Tests run them in Triton's interpreter, and on a GPU if available.
+"""Checks of the state space dual's kernels: Numba's, and Triton's in its interpreter, and on a GPU if available.
 
 Functions take and return plain values, because tests call them in a process pool (`tests/kernels/conftest.py`).
 """

@@ -30,6 +30,8 @@ from terrazzo.tools.inspect.timing import (
 from terrazzo.tools.models import pretrained_cfg
 
 EAGER, COMPILED = "eager", "compiled"
+STEP = "training step"
+"""Metric: forward, backward and AdamW."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,16 @@ class Case:
 
 
 def cases(name: str, plan: Plan) -> list[Case]:
-    """What is measured for a family on the plan's device: by default only the forward pass."""
+    """What is measured for a family on the plan's device: by default the forward pass, and a CPU's training steps."""
     family = FAMILIES[name]
     gpu = plan.device.type == "cuda"
     images, few = (family.gpu, 2) if gpu else (family.cpu, 1)
     dtype = torch.bfloat16 if gpu else torch.float32
     modes = (EAGER, COMPILED) if plan.compiles else (EAGER,)
-    return [
-        Case(name, batch, dtype, mode, metric)
-        for batch, metric, mode in itertools.product(
-            images[:few] if plan.quick else images, plan.passes or (FORWARD,), modes
-        )
-    ]
+    batches = [*itertools.product(images[:few] if plan.quick else images, plan.passes or (FORWARD,))]
+    if not (gpu or plan.quick or plan.passes):
+        batches += [(batch, STEP) for batch in family.training]
+    return [Case(name, batch, dtype, mode, metric) for batch, metric in batches for mode in modes]
 
 
 def _build(name: str, images: Images, **arguments) -> nn.Module:
@@ -97,9 +97,18 @@ def _train(model: nn.Module, weights: list[nn.Parameter], images: torch.Tensor, 
     return torch.autograd.grad(loss, weights)
 
 
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> torch.Tensor:
+    """A training step in float32, and its loss."""
+    optimizer.zero_grad()
+    loss = sum(x.square().mean() for x in _tensors(model(images)))
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
 def _function(name: str, case: Case, plan: Plan) -> Function:
     """What is timed: one call of a model on random images."""
-    training = case.metric == TRAINING
+    training = case.metric in (TRAINING, STEP)
     placed = {"device": plan.device, "memory_format": torch.channels_last}
     dtype = torch.float32 if training else case.dtype
     name, arguments = FAMILIES[case.family].model_of(name)
@@ -108,6 +117,8 @@ def _function(name: str, case: Case, plan: Plan) -> Function:
     run = torch.compile(model, dynamic=False) if case.mode == COMPILED else model
     if not training:
         return partial(_infer, run, images)
+    if case.metric == STEP:
+        return partial(_step, run, torch.optim.AdamW(model.parameters(), lr=1e-6), images)
     return partial(_train, run, list(model.parameters()), images, case.dtype)
 
 

@@ -52,6 +52,7 @@ class Family:
         cpu: images on a CPU; a quick run takes the first.
         gpu: images on a GPU; a quick run takes the first two.
         targets: what the model should reach.
+        training: images of training steps (forward, backward, AdamW), which a full run measures on a CPU, too.
         variants: for names that are not models, timm's name and arguments.
     """
 
@@ -60,6 +61,7 @@ class Family:
     cpu: tuple[Images, ...] = _CPU
     gpu: tuple[Images, ...] = _GPU
     targets: tuple[Target, ...] = ()
+    training: tuple[Images, ...] = ()
     variants: Mapping[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
     def model_of(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -114,5 +116,5 @@ FAMILIES = {
     "medmamba": Family("medmamba_t", _HYBRID),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
-    "vmamba": Family("vmamba_tiny_s1l8", _HYBRID),
+    "vmamba": Family("vmamba_tiny_s1l8", _HYBRID, training=(Images(224, 224, 8),)),
 }

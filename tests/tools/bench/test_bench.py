@@ -237,6 +237,22 @@ class TestBackbones:
         assert "x the time of test_convnext (1x3x32x64, float32); target at most 0.001: missed" in said
         assert "x the images/s of test_convnext (1x3x32x64, float32); target at least 0.001: met" in said
 
+    def test_training_steps(self, tmp_path, monkeypatch):
+        """A full run on a CPU also measures training steps of a family, which change its weights."""
+        family = Family("test_resnet", ("test_convnext",), (Images(32, 64),), training=(Images(32, 32, 2),))
+        monkeypatch.setitem(bench_families.FAMILIES, "dinat", family)
+        worked("dinat", "--device", "cpu", "--out", tmp_path / "rows.csv")
+        found = {(row.shape, row.metric) for row in results.read(tmp_path / "rows.csv")}
+        assert found == {("1x3x32x64", FORWARD), ("2x3x32x32", bench_backbones.STEP)}
+        plan = Plan(torch.device("cpu"), 0.01, quick=True)
+        assert [case.metric for case in bench_backbones.cases("dinat", plan)] == [FORWARD]
+        (case,) = bench_backbones.cases("dinat", dataclasses.replace(plan, quick=False))[1:]
+        step = bench_backbones._function("test_resnet", case, plan)
+        weights = list(step.args[0].parameters())
+        before = [x.detach().clone() for x in weights]
+        step()
+        assert not torch.equal(before[0], weights[0])
+
     def test_models_with_arguments(self, tmp_path, monkeypatch):
         """Names of variants need not be names of models; models may return maps instead of logits."""
         maps = ("test_resnet", dict(features_only=True, out_indices=(2,)))
