@@ -59,7 +59,8 @@ class Soft(Mixer):
         self.norm, self.ratio, self.alpha_scope, self.shared = bool(norm), whole("ratio", ratio), alpha_scope, shared
         if self.ratio < 1:
             raise InputError(f"ratio must be at least 1, got {ratio}")
-        if whole("kernel", kernel) < 1 or kernel % 2 == 0:
+        kernel = whole("kernel", kernel)
+        if kernel < 1 or kernel % 2 == 0:
             raise InputError(f"kernel must be an odd number, got {kernel}")
         if alpha_scope not in ("matrix", "global"):
             raise InputError(f"alpha_scope must be 'matrix' or 'global', got {alpha_scope!r}")
