@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from terrazzo.backbones._checks import number
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, Mixer
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
@@ -22,7 +23,7 @@ LONG = 1024  # patches from which there are review tokens
 class Direction(nn.Module):
     """What a direction of the scan has for itself: a convolution that begins as the identity, a step, a skip."""
 
-    def __init__(self, host: Host, **factory):
+    def __init__(self, host: Host, scale: float, **factory):
         super().__init__()
         channels = 3 * host.heads * host.head_dim
         self.conv = nn.Conv1d(channels, channels, TAPS, groups=channels, **factory)
@@ -32,6 +33,7 @@ class Direction(nn.Module):
         nn.init.zeros_(self.conv.bias)
         with torch.no_grad():
             self.conv.weight[:, :, -1] = 1
+            self.conv.weight[2 * channels // 3 :, :, -1] = scale  # queries
 
     def forward(self, tokens: torch.Tensor, step: torch.Tensor, reverse: bool) -> torch.Tensor:
         """Scan values, keys and queries (B, L, 3, heads, D), forward with a token's own pair, backward without.
@@ -62,20 +64,23 @@ class StateSpace(Mixer):
     def __init__(
         self,
         host: Host,
+        scale: float = 1.0,
         review: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         """Args:
+        scale: Factor of queries at the start. Sums over tokens have no normaliser, so 1 makes outputs hundreds of times
+            larger than softmax attention's in a pretrained ViT. 1/64 was tried for 64 tokens.
         review: Whether averages of 8x8 patches come before the tokens in both directions; None for 1024 patches
             or more.
         """
         super().__init__(host)
-        self.review = review
+        self.review, scale = review, number("scale", scale)
         factory = dict(device=device, dtype=dtype)
         self.z_proj = nn.Linear(host.dim, host.heads * host.head_dim, **factory)
         self.a_proj = nn.Linear(host.dim, host.heads, **factory)
-        self.fwd, self.bwd = Direction(host, **factory), Direction(host, **factory)
+        self.fwd, self.bwd = Direction(host, scale, **factory), Direction(host, scale, **factory)
         for layer in (self.z_proj, self.a_proj):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

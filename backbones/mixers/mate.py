@@ -33,16 +33,18 @@ class Mate(StateSpace):
         self,
         host: Host,
         window: int = 7,
+        scale: float = 1.0,
         review: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         """Args:
         window: Side of a window; 8 fits maps whose sides are multiples of 8.
+        scale: Factor of the scan's queries at the start; see `ssd`.
         review: Whether averages of 8x8 patches come before the tokens in both directions; None for 1024 patches
             or more.
         """
-        super().__init__(host, review, device, dtype)
+        super().__init__(host, scale, review, device, dtype)
         self.window = whole("window", window)
         if self.window < 1:
             raise InputError(f"window must be at least 1, got {window}")

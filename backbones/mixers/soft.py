@@ -43,6 +43,7 @@ class Soft(Mixer):
         kernel: int = 3,
         alpha_scope: str = "matrix",
         shared: bool = True,
+        sampling: str = "conv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -54,18 +55,26 @@ class Soft(Mixer):
             the whole batch has one ("global"), so that an image's result depends on its neighbours in the batch.
         shared: Whether queries serve as keys. If not, the host's keys have the second kernel, and as many landmarks of
             their own are added (our extension).
+        sampling: "conv", or "mean": landmarks are means of `ratio` x `ratio` queries, without parameters (ours). With
+            "conv" the landmarks lie far from a pretrained ViT's queries at the start: in DINOv2 the result is 1e-8 of
+            softmax attention's, and gradients are as small. "mean" with `norm` begins with results of the right size.
         """
         super().__init__(host)
         self.norm, self.ratio, self.alpha_scope, self.shared = bool(norm), whole("ratio", ratio), alpha_scope, shared
         if self.ratio < 1:
             raise InputError(f"ratio must be at least 1, got {ratio}")
-        if whole("kernel", kernel) < 1 or kernel % 2 == 0:
+        kernel = whole("kernel", kernel)
+        if kernel < 1 or kernel % 2 == 0:
             raise InputError(f"kernel must be an odd number, got {kernel}")
         if alpha_scope not in ("matrix", "global"):
             raise InputError(f"alpha_scope must be 'matrix' or 'global', got {alpha_scope!r}")
+        if sampling not in ("conv", "mean"):
+            raise InputError(f"sampling must be 'conv' or 'mean', got {sampling!r}")
         factory, heads, dim = dict(device=device, dtype=dtype), host.heads, host.head_dim
-        self.Qlandmark_op = nn.Conv2d(dim, dim, self.ratio, stride=self.ratio, bias=False, **factory)
-        self.Qnorm_act = nn.Sequential(WideLayerNorm(dim, eps=1e-5, **factory), nn.GELU())
+        self.Qlandmark_op = None
+        if sampling == "conv":
+            self.Qlandmark_op = nn.Conv2d(dim, dim, self.ratio, stride=self.ratio, bias=False, **factory)
+            self.Qnorm_act = nn.Sequential(WideLayerNorm(dim, eps=1e-5, **factory), nn.GELU())
         self.conv = nn.Conv2d(heads, heads, kernel, padding=kernel // 2, groups=heads, bias=False, **factory)
 
     def dense(self, grid: tuple[int, int], prefix: int) -> str | None:
@@ -91,6 +100,8 @@ class Soft(Mixer):
     def landmarks(self, query: torch.Tensor, place: Place) -> torch.Tensor:
         """Landmarks (B, heads, m, D) of scaled queries (B, heads, N, D)."""
         maps = query[:, :, place.prefix :].flatten(0, 1).transpose(1, 2).unflatten(2, place.grid)
+        if self.Qlandmark_op is None:
+            return F.avg_pool2d(maps, self.ratio).flatten(2).transpose(1, 2).unflatten(0, query.shape[:2])
         cells = F.conv2d(maps, self.Qlandmark_op.weight.to(query.dtype), stride=self.ratio)
         return self.Qnorm_act(cells.flatten(2).transpose(1, 2)).unflatten(0, query.shape[:2])
 

@@ -117,6 +117,17 @@ class TestSoft(MixerContract):
         wanted = read @ torch.linalg.solve(middle + 0.01 * torch.eye(8, dtype=torch.float64), write.transpose(2, 3) @ v)
         torch.testing.assert_close(mixer(q, k, v, place), wanted, rtol=1e-4, atol=1e-4)
 
+    def test_landmarks_are_means(self):
+        """With sampling "mean" the convolution of values is the only parameter."""
+        q, k, v, place = self.given((7, 6), 1)
+        mixer = self.make(norm=True, ratio=3, sampling="mean")
+        assert list(mixer.state_dict()) == ["conv.weight"]
+        cell = q[:, :, 1:].unflatten(2, (7, 6))[:, :, 3:6, :3].mean((2, 3))
+        torch.testing.assert_close(mixer.landmarks(q, place)[:, :, 2], cell)
+        q.requires_grad_()
+        mixer(q, k, v, place).square().sum().backward()
+        assert q.grad.abs().min() > 0
+
     def test_small_maps(self):
         mixer = self.make(ratio=4)
         assert mixer.dense((3, 9), 1) == "a side of the map is less than ratio 4"
@@ -130,6 +141,7 @@ class TestSoft(MixerContract):
         [
             (dict(ratio=0), "ratio must be at least 1, got 0"),
             (dict(kernel=4), "kernel must be an odd number, got 4"),
+            (dict(sampling="random"), "sampling must be 'conv' or 'mean', got 'random'"),
             (dict(alpha_scope="batch"), "alpha_scope must be 'matrix' or 'global', got 'batch'"),
         ],
     )

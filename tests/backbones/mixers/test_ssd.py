@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from support.mixer_contract import MixerContract
 
+from terrazzo.errors import InputError
+
 
 def matrix(query, key, step, skip):
     """The scan's matrix (B, heads, N, N): C_t . B_s times all decays after s, up to t, and the skip on the diagonal."""
@@ -81,6 +83,13 @@ class TestSSD(MixerContract):
         decays = torch.tensor(-4.0, dtype=torch.float64).neg().sigmoid() ** distance
         torch.testing.assert_close(wanted, (q @ k.transpose(2, 3) * 8**-0.5 * decays) @ v, rtol=1e-5, atol=1e-5)
         assert decays[0, 1].item() == pytest.approx(0.982, abs=1e-4)
+
+    @torch.no_grad()
+    def test_scale(self):
+        given = self.given((6, 5), 1)
+        torch.testing.assert_close(self.make(scale=1 / 64)(*given), self.make()(*given) / 64)
+        with pytest.raises(InputError, match="scale must be a finite number, got 'auto'"):
+            self.make(scale="auto")
 
     @torch.no_grad()
     def test_review_tokens(self):
