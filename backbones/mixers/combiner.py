@@ -69,7 +69,7 @@ class Combiner(Mixer):
         absent = None if tiling.full else tiling.absent(query.device)
         front = F.scaled_dot_product_attention(query[:, :, : place.prefix], key, value)
         q, k, v = (tiling.cut(x[:, :, place.prefix :]) for x in (query, key, value))  # B heads tiles tokens D
-        group_key, inner = self._pooled(k, absent), None if absent is None else _minus(absent, q)[:, None]
+        group_key, inner = self._pooled(k, absent), None if absent is None else _minus(absent, q)[None, :, None]
         group_query = self._pooled(q, absent).unsqueeze(3)
         group_value = (
             F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (group_query, k, v)), attn_mask=inner)
@@ -89,7 +89,7 @@ class Combiner(Mixer):
         return x.mean(3) if absent is None else x.sum(3) / (~absent).sum(1, keepdim=True)
 
     def _mask(self, tiling: Tiling, absent: torch.Tensor | None, prefix: int, like: torch.Tensor) -> torch.Tensor:
-        """What is added to the logits of each tile's queries, (tiles, 1, keys)."""
+        """What is added to the logits of each tile's queries, (1, tiles, 1, keys)."""
         own = like.new_zeros(tiling.count, like.shape[3])
         groups = torch.zeros_like(own[:, :1]).expand(-1, tiling.count)
         if absent is not None:
@@ -98,7 +98,7 @@ class Combiner(Mixer):
             sizes = own.isfinite().sum(1).to(like.dtype).log()
             groups = groups + sizes
         groups = groups.masked_fill(torch.eye(tiling.count, dtype=torch.bool, device=like.device), -math.inf)
-        return F.pad(torch.cat([own, groups], 1), (prefix, 0)).unsqueeze(1)
+        return F.pad(torch.cat([own, groups], 1), (prefix, 0))[None, :, None]
 
 
 def _each(x: torch.Tensor, tiling: Tiling) -> torch.Tensor:

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, Mixer
+from terrazzo.backbones.mixers._tiles import Tiling
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
 
 _COMPRESSORS = ("bilinear", "area", "nearest")
+# Numbers of keys of tiles alive at once.
+_PART = 1 << 24
 
 
 class Descriptor(Mixer):
@@ -30,12 +33,16 @@ class Descriptor(Mixer):
     centre. The authors' code also has a depthwise convolution that begins as the mean of a cell: "area" is its start,
     where `ratio` divides the sides.
 
-    Ours: `counted`, which adds the logarithm of the patches per descriptor to a descriptor's logit.
+    Ours, for models that are not trained with it: `counted` adds the logarithm of the patches per descriptor to a
+    descriptor's logit. With `local`, a patch also attends to each patch of its own tile, in place of the descriptors
+    whose centres are in the tile, and tokens in front attend to all tokens. A tile of the whole map is softmax
+    attention.
 
     Args:
         ratio: Patches per descriptor along each side.
         compressor: "bilinear", "area" (mean of a cell) or "nearest".
         counted: Whether a descriptor counts as often as the patches that it stands for.
+        local: Edge in patches of the tiles whose patches attend to each other; None for descriptors alone.
 
     Source: arXiv 2512.01540, section 3.2.
     """
@@ -46,6 +53,7 @@ class Descriptor(Mixer):
         ratio: int = 4,
         compressor: str = "bilinear",
         counted: bool = False,
+        local: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -53,20 +61,35 @@ class Descriptor(Mixer):
         if compressor not in _COMPRESSORS:
             raise InputError(f"compressor must be one of {', '.join(_COMPRESSORS)}, got {compressor!r}")
         self.ratio = arguments.whole(ratio, "ratio", 1)
+        self.local = local if local is None else arguments.whole(local, "local", 1)
         self.compressor, self.counted = compressor, counted
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
         size = tuple(max(1, side // self.ratio) for side in place.grid)
-        front_key, _ = key.tensor_split([place.prefix], 2)
-        front_value, value = value.tensor_split([place.prefix], 2)
-        key = place.keyed(self._resized(place.raw_key[:, :, place.prefix :], place.grid, size), _nearest(place, size))
-        value = self._resized(value, place.grid, size)
-        mask = None
-        if self.counted:
-            count = torch.full((1, key.shape[2]), math.log(math.prod(place.grid) / math.prod(size)))
-            mask = F.pad(count.to(query), (place.prefix, 0))
-        keys, values = torch.cat([front_key, key], 2), torch.cat([front_value, value], 2)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        front_keys, front_values = (x[:, :, : place.prefix] for x in (key, value))
+        keys = place.keyed(self._resized(place.raw_key[:, :, place.prefix :], place.grid, size), _nearest(place, size))
+        values = self._resized(value[:, :, place.prefix :], place.grid, size)
+        count = math.log(math.prod(place.grid) / math.prod(size)) if self.counted else 0.0
+        keys, values = torch.cat([front_keys, keys], 2), torch.cat([front_values, values], 2)
+        if self.local is None:
+            mask = None
+            if self.counted:
+                mask = F.pad(query.new_full((1, math.prod(size)), count), (place.prefix, 0))
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        front = F.scaled_dot_product_attention(query[:, :, : place.prefix], key, value)
+        tiling = Tiling(place.grid, tuple(min(self.local, side) for side in place.grid))
+        own = _tiles_of(tiling, size, query.device) == torch.arange(tiling.count, device=query.device)[:, None]
+        mask = F.pad(query.new_full(own.shape, count).masked_fill(own, -math.inf), (place.prefix, 0))
+        inside = query.new_zeros(tiling.count, math.prod(tiling.tile))
+        if not tiling.full:
+            inside = inside.masked_fill(tiling.absent(query.device), -math.inf)
+        mask = torch.cat([inside, mask], 1)[None, :, None]  # 1 tiles 1 keys
+        tiles = (tiling.cut(x[:, :, place.prefix :]) for x in (query, key, value))  # B heads tiles tokens D
+        step = max(1, _PART // max(1, keys.numel() // max(1, keys.shape[2]) * mask.shape[3]))
+        parts = [
+            _attended(*part, keys, values) for part in zip(*(x.split(step, 2) for x in tiles), mask.split(step, 1))
+        ]
+        return torch.cat([front, tiling.joined(torch.cat(parts, 2))], 2)
 
     def _resized(self, x: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         """(B, heads, H W, D) to (B, heads, h w, D)."""
@@ -82,3 +105,28 @@ def _nearest(place: Place, size: tuple[int, int]) -> torch.Tensor:
         torch.arange(short, device=place.raw_key.device) * long // short for long, short in zip(place.grid, size)
     )
     return (rows[:, None] * place.grid[1] + columns).flatten()
+
+
+def _tiles_of(tiling: Tiling, size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """The tile in which each descriptor's centre is."""
+    rows, columns = (
+        (2 * torch.arange(short, device=device) + 1) * long // (2 * short) // edge
+        for long, short, edge in zip(tiling.grid, size, tiling.tile)
+    )
+    return (rows[:, None] * tiling.columns + columns).flatten()
+
+
+def _attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    shared_key: torch.Tensor,
+    shared_value: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of tiles (B, heads, tiles, tokens, D) to their own tokens and to keys (B, heads, M, D) of all tiles."""
+    given = [query]
+    for own, shared in ((key, shared_key), (value, shared_value)):
+        given.append(torch.cat([own, shared.unsqueeze(2).expand(-1, -1, own.shape[2], -1, -1)], 3))
+    out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in given), attn_mask=mask)
+    return out.unflatten(0, query.shape[:2])

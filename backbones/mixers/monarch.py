@@ -20,7 +20,7 @@ from terrazzo.kernels.dispatch import arguments
 # The guard of the factor 1 / c in the authors' code, for more than one step.
 _SMALL, _LARGEST = 1e-6, 1e4
 # Numbers alive at once in the largest tensors of a part.
-_PART = 1 << 21
+_PART = 1 << 22
 
 
 class Monarch(Mixer):
@@ -68,7 +68,7 @@ class Monarch(Mixer):
         tiling = Tiling(place.grid, tuple(-(-side // count) for side, count in zip(place.grid, self.tiles)))
         q, k, v = (tiling.cut(x[:, :, place.prefix :]).unflatten(3, tiling.tile) for x in (query, key, value))
         asked = q.transpose(3, 4).flatten(2, 3)  # B heads columns-of-all-tiles H D
-        k, v = k.transpose(2, 3), v.transpose(2, 3)  # B heads H tiles W D
+        k, v = (x.transpose(2, 3).contiguous() for x in (k, v))  # B heads H tiles W D
         fronts = key[:, :, : place.prefix], value[:, :, : place.prefix]
         absent = None if tiling.full else tiling.absent(query.device).unflatten(1, tiling.tile)
         batch, heads, columns, rows, dim = asked.shape
@@ -130,7 +130,7 @@ def _along_rows(
     if absent is not None:
         logits = logits.masked_fill(absent[:, 0].unsqueeze(1), -math.inf)
     total = logits.logsumexp(-1, keepdim=True)
-    weight = (logits - total).exp().to(key.dtype)
+    weight = logits.softmax(-1).to(key.dtype)
     mean = weight @ key
     entropy = total.squeeze(-1) - (probe * mean).sum(-1)
     if absent is not None:

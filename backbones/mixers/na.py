@@ -137,8 +137,8 @@ def _tiles(
         mask = mask + bias.flatten(1)[:, at.flatten(4).flatten(2, 3).flatten(0, 1)]  # heads tiles M N
     mask = F.pad(mask, (prefix, 0))
     q, k, v = (_taken(x, at) for x, at in ((query, queries), (key, keys), (value, keys)))
-    if bias is not None:
-        mask = mask.expand(query.shape[0], -1, -1, -1, -1).flatten(0, 1)
+    # PyTorch's attention without N x N weights takes masks with as many axes as queries.
+    mask = mask[None] if bias is None else mask.expand(query.shape[0], -1, -1, -1, -1).flatten(0, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     tile = rows.queries.shape[1], columns.queries.shape[1]
     out = out.unflatten(2, tile).unflatten(1, (len(rows.queries), len(columns.queries)))

@@ -1,5 +1,7 @@
 """The mixer `descriptor`."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,14 +110,47 @@ class TestDescriptor(MixerContract):
         taken = torch.cat([torch.zeros(1, dtype=torch.long), cells])
         torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k[:, :, taken], v[:, :, taken]))
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("prefix", [0, 2])
+    def test_local(self, prefix, monkeypatch):
+        """One softmax over a tile's patches, the other tiles' descriptors and the tokens in front."""
+        q, k, v, place = self.given((7, 12), prefix)
+        wanted = F.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(self.make(local=12)(q, k, v, place), wanted)
+        mixer = self.make(local=4, ratio=2, compressor="nearest", counted=True)
+        found = mixer(q, k, v, place)
+        torch.testing.assert_close(found[:, :, :prefix], wanted[:, :, :prefix])
+        # Descriptors stand for rows 0, 2, 4, or nearest to them, and for each second column.
+        rows, columns = torch.tensor([0, 2, 4]), torch.arange(0, 12, 2)
+        taken = prefix + (rows[:, None] * 12 + columns).flatten()
+        tile = torch.tensor([0, 0, 1])[:, None] * 3 + columns // 4
+        for y, x in ((0, 0), (3, 7), (4, 4), (6, 11)):
+            own = y // 4 * 3 + x // 4
+            near = prefix + (torch.arange(7)[:, None] * 12 + torch.arange(12))[y // 4 * 4 :][:4][:, x // 4 * 4 :][:, :4]
+            far = taken[tile.flatten() != own]
+            at = torch.cat([torch.arange(prefix), near.flatten(), far])
+            bias = torch.zeros(len(at), dtype=q.dtype)
+            bias[len(at) - len(far) :] = math.log(7 * 12 / 18)
+            i = prefix + y * 12 + x
+            wanted = F.scaled_dot_product_attention(q[:, :, [i]], k[:, :, at], v[:, :, at], attn_mask=bias[None])
+            torch.testing.assert_close(found[:, :, [i]], wanted)
+        monkeypatch.setattr("terrazzo.backbones.mixers.descriptor._PART", 1)
+        torch.testing.assert_close(mixer(q, k, v, place), found)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             (dict(ratio=0), "ratio must be at least 1, got 0"),
             (dict(ratio=1.5), "ratio must be an int, got 1.5"),
+            (dict(local=0), "local must be at least 1, got 0"),
             (dict(compressor="max"), "compressor must be one of bilinear, area, nearest, got 'max'"),
         ],
     )
     def test_refused_options(self, options, message):
         with pytest.raises(InputError, match=message):
             self.make(**options)
+
+
+class TestLocal(MixerContract):
+    mixer = "descriptor"
+    options = dict(ratio=2, compressor="area", counted=True, local=4)
