@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 class Tiles:
-    """Squares of patches, nested: tiles of `edges[0]` patches a side hold tiles of `edges[1]` patches a side, and so on.
+    """Squares of patches, nested: a tile of `edges[0]` patches a side holds tiles of `edges[1]` patches, and so on.
 
     Tiles stand in raster order in the map or in their outer tile, and patches in raster order in the innermost tile.
     A map that outer tiles do not divide is filled at the right and at the bottom. A slot is a place in this order.

@@ -24,8 +24,8 @@ class LLSA(Selector):
     large tiles. A query has topk edge^2 + N / edge^2 keys at level 1, and
     (topk + topk2) edge^2 + N / edge^4 keys at level 2.
 
-    The paper keeps the mean of a tile whose patches are keys, so that this tile counts twice. With `exclusive`, which is
-    ours, a chosen tile has no mean: with all tiles chosen, this is softmax attention.
+    The paper keeps the mean of a tile whose patches are keys, so that this tile counts twice. With `exclusive`, which
+    is ours, a chosen tile has no mean: with all tiles chosen, this is softmax attention.
     Tiles are nested squares in place of the Morton order of the official code, which is the same partition of maps
     whose sides are powers of two, and any map is taken. The official forward pass ignores the last means unless their
     number is a multiple of 64, and its backward pass for level 1 lacks a factor; neither holds here.
@@ -57,7 +57,11 @@ class LLSA(Selector):
         if level not in ("auto", 1, 2):
             raise InputError(f"level must be 1, 2 or 'auto', got {level!r}")
         self.level = level
-        self.topk, self.topk2, self.edge = at_least("topk", topk, 1), at_least("topk2", topk2, 1), at_least("edge", edge, 2)
+        self.topk, self.topk2, self.edge = (
+            at_least("topk", topk, 1),
+            at_least("topk2", topk2, 1),
+            at_least("edge", edge, 2),
+        )
         self.exclusive = exclusive
 
     def edges(self, grid: tuple[int, int]) -> tuple[int, ...]:
@@ -102,17 +106,14 @@ class _Level:
 
     def __init__(self, tokens: Tokens, size: int, counts: torch.Tensor | None):
         self.size, self.counts = size, counts
-        with torch.no_grad():
-            self.query = tile_means(tokens.query, size, counts)
+        self.query = tile_means(tokens.query.detach(), size, counts)  # a choice has no gradient
         self.key, self.value = tile_means(tokens.key, size, counts), tile_means(tokens.value, size, counts)
 
-    @torch.no_grad()
     def scores(self) -> torch.Tensor:
         """Products of all mean queries and mean keys (B, heads, tiles, tiles), -inf for tiles without patches."""
-        found = self.query @ self.key.transpose(-1, -2)
+        found = self.query @ self.key.detach().transpose(-1, -2)
         return found if self.counts is None else found.masked_fill(self.counts == 0, -torch.inf)
 
-    @torch.no_grad()
     def scores_of(self, near: torch.Tensor, size: int) -> torch.Tensor:
         """Products of mean queries and chosen mean keys (B, heads, tiles, candidates).
 
@@ -122,7 +123,11 @@ class _Level:
         """
         place = near.clamp(min=0)
         dim = self.key.shape[-1]
-        key = self.key.gather(2, place.flatten(2).unsqueeze(-1).expand(-1, -1, -1, dim)).unflatten(2, near.shape[2:])
+        key = (
+            self.key.detach()
+            .gather(2, place.flatten(2).unsqueeze(-1).expand(-1, -1, -1, dim))
+            .unflatten(2, near.shape[2:])
+        )
         found = self.query.unflatten(2, (-1, size)) @ key.transpose(-1, -2)
         hidden = near < 0
         if self.counts is not None:

@@ -36,13 +36,13 @@ class _Piece:
     """Some tiles of queries.
 
     Attributes:
-        tiles: which, a slice of all tiles in the order in which they are computed.
+        tiles: which, a slice of all tiles, or their numbers if lists have different lengths.
         rows: which queries of each tile; all, unless one tile is larger than a piece.
         place: (tiles, L) the numbers of their blocks among the blocks of all images and heads; None: the tile's own.
-        hidden: (tiles, L, 1) where a list has no entry; None if the lists of the call are full.
+        hidden: (tiles, L, 1) where a list has no entry; None if the lists of the piece are full.
     """
 
-    tiles: slice
+    tiles: slice | torch.Tensor
     rows: slice
     place: torch.Tensor | None
     hidden: torch.Tensor | None
@@ -65,7 +65,7 @@ class _Call:
         if bias is not None or keys % key_tile:
             bias = query.new_zeros(1, 1, keys, dtype=self.dtype) if bias is None else bias.to(self.dtype)
             self.bias = _blocks(bias.expand(batch, heads, keys), key_tile, -torch.inf)
-        self.place = self.hidden = self.order = None
+        self.place = self.hidden = None
         if index is not None:
             index = index.expand(batch, heads, -1, -1)
             first = torch.arange(batch * heads, device=index.device) * (len(self.key) // (batch * heads))
@@ -79,17 +79,45 @@ class _Call:
         return _blocks(x, self.query_tile, value)
 
     def pieces(self) -> Iterator[_Piece]:
-        size = _PIECE if self.key.device.type == "cpu" else _PIECE_ELSEWHERE
-        tiles, length = (len(self.key), 1) if self.place is None else self.place.shape
-        keys = length * self.key_tile
-        rows = max(1, min(self.query_tile, size // keys))
-        count = max(1, size // (self.query_tile * keys))
+        for part, place, hidden in self._parts():
+            rows = max(1, min(self.query_tile, self._size // self._keys(place)))
+            for row in range(0, self.query_tile, rows):
+                yield _Piece(part, slice(row, min(row + rows, self.query_tile)), place, hidden)
+
+    @property
+    def _size(self) -> int:
+        return _PIECE if self.key.device.type == "cpu" else _PIECE_ELSEWHERE
+
+    def _keys(self, place: torch.Tensor | None) -> int:
+        return self.key_tile * (1 if place is None else place.shape[1])
+
+    def _parts(self) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+        """Tiles, blocks and hidden entries of pieces, as in `_Piece`; a piece holds as many tiles as fit."""
+        if self.hidden is not None and self.key.device.type == "cpu":
+            yield from self._ragged_parts()
+            return
+        tiles = len(self.key) if self.place is None else len(self.place)
+        count = max(1, self._size // (self.query_tile * self._keys(self.place)))
         for first in range(0, tiles, count):
             part = slice(first, min(first + count, tiles))
             place = None if self.place is None else self.place[part]
-            hidden = None if self.hidden is None else self.hidden[part]
-            for row in range(0, self.query_tile, rows):
-                yield _Piece(part, slice(row, min(row + rows, self.query_tile)), place, hidden)
+            yield part, place, None if self.hidden is None else self.hidden[part]
+
+    def _ragged_parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """The same for lists of different lengths: the longest come first, and a piece is as wide as its longest list.
+
+        Only the entries after a list's last one are saved.
+        """
+        shown = ~self.hidden.squeeze(-1)
+        number = torch.arange(1, shown.shape[1] + 1, device=shown.device)
+        lengths, order = torch.where(shown, number, 0).amax(1).clamp(min=1).sort(descending=True, stable=True)
+        lengths, first = lengths.tolist(), 0
+        while first < len(lengths):
+            length = lengths[first]
+            part = order[first : first + max(1, self._size // (self.query_tile * self.key_tile * length))]
+            hidden = self.hidden[part, :length]
+            yield part, self.place[part, :length], hidden if hidden.any() else None
+            first += len(part)
 
     def keys(self, x: torch.Tensor, piece: _Piece) -> torch.Tensor:
         """The keys or values of a piece, (tiles, L key_tile, D), in the dtype of the computation."""
