@@ -14,7 +14,7 @@ from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, list
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
 
-_STEP, _STEPS = 1.0, 16
+_STEP, _STEPS = 0.5, 40
 
 
 class Anchor(Selector):

@@ -70,7 +70,7 @@ class TCA(Selector):
         if self.mass:
             counts = tokens.tiles.counts(self.edge, budget.device)
             counts = self.edge**2 if counts is None else counts
-            bias = (counts / budget).log().to(tokens.query.dtype).repeat_interleave(self.edge**2, 2)
+            bias = (counts / budget.to(tokens.query.dtype)).log().repeat_interleave(self.edge**2, 2)
         index = listed(kept.unsqueeze(2))
         return Plan([*tokens.front(), Segment("token", index, bias=bias)])
 
@@ -141,10 +141,10 @@ def kept_keys(
     redundancy = cosine.masked_fill(~real, 0).sum(3) / counts
     distance = (key - mean).pow(2).sum(-1).masked_fill(~real, -1)
     nearest = distance.masked_fill(~real, torch.inf).argmin(3, keepdim=True)
-    rank = distance.scatter(3, nearest, torch.inf).argsort(-1, descending=True).argsort(-1)
+    rank = distance.scatter(3, nearest, torch.inf).argsort(dim=-1, descending=True).argsort(dim=-1)
 
     blocks = _blocks_of(profiles.to(dtype), key.shape[2])  # heads levels
-    place = redundancy.argsort(2, descending=True).argsort(2)  # 0 for the most redundant block
+    place = redundancy.argsort(dim=2, descending=True).argsort(dim=2)  # 0 for the most redundant block
     level = (place.unsqueeze(-1) >= blocks.cumsum(1)[:, None, :]).sum(-1)
     return rank, torch.minimum(2**level, counts)
 
@@ -153,5 +153,5 @@ def _blocks_of(profiles: torch.Tensor, blocks: int) -> torch.Tensor:
     """How many blocks keep 1, 2, 4, ... keys: profiles (heads, levels) to whole numbers that add up to `blocks`."""
     wanted = profiles / profiles.sum(1, keepdim=True) * blocks
     found = wanted.floor()
-    rank = (wanted - found).argsort(1, descending=True, stable=True).argsort(1)
+    rank = (wanted - found).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (found + (rank < blocks - found.sum(1, keepdim=True))).long()

@@ -177,7 +177,8 @@ def forward(
             weight = logit.sub_(highest).exp_()
             total = weight.sum(-1, keepdim=True)
             lse[own] = (highest + total.log()).squeeze(-1)
-            out[own] = torch.bmm(weight, call.keys(call.value, piece)) / total.masked_fill(total == 0, 1)
+            found = torch.bmm(weight, call.keys(call.value, piece)) / total.masked_fill(total == 0, 1)
+            out[own] = found.to(out.dtype)
         return _rows(out, query), _rows(lse, query, call.dtype)
 
 

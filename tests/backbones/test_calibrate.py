@@ -16,7 +16,7 @@ OPTIONS = {
 
 
 def converted(mixer="sale", **options):
-    vit = build("vit_small_patch16_224", img_size=256, embed_dim=48, num_heads=3, depth=3).eval()
+    vit = build("vit_small_patch16_224", img_size=256, dynamic_img_size=True, embed_dim=48, num_heads=3, depth=3).eval()
     return terrazzo.convert_attention(vit, mixer, dense_up_to=64, **options)
 
 

@@ -24,7 +24,7 @@ class _LLSA(SelectorContract):
 
 
 class TestLevel1(_LLSA):
-    options = dict(level=1, topk=3, dense_up_to=0)
+    options = dict(level=1, topk=3, edge=4, exclusive=False, dense_up_to=0)
     everything = dict(topk=1000, exclusive=True)
 
     @pytest.mark.parametrize("name", MAPS)
@@ -123,7 +123,7 @@ class TestLevel1(_LLSA):
 
 
 class TestLevel2(_LLSA):
-    options = dict(level=2, topk=3, topk2=2, edge=2, dense_up_to=0)
+    options = dict(level=2, topk=3, topk2=2, edge=2, exclusive=False, dense_up_to=0)
     everything = dict(topk=1000, topk2=1000, exclusive=True)
     edge = 2
 
@@ -132,3 +132,4 @@ class TestLevel2(_LLSA):
         mixer = self.make(level="auto", edge=4)
         assert mixer.edges((127, 129)) == (4,)
         assert mixer.edges((128, 128)) == (16, 4)
+        assert self.make(level="auto", edge=8).edges((128, 128)) == (8,)

@@ -60,10 +60,10 @@ class TestTCA(SelectorContract):
     def test_calibrate(self):
         q, k, v, place = self.given((12, 16), 1)
         mixer = self.make(mu=0.0, sigma=0.25)
-        mixer.calibrate(q, k, v, place, error=0.5)
+        mixer.calibrate(q, k, v, place, error=0.9)
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, :, 1:]
         error = (mixer(q, k, v, place)[:, :, 1:] - wanted).pow(2).sum((0, 2, 3)) / wanted.pow(2).sum((0, 2, 3))
-        assert (error.sqrt() <= 0.5).all()
+        assert (error.sqrt() <= 0.9).all()
         assert mixer.density(q, k, v, place) < 1
         mixer.calibrate(q, k, v, place, error=1e-3)
         assert mixer.density(q, k, v, place) == pytest.approx(1)
