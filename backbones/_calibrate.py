@@ -73,6 +73,8 @@ class _Runs:
 
     def __call__(self, mixer: Mixer, arguments: tuple[Any, ...]) -> None:
         place = arguments[3]
+        if place.grid is None:  # the mixer itself refuses merged tokens
+            return
         reason = mixer.dense(place.grid, place.prefix)
         if reason is not None:
             self.reason = reason

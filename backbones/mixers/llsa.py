@@ -13,6 +13,7 @@ from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, tile
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment
 
+# Level 2 pays from this number of means of tiles: the paper's 16384 tokens in tiles of 16.
 _MEANS = 1024
 
 

@@ -75,26 +75,25 @@ class Routing(Selector):
         return Plan([*tokens.front(), segment], width, width, rows.flatten(2), "mean")
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
-        given, prefix = (query, key, value), place.prefix
-        parts = [softmax_attention(query[:, :, :prefix], key, value, place)]
-        local, routed = ([x[:, part] for x in given] for part in (slice(self.local), slice(self.local, None)))
-        found = []
-        if self.local:
-            tokens = self.tokens(*local, place)
-            tiles = Tiles(place.grid, (self.edge,))
-            tokens = Tokens(*(tiles.arrange(x) for x in tokens[:3]), *tokens[3:5], tiles)
-            number = torch.arange(tiles.rows * tiles.cols, device=query.device).view(1, 1, -1, 1)
-            own = Segment("block", number, key_mask=tokens.real())
-            plan = Plan([*tokens.front(), own], self.edge**2, self.edge**2)
-            found.append(tiles.restore(block_sparse_attention(*tokens[:3], plan)[0]))
-        tokens = self.tokens(*routed, place)
-        plan = self.plan(tokens)
-        out, _ = block_sparse_attention(*tokens[:3], plan)
-        found.append(out)
+        first = softmax_attention(query[:, :, : place.prefix], key, value, place)
+        tokens = self.tokens(*(x[:, self.local :] for x in (query, key, value)), place)
+        out, _ = block_sparse_attention(*tokens[:3], self.plan(tokens))
         if self.training:
             self.step(tokens)
-        parts.append(torch.cat(found, 1))
-        return torch.cat(parts, 2) if prefix else parts[1]
+        if self.local:
+            near = self._in_tiles(*(x[:, : self.local] for x in (query, key, value)), place)
+            out = torch.cat([near, out], 1)
+        return torch.cat([first, out], 2)
+
+    def _in_tiles(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        """Attention of the patches (B, local heads, N, D) inside tiles, and to the tokens in front."""
+        tokens, tiles = self.tokens(query, key, value, place), Tiles(place.grid, (self.edge,))
+        arranged = (tiles.arrange(x) for x in tokens[:3])
+        tokens = Tokens(*arranged, tokens.front_key, tokens.front_value, tiles)
+        number = torch.arange(tiles.rows * tiles.cols, device=query.device).view(1, 1, -1, 1)
+        own = Segment("block", number, key_mask=tokens.real())
+        plan = Plan([*tokens.front(), own], self.edge**2, self.edge**2)
+        return tiles.restore(block_sparse_attention(*tokens[:3], plan)[0])
 
     @torch.no_grad()
     def step(self, tokens: Tokens) -> None:

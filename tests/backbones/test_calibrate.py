@@ -60,7 +60,7 @@ def test_errors():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for images, options, message in (
         ([], {}, "images holds no batch"),
-        (image((128, 128)), {}, "no layer was calibrated, .* the map has no more than 64 patches.*larger images"),
+        (image((128, 128)), {}, "no layer was calibrated, .*the map has no more than 64 patches.*larger images"),
         (x, dict(recall=0.9), "'sale' cannot be calibrated with recall"),
         (x, dict(error=-1), "error must be above 0, got -1"),
     ):
