@@ -6,11 +6,12 @@
     model = timm.create_model("dinat_mini", features_only=True)
 
 `terrazzo.reduce` makes a plain timm ViT merge or drop tokens; `terrazzo.convert_attention` gives its attention layers
-another mechanism, one of `terrazzo.mixers()`.
+another mechanism, one of `terrazzo.mixers()`, and `terrazzo.calibrate` sets its thresholds from images.
 """
 
 from terrazzo import backbones as backbones
 from terrazzo._version import __version__ as __version__
+from terrazzo.backbones._calibrate import calibrate as calibrate
 from terrazzo.backbones._convert import convert_attention as convert_attention
 from terrazzo.backbones._reduce import reduce as reduce
 from terrazzo.backbones.mixers import mixers as mixers

@@ -4,13 +4,15 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from terrazzo.backbones._checks import whole
+from terrazzo.backbones._checks import number, whole
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, Mixer, softmax_attention
 from terrazzo.backbones.mixers._tiles import Tiles
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
+from terrazzo.kernels.dispatch.exporting import is_exporting
 
 
 class Tokens(NamedTuple):
@@ -63,6 +65,9 @@ class Selector(Mixer):
         """The keys of every tile. Indices have no gradient; keys that it derives, and biases, have."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Forget what `calibrate` found, where the mixer has it."""
+
     def dense(self, grid: tuple[int, int], prefix: int) -> str | None:
         if grid[0] * grid[1] <= self.dense_up_to:
             return f"the map has no more than {self.dense_up_to} patches"
@@ -104,6 +109,37 @@ def at_least(name: str, value: Any, least: int) -> int:
     if found < least:
         raise InputError(f"{name} must be at least {least}, got {value!r}")
     return found
+
+
+def listed(kept: torch.Tensor) -> torch.Tensor:
+    """The places of True in each row, in ascending order: (..., units) bool to (..., L) int32, filled with -1.
+
+    L is the largest number of them on a CPU, and otherwise the number of units, so that the host need not wait.
+    """
+    units = kept.shape[-1]
+    length = max(1, int(kept.sum(-1).amax())) if _is_known(kept) else units
+    place = torch.where(kept, kept.cumsum(-1) - 1, length)
+    own = torch.arange(units, dtype=torch.int32, device=kept.device).expand_as(kept)
+    index = torch.full((*kept.shape[:-1], length + 1), -1, dtype=torch.int32, device=kept.device)
+    return index.scatter(-1, place, own)[..., :length]
+
+
+def _is_known(x: torch.Tensor) -> bool:
+    """Whether shapes may depend on the numbers in `x`."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting() or isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and not traced
+
+
+def positive(name: str, value: Any) -> float:
+    """Check an option that is a number above 0.
+
+    Raises:
+        InputError: `value` is none.
+    """
+    found = number(name, value)
+    if found <= 0:
+        raise InputError(f"{name} must be above 0, got {value!r}")
+    return float(found)
 
 
 def tile_means(x: torch.Tensor, size: int, counts: torch.Tensor | None) -> torch.Tensor:

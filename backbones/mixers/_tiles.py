@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 class Tiles:
-    """Squares of patches, nested: tiles of `edges[0]` patches a side hold tiles of `edges[1]` patches a side, and so on.
+    """Squares of patches, nested: a tile of `edges[0]` patches a side holds tiles of `edges[1]` patches, and so on.
 
     Tiles stand in raster order in the map or in their outer tile, and patches in raster order in the innermost tile.
     A map that outer tiles do not divide is filled at the right and at the bottom. A slot is a place in this order.
@@ -63,11 +63,11 @@ class Tiles:
         return self.real(device).unflatten(0, (-1, edge * edge)).sum(1) if self.fill else None
 
     def neighbours(self, device: torch.device | None = None) -> torch.Tensor:
-        """Each outermost tile and the 8 tiles around it: (tiles, 9) int64, -1 outside of the map."""
+        """Each outermost tile and the 8 tiles around it: (tiles, 9) int64, with -1 last for places outside."""
         number = torch.arange(self.rows * self.cols, device=device).view(self.rows, self.cols)
         number = F.pad(number, (1, 1, 1, 1), value=-1)
         around = [number[i : i + self.rows, j : j + self.cols] for i in range(3) for j in range(3)]
-        return torch.stack(around, -1).flatten(0, 1)
+        return torch.stack(around, -1).flatten(0, 1).sort(descending=True).values
 
     def _sizes(self, tiles: int) -> list[int]:
         """One side of the filled map as sizes of nested parts."""

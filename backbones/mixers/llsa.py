@@ -13,6 +13,9 @@ from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, tile
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment
 
+# Level 2 pays from this number of means of tiles: the paper's 16384 tokens in tiles of 16.
+_MEANS = 1024
+
 
 class LLSA(Selector):
     """out_i = sum_j w_j exp(s q_i k_j) v_j / sum_j w_j exp(s q_i k_j), over fine keys and means of tiles.
@@ -24,8 +27,9 @@ class LLSA(Selector):
     large tiles. A query has topk edge^2 + N / edge^2 keys at level 1, and
     (topk + topk2) edge^2 + N / edge^4 keys at level 2.
 
-    The paper keeps the mean of a tile whose patches are keys, so that this tile counts twice. With `exclusive`, which is
-    ours, a chosen tile has no mean: with all tiles chosen, this is softmax attention.
+    The paper keeps the mean of a tile whose patches are keys, so that this tile counts twice, and has edge = 4. With
+    `exclusive`, which is ours, a chosen tile has no mean: with all tiles chosen, this is softmax attention. It changes
+    a trained model least. The paper's form is `exclusive=False, edge=4`.
     Tiles are nested squares in place of the Morton order of the official code, which is the same partition of maps
     whose sides are powers of two, and any map is taken. The official forward pass ignores the last means unless their
     number is a multiple of 64, and its backward pass for level 1 lacks a factor; neither holds here.
@@ -33,10 +37,10 @@ class LLSA(Selector):
     Source: arXiv 2512.16615, section 3.
 
     Args:
-        level: 1, 2, or "auto": 2 from 16384 patches.
+        level: 1, 2, or "auto": 2 from 1024 tiles, which are 16384 patches with the paper's edge.
         topk: tiles whose patches are keys.
         topk2: large tiles whose tiles are looked at, at level 2.
-        edge: patches on a side of a tile.
+        edge: patches on a side of a tile; the paper's is 4.
         exclusive: whether a chosen tile has no mean.
         dense_up_to: maps up to this number of patches have softmax attention.
     """
@@ -47,8 +51,8 @@ class LLSA(Selector):
         level: int | str = "auto",
         topk: int = 8,
         topk2: int = 8,
-        edge: int = 4,
-        exclusive: bool = False,
+        edge: int = 8,
+        exclusive: bool = True,
         dense_up_to: int = 1024,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -57,13 +61,17 @@ class LLSA(Selector):
         if level not in ("auto", 1, 2):
             raise InputError(f"level must be 1, 2 or 'auto', got {level!r}")
         self.level = level
-        self.topk, self.topk2, self.edge = at_least("topk", topk, 1), at_least("topk2", topk2, 1), at_least("edge", edge, 2)
+        self.topk, self.topk2, self.edge = (
+            at_least("topk", topk, 1),
+            at_least("topk2", topk2, 1),
+            at_least("edge", edge, 2),
+        )
         self.exclusive = exclusive
 
     def edges(self, grid: tuple[int, int]) -> tuple[int, ...]:
         level = self.level
         if level == "auto":
-            level = 1 if grid[0] * grid[1] < 16384 else 2
+            level = 1 if grid[0] * grid[1] < _MEANS * self.edge**2 else 2
         return (self.edge,) if level == 1 else (self.edge**2, self.edge)
 
     def plan(self, tokens: Tokens) -> Plan:
@@ -102,17 +110,14 @@ class _Level:
 
     def __init__(self, tokens: Tokens, size: int, counts: torch.Tensor | None):
         self.size, self.counts = size, counts
-        with torch.no_grad():
-            self.query = tile_means(tokens.query, size, counts)
+        self.query = tile_means(tokens.query.detach(), size, counts)  # a choice has no gradient
         self.key, self.value = tile_means(tokens.key, size, counts), tile_means(tokens.value, size, counts)
 
-    @torch.no_grad()
     def scores(self) -> torch.Tensor:
         """Products of all mean queries and mean keys (B, heads, tiles, tiles), -inf for tiles without patches."""
-        found = self.query @ self.key.transpose(-1, -2)
+        found = self.query @ self.key.detach().transpose(-1, -2)
         return found if self.counts is None else found.masked_fill(self.counts == 0, -torch.inf)
 
-    @torch.no_grad()
     def scores_of(self, near: torch.Tensor, size: int) -> torch.Tensor:
         """Products of mean queries and chosen mean keys (B, heads, tiles, candidates).
 
@@ -122,7 +127,11 @@ class _Level:
         """
         place = near.clamp(min=0)
         dim = self.key.shape[-1]
-        key = self.key.gather(2, place.flatten(2).unsqueeze(-1).expand(-1, -1, -1, dim)).unflatten(2, near.shape[2:])
+        key = (
+            self.key.detach()
+            .gather(2, place.flatten(2).unsqueeze(-1).expand(-1, -1, -1, dim))
+            .unflatten(2, near.shape[2:])
+        )
         found = self.query.unflatten(2, (-1, size)) @ key.transpose(-1, -2)
         hidden = near < 0
         if self.counts is not None:
