@@ -1,8 +1,10 @@
 """`terrazzo bench mixers` measures each mechanism beside the dense model."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.bench.mechanisms import ATTENTION, DENSITY, MAP, MASS, MEMORY, gain_of, table
 from terrazzo.tools.bench.pareto import front
@@ -10,6 +12,13 @@ from terrazzo.tools.inspect.timing import FORWARD
 
 MODEL = "test_vit"
 LLSA = "llsa,level=1,topk=1,dense_up_to=0"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (67, 91, 3), dtype=np.uint8)).save(path)
+    return path
 
 
 @pytest.fixture
@@ -45,12 +54,18 @@ def test_rows(measured):
     assert [line[3] for line in lines if line[1] == "dense"] == ["1.00 x", "1.00 x"]
 
 
-def test_a_mechanism_that_cannot_run_is_named(run, picture):
-    done = run(
-        *("bench", "mixers", MODEL, "--mixer", "hedgehog", "--pictures", picture, "--size", 64, 64),
-        *("--reduce", "mctf,r=4,window=2,blocks=(0,1)", "--seconds", 0.01, "--mixer", "llsa,level=1"),
-    )
+def test_a_mechanism_that_cannot_run_is_named(run, picture, monkeypatch, tmp_path):
+    def fail(*given):
+        raise InputError("this map is too blue")
+
+    monkeypatch.setattr("terrazzo.backbones.mixers.hedgehog.Hedgehog.mix", fail)
+    out = tmp_path / "rows.csv"
+    mechanisms = ("--mixer", "hedgehog", "--mixer", "softmax")
+    options = ("--size", 64, 64, "--seconds", 0.01, "--device", "cpu", "--out", out)
+    done = run("bench", "mixers", MODEL, *mechanisms, "--pictures", picture, *options)
     assert done.exit_code == 0, done.output
+    assert "not run: hedgehog at 64x64: this map is too blue" in done.output
+    assert {row.backend for row in results.read(out)} == {"dense", "softmax"}
 
 
 @pytest.mark.parametrize(
