@@ -91,8 +91,6 @@ def command(
         from terrazzo.tools.bench import pareto
     dense = load_timm_model(model, checkpoint, pretrained, size=sizes[0]).to(where)
     check_host(dense, "converted")
-    if checkpoint is None and not pretrained:
-        click.echo(f"note: {model} has random weights, and their maps drift differently; see --pretrained", err=True)
     mechanisms = mechanisms or [of_mixer(name) for name in without_parameters(dense)]
     if not mechanisms:
         raise InputError("every mixer has parameters of its own; name those to measure with --mixer NAME")
@@ -100,6 +98,8 @@ def command(
     images = [found.read() for found in find_pictures(places)[:count]]
     for size in sizes:
         bench.check(size)
+    if checkpoint is None and not pretrained:
+        click.echo(f"note: {model} has random weights, and their maps drift differently; see --pretrained", err=True)
     about = results.about(where, "timm")
     rows: list[results.Row] = []
     reasons: dict[str, str] = {}

@@ -1,22 +1,22 @@
 """How much of dense attention the mixers of a model select: pairs of queries and keys, and softmax weights.
 
-A mixer that selects has a method `plan(query, key, value, place)`, which gives the plan that it computes for these
-tensors (`terrazzo.kernels.block_sparse_attention`). Other mixers are not counted.
+Pairs are counted by mixers with a method `density(query, key, value, place)`, weights by selectors, which have plans.
 """
 
 import contextlib
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers import Mixer
+from terrazzo.backbones.mixers._selector import Selector
+from terrazzo.kernels.block_sparse_attention import Plan
 
 SAMPLED = 64
-"""Queries whose softmax weights are computed, spread evenly over the tokens."""
+"""Patches whose softmax weights are computed, spread evenly over the map."""
 
 
 class Coverage:
@@ -35,36 +35,46 @@ class Coverage:
     def mass(self) -> float | None:
         """The part of the dense softmax weights that is on selected keys, the mean over sampled queries and heads.
 
-        Keys that the mixer derives from the layer's keys (pooled keys) cover nothing.
+        Tokens in front count as selected. Keys that the mixer derives (means of tiles) cover nothing. None if no mixer
+        selects.
         """
         return statistics.mean(self.masses) if self.masses else None
 
-    def count(self, mixer: Mixer, given: tuple) -> None:
+    def count(self, mixer: Mixer, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor, Place]) -> None:
         """Count one call of a mixer: a hook in front of its forward."""
-        query, key, value, place = given
-        if place.grid is not None and mixer.dense(place.grid, place.prefix) is not None:
-            self.densities.append(1.0)
-            self.masses.append(1.0)
-            return
-        plan = mixer.plan(query, key, value, place)
-        self.densities.append(plan.density(query, key))
-        queries = query.shape[2]
-        sample = torch.linspace(0, queries - 1, min(SAMPLED, queries), device=query.device).long()
-        weights = softmax_weights(query[:, :, sample], key, place)
-        self.masses.append((weights * selected(plan, sample, query, key)).sum(-1).mean().item())
+        self.densities.append(mixer.density(*given))
+        if isinstance(mixer, Selector):
+            self.masses.append(mass_of(mixer, *given))
 
 
 @contextlib.contextmanager
 def watched(model: nn.Module) -> Iterator[Coverage]:
     """Inside this context, what the mixers of a model select is counted at each forward pass."""
     found = Coverage()
-    mixers = [module for module in model.modules() if isinstance(module, Mixer) and hasattr(module, "plan")]
+    mixers = [module for module in model.modules() if isinstance(module, Mixer) and hasattr(module, "density")]
     hooks = [mixer.register_forward_pre_hook(found.count) for mixer in mixers]
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def mass_of(
+    mixer: Selector, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place, sampled: int = SAMPLED
+) -> float:
+    """The part of dense softmax weights that a selector's plan covers, for some patches; see `Coverage.mass`."""
+    if mixer.dense(place.grid, place.prefix) is not None:
+        return 1.0
+    tokens = mixer.tokens(query, key, value, place)
+    order = tokens.tiles.order(query.device)
+    filled = (order >= 0).nonzero()[:, 0]
+    slots = torch.empty_like(filled).scatter(0, order[filled], filled)  # the slot of each patch
+    patches = torch.linspace(0, len(slots) - 1, min(sampled, len(slots)), device=query.device).long()
+    weights = softmax_weights(query[:, :, place.prefix + patches], key, place)
+    covered = selected(mixer.plan(tokens), slots[patches], tokens.query, tokens.key)[..., slots]
+    front, rest = weights.tensor_split([place.prefix], -1)
+    return (front.sum(-1) + (rest * covered).sum(-1)).mean().item()
 
 
 def softmax_weights(query: torch.Tensor, key: torch.Tensor, place: Place) -> torch.Tensor:
@@ -74,7 +84,7 @@ def softmax_weights(query: torch.Tensor, key: torch.Tensor, place: Place) -> tor
     return (logits if bias is None else logits + bias).softmax(-1)
 
 
-def selected(plan: Any, sample: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def selected(plan: Plan, sample: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Which of the layer's keys a plan selects for some queries: (B, heads, S, N) bool.
 
     Args:
@@ -107,7 +117,7 @@ def selected(plan: Any, sample: torch.Tensor, query: torch.Tensor, key: torch.Te
     return found
 
 
-def _tiles(plan: Any, sample: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
+def _tiles(plan: Plan, sample: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
     """The tiles in which each sampled query stands: (B, heads, S, R), -1 where it stands in fewer than R."""
     if plan.query_order is None:
         return (sample // plan.query_tile).expand(batch, heads, -1).unsqueeze(-1)

@@ -57,6 +57,13 @@ def rows_of(
     return rows
 
 
+def outcomes_of(rows: Sequence[results.Row]) -> list[Outcome]:
+    """The outcomes that `rows_of` made rows of, without drawn label maps."""
+    found = {(row.backend, row.metric): row.p50 for row in rows}
+    names = dict.fromkeys(row.backend for row in rows)
+    return [Outcome(name, *(found[name, metric] for metric in (MIOU, ACCURACY, MAP))) for name in names]
+
+
 def draw(data: LabelledPictures, outcomes: Sequence[Outcome]) -> Image.Image:
     """Validation pictures, their labels, and what each probe predicts, side by side."""
     colours = palette(len(data.classes), data.palette)

@@ -71,12 +71,12 @@ def command(
         check_folder(out)
     Scores(2, 255)  # before any work: torchmetrics may be missing
     whole = load_timm_model(model, checkpoint, pretrained, size=size).to(where)
-    if checkpoint is None and not pretrained:
-        click.echo(f"note: {model} has random weights; give weights with --checkpoint FILE or --pretrained", err=True)
     models = {mechanism: mechanism.on(whole) for mechanism in mechanisms}
     data = read_labelled(data_root)
     probing = PixelProbing(data, size, resolve_model_data_config(whole), Recipe(steps=steps, seed=seed), where)
     probing.check(whole, models)
+    if checkpoint is None and not pretrained:
+        click.echo(f"note: {model} has random weights; give weights with --checkpoint FILE or --pretrained", err=True)
     outcomes = probing.run(whole, models, tuple(FITS) if fits == "both" else (fits,))
     head, lines = table(outcomes)
     print_table(lines, head, right=tuple(range(1, len(head))))

@@ -3,6 +3,7 @@
 A table stands between `<!-- table: KIND ARGUMENT -->` and `<!-- end of table -->`; the text between them is replaced.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,55 @@ def _configs(_: None) -> str:
     return _markdown(("data", "task", "configs"), [(*key, ", ".join(names)) for key, names in sorted(found.items())])
 
 
+def _mixers(_: None) -> str:
+    """Every mixer: what it is, whether it works without training, and its options."""
+    from terrazzo.backbones.mixers import mixer_class, mixers, options_of
+    from terrazzo.tools.mechanisms import without_parameters
+    from terrazzo.tools.models import build_on_meta
+
+    free = [*without_parameters(build_on_meta("test_vit")), "softmax"]
+    lines = []
+    for name in mixers():
+        module = importlib.import_module(mixer_class(name).__module__)
+        what = module.__doc__.split("\n", 1)[0].rstrip(".")
+        options = ", ".join(f"`{option}`" for option in options_of(name))
+        lines.append(
+            (
+                f"`{name}`",
+                what,
+                "none" if name in free else "of its own",
+                "yes" if mixer_class(name).needs_grid else "no",
+                options or "-",
+            )
+        )
+    return _markdown(("mixer", "what it is", "parameters", "needs a grid", "options"), lines)
+
+
+def _mixer_speed(name: str) -> str:
+    """What `terrazzo bench mixers` found, from mixers_NAME.csv."""
+    from terrazzo.tools.bench.mechanisms import table
+
+    return _measured(f"mixers_{name}.csv", table, "terrazzo bench mixers MODEL --pictures DIR --out FILE")
+
+
+def _probe(name: str) -> str:
+    """What `terrazzo probe segmentation` found, from probe_NAME.csv."""
+    from terrazzo.tools.probe.outcomes import outcomes_of, table
+
+    command = "terrazzo probe segmentation MODEL --data-root DIR --size H W --out DIR"
+    return _measured(f"probe_{name}.csv", lambda rows: table(outcomes_of(rows)), command)
+
+
+def _measured(name: str, table: Callable, command: str) -> str:
+    """A table of a result file; a sentence if nobody has measured yet."""
+    path = results.FOLDER / name
+    if not path.exists():
+        return f"Not measured yet: `{command}` writes the rows of `model_cards/results/{name}`.\n"
+    rows = results.read(path)
+    what = f"{rows[0].variant}, {rows[0].what}; " if rows[0].what != "mixers" else f"{rows[0].variant}; "
+    return _markdown(*table(rows)) + f"\n{what}{_machines(rows)}, {rows[0].versions}.\n"
+
+
 TABLES: dict[str, Callable[[str | None], str]] = {
     "families": _families,
     "variants": _variants,
@@ -197,6 +247,9 @@ TABLES: dict[str, Callable[[str | None], str]] = {
     "capabilities": _capabilities,
     "configs": _configs,
     "precision": _precision,
+    "mixers": _mixers,
+    "mixer_speed": _mixer_speed,
+    "probe": _probe,
 }
 
 

@@ -1,0 +1,49 @@
+"""What --mixer and --reduce mean, and models that share weights."""
+
+import pytest
+import timm
+import torch
+
+from terrazzo.backbones.mixers import mixers
+from terrazzo.errors import InputError
+from terrazzo.tools.mechanisms import chosen, of_mixer, on_meta, shared_copy, without_parameters
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("test_vit").eval()
+
+
+def test_texts():
+    found = chosen(
+        ["llsa,level=1,layers=(0,1)", "hedgehog"], [], ["mctf,r=0.35,restore=copy", "mctf,r=0.35,restore=copy"]
+    )
+    assert [mechanism.name for mechanism in found] == [
+        "llsa,level=1,layers=(0,1)",
+        "hedgehog",
+        "mctf,r=0.35,restore=copy",
+    ]
+    assert [mechanism.name for mechanism in chosen(["llsa,topk=2"], ["topk=1", "edge=2"], [])] == ["llsa,topk=2,edge=2"]
+    with pytest.raises(InputError, match="KEY=VALUE, got 'method=asvit'"):
+        chosen([], [], ["mctf,method=asvit"])
+
+
+def test_a_changed_model_shares_the_weights_and_leaves_the_model(model):
+    (mechanism,) = chosen(["llsa,layers=(0,1)"], [], [])
+    changed = mechanism.on(model)
+    assert changed.conversion.keys() == {0, 1}
+    assert not hasattr(model, "conversion")
+    assert all(a is b for a, b in zip(changed.parameters(), model.parameters()))
+    assert shared_copy(model).cls_token is model.cls_token
+
+
+def test_a_copy_without_numbers(model):
+    images = torch.empty(1, 3, 160, 160, device="meta")
+    assert on_meta(model)(images).shape == (1, 1000)
+    assert not next(model.parameters()).is_meta
+
+
+def test_mixers_without_parameters(model):
+    found = without_parameters(model)
+    assert {"llsa"} <= set(found) <= set(mixers()) - {"softmax", "hedgehog"}
+    assert of_mixer("llsa").on(model).conversion
