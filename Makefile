@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 
 help:
 	@echo "make demo      set up, then train, evaluate, draw and export a small segmentor (about 6 minutes)"
-	@echo "make test      set up, then run the tests (about 14 minutes on 2 cores)"
+	@echo "make test      set up, then run the tests (about 10 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     ruff: lint and format"
 	@echo "make bench     speed here, as ratios to named peers; on a GPU first the kernels' tests, then model_cards/results/*_gpu.csv"

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from terrazzo.backbones._checks import wholes
-from terrazzo.backbones._hosts import check_host, kind_of, make_host, unmake_host
+from terrazzo.backbones._hosts import check_host, kind_of, make_host, unmake_host, unwrapped
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._windows import Windows
 from terrazzo.backbones.mixers import Host, create_mixer
@@ -44,9 +43,7 @@ def check_together(model: nn.Module, reducer: Reducer) -> None:
             )
 
 
-def convert_attention(
-    model: VisionTransformer, mixer: str, layers: str | Sequence[int] = "all", **options: Any
-) -> VisionTransformer:
+def convert_attention(model: nn.Module, mixer: str, layers: str | Sequence[int] = "all", **options: Any) -> nn.Module:
     """Give attention layers of a plain ViT of timm, pretrained or not, another mechanism, and return the model.
 
     The model is changed in place: its class, the classes of its blocks and of their attention, and, where the mechanism
@@ -59,7 +56,8 @@ def convert_attention(
 
     Args:
         model: timm's VisionTransformer, VisionTransformerDistilled or Eva (with rotary positions) with timm's plain
-            blocks; also a model that `terrazzo.reduce` changed, where the mechanism needs no grid.
+            blocks, or its wrapper for `features_only=True`; also a model that `terrazzo.reduce` changed, where the
+            mechanism needs no grid.
         mixer: The mechanism, one of `terrazzo.mixers()`.
         layers: "all", or the indices of layers from 0.
         **options: Options of the mechanism: see the classes in `terrazzo.backbones.mixers`.
@@ -67,6 +65,7 @@ def convert_attention(
     Raises:
         InputError: The model is of another kind, or a mixer, a layer or an option is not valid. Nothing was changed.
     """
+    given, model = model, unwrapped(model)
     check_host(model, "converted")
     depth = len(model.blocks)
     like = next(model.parameters())
@@ -89,7 +88,7 @@ def convert_attention(
         raise
     if type(model.reducer) is Reducer and not model.conversion:
         unmake_host(model)
-    return model
+    return given
 
 
 def _host_of(model: nn.Module, layer: int) -> Host:

@@ -15,6 +15,7 @@ from torch import nn
 
 from terrazzo.backbones._bare import rows_of
 from terrazzo.backbones._place import Place
+from terrazzo.errors import InputError
 
 Attend = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Maps the attention module and its input (B, N, C) to the attention's output, heads side by side, (B, M, C), and to
@@ -45,8 +46,8 @@ class _Hosted(nn.Module):
         """
         if attend is not None:
             return self._finished(*attend(self, x))
-        if self.mixer is not None and isinstance(attn_mask, Place):
-            return self._mixed(x, rope, attn_mask)
+        if self.mixer is not None:
+            return self._mixed(x, rope, self._place(attn_mask))
         if isinstance(attn_mask, Place):
             attn_mask = attn_mask.mask(x.dtype)
         if rope is not None:
@@ -135,6 +136,18 @@ class _Hosted(nn.Module):
         if getattr(self, "gate", None) is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    def _place(self, given: Any) -> Place:
+        """Where the tokens stand; without a host's state nobody knows, so mixers that need a grid refuse.
+
+        Raises:
+            InputError: A mask was given.
+        """
+        if given is None:
+            return Place(None)
+        if not isinstance(given, Place):
+            raise InputError(f"attention with the mixer {self.mixer.name!r} takes no mask")
+        return given
 
     def _mixed(self, x: torch.Tensor, rope: torch.Tensor | None, place: Place) -> torch.Tensor:
         query, raw_key, value = self.projected(x)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -135,6 +135,11 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
         raise InputError(
             "a ViT that reduces tokens or has other attention takes no mask: a mask would not fit the tokens"
         )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself: timm wraps it for `features_only=True`."""
+    return model.model if isinstance(model, FeatureGetterNet) else model
 
 
 def kind_of(model: nn.Module) -> type[nn.Module] | None:

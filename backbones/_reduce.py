@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from terrazzo.backbones._checks import whole
 from terrazzo.backbones._convert import check_together
-from terrazzo.backbones._hosts import check_host, kind_of, make_host
+from terrazzo.backbones._hosts import check_host, kind_of, make_host, unwrapped
 from terrazzo.backbones._tokens import RESTORE, Reducer
 from terrazzo.backbones._windows import within
 from terrazzo.backbones.asvit import Pruning
@@ -37,7 +38,7 @@ def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None
 
 
 def reduce(
-    model: VisionTransformer,
+    model: nn.Module,
     method: str = "mctf",
     blocks: Sequence[int] | None = None,
     restore: str = "delta",
@@ -45,7 +46,7 @@ def reduce(
     global_blocks: Sequence[int] | None = None,
     full_last: int | None = None,
     **options: Any,
-) -> VisionTransformer:
+) -> nn.Module:
     """Make a plain ViT of timm, pretrained or not, reduce its tokens, and return it.
 
     The model is changed in place: its class, the classes of its blocks and of their attention, and its attribute
@@ -67,7 +68,7 @@ def reduce(
 
     Args:
         model: timm's VisionTransformer, VisionTransformerDistilled or Eva (DINOv3, EVA-02, PE: with rotary positions)
-            with timm's plain blocks.
+            with timm's plain blocks, or its wrapper for `features_only=True`.
         method: "mctf" merges similar tokens, "asvit" drops tokens of low class attention.
         blocks: The blocks that merge tokens, or in front of which tokens are dropped, counted from 0. None for the
             method's default: all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
@@ -82,6 +83,7 @@ def reduce(
     Raises:
         InputError: The model is of another kind, or a method, an option or a number is not valid.
     """
+    given, model = model, unwrapped(model)
     check_host(model, "reduced")
     if not isinstance(restore, str) or restore not in RESTORE:
         raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
@@ -94,4 +96,4 @@ def reduce(
         raise InputError(f"full_last must be 0 to the {len(model.blocks)} blocks, got {full_last}")
     make_host(model)
     model.reducer, model.restore, model.full_last = reducer, restore, full_last
-    return model
+    return given

@@ -223,7 +223,7 @@ class MambaVision(Pyramid):
             if len(pair) != 2 or min(pair) < 1:
                 raise InputError(f"{name} must be two positive numbers, for the third and the fourth stage, got {pair}")
         factory = dict(device=device, dtype=dtype)
-        channels = [dim * 2**i for i in range(4)]
+        channels = [dim * 2**i for i in range(len(depths))]
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages: list[Stage] = []
         for i, (depth, width) in enumerate(zip(depths, channels)):

@@ -1,5 +1,6 @@
 """Fixtures and options for all tests: an option to store capability results, and a separate cache folder."""
 
+import functools
 import gc
 import importlib.util
 import os
@@ -15,6 +16,8 @@ pytest.register_assert_rewrite("support")
 def pytest_configure(config):
     # All processes and later runs share compiled kernels. Numba reads this variable when it is imported.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "numba"))
+    # Tracing makes millions of small objects that live, and each collection looks at all of them again.
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_addoption(parser):
@@ -50,6 +53,19 @@ def unformatted_configs():
         patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **options: (text, True))
         if "mmengine.config.config" in sys.modules:
             patch.setattr("mmengine.config.config.FormatCode", lambda text, **options: (text, True))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_onnx_registry():
+    """Keep the exporter's table of ONNX functions: PyTorch compiles it from source text at each export, 0.6 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        except (ImportError, AttributeError):  # the names are PyTorch's own, and a version may lack them
+            pass
         yield
 
 

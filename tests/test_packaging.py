@@ -1,6 +1,7 @@
 """What ships: every module imports from a built wheel, layers import downwards only, and importing stays light."""
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,20 @@ ARROWS = {
     "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "checkpoints", "necks", "openmmlab"},
 }
 # Packages of tools/ from the bottom up: a package imports only packages before it. "" means the files of tools/ itself.
-ROOMS = ("", "data", "inspect", "runtimes", "predict", "export", "training", "bench", "reports", "doctor", "verbs")
+ROOMS = (
+    "",
+    "data",
+    "inspect",
+    "runtimes",
+    "predict",
+    "export",
+    "training",
+    "probe",
+    "bench",
+    "reports",
+    "doctor",
+    "verbs",
+)
 # Packages that a layer must not import at the top of a module.
 FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba", "llvmlite"},
@@ -37,6 +51,7 @@ def sources() -> list[Path]:
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
+@functools.cache
 def imports(path: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,5 +1,6 @@
 """What a user may name to `infer` and `export`: a timm model or an OpenMMLab config, with or without weights."""
 
+import contextlib
 from pathlib import Path
 
 import timm
@@ -8,7 +9,7 @@ from torch import nn
 
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError, first_line
-from terrazzo.tools.models import require_model
+from terrazzo.tools.models import build_on_meta, require_model
 
 
 def is_config(name: str) -> bool:
@@ -32,7 +33,11 @@ def is_config(name: str) -> bool:
 
 
 def load_timm_model(
-    name: str, checkpoint: str | Path | None = None, pretrained: bool = False, num_classes: int | None = None
+    name: str,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Build a timm classifier in evaluation mode, on the CPU.
 
@@ -41,6 +46,7 @@ def load_timm_model(
         checkpoint: a file of weights, official or trained here.
         pretrained: download the weights that timm knows of.
         num_classes: classes of the head; None for the model's own number.
+        size: (H, W) of the images, if it is not the size of the weights; a model that can will take any size.
 
     Raises:
         InputError: unknown name, weights that cannot be downloaded, or a checkpoint that cannot be read or does not
@@ -50,6 +56,8 @@ def load_timm_model(
     if checkpoint is not None and pretrained:
         raise InputError("a checkpoint and --pretrained both name weights; give one of them")
     options = {} if num_classes is None else {"num_classes": num_classes}
+    if size is not None:
+        options |= _options_for(name, size)
     if pretrained:
         try:
             return timm.create_model(name, pretrained=True, **options).eval()
@@ -61,6 +69,15 @@ def load_timm_model(
     if checkpoint is not None:
         load_weights(model, name, str(checkpoint))
     return model
+
+
+def _options_for(name: str, size: tuple[int, int]) -> dict[str, object]:
+    """What makes timm build a model for images of a size: most need nothing, ViTs have an option for any size."""
+    for options in ({"dynamic_img_size": True}, {"img_size": size}):
+        with contextlib.suppress(TypeError):  # the model has no such option
+            build_on_meta(name, **options)
+            return options
+    return {}
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -128,8 +128,8 @@ def _call(query, key, value, index, bias, query_tile: int, key_tile: int, scale:
         query_tile = query.shape[2]
     else:
         index = index.contiguous()
-        images, heads, tiles, entries = index.shape
-        list_strides = tuple(0 if size == 1 else step for size, step in zip(index.shape[:3], (heads * tiles, tiles, 1)))
+        entries = index.shape[-1]
+        list_strides = tuple(step // entries for step in _steps(index)[:3])
         place = torch.arange(1, entries + 1, device=index.device, dtype=torch.int32)
         length = torch.where(index >= 0, place, 0).amax(-1).flatten()
         index = index.view(-1, entries)

@@ -1,7 +1,7 @@
 """Triton kernels of attention by a plan: a program owns some queries of one tile, or some keys of one block.
 
-Keys are counted by their place in a tile's list: place p is key p % KEY_TILE of the block that entry p // KEY_TILE names.
-Without an index the place is the key.
+Keys are counted by their place in a tile's list: place p is key p % KEY_TILE of the block that entry p // KEY_TILE
+names. Without an index the place is the key.
 
 Source: FlashAttention-2, arXiv 2307.08691, for the running softmax and for weights recomputed in the backward pass.
 Names: pointers `p_`, blocks `b_`, offsets `o_`; N counts queries, L keys. Addresses are 64-bit.

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
 
-# Logits computed at a time: on a CPU as many as the caches hold (README.md), elsewhere few enough for any memory.
-_PIECE = 1 << 17
-_PIECE_ELSEWHERE = 1 << 25
+# Keys that are gathered at a time, and logits that are computed at a time: on a CPU as many as the caches hold
+# (README.md), elsewhere few enough for any memory.
+_KEYS, _LOGITS = 1 << 13, 1 << 19
+_KEYS_ELSEWHERE, _LOGITS_ELSEWHERE = 1 << 18, 1 << 25
+_MASK = 1 << 22  # elements of a mask at a time
 
 
 def _blocks(x: torch.Tensor, tile: int, value: float = 0.0) -> torch.Tensor:
@@ -36,88 +38,151 @@ class _Piece:
     """Some tiles of queries.
 
     Attributes:
-        tiles: which, a slice of all tiles in the order in which they are computed.
+        tiles: which tiles: a slice, or their numbers.
         rows: which queries of each tile; all, unless one tile is larger than a piece.
         place: (tiles, L) the numbers of their blocks among the blocks of all images and heads; None: the tile's own.
-        hidden: (tiles, L, 1) where a list has no entry; None if the lists of the call are full.
+        column: (tiles, 1, L key_tile) the bias of their keys, -inf where a list has no key; or None.
     """
 
-    tiles: slice
+    tiles: slice | torch.Tensor
     rows: slice
     place: torch.Tensor | None
-    hidden: torch.Tensor | None
+    column: torch.Tensor | None
+
+    @property
+    def own(self) -> tuple:
+        """The index of the queries of the piece."""
+        return self.tiles, self.rows
 
 
 class _Call:
-    """One call: tensors in tiles and blocks, and the pieces in which they are computed."""
+    """One call: its tensors in tiles and blocks, and the pieces in which it is computed."""
 
     def __init__(self, query, key, value, index, bias, query_tile: int, key_tile: int):
-        self.dtype = accumulator(query)
+        self.dtype, self.on_cpu = accumulator(query), query.device.type == "cpu"
         batch, heads, queries, _ = query.shape
-        keys = key.shape[2]
-        if index is None:
-            key_tile = keys
-        # One list for all queries of a head is one tile, as is attention to all keys.
+        keys, self.heads = key.shape[2], batch * heads
+        # Attention to all keys is one block, and one list for all queries of a head is one tile.
+        self.key_tile = keys if index is None else key_tile
         self.query_tile = queries if index is None or index.shape[2] == 1 else query_tile
-        self.key_tile = key_tile
-        self.key, self.value = _blocks(key, key_tile), _blocks(value, key_tile)
-        self.bias = None
-        if bias is not None or keys % key_tile:
+        self.key, self.value = _blocks(key, self.key_tile), _blocks(value, self.key_tile)
+        self.bias = self.place = self.hidden = None
+        if bias is not None or keys % self.key_tile:
             bias = query.new_zeros(1, 1, keys, dtype=self.dtype) if bias is None else bias.to(self.dtype)
-            self.bias = _blocks(bias.expand(batch, heads, keys), key_tile, -torch.inf)
-        self.place = self.hidden = self.order = None
+            self.bias = _blocks(bias.expand(batch, heads, keys), self.key_tile, -torch.inf)
         if index is not None:
             index = index.expand(batch, heads, -1, -1)
-            first = torch.arange(batch * heads, device=index.device) * (len(self.key) // (batch * heads))
+            first = torch.arange(self.heads, device=index.device) * (len(self.key) // self.heads)
             self.place = (index.clamp(min=0) + first.view(batch, heads, 1, 1)).flatten(0, 2)
-            hidden = (index < 0).flatten(0, 2).unsqueeze(-1)
-            if query.device.type != "cpu" or hidden.any():  # elsewhere the host does not wait to know
+            hidden = (index < 0).flatten(0, 2)
+            if not self.on_cpu or hidden.any():  # elsewhere the host does not wait to know
                 self.hidden = hidden
 
     def tiles(self, x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
         """Queries, or what belongs to them, (B, H, Nq, ...), in tiles (tiles, rows, ...)."""
         return _blocks(x, self.query_tile, value)
 
-    def pieces(self) -> Iterator[_Piece]:
-        size = _PIECE if self.key.device.type == "cpu" else _PIECE_ELSEWHERE
-        tiles, length = (len(self.key), 1) if self.place is None else self.place.shape
-        keys = length * self.key_tile
-        rows = max(1, min(self.query_tile, size // keys))
-        count = max(1, size // (self.query_tile * keys))
-        for first in range(0, tiles, count):
-            part = slice(first, min(first + count, tiles))
-            place = None if self.place is None else self.place[part]
-            hidden = None if self.hidden is None else self.hidden[part]
-            for row in range(0, self.query_tile, rows):
-                yield _Piece(part, slice(row, min(row + rows, self.query_tile)), place, hidden)
+    def pieces(self, whole: bool = False) -> Iterator[_Piece]:
+        """The pieces; on a CPU, tiles without a list are in none.
+
+        Args:
+            whole: whether a piece has all queries of its tiles. Otherwise they are cut where logits are too many.
+        """
+        most_keys, most_logits = (_KEYS, _LOGITS) if self.on_cpu else (_KEYS_ELSEWHERE, _LOGITS_ELSEWHERE)
+        order, lengths = self._longest_first()
+        at, rows = 0, self.query_tile
+        while at < len(lengths) and lengths[at]:
+            keys = lengths[at] * self.key_tile
+            count = max(1, most_keys // keys)
+            tiles = slice(at, at + count) if order is None else order[at : at + count]
+            place, column = self._gathered(tiles, lengths[at])
+            step = rows if whole else max(1, most_logits // (count * keys))
+            for first in range(0, rows, step):
+                yield _Piece(tiles, slice(first, first + step), place, column)
+            at += count
+
+    def _longest_first(self) -> tuple[torch.Tensor | None, list[int]]:
+        """The tiles in the order of the lengths of their lists (None: all are full), and these lengths."""
+        count, entries = (len(self.key), 1) if self.place is None else self.place.shape
+        if self.hidden is None or not self.on_cpu:
+            return None, [entries] * count
+        lengths = torch.where(self.hidden, 0, torch.arange(1, entries + 1)).amax(1)
+        order = lengths.argsort(descending=True, stable=True)
+        return order, lengths[order].tolist()
+
+    def _gathered(self, tiles, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The places of the first `length` entries of some tiles' lists, and the bias of their keys."""
+        if self.place is None:
+            return None, None if self.bias is None else self.bias[tiles].unsqueeze(1)
+        place = self.place[tiles, :length]
+        if self.bias is None and self.hidden is None:
+            return place, None
+        shape = (*place.shape, self.key_tile)
+        column = self.bias[place] if self.bias is not None else self.key.new_zeros(shape, dtype=self.dtype)
+        if self.hidden is not None:
+            column = column.masked_fill(self.hidden[tiles, :length].unsqueeze(-1), -torch.inf)
+        return place, column.flatten(1).unsqueeze(1)
+
+    def prefers_a_mask(self) -> bool:
+        """Whether attention to all keys with a mask is faster than to gathered keys; measured (README.md)."""
+        if self.place is None or len(self.place) == self.heads:
+            return False
+        listed = sum(self._longest_first()[1]) / len(self.place)
+        return listed * (0.8 + 40 / self.query_tile) > 1.15 * len(self.key) / self.heads
 
     def keys(self, x: torch.Tensor, piece: _Piece) -> torch.Tensor:
-        """The keys or values of a piece, (tiles, L key_tile, D), in the dtype of the computation."""
+        """The keys or values of a piece: (tiles, L key_tile, D)."""
         if piece.place is None:
-            return x[piece.tiles].to(self.dtype)
-        found = x.flatten(1).index_select(0, piece.place.flatten()).to(self.dtype)
+            return x[piece.tiles]
+        found = x.flatten(1).index_select(0, piece.place.flatten())
         return found.view(len(piece.place), -1, x.shape[2])
 
-    def logits(self, query: torch.Tensor, key: torch.Tensor, piece: _Piece) -> torch.Tensor:
-        """(tiles, rows, L key_tile), from scaled queries."""
-        logit = torch.bmm(query, key.transpose(1, 2))
-        bias = self._column(piece)
-        return logit if bias is None else logit.add_(bias)
 
-    def _column(self, piece: _Piece) -> torch.Tensor | None:
-        """The bias of a piece, (tiles, 1, L key_tile)."""
-        if piece.place is None:
-            return None if self.bias is None else self.bias[piece.tiles].unsqueeze(1)
-        if self.bias is None and piece.hidden is None:
-            return None
-        shape = (*piece.place.shape, self.key_tile)
-        if self.bias is None:
-            bias = torch.zeros(shape, dtype=self.dtype, device=self.key.device)
-        else:
-            bias = self.bias[piece.place]
-        if piece.hidden is not None:
-            bias = bias.masked_fill_(piece.hidden, -torch.inf)
-        return bias.flatten(1).unsqueeze(1)
+def _attention(query, key, value, column, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's attention for CPUs: (tiles, rows, D), (tiles, K, D), (tiles, K, D), and (tiles, 1, K) or None."""
+    query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+    mask = None if column is None else column.unsqueeze(1)
+    function = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = function(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    return out.squeeze(1), lse.squeeze(1)
+
+
+def _plain(query, key, value, column, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `_attention`, in plain products, for any width of the values."""
+    dtype = accumulator(query)
+    logit = torch.bmm(query.to(dtype) * scale, key.to(dtype).mT)
+    if column is not None:
+        logit.add_(column)
+    return torch.bmm(logit.softmax(-1), value.to(dtype)), logit.logsumexp(-1)
+
+
+def _without_keys(out, lse, column) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results with 0 and -inf in rows whose bias, (tiles, rows or 1, K), leaves them no key."""
+    if column is None:
+        return out, lse
+    empty = column.amax(-1) == -torch.inf
+    return out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, -torch.inf)
+
+
+def _masked(call: _Call, queries: torch.Tensor, scale: float) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """The results of some tiles at a time, from attention to all keys with a mask of logarithms of multiplicities."""
+    tiles, blocks = len(call.place) // call.heads, len(call.key) // call.heads
+    step = max(1, _MASK // (call.query_tile * blocks * call.key_tile))
+    for head in range(call.heads):
+        own = slice(head * blocks, (head + 1) * blocks)
+        key, value = call.key[own].flatten(0, 1), call.value[own].flatten(0, 1)
+        for first in range(head * tiles, (head + 1) * tiles, step):
+            part = slice(first, min(first + step, (head + 1) * tiles))
+            place = call.place[part] - own.start
+            real = torch.ones_like(place) if call.hidden is None else ~call.hidden[part]
+            count = torch.zeros(len(place), blocks, dtype=call.dtype).scatter_add_(1, place, real.to(call.dtype))
+            mask = count.log_().repeat_interleave(call.key_tile, 1)
+            if call.bias is not None:
+                mask = mask + call.bias[own].flatten()
+            mask = mask.repeat_interleave(call.query_tile, 0)[None]
+            out, lse = _attention(queries[part].flatten(0, 1)[None], key[None], value[None], mask, scale)
+            out, lse = _without_keys(out, lse, mask)
+            yield part, out.view(*queries[part].shape[:2], -1), lse.view(-1, call.query_tile)
 
 
 def forward(
@@ -138,18 +203,18 @@ def forward(
     with without_autocast(query):
         call = _Call(query, key, value, index, bias, query_tile, key_tile)
         queries = call.tiles(query)
-        out = query.new_empty(*queries.shape[:2], value.shape[-1])
-        lse = query.new_empty(queries.shape[:2], dtype=call.dtype)
-        for piece in call.pieces():
-            own = piece.tiles, piece.rows
-            logit = call.logits(queries[own].to(call.dtype) * scale, call.keys(call.key, piece), piece)
-            # A row without keys has the maximum -inf; with 0 instead, its weights are exp(-inf) = 0.
-            highest = logit.amax(-1, keepdim=True)
-            highest.masked_fill_(highest == -torch.inf, 0)
-            weight = logit.sub_(highest).exp_()
-            total = weight.sum(-1, keepdim=True)
-            lse[own] = (highest + total.log()).squeeze(-1)
-            out[own] = torch.bmm(weight, call.keys(call.value, piece)) / total.masked_fill(total == 0, 1)
+        out = query.new_zeros(*queries.shape[:2], value.shape[-1])
+        lse = query.new_full(queries.shape[:2], -torch.inf, dtype=call.dtype)
+        fast = call.on_cpu and query.shape[-1] == value.shape[-1]
+        if fast and call.prefers_a_mask():
+            for part, found, sums in _masked(call, queries, scale):
+                out[part], lse[part] = found, sums
+        else:
+            attend = _attention if fast else _plain
+            for piece in call.pieces(whole=fast):
+                keys, values = call.keys(call.key, piece), call.keys(call.value, piece)
+                results = attend(queries[piece.own], keys, values, piece.column, scale)
+                out[piece.own], lse[piece.own] = _without_keys(*results, piece.column)
         return _rows(out, query), _rows(lse, query, call.dtype)
 
 
@@ -178,8 +243,9 @@ def backward(
         queries, grads = call.tiles(query), call.tiles(grad)
         # Rows without keys, and rows past the last query: exp(-inf - inf) = 0.
         lse = call.tiles(lse.masked_fill(lse == -torch.inf, torch.inf), torch.inf).unsqueeze(-1)
-        grad_query = torch.empty_like(queries, dtype=call.dtype)
-        grad_key, grad_value = (torch.zeros_like(x, dtype=call.dtype) for x in (call.key, call.value))
+        grad_query, grad_key, grad_value = (
+            torch.zeros_like(x, dtype=call.dtype) for x in (queries, call.key, call.value)
+        )
         grad_bias = None if bias is None else torch.zeros_like(call.bias)
 
         def add(total: torch.Tensor, part: torch.Tensor, piece: _Piece) -> None:
@@ -189,14 +255,16 @@ def backward(
                 total.flatten(1).index_add_(0, piece.place.flatten(), part.view(piece.place.numel(), -1))
 
         for piece in call.pieces():
-            own = piece.tiles, piece.rows
-            part_key, part_value = call.keys(call.key, piece), call.keys(call.value, piece)
-            part_query, part_grad = queries[own].to(call.dtype) * scale, grads[own].to(call.dtype)
-            weight = call.logits(part_query, part_key, piece).sub_(lse[own]).exp_()
-            add(grad_value, torch.bmm(weight.transpose(1, 2), part_grad), piece)
-            pair = torch.bmm(part_grad, part_value.transpose(1, 2)).sub_(delta[own]).mul_(weight)
-            grad_query[own] = torch.bmm(pair, part_key)
-            add(grad_key, torch.bmm(pair.transpose(1, 2), part_query), piece)
+            keys, values = (call.keys(x, piece).to(call.dtype) for x in (call.key, call.value))
+            part_query, part_grad = queries[piece.own].to(call.dtype) * scale, grads[piece.own].to(call.dtype)
+            weight = torch.bmm(part_query, keys.mT)
+            if piece.column is not None:
+                weight.add_(piece.column)
+            weight.sub_(lse[piece.own]).exp_()
+            add(grad_value, torch.bmm(weight.mT, part_grad), piece)
+            pair = torch.bmm(part_grad, values.mT).sub_(delta[piece.own]).mul_(weight)
+            grad_query[piece.own] = torch.bmm(pair, keys)
+            add(grad_key, torch.bmm(pair.mT, part_query), piece)
             if grad_bias is not None:
                 add(grad_bias, pair.sum(1), piece)
         if grad_bias is not None:

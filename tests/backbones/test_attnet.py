@@ -14,7 +14,7 @@ class TestAttNet(BackboneContract):
     """Parameters are counted in the authors' classes. Multiply-adds in G are for a map pooled before its projection."""
 
     representatives = ("attnet_xxs",)
-    shallow = {"attnet_xxs": dict(depths=(1, 1, 1, 1), mlp_norm=True, layer_scale=1e-6)}
+    shallow = {"attnet_xxs": dict(depths=(1, 1), dims=(32, 64), mlp_norm=True, layer_scale=1e-6)}
     costs = {
         "attnet_xxs": (2_853_556, 0.5011),
         "attnet_xs": (5_554_902, 0.9427),

@@ -11,6 +11,7 @@ from support.module_contract import check_adapters, check_dynamic_int8, check_ho
 from support.seeded import build, image
 
 import terrazzo
+from terrazzo.backbones._place import Place
 from terrazzo.errors import InputError
 
 SMALL = dict(embed_dim=96, num_heads=3, depth=3)
@@ -175,6 +176,33 @@ def test_masks_are_refused():
     model = terrazzo.convert_attention(build("vit_tiny_patch16_224", depth=1), "hedgehog")
     with pytest.raises(InputError, match="takes no mask"):
         model.forward_features(image((224, 224)), attn_mask=torch.zeros(197, 197))
+    with pytest.raises(InputError, match="attention with the mixer 'hedgehog' takes no mask"):
+        model.blocks[0](torch.zeros(1, 197, 192), attn_mask=torch.zeros(197, 197))
+
+
+@torch.no_grad()
+def test_features_only():
+    """timm's wrapper for `features_only=True` can be converted and reduced, too."""
+    name, options = "vit_tiny_patch16_224", dict(SMALL, out_indices=(0, 2))
+    plain, wrapped = build(name, **SMALL), build(name, features_only=True, **options)
+    wrapped.model.load_state_dict(plain.state_dict(), strict=False)
+    x = image((224, 224))
+    for change in (
+        lambda model: terrazzo.convert_attention(model, "hedgehog"),
+        lambda model: terrazzo.reduce(model, r=16, criteria=(1, 0, 40)),
+    ):
+        assert change(wrapped) is wrapped
+        wanted = change(plain).forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+        for found, map_ in zip(wrapped(x), wanted):
+            torch.testing.assert_close(found, map_)
+
+
+@torch.no_grad()
+def test_a_block_alone_mixes_too():
+    """A block that is called without the model's state still has its mixer."""
+    block = terrazzo.convert_attention(build("vit_tiny_patch16_224", depth=1), "hedgehog").blocks[0]
+    x = torch.randn(1, 197, 192, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block(x), block.placed(x, Place((14, 14), 1)))
 
 
 @pytest.mark.parametrize("check", [check_hooks, check_adapters, check_dynamic_int8, check_sharded])

@@ -17,7 +17,7 @@ class TestNAT(BackboneContract):
 
     representatives = ("dinat_mini", "dinat_s_tiny", "dinat_isotropic_small")
     shallow = {
-        "dinat_mini": dict(depths=(1, 1, 1, 1), dilations=[[8], [4], [2], [1]]),
+        "dinat_mini": dict(depths=(1, 1), num_heads=(2, 4), dilations=[[4], [1]]),
         "dinat_s_tiny": dict(depths=(1, 1, 2, 1), dilations=[[1], [1], [1, 2], [1]]),
         "dinat_isotropic_small": dict(dilations=(1, 2)),
     }

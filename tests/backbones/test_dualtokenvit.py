@@ -15,7 +15,7 @@ from terrazzo.tools.inspect.measure import measure
 class TestDualTokenViT(BackboneContract):
     representatives = ("dualtokenvit_tiny_mix",)
     reconstructed = True
-    shallow = {"dualtokenvit_tiny_mix": dict(depths=(1, 1, 1))}
+    shallow = {"dualtokenvit_tiny_mix": dict(depths=(1, 1), widths=(32, 96))}
     costs = {
         "dualtokenvit_tiny": (5_909_984, 0.4793),
         "dualtokenvit_tiny_mix": (5_807_760, 0.4761),

@@ -22,7 +22,7 @@ class TestMambaVision(BackboneContract):
 
     operators_of = "vmamba"
     representatives = ("mambavision_t",)
-    shallow = {"mambavision_t": dict(depths=(1, 1, 2, 1), dim=32, num_heads=(4, 8))}
+    shallow = {"mambavision_t": dict(depths=(1, 1, 2), dim=32, num_heads=(4, 8))}
     costs = {
         "mambavision_t": (31_794_248, 4.565),
         "mambavision_t2": (35_104_008, 5.235),

@@ -18,7 +18,7 @@ class TestS2AFormer(BackboneContract):
 
     representatives = ("s2aformer_mini",)
     reconstructed = True
-    shallow = {"s2aformer_mini": dict(depths=(1, 1, 1, 1))}
+    shallow = {"s2aformer_mini": dict(depths=(1, 1), widths=(32, 64), heads=(1, 2), reductions=(2, 1))}
     costs = {
         "s2aformer_mini": (5_039_244, 0.4444),
         "s2aformer_t": (5_806_300, 0.6866),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from support.families import smallest
 
 from terrazzo.tools.models import registered_models
@@ -64,9 +65,19 @@ def run(suite: Path, models: tuple[str, ...], select: str) -> str:
     return done.stdout
 
 
+def kinds() -> list[str]:
+    """The smallest model for each layout of maps, kind of unit and kind of output that families have."""
+    found = {}
+    for name in smallest():
+        model = timm.create_model(name, device="meta")
+        features = model.forward_features(torch.empty(1, 3, 64, 64, device="meta"))
+        found.setdefault((model.output_fmt, model.units_name, features.ndim), name)
+    return list(found.values())
+
+
 def test_fast(suite):
     """All but the pruning test, which runs a model 20 times; the models share a process, for its start takes long."""
-    models = smallest()
+    models = kinds()
     out = run(suite, tuple(models), f"({' or '.join(models)}) and {EXCEPTED} and not prune")
     for name in models:
         assert len(re.findall(rf"^PASSED .*\b{name}\b", out, re.MULTILINE)) >= 5, name

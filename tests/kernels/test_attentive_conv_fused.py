@@ -69,6 +69,7 @@ class TestInterpreted:
         assert dtypes == [f"torch.{dtype}" for dtype in ("bfloat16", "float32", "bfloat16", *["float32"] * 5)]
 
 
+@SLOW  # it tests the tests above, which run the unbroken kernels
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
 
@@ -83,6 +84,7 @@ class TestMutations:
 
 
 class TestOperator:
+    @SLOW  # the portable form tests the operator in this way
     def test_opcheck(self, interpreted):
         interpreted("triton_attentive.opcheck")
 

@@ -173,13 +173,19 @@ class TestDefinition:
             out, lse = block_sparse_attention(query, key, value, plan, backend=backend)
             return out, lse.masked_fill(lse.isneginf(), 0)
 
-        assert torch.autograd.gradcheck(call, (*arguments, *more), raise_exception=True)
+        assert torch.autograd.gradcheck(call, (*arguments, *more), fast_mode=True)
+
+
+@pytest.fixture
+def gathering(monkeypatch):
+    """The rule would prefer a mask for most calls as small as these."""
+    monkeypatch.setattr(portable._Call, "prefers_a_mask", lambda call: False)
 
 
 class TestPortable:
     @every_kind
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_float64(self, kind, shape):
+    def test_float64(self, gathering, kind, shape):
         *sizes, query_tile, key_tile = shape
         arguments = inputs(*sizes)
         plan, more = kinds(*arguments[:2], query_tile, key_tile, sizes[-1])[kind]
@@ -189,19 +195,20 @@ class TestPortable:
 
     @pytest.mark.parametrize("kind", ["ragged blocks", "one list", "segments", "all"])
     @pytest.mark.parametrize("piece", [1, 100, 1000, 10**9])
-    def test_pieces(self, monkeypatch, kind, piece):
+    def test_pieces(self, monkeypatch, gathering, kind, piece):
         """Pieces of a tile's queries, single tiles and several tiles give the same numbers."""
         arguments = inputs()
         plan, more = kinds(*arguments[:2])[kind]
         wanted = run(arguments, plan, more, "reference")
-        monkeypatch.setattr(portable, "_PIECE", piece)
+        monkeypatch.setattr(portable, "_LOGITS", piece)
+        monkeypatch.setattr(portable, "_KEYS", piece)
         with poisoned():
             found = run(arguments, plan, more)
         assert_all_close(found, wanted, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", ["ragged blocks", "segments", "mean order"])
-    def test_error_is_no_worse_than_plain_pytorch(self, dtype, kind):
+    def test_error_is_no_worse_than_plain_pytorch(self, gathering, dtype, kind):
         """The error is at most twice the definition's error in the same dtype."""
         arguments = inputs(2, 3, 130, 130, 32, dtype=dtype)
         plan, more = kinds(*arguments[:2], 16, 16)[kind]
@@ -215,6 +222,34 @@ class TestPortable:
             error, limit = ((x.double() - e).square().mean().sqrt() for x in (f, p))
             floor = 3 * torch.finfo(f.dtype).eps * e.square().mean().sqrt()
             assert error <= max(2 * limit, floor), f"result {n}: {error:.2e} against {limit:.2e}"
+
+    @pytest.mark.parametrize("kind", ["ragged blocks", "a bias of blocks", "lists of keys", "a bias of keys"])
+    @pytest.mark.parametrize("mask", [1, 10**9])
+    def test_gathered_and_masked(self, monkeypatch, kind, mask):
+        """Both give the same numbers, whichever the rule prefers."""
+        arguments = inputs()
+        plan, more = kinds(*arguments[:2])[kind]
+        monkeypatch.setattr(portable, "_MASK", mask)
+        results = []
+        for preferred in (False, True):
+            monkeypatch.setattr(portable._Call, "prefers_a_mask", lambda call, preferred=preferred: preferred)
+            with poisoned():
+                results.append(run(arguments, plan, more))
+        assert_all_close(*results, rtol=1e-10, atol=1e-10)
+
+    def test_the_rule_for_masks(self):
+        """Dense lists of small tiles are masked, sparse lists, one list for all queries and all keys are gathered."""
+        query, key, value = (x.detach() for x in inputs(1, 1, 256, 256))
+
+        def prefers(entries, tile, one=False):
+            index = torch.arange(entries).expand(1, 1, 1 if one else 256 // tile, -1)
+            return portable._Call(query, key, value, index, None, tile, tile).prefers_a_mask()
+
+        assert prefers(8, 16)
+        assert not prefers(2, 16)
+        assert not prefers(2, 64)
+        assert not prefers(16, 16, one=True)
+        assert not portable._Call(query, key, value, None, None, 16, 16).prefers_a_mask()
 
     def test_strides(self):
         """Views of a packed projection, keys and values of another memory format."""
@@ -342,7 +377,7 @@ class TestPlan:
 
 
 class TestOperator:
-    @pytest.mark.parametrize("kind", ["ragged blocks", "a bias of keys", "all"])
+    @pytest.mark.parametrize("kind", ["a bias of keys", pytest.param("all", marks=pytest.mark.slow)])
     def test_opcheck(self, kind):
         arguments = inputs(1, 2, 20, 20)
         plan = kinds(*arguments[:2])[kind][0]
@@ -350,7 +385,7 @@ class TestOperator:
         tensors = (arguments[0], keys.key, keys.value, keys.index, keys.bias)
         torch.library.opcheck(torch.ops.terrazzo.block_sparse_attention.default, (*tensors, 8, 8, 0.3, "portable"))
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_compiles_without_a_break(self, dynamic):
         """A selector and the operator in one graph: the plan is made inside."""
 
@@ -420,7 +455,7 @@ class Selecting(torch.nn.Module):
         return block_sparse_attention(query, key, value, Plan([clusters], 16, 16, order, "mean"))
 
 
-@pytest.mark.parametrize("kind", ["blocks", "keys", "clusters"])
+@pytest.mark.parametrize("kind", ["blocks", pytest.param("keys", marks=pytest.mark.slow), "clusters"])
 def test_onnx(kind, tmp_path):
     """ONNX Runtime gives the same numbers, from standard operations."""
     onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")

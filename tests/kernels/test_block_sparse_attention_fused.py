@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from support.block_sparse_plans import KINDS
+from support import block_sparse_plans
 from support.triton_aot import SHARED, TYPES, compile_kernel, resources
 from support.triton_common import check
 
@@ -15,15 +15,16 @@ fused = importlib.import_module("terrazzo.kernels.block_sparse_attention.fused")
 pytest.importorskip("triton", reason="Triton ships with the CUDA builds of PyTorch")
 
 SLOW = pytest.mark.slow
-QUICK_KINDS = ("segments", "a bias of blocks")
+KINDS = [
+    kind if kind in ("segments", "a bias of blocks") else pytest.param(kind, marks=SLOW)
+    for kind in block_sparse_plans.KINDS
+]
 
 
 class TestInterpreted:
     """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
 
-    @pytest.mark.parametrize(
-        "kind", [kind if kind in QUICK_KINDS else pytest.param(kind, marks=SLOW) for kind in KINDS]
-    )
+    @pytest.mark.parametrize("kind", KINDS)
     def test_kinds(self, interpreted, kind):
         check(interpreted("triton_block_sparse.errors", kind))
 
@@ -98,7 +99,7 @@ class TestOperator:
 # -- Compilation ahead of time: no GPU is needed.
 
 KERNELS = {"forward": "forward", "queries": "backward_queries", "keys": "backward_keys"}
-QUICK = {("forward", 64, "sm_90", torch.bfloat16)}
+QUICK_CASES = {("forward", 64, "sm_90", torch.bfloat16)}
 FLOATS = ("p_bias", "p_lse", "p_grad_lse", "p_delta", "p_grad_bias")
 WHOLE = {"p_index": "i32", "p_length": "i32", "p_tile": "i32", "p_first": "i32"}
 
@@ -107,7 +108,7 @@ def cases():
     for kernel, dim, target, dtype in itertools.product(
         KERNELS, (32, 64, 128), SHARED, (torch.bfloat16, torch.float32)
     ):
-        marks = () if (kernel, dim, target, dtype) in QUICK else SLOW
+        marks = () if (kernel, dim, target, dtype) in QUICK_CASES else SLOW
         yield pytest.param(kernel, dim, target, dtype, marks=marks, id=f"{kernel}-{dim}-{target}-{TYPES[dtype]}")
 
 

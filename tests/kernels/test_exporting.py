@@ -1,10 +1,8 @@
 """An exporter gets standard operations; a compiler gets the operators themselves."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from support.processes import run_code
 
 from terrazzo.kernels import neighborhood_attention, selective_scan, ssd
 from terrazzo.kernels.dispatch.exporting import is_exporting
@@ -61,6 +59,5 @@ def test_traced_loads_without_the_zoo(tmp_path):
     with torch.no_grad():
         torch.jit.trace(Operators(), x.roll(1, 1)).save(tmp_path / "traced.pt")
         torch.save((x, Operators()(x)), tmp_path / "data.pt")
-    command = [sys.executable, "-c", LOADED, *(str(tmp_path / name) for name in ("traced.pt", "data.pt"))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = run_code(LOADED, *(tmp_path / name for name in ("traced.pt", "data.pt")), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-1000:]

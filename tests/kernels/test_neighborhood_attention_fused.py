@@ -36,10 +36,10 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         ("size", "kernel", "dilation"),
         [
-            ((9, 7), 7, 1),
             ((14, 15), 7, 2),
             ((15, 20), (5, 15), (3, 1)),
-            ((12, 18), 11, 1),
+            slow((9, 7), 7, 1),
+            slow((12, 18), 11, 1),
             slow((17, 15), 7, 1),
             slow((31, 33), 7, 1),
             slow((29, 31), 7, (4, 2)),
@@ -108,6 +108,7 @@ class TestInterpreted:
         assert interpreted("mixed_autocast") == ("torch.bfloat16", "torch.float32")
 
 
+@SLOW  # it tests the tests above, which run the unbroken kernels
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
 
@@ -124,12 +125,14 @@ class TestMutations:
 
 
 class TestOperator:
-    @pytest.mark.parametrize("bias", [True, slow(False)])
+    @SLOW  # the kernels for CPUs test the operator in this way
+    @pytest.mark.parametrize("bias", [True, False])
     def test_opcheck(self, interpreted, bias):
         interpreted("opcheck", (7, 8), (3, 5), (1, 1), bias)
         interpreted("opcheck", (6, 6), (3, 3), (2, 2), bias)
 
-    @pytest.mark.parametrize("dynamic", [True, slow(False)])
+    @SLOW  # the kernels for CPUs test the operator in this way
+    @pytest.mark.parametrize("dynamic", [True, False])
     def test_compiles_without_a_break(self, interpreted, dynamic):
         assert interpreted("compiled", dynamic) == 0
 

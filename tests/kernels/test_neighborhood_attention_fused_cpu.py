@@ -2,13 +2,12 @@
 
 import importlib
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from support import triton_neighborhood as problem
+from support.processes import run_code
 from support.triton_common import check
 
 from terrazzo.errors import BackendError
@@ -221,4 +220,5 @@ class TestOperator:
             "k.neighborhood_attention(x, x, x, 3)\n"
             "assert 'numba' in sys.modules"
         )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        done = run_code(code)
+        assert done.returncode == 0, done.stderr

@@ -110,6 +110,7 @@ class TestInterpreted:
         assert interpreted("triton_scan.empty") == [(0, 4, 1, 3), (0, 4, 1, 3), *shapes, None, (1, 3)]
 
 
+@SLOW  # it tests the tests above, which run the unbroken kernels
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
 
@@ -133,7 +134,8 @@ class TestMutations:
 
 
 class TestOperator:
-    @pytest.mark.parametrize("merge", [True, slow(False)])
+    @SLOW  # the kernels for CPUs test the operator in this way
+    @pytest.mark.parametrize("merge", [True, False])
     def test_opcheck(self, interpreted, merge):
         interpreted("triton_scan.opcheck", merge)
 

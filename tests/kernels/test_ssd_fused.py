@@ -45,6 +45,7 @@ class TestInterpreted:
         assert interpreted("triton_ssd.empty")
 
 
+@SLOW  # it tests the tests above, which run the unbroken kernels
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
 

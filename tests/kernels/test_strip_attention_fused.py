@@ -73,6 +73,7 @@ class TestInterpreted:
         ]
 
 
+@SLOW  # it tests the tests above, which run the unbroken kernels
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
 
@@ -91,6 +92,7 @@ class TestMutations:
 
 
 class TestOperator:
+    @SLOW  # the portable form tests the operator in this way
     def test_opcheck(self, interpreted):
         interpreted("triton_strip.opcheck", 9, 5)
 

@@ -170,6 +170,7 @@ class TestOperator:
 
 
 @pytest.mark.slow
+@SLOW  # it tests the tests above, which run the unbroken kernels
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparisons must notice."""
 

@@ -68,6 +68,7 @@ class TestInterpreted:
 
 
 @pytest.mark.slow
+@SLOW  # it tests the tests above, which run the unbroken kernels
 class TestMutations:
     """Break a piece of the kernels' arithmetic on purpose: the comparison must notice."""
 

@@ -1,14 +1,18 @@
 """Two processes, accumulated batches and mixed precision give the losses of one process with one batch."""
 
+import concurrent.futures
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support import distributed_worker
+from support.processes import run_code
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import build_runner, load_config
@@ -36,7 +40,31 @@ OPTIONS = {
 }
 
 
-def run(tiny_data, work_dir, processes=1, options=None, **arguments):
+def torchrun(settings, processes):
+    """Start the processes as users do."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [distributed_worker.__file__, str(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def forks(settings, processes):
+    """Start the processes with the variables that torchrun sets; they have PyTorch already, which takes seconds."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    code = Path(distributed_worker.__file__).read_text()
+    environments = [
+        {**os.environ, **address, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(processes)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        for done in pool.map(lambda environment: run_code(code, settings, env=environment), environments):
+            assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run(tiny_data, work_dir, processes=1, options=None, launch=torchrun, **arguments):
     """The losses of each iteration, averaged over processes; one process is this one."""
     work_dir.mkdir(exist_ok=True)
     content = {"config": CONFIG, "root": str(tiny_data("clothing96")), "work_dir": str(work_dir)}
@@ -46,11 +74,7 @@ def run(tiny_data, work_dir, processes=1, options=None, **arguments):
     content["arguments"]["launcher"] = "pytorch"
     settings = work_dir / "settings.json"
     settings.write_text(json.dumps(content))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [distributed_worker.__file__, str(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(settings, processes)
     return np.mean([json.loads((work_dir / f"losses_{rank}.json").read_text()) for rank in range(processes)], axis=0)
 
 
@@ -61,7 +85,7 @@ def single(tiny_data, tmp_path_factory):
 
 
 def test_two_processes_with_half_the_batch(single, tiny_data, tmp_path):
-    losses = run(tiny_data, tmp_path, 2, {"train_dataloader.batch_size": 5})
+    losses = run(tiny_data, tmp_path, 2, {"train_dataloader.batch_size": 5}, launch=forks)
     assert len(losses) == len(single[0]) == 2
     np.testing.assert_allclose(losses, single[0], rtol=0, atol=1e-4)
     assert torch.load(tmp_path / "epoch_2.pth", weights_only=True)["meta"]["epoch"] == 2

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from support.processes import run_code
 
 from terrazzo.errors import NonFiniteError, SavingError
 from terrazzo.openmmlab.config import build_runner, load_config
@@ -84,17 +85,21 @@ def logged_losses(work_dir):
     return found
 
 
-def start(work_dir, root, *more):
+def command(work_dir, root, *more):
     options = [f"{key}={value}" for key, value in RANDOM.items()]
-    command = [sys.executable, "-m", "terrazzo", "train", FLOORS, "--data-root", str(root)]
-    command += ["--work-dir", str(work_dir), *more, "--cfg-options", *options]
+    arguments = ["train", FLOORS, "--data-root", str(root)]
+    return [*arguments, "--work-dir", str(work_dir), *more, "--cfg-options", *options]
+
+
+def start(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-m", "terrazzo", *command(*arguments)], env=environment, **pipes)
 
 
-def finished(process):
-    output = process.communicate()[0]
-    assert process.returncode == 0, output[-3000:]
+def finish(*arguments):
+    done = run_code("from terrazzo.tools.cli import main; main()", *command(*arguments))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
@@ -110,7 +115,7 @@ def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
     (tmp_path / "killed" / "last_checkpoint").write_text("")  # as if killed between opening and writing that file
     saved = int(re.search(r"iter_(\d+)", find_latest_checkpoint(str(tmp_path / "killed"))).group(1))
     assert 4 <= saved <= reached < 9
-    finished(start(tmp_path / "killed", root, "--resume"))  # the seed is the checkpoint's
+    finish(tmp_path / "killed", root, "--resume")  # the seed is the checkpoint's
     expected, found = logged_losses(tmp_path / "unbroken"), logged_losses(tmp_path / "killed")
     assert sorted(expected) == sorted(found) == list(range(1, 10))
     np.testing.assert_allclose([found[step] for step in found], [expected[step] for step in found], rtol=1e-5)

@@ -44,13 +44,15 @@ MAX_SIDE = 96  # for costly checks
 MODEL_ROWS = results.read(cards.MODELS)
 SAMPLED = (
     "test_arguments",
-    "test_parameters_and_macs",
     "test_features_only",
     "test_group_matcher_covers_every_parameter_once",
     "test_configuration_names_what_fits_classes_and_channels",
     "test_norm_outputs",
+    "test_no_weight_decay_names_parameters",
 )
 """Checks of a variant's structure that run on the representatives and the largest variant; on others they are slow."""
+COUNTED = ("test_parameters_and_macs",)
+"""Checks that take longer for larger variants, and run on the representatives; on others they are slow."""
 FIRST = ("test_compile", "test_hub", "test_autocast", "test_traced", "test_older_onnx_exporter", "test_poolings")
 """Costly checks that run on the first representative; on other models they are slow."""
 
@@ -71,8 +73,11 @@ class BackboneContract(CapabilityContract):
 
     def pytest_generate_tests(self, metafunc):
         if "variant" in metafunc.fixturenames:
-            quick = {*self.representatives, max(self.costs, key=self.costs.get)}
-            every = metafunc.function.__name__ not in SAMPLED
+            check = metafunc.function.__name__
+            quick = {*self.representatives}
+            if check not in COUNTED:
+                quick.add(max(self.costs, key=self.costs.get))
+            every = check not in (*SAMPLED, *COUNTED)
             models = [x if every or x in quick else pytest.param(x, marks=pytest.mark.slow) for x in self.costs]
             metafunc.parametrize("variant", models)
         first = metafunc.function.__name__ in FIRST
@@ -333,12 +338,12 @@ class BackboneContract(CapabilityContract):
         assert json.loads((folder / "config.json").read_text())["num_classes"] == model.num_classes
 
     def test_copies(self, name):
-        model = build(name)
+        model = self.shallow_model(name)
         x = image((64, 64))
         wanted = model(x)
         assert torch.equal(copy.deepcopy(model)(x), wanted)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
-        again = timm.create_model(name).eval()
+        again = timm.create_model(name, **self.shallow.get(name, {})).eval()
         again.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(again(x), wanted)
 
@@ -351,7 +356,7 @@ class BackboneContract(CapabilityContract):
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_autocast(self, name, dtype):
-        model = build(name)
+        model = self.shallow_model(name)
         with torch.autocast("cpu", dtype):
             out = model(image((64, 96)))
         out.float().square().mean().backward()

@@ -6,6 +6,7 @@ official logits and samples of the official maps. `weights` draws the parameters
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ ROOT = Path(__file__).parents[1] / "golden"
 
 def _generator(key: str) -> np.random.RandomState:
     return np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF)
+
+
+def normal(key: str, shape: Sequence[int]) -> torch.Tensor:
+    """The normal numbers that belong to a string."""
+    return torch.from_numpy(_generator(key).standard_normal(tuple(shape)))
+
+
+def sampled(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The 256 values of a larger tensor that a pack of an operator stores under this name."""
+    index = _generator(f"sample:{name}").randint(0, x.numel(), 256)
+    return x.reshape(-1)[torch.from_numpy(index)]
 
 
 def _parameter(name: str, shape: list[int]) -> np.ndarray:
@@ -40,9 +52,10 @@ class Pack:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The official state dict, in its order."""
-        given = self.meta.get("given", {})
+        given, factors = self.meta.get("given", {}), self.meta.get("factors", {})
         return {
             name: torch.from_numpy(np.asarray(given[name] if how == "given" else _parameter(name, shape)))
+            * next((factor for ending, factor in factors.items() if name.endswith(ending)), 1)
             for name, shape, how in self.meta["state"]
             if how != "kept"
         }

@@ -50,6 +50,7 @@ class MixerContract:
         options: Its options in these tests, small enough that it does not compute softmax attention on all grids.
         averages: Whether an output is a weighted mean of values, so that equal values give the same output.
         permutes: Whether tokens that change places change places in the output, too.
+        reads_keys: Whether the host's keys have an influence.
         prefixes: Numbers of tokens in front.
         refused: An error text for tokens without a grid; None if the mixer needs no grid.
     """
@@ -58,6 +59,7 @@ class MixerContract:
     options: dict[str, Any] = {}
     averages = True
     permutes = False
+    reads_keys = True
     prefixes = (0, 1, 5)
     refused: str | None = "needs tokens on a grid"
 
@@ -83,7 +85,9 @@ class MixerContract:
             wanted = self.make()(*given)
             assert wanted.shape == given[2].shape
             assert torch.isfinite(wanted).all()
-            found = self.make(torch.float32)(*self.given(grid, prefix, torch.float32))
+            narrow = self.make(torch.float32)
+            narrow.load_state_dict(self.make().state_dict())  # random numbers of float32 are others
+            found = narrow(*self.given(grid, prefix, torch.float32))
             assert found.dtype == torch.float32
             # Where a selection is near a tie, float32 may select another token, so a few rows may differ.
             near = ((found - wanted).abs() < 1e-3).all(-1).double().mean()
@@ -105,7 +109,8 @@ class MixerContract:
         leaves = [t.requires_grad_() for t in (q, k, v)]
         place = place._replace(raw_key=leaves[1])
         mixer(*leaves, place).square().sum().backward()
-        assert all(torch.isfinite(t.grad).all() for t in leaves)
+        read = leaves if self.reads_keys else [leaves[0], leaves[2]]
+        assert all(torch.isfinite(t.grad).all() for t in read)
         assert v.grad.abs().sum() > 0
         for name, parameter in mixer.named_parameters():
             assert parameter.grad is not None, name

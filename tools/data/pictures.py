@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from terrazzo._pictures import SUFFIXES, is_picture, read_picture
 from terrazzo.errors import InputError
@@ -64,6 +65,26 @@ def _names(paths: Sequence[Path]) -> list[str]:
             name = f"{path.stem}_{number}"
         names.append(name)
     return names
+
+
+def to_tensor(
+    image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], crop: bool = False
+) -> torch.Tensor:
+    """The picture as a model's input (1, 3, H, W), normalised.
+
+    Args:
+        image: in RGB.
+        size: (H, W).
+        mean, std: of the three colours, for values from 0 to 1.
+        crop: cut the middle of the picture in the shape of `size`; otherwise the whole picture is stretched.
+    """
+    width_height = size[::-1]
+    if crop:
+        image = ImageOps.fit(image, width_height, Image.Resampling.BICUBIC)
+    else:
+        image = image.resize(width_height, Image.Resampling.BICUBIC)
+    colours = torch.from_numpy(np.asarray(image, np.float32) / 255)
+    return ((colours - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)[None].contiguous()
 
 
 def to_bgr(image: Image.Image) -> np.ndarray:

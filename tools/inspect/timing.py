@@ -158,14 +158,18 @@ def throughput_timer(device: torch.device) -> Callable[[Function], float]:
 
 
 def interleaved(
-    functions: Mapping[str, Function], seconds: float = 1.0, timer: Callable[[Function], float] | None = None
+    functions: Mapping[str, Function],
+    seconds: float = 1.0,
+    timer: Callable[[Function], float] | None = None,
+    turns: int = 5,
 ) -> dict[str, Quantiles]:
     """Time functions in turns, so that a noisy machine disturbs all equally. They must be warm.
 
     Args:
         functions: by name.
-        seconds: for each function; there are at least five turns.
+        seconds: for each function.
         timer: gives the seconds of a call; the host's clock by default.
+        turns: the least number of turns, at least 2.
 
     Returns:
         Per name p20, p50 and p80 in seconds.
@@ -175,16 +179,16 @@ def interleaved(
     timer = timer or HostTimer()
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = perf_counter() + seconds * len(functions)
-    while perf_counter() < end or len(next(iter(times.values()))) < 5:
+    while perf_counter() < end or len(next(iter(times.values()))) < turns:
         for name, function in functions.items():
             times[name].append(timer(function))
     return {name: quantiles(values) for name, values in times.items()}
 
 
 def quantiles(values: list[float]) -> Quantiles:
-    """p20, p50 and p80."""
+    """p20, p50 and p80, none beyond the values themselves."""
     cuts = statistics.quantiles(values, n=5)
-    return cuts[0], statistics.median(values), cuts[3]
+    return max(cuts[0], min(values)), statistics.median(values), min(cuts[3], max(values))
 
 
 class Late:
@@ -216,7 +220,7 @@ def attempt(
             function()
             reason = fault(function())
         except Exception as error:  # whatever goes wrong in a peer, the others are measured
-            reason = _reason(error)
+            reason = reason_of(error)
         if reason is None:
             working[name] = function
         else:
@@ -227,7 +231,8 @@ def attempt(
     return working, reasons
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why something cannot be measured, in one line."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
     lines = str(error).strip().splitlines()

@@ -158,7 +158,7 @@ def grid(
     pen, font = ImageDraw.Draw(sheet), _font(text)
     for column, title in enumerate(titles):
         left = gap + column * (width + gap)
-        pen.text((left, text * 0.3), title, font=font, fill=_INK)
+        pen.text((left, text * 0.3), _fitted(pen, title, font, width), font=font, fill=_INK)
         for line, row in enumerate(rows):
             sheet.paste(row[column], (left, head + line * (height + gap)))
     return _stacked(sheet, _legend(sheet, legend, text))

@@ -1,5 +1,6 @@
 """`terrazzo bench`: speed of an operator, a family's backbone, or its runtimes, as ratios to named peers of one run."""
 
+import importlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,15 +15,18 @@ _PASSES = {"forward": ("forward",), "training": ("forward+backward",), "both": (
 _SECONDS = {"cuda": 0.3}
 
 
+_COMMANDS = {"reduce": "reduction", "mixers": "mixers"}
+"""Benchmarks of a model that a user names, and their modules in `terrazzo.tools.bench`."""
+
+
 class _Benchmarks(click.Command):
-    """`reduce` takes other arguments than the benchmarks against peers, so it is a separate command."""
+    """Benchmarks of a user's model take other arguments than benchmarks against peers: they are separate commands."""
 
     def make_context(self, info_name: str | None, args: list[str], *more, **extra) -> click.Context:
-        if args[:1] != ["reduce"]:
+        if not args or args[0] not in _COMMANDS:
             return super().make_context(info_name, args, *more, **extra)
-        from terrazzo.tools.bench.reduction import command
-
-        return command.make_context(f"{info_name} reduce", args[1:], *more, **extra)
+        command = importlib.import_module(f"terrazzo.tools.bench.{_COMMANDS[args[0]]}").command
+        return command.make_context(f"{info_name} {args[0]}", args[1:], *more, **extra)
 
     def invoke(self, context: click.Context) -> None:
         super().invoke(context) if context.command is self else context.command.invoke(context)
@@ -79,7 +83,8 @@ def command(
 ) -> None:
     """Measure the operator or family NAME against its peers on this machine, or a family's runtimes as FAMILY_runtimes.
 
-    `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by merging tokens: see its --help.
+    `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by merging tokens, and `terrazzo bench
+    mixers MODEL` what it gains and loses by other mixers: see their --help.
     """
     module = module_of(name)
     if out is not None and not out.parent.is_dir():

@@ -54,7 +54,7 @@ def test_classifier(run, picture, tmp_path, runtime, suffix):
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES)
+@pytest.mark.parametrize(("runtime", "suffix"), [RUNTIMES[0], pytest.param(*RUNTIMES[1], marks=pytest.mark.slow)])
 def test_segmentor(run, trained, square, tmp_path, runtime, suffix):
     mine, theirs = _both(run, tmp_path, runtime, suffix, *trained, square, (64, 64))
     assert mine["classes"] == theirs["classes"]

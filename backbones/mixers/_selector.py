@@ -1,0 +1,119 @@
+"""The base of mixers that choose keys: a selector makes a plan, and block-sparse attention computes it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+
+from terrazzo.backbones._checks import whole
+from terrazzo.backbones._place import Place
+from terrazzo.backbones.mixers._mixer import Host, Mixer, softmax_attention
+from terrazzo.backbones.mixers._tiles import Tiles
+from terrazzo.errors import InputError
+from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
+
+
+class Tokens(NamedTuple):
+    """What a selector plans for: patches in the order of tiles, and the tokens in front of them apart.
+
+    Attributes:
+        query, key, value: (B, heads, slots, D), a slot without a patch holds zeros.
+        front_key, front_value: (B, heads, prefix, D).
+        tiles: the tiles of the map.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    front_key: torch.Tensor
+    front_value: torch.Tensor
+    tiles: Tiles
+
+    def real(self) -> torch.Tensor | None:
+        """Which slots hold a patch, (1, slots) bool, as the mask of a segment; None if all do."""
+        found = self.tiles.real(self.query.device)
+        return None if found is None else found[None]
+
+    def front(self) -> list[Segment]:
+        """The tokens in front as keys of every query."""
+        if not self.front_key.shape[2]:
+            return []
+        return [Segment("all", key=self.front_key, value=self.front_value)]
+
+
+class Selector(Mixer):
+    """Attention of tiles of patches to keys that the mechanism chooses for each of them.
+
+    Tokens in front (class token, registers) are keys of every query, and their own queries attend to all tokens.
+    A subclass implements `plan` and `edges`, and, if its thresholds or budgets depend on the model, `calibrate`.
+
+    Attributes:
+        dense_up_to: maps up to this number of patches have softmax attention.
+    """
+
+    def __init__(self, host: Host, dense_up_to: int = 0):
+        super().__init__(host)
+        self.dense_up_to = at_least("dense_up_to", dense_up_to, 0)
+
+    def edges(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Sides of the tiles of a map; see `Tiles`."""
+        raise NotImplementedError
+
+    def plan(self, tokens: Tokens) -> Plan:
+        """The keys of every tile. Indices have no gradient; keys that it derives, and biases, have."""
+        raise NotImplementedError
+
+    def dense(self, grid: tuple[int, int], prefix: int) -> str | None:
+        if grid[0] * grid[1] <= self.dense_up_to:
+            return f"the map has no more than {self.dense_up_to} patches"
+        return None
+
+    def tokens(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> Tokens:
+        """The tokens (B, heads, N, D) of a call as `plan` takes them."""
+        tiles = Tiles(place.grid, self.edges(place.grid))
+        arranged = (tiles.arrange(x[:, :, place.prefix :]) for x in (query, key, value))
+        return Tokens(*arranged, key[:, :, : place.prefix], value[:, :, : place.prefix], tiles)
+
+    def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        tokens = self.tokens(query, key, value, place)
+        out, _ = block_sparse_attention(tokens.query, tokens.key, tokens.value, self.plan(tokens))
+        out = tokens.tiles.restore(out)
+        if not place.prefix:
+            return out
+        return torch.cat([softmax_attention(query[:, :, : place.prefix], key, value, place), out], 2)
+
+    @torch.no_grad()
+    def density(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> float:
+        """The part of all pairs of a patch and a token that the mixer computes, derived keys included."""
+        if self.dense(place.grid, place.prefix) is not None:
+            return 1.0
+        tokens = self.tokens(query, key, value, place)
+        order = tokens.tiles.order(query.device)[None, None]
+        plan = dataclasses.replace(self.plan(tokens), query_order=order)
+        pairs = plan.density(tokens.query, tokens.key) * len(order[0, 0]) ** 2
+        return pairs / ((key.shape[2] - place.prefix) * key.shape[2])
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """Check an option that is a whole number.
+
+    Raises:
+        InputError: `value` is none, or is below `least`.
+    """
+    found = whole(name, value)
+    if found < least:
+        raise InputError(f"{name} must be at least {least}, got {value!r}")
+    return found
+
+
+def tile_means(x: torch.Tensor, size: int, counts: torch.Tensor | None) -> torch.Tensor:
+    """Means over the patches of each tile: (B, heads, slots, D) to (B, heads, slots / size, D).
+
+    Args:
+        size: slots of a tile. Slots without a patch hold zeros.
+        counts: (tiles,) patches of each tile; None if all tiles are full.
+    """
+    x = x.unflatten(2, (-1, size))
+    if counts is None:
+        return x.mean(3)
+    return (x.sum(3) / counts.clamp(min=1).unsqueeze(-1)).to(x.dtype)

@@ -1,0 +1,203 @@
+"""ViR's retention: attention without softmax in which weights decay with the distance between tokens.
+
+Paper: ViR: Vision Retention Networks, 2023, arXiv 2310.19731. The authors' code has no licence; this file follows the
+formulas. There is no official code for maps.
+"""
+
+import math
+
+import torch
+
+from terrazzo.backbones._checks import whole
+from terrazzo.backbones._place import Place
+from terrazzo.backbones.mixers._mixer import Host, Mixer
+from terrazzo.errors import InputError
+from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
+from terrazzo.kernels.ssd import ssd
+
+FORMS = ("parallel", "chunked", "recurrent")
+
+
+class Retention(Mixer):
+    """out_n = sum over m of g^(distance of n and m) (q_n . k_m) v_m / sqrt(D), over tokens m that come before n.
+
+    With `dims=2` a patch m comes before n if it stands neither below nor on the right of n, and the distance is that
+    of rows plus that of columns. With `dims=1` tokens come in raster order, so the distance of neighbouring rows grows
+    with the width. Head t has g = 1 - exp(x_t), where x runs from ln(1/32) for the first head to ln(1/512) for the
+    last. Tokens in front come after all patches, in reverse order: the class token is the last and sees all tokens, and
+    no patch sees it. On maps they stand under the last column, one below the other. Nothing is normalised, and there
+    are no parameters. All sums are in float32 at least.
+
+    A direction is a flip of the map. Head t takes direction t modulo `directions`: as it is, flipped in rows and
+    columns, in columns, in rows. So four heads see all patches.
+
+    All forms give the same numbers. Costs of a head: "parallel" N^2 D, with N^2 numbers in memory, and fastest for
+    maps up to about 32 x 32. "recurrent" N D^2, a token after another, for checks. "chunked" N D (chunk + D) with
+    `dims=1`, by `terrazzo.kernels.ssd`; with `dims=2` it takes blocks of rows, for N D (chunk W + W D / chunk + D).
+
+    The authors' "parallel" mode applies a softmax to the masked products, so that it is neither causal nor equal to
+    their recurrent mode. It is not offered.
+
+    Source: arXiv 2310.19731, section 3. The four directions for dense features are ours.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        dims: int = 2,
+        form: str = "chunked",
+        directions: int = 4,
+        chunk: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """Args:
+        dims: 1 for sequences, 2 for maps.
+        form: "parallel", "chunked" or "recurrent".
+        directions: 1, 2 or 4. 1 is the paper's model.
+        chunk: Tokens of a chunk with `dims=1` (None for 64), rows of a chunk with `dims=2` (None for 8).
+        """
+        super().__init__(host)
+        if dims not in (1, 2):
+            raise InputError(f"dims must be 1 or 2, got {dims!r}")
+        if form not in FORMS:
+            raise InputError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        if directions not in (1, 2, 4):
+            raise InputError(f"directions must be 1, 2 or 4, got {directions!r}")
+        chunk = {1: 64, 2: 8}[dims] if chunk is None else whole("chunk", chunk)
+        if chunk < 1:
+            raise InputError(f"chunk must be at least 1, got {chunk}")
+        self.dims, self.form, self.directions, self.chunk = dims, form, directions, chunk
+
+    def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        dtype = accumulator(query, key, value)
+        order = self._order(place, value)
+        with without_autocast(value):
+            given = [x.to(dtype).take_along_dim(order, 2) for x in (query, key, value)]
+            given[0] = given[0] * query.shape[-1] ** -0.5
+            decay = decays(self.host.heads, given[0])
+            if self.dims == 1:
+                out = retain_sequence(*given, decay, self.form, self.chunk)
+            else:
+                out = retain_map(*given, decay, place.grid, self.form, self.chunk)
+            return out.take_along_dim(order.argsort(2), 2).to(value.dtype)
+
+    def _order(self, place: Place, like: torch.Tensor) -> torch.Tensor:
+        """(1, heads, N, 1), the token at each place of a head's sequence."""
+        height, width = place.grid
+        patches = place.prefix + torch.arange(height * width, device=like.device).view(height, width)
+        flips = [patches, patches.flip(0, 1), patches.flip(1), patches.flip(0)][: self.directions]
+        patches = torch.stack([flips[head % self.directions].flatten() for head in range(self.host.heads)])
+        front = torch.arange(place.prefix, device=like.device).flip(0).expand(self.host.heads, -1)
+        return torch.cat([patches, front], 1)[None, :, :, None]
+
+
+def decays(heads: int, like: torch.Tensor) -> torch.Tensor:
+    """(heads,), the logarithm of the factor for a step, for each head."""
+    missing = torch.linspace(math.log(1 / 32), math.log(1 / 512), heads, dtype=like.dtype, device=like.device).exp()
+    return torch.log1p(-missing)
+
+
+def retain_sequence(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, form: str, chunk: int = 64
+) -> torch.Tensor:
+    """Retention of a sequence (B, heads, N, D); `decay` is (heads,)."""
+    if form == "parallel":
+        steps = torch.arange(query.shape[2], device=query.device)
+        return _masked(query, key, value, steps[:, None] - steps, decay)
+    if form == "chunked":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = ssd(value, torch.ones_like(value[..., 0]), decay, key, query, chunk=chunk)
+        return out.transpose(1, 2)
+    factor = decay.exp()[:, None, None]
+    state, out = 0, []
+    for q, pair in _steps(query, key, value):
+        state = pair + factor * state
+        out.append(q @ state)
+    return torch.cat(out, 2)
+
+
+def retain_map(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    grid: tuple[int, int],
+    form: str,
+    chunk: int = 8,
+) -> torch.Tensor:
+    """Retention of a map (B, heads, N, D): H W patches in raster order, then tokens that see all tokens before."""
+    if form == "recurrent":
+        return _recurrent(query, key, value, decay, grid)
+    count = grid[0] * grid[1]
+    distance = _distances(grid, query.shape[2] - count, query.device, 0 if form == "parallel" else count)
+    if form == "parallel":
+        return _masked(query, key, value, distance, decay)
+    patches = (x[:, :, :count].unflatten(2, grid) for x in (query, key, value))
+    last = _masked(query[:, :, count:], key, value, distance, decay)
+    return torch.cat([_in_rows(*patches, decay, chunk).flatten(2, 3), last], 2)
+
+
+def _masked(query, key, value, distance, decay) -> torch.Tensor:
+    """Retention by its definition; where a distance is negative, a query does not see the key."""
+    weights = torch.where(distance < 0, 0, (decay[:, None, None] * distance.clamp(min=0)).exp())
+    return ((query @ key.transpose(2, 3)) * weights) @ value
+
+
+def _distances(grid: tuple[int, int], more: int, device: torch.device, first: int = 0) -> torch.Tensor:
+    """Distances of tokens from `first` on to all tokens, -1 to those that come later: patches, then `more` tokens."""
+    height, width = grid
+    steps = torch.arange(height * width + more, device=device)
+    behind = steps >= height * width
+    row = torch.where(behind, steps - height * width + height, steps // width)
+    column = torch.where(behind, width - 1, steps % width)
+    down, right = row[first:, None] - row, column[first:, None] - column
+    return torch.where((down >= 0) & (right >= 0), down + right, -1)
+
+
+def _in_rows(query, key, value, decay, chunk: int) -> torch.Tensor:
+    """Retention of a map (B, heads, H, W, D), a block of rows after another.
+
+    A block passes on a state D x D for each column, which holds all patches above that are not on the right.
+    """
+    width = query.shape[3]
+    steps = torch.arange(width, device=query.device)
+    across = steps[:, None] - steps
+    across = torch.where(across < 0, 0, (decay[:, None, None] * across.clamp(min=0)).exp())  # heads W W
+    state, out = None, []
+    for block in zip(*(x.split(chunk, 2) for x in (query, key, value))):
+        rows = block[0].shape[2]
+        distance = _distances((rows, width), 0, query.device)
+        here = _masked(*(x.flatten(2, 3) for x in block), distance, decay).unflatten(2, (rows, width))
+        down = decay[:, None, None, None] * torch.arange(rows, device=query.device)[:, None, None]  # heads rows 1 1
+        q, k, v = block
+        if state is not None:
+            above = (q * (down + decay[:, None, None, None]).exp()).transpose(2, 3) @ state  # B heads W rows D
+            here = here + above.transpose(2, 3)
+        out.append(here)
+        pairs = (k * down.flip(1).exp()).permute(0, 1, 3, 4, 2) @ v.transpose(2, 3)  # B heads W D D
+        added = (across @ pairs.flatten(3)).unflatten(3, pairs.shape[3:])
+        state = added if state is None else added + (rows * decay).exp()[:, None, None, None] * state
+    return torch.cat(out, 2)
+
+
+def _steps(query, key, value):
+    """Each token's query (B, heads, 1, D) and the product of its key and value (B, heads, D, D)."""
+    for q, k, v in zip(*(x.split(1, 2) for x in (query, key, value))):
+        yield q, k.transpose(2, 3) @ v
+
+
+def _recurrent(query, key, value, decay, grid: tuple[int, int]) -> torch.Tensor:
+    """Retention of a map, a token after another: a state for the row, and a state for each column."""
+    factor = decay.exp()[:, None, None]
+    columns, out, row = [0] * grid[1], [], 0
+    for step, (q, pair) in enumerate(_steps(query, key, value)):
+        if step < grid[0] * grid[1]:
+            column = step % grid[1]
+            row = pair + (factor * row if column else 0)
+            columns[column] = row + factor * columns[column]
+        else:
+            columns[-1] = pair + factor * columns[-1]
+            column = -1
+        out.append(q @ columns[column])
+    return torch.cat(out, 2)

@@ -1,0 +1,153 @@
+"""What a user may do to a trained model to make it cheaper: `--mixer` and `--reduce`, and models that share weights."""
+
+import ast
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from torch import nn
+
+from terrazzo.backbones._convert import convert_attention
+from terrazzo.backbones._reduce import reduce
+from terrazzo.backbones.mixers import mixers
+from terrazzo.errors import InputError
+
+_OPTION = re.compile(r",(?=\w+=)")
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A change of a model.
+
+    Attributes:
+        name: as a user writes it: "llsa,levels=2".
+        change: changes a model in place and returns it, or raises InputError.
+    """
+
+    name: str
+    change: Callable[[nn.Module], nn.Module]
+
+    def on(self, model: nn.Module) -> nn.Module:
+        """A changed copy of a model, with the model's own weights; InputError if the change does not fit the model."""
+        with self.blamed():
+            return self.change(shared_copy(model)).eval()
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Inside this context, an InputError says which mechanism it is about."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from error
+
+
+DENSE = Mechanism("dense", lambda model: model)
+"""No change: PyTorch's softmax attention."""
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares its parameters and buffers, so that many variants need the memory of one."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model without numbers: its forward pass computes shapes."""
+    made = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
+    return copy.deepcopy(model, made | {id(buffer): buffer.to("meta") for buffer in model.buffers()})
+
+
+def without_parameters(model: nn.Module) -> list[str]:
+    """The mixers, except "softmax", that add no parameters to a model, so that they work without training.
+
+    Args:
+        model: one that `convert_attention` accepts; on the meta device it costs nothing.
+    """
+    count = len(list(model.parameters()))
+    names = [name for name in mixers() if name != "softmax"]
+    return [name for name in names if len(list(convert_attention(shared_copy(model), name).parameters())) == count]
+
+
+def mechanism_options(function: Callable) -> Callable:
+    """Add --mixer, --mixer-option and --reduce; `chosen` makes mechanisms of their values."""
+    for decorate in (
+        click.option(
+            "--reduce",
+            "reducers",
+            multiple=True,
+            metavar="NAME[,KEY=VALUE...]",
+            help="Merge or drop tokens, such as 'mctf,r=0.35,blocks=(3,6,9)'; repeatable.",
+        ),
+        click.option(
+            "--mixer-option",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="An option of every mixer that is named; repeatable.",
+        ),
+        click.option(
+            "--mixer",
+            "names",
+            multiple=True,
+            metavar="NAME[,KEY=VALUE...]",
+            help="Another mechanism in place of softmax attention, with options or layers=(0,1,2); repeatable.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def chosen(names: Sequence[str], settings: Sequence[str], reducers: Sequence[str]) -> list[Mechanism]:
+    """The mechanisms that a command's options name, mixers first, each once.
+
+    Args:
+        names: the values of --mixer.
+        settings: the values of --mixer-option.
+        reducers: the values of --reduce.
+
+    Raises:
+        InputError: a text is not of the form that its option takes.
+    """
+    if settings and not names:
+        raise InputError("--mixer-option sets an option of mixers; name a mixer with --mixer NAME")
+    shared = _pairs("--mixer-option", settings, ("model", "mixer"))
+    found = [_mixer(name, shared) for name in names] + [_reducer(text) for text in reducers]
+    return list({mechanism.name: mechanism for mechanism in found}.values())
+
+
+def of_mixer(name: str, **options: Any) -> Mechanism:
+    """The mechanism that gives every attention layer a mixer."""
+    return Mechanism(_written(name, options), lambda model: convert_attention(model, name, **options))
+
+
+def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
+    name, *pairs = _OPTION.split(text)
+    return of_mixer(name, **{**shared, **_pairs("--mixer", pairs, ("model", "mixer"))})
+
+
+def _reducer(text: str) -> Mechanism:
+    name, *pairs = _OPTION.split(text)
+    options = _pairs("--reduce", pairs, ("model", "method"))
+    return Mechanism(_written(name, options), lambda model: reduce(model, name, **options))
+
+
+def _pairs(option: str, texts: Sequence[str], reserved: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as a dictionary; a value that is no Python literal is a text."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier() or key in reserved:
+            raise InputError(f"{option} takes options of the form KEY=VALUE, got {text!r}")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def _written(name: str, options: dict[str, Any]) -> str:
+    return ",".join([name, *(f"{key}={value}".replace(" ", "") for key, value in options.items())])
