@@ -190,7 +190,8 @@ def test_positions_matter():
     for block in vit.blocks:
         x = block(x, state)
         wrong.moved()
-        wrong.followed = lambda rope, wrong=wrong: rope[: other.shape[1] - vit.num_prefix_tokens]
+        count = other.shape[1] - vit.num_prefix_tokens
+        wrong.followed = lambda rope, count=count: rope[:count]
         other = block(other, wrong)
     assert x.shape == other.shape
     assert not torch.allclose(x, other, atol=1e-3)
