@@ -20,6 +20,9 @@ from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.errors import InputError
 
+ADDED = r"\.attn\.mixer\.|^reducer\."
+"""Parameters that `reduce` and `convert_attention` add, which a file of the model's own weights lacks."""
+
 
 class _Host:
     """Replaces timm's loops over blocks; `reduce` sets these attributes."""

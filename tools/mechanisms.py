@@ -101,6 +101,57 @@ def mechanism_options(function: Callable) -> Callable:
     return function
 
 
+def change_options(function: Callable) -> Callable:
+    """Add the options of `mechanism_options` and --mixer-layers to a verb about one model.
+
+    The verb gets `changes`, the mechanisms that it applies one after another (`changed`).
+    """
+
+    def with_changes(
+        *args,
+        names: tuple[str, ...],
+        settings: tuple[str, ...],
+        layers: str | None,
+        reducers: tuple[str, ...],
+        **kwargs,
+    ):
+        if layers is not None:
+            settings = (*settings, _layers(layers, names))
+        return function(*args, changes=chosen(names, settings, reducers), **kwargs)
+
+    with_changes.__doc__ = function.__doc__
+    with_changes.__click_params__ = getattr(function, "__click_params__", [])
+    help_ = "Layers that --mixer changes, counted from 0 [default: all]."
+    layers = click.option("--mixer-layers", "layers", metavar="0,1,...", help=help_)
+    return mechanism_options(layers(with_changes))
+
+
+def _layers(text: str, names: Sequence[str]) -> str:
+    """The value of --mixer-layers as a mixer's option."""
+    if not names:
+        raise InputError("--mixer-layers says which layers a mixer changes; name a mixer with --mixer NAME")
+    if text != "all" and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise InputError(f"--mixer-layers takes numbers of layers such as 0,1,5, or all, got {text!r}")
+    return "layers=all" if text == "all" else f"layers=({text},)"
+
+
+def changed(model: nn.Module, changes: Sequence[Mechanism]) -> nn.Module:
+    """The model itself after all changes, in their order; InputError if a change does not fit the model."""
+    for mechanism in changes:
+        with mechanism.blamed():
+            model = mechanism.change(model)
+    return model.eval()
+
+
+def refuse_changes(config: str, changes: Sequence[Mechanism]) -> None:
+    """InputError if a command changes the model of a config, which says itself how its backbone changes."""
+    if changes:
+        raise InputError(
+            f"{config} is a config: write convert=dict(mixer=...) or reduce=dict(method=...) in its backbone, and "
+            "leave --mixer and --reduce out"
+        )
+
+
 def chosen(names: Sequence[str], settings: Sequence[str], reducers: Sequence[str]) -> list[Mechanism]:
     """The mechanisms that a command's options name, mixers first, each once.
 

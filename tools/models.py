@@ -1,5 +1,6 @@
 """Which timm models are terrazzo's, and building one by name."""
 
+import contextlib
 import re
 
 import timm
@@ -35,6 +36,22 @@ def build_on_meta(name: str, **options) -> nn.Module:
             return timm.create_model(name, **options).eval()
     except (NotImplementedError, RuntimeError):
         return timm.create_model(name, **options).eval()
+
+
+def options_for(name: str, size: tuple[int, int]) -> dict[str, object]:
+    """What makes timm build a model for images of a size: most need nothing, ViTs have an option for any size."""
+    for options in ({"dynamic_img_size": True}, {"img_size": size}):
+        with contextlib.suppress(TypeError):  # the model has no such option
+            build_on_meta(name, **options)
+            return options
+    return {}
+
+
+def build_for(name: str, size: tuple[int, int], **options) -> nn.Module:
+    """Build model `name` for images of a size (H, W), like `build_on_meta`."""
+    if size != tuple(pretrained_cfg(name).input_size[1:]):
+        options |= options_for(name, size)
+    return build_on_meta(name, **options)
 
 
 def pretrained_cfg(name: str) -> PretrainedCfg:

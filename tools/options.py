@@ -39,7 +39,7 @@ def config_options(function: Callable) -> Callable:
     with_overrides.__doc__ = function.__doc__
     with_overrides.__click_params__ = getattr(function, "__click_params__", [])
     for decorate in (
-        click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", callback=joined, expose_value=False),
+        click.argument("cfg_settings", nargs=-1, metavar="[KEY=VALUE]...", callback=joined, expose_value=False),
         click.option(
             "--cfg-options",
             multiple=True,

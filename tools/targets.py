@@ -1,15 +1,17 @@
 """What a user may name to `infer` and `export`: a timm model or an OpenMMLab config, with or without weights."""
 
-import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
+from terrazzo.backbones._hosts import ADDED
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError, first_line
-from terrazzo.tools.models import build_on_meta, require_model
+from terrazzo.tools.mechanisms import Mechanism, changed
+from terrazzo.tools.models import options_for, require_model
 
 
 def is_config(name: str) -> bool:
@@ -38,6 +40,7 @@ def load_timm_model(
     pretrained: bool = False,
     num_classes: int | None = None,
     size: tuple[int, int] | None = None,
+    changes: Sequence[Mechanism] = (),
 ) -> nn.Module:
     """Build a timm classifier in evaluation mode, on the CPU.
 
@@ -47,37 +50,30 @@ def load_timm_model(
         pretrained: download the weights that timm knows of.
         num_classes: classes of the head; None for the model's own number.
         size: (H, W) of the images, if it is not the size of the weights; a model that can will take any size.
+        changes: change the model, in this order; the checkpoint may have or lack what they add.
 
     Raises:
-        InputError: unknown name, weights that cannot be downloaded, or a checkpoint that cannot be read or does not
-            fit.
+        InputError: unknown name, weights that cannot be downloaded, a checkpoint that cannot be read or does not fit,
+            or a change that does not fit the model.
     """
     require_model(name)
     if checkpoint is not None and pretrained:
         raise InputError("a checkpoint and --pretrained both name weights; give one of them")
     options = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None:
-        options |= _options_for(name, size)
+        options |= options_for(name, size)
     if pretrained:
         try:
-            return timm.create_model(name, pretrained=True, **options).eval()
+            model = timm.create_model(name, pretrained=True, **options)
         except Exception as error:  # the hub's clients fail in many ways: no network, no file, no weights
             raise InputError(
                 f"the weights of {name} cannot be downloaded: {first_line(error)}; name a file of weights"
             ) from error
-    model = timm.create_model(name, **options).eval()
+        return changed(model, changes)
+    model = changed(timm.create_model(name, **options), changes)
     if checkpoint is not None:
-        load_weights(model, name, str(checkpoint))
+        load_weights(model, name, str(checkpoint), optional=ADDED if changes else "^$")
     return model
-
-
-def _options_for(name: str, size: tuple[int, int]) -> dict[str, object]:
-    """What makes timm build a model for images of a size: most need nothing, ViTs have an option for any size."""
-    for options in ({"dynamic_img_size": True}, {"img_size": size}):
-        with contextlib.suppress(TypeError):  # the model has no such option
-            build_on_meta(name, **options)
-            return options
-    return {}
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,7 +1,7 @@
 """The model that a user wants to export, made ready: from raw pixels to results, with inputs to compare on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from terrazzo.errors import InputError
 from terrazzo.tools.data.floors import FloorMaker
 from terrazzo.tools.export.exportable import RawClassifier, RawFeatures, RawSegmentor
 from terrazzo.tools.inspect.trace import image_size
+from terrazzo.tools.mechanisms import Mechanism, refuse_changes
+from terrazzo.tools.models import pretrained_cfg
 from terrazzo.tools.targets import is_config, load_timm_model
 
 
@@ -142,6 +144,8 @@ def exportable_of(
     features: bool,
     data_root: Path | None,
     overrides: dict,
+    changes: Sequence[Mechanism] = (),
+    any_size: bool = False,
 ) -> Exportable:
     if size is not None:
         image_size(size)
@@ -150,12 +154,15 @@ def exportable_of(
             raise InputError(f"{name} is a timm model; --data-root and --cfg-options are for configs")
         from terrazzo.tools.predict.classifiers import timm_class_names
 
-        model = load_timm_model(name, checkpoint, pretrained, num_classes)
+        other = size is not None and tuple(size) != tuple(pretrained_cfg(name).input_size[1:])
+        needed = (size or pretrained_cfg(name).input_size[1:]) if any_size or other else None
+        model = load_timm_model(name, checkpoint, pretrained, num_classes, needed, changes)
         data = resolve_model_data_config(model)
         size = size or tuple(data["input_size"][1:])
         module = (RawFeatures if features else RawClassifier)(model, data["mean"], data["std"]).eval()
         task = "features" if features else "classification"
         return Exportable(module, size, timm_class_names(model), name, task, _cropping(data))
+    refuse_changes(name, changes)
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
 

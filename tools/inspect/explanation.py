@@ -13,6 +13,10 @@ MEBI = 1 << 20
 def print_facts(facts: dict) -> None:
     """Print what `explain` found, with the model's name, input, dtype and device."""
     click.echo(f"{facts['model']}, {'x'.join(map(str, facts['input']))}, {facts['dtype']}, on {facts['device']}")
+    if facts["changes"]:
+        click.echo(f"changed by {' and '.join(facts['changes'])}")
+    for line in mixer_lines(facts["mixers"]):
+        click.echo(line)
     operators = dict.fromkeys(call["operator"] for call in facts["calls"])
     if not operators:
         click.echo(
@@ -23,6 +27,25 @@ def print_facts(facts: dict) -> None:
         _print_operator(operator, [call for call in facts["calls"] if call["operator"] == operator])
     click.echo()
     _print_costs(facts)
+
+
+def mixer_lines(records: Sequence[dict]) -> list[str]:
+    """A sentence for each mixer and what it does, with the layers.
+
+    Args:
+        records: the calls of mixers, as `seats` gives them.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for record in records:
+        does = (record["mixer"], repr(record["options"]), str(record["grid"]), record["softmax"])
+        groups.setdefault(does, []).append(record["layer"])
+    lines = []
+    for (mixer, _, _, reason), layers in groups.items():
+        grid = next(record["grid"] for record in records if record["layer"] == layers[0])
+        where = "merged tokens" if grid is None else f"{grid[0]} x {grid[1]} patches"
+        does = "mixes" if reason is None else f"computes softmax attention, because {reason}, on"
+        lines.append(f"{mixer} {does} {where} in {ranges(layers)}")
+    return lines
 
 
 def _print_operator(operator: str, records: Sequence[dict]) -> None:

@@ -1,6 +1,7 @@
 """`terrazzo explain`: which backend each operator of a model runs on, why the others do not, and what it costs."""
 
 import json
+from collections.abc import Sequence
 
 import click
 import torch
@@ -8,8 +9,10 @@ import torch
 from terrazzo.kernels.dispatch import backend as backends
 from terrazzo.tools.inspect.costs import explain
 from terrazzo.tools.inspect.explanation import print_facts
+from terrazzo.tools.inspect.seats import seats
 from terrazzo.tools.inspect.trace import image_size, taking, trace
-from terrazzo.tools.models import build_on_meta, pretrained_cfg, require_model
+from terrazzo.tools.mechanisms import Mechanism, change_options, changed
+from terrazzo.tools.models import build_for, pretrained_cfg, require_model
 from terrazzo.tools.targets import pick_device
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,11 +36,21 @@ EXIT_REFUSED = 1
     show_default=True,
     help=f"The backend to ask for; auto follows {backends.ENVIRONMENT}.",
 )
+@change_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    model: str, size: tuple[int, int] | None, batch: int, device: str | None, dtype: str, backend: str, as_json: bool
+    model: str,
+    size: tuple[int, int] | None,
+    batch: int,
+    device: str | None,
+    dtype: str,
+    backend: str,
+    changes: Sequence[Mechanism],
+    as_json: bool,
 ) -> int:
     """Say which backend runs each operator of MODEL here, why the others do not, and what the model costs.
+
+    With --mixer it also says in which layers the mechanism computes softmax attention on a small map, and why.
 
     Nothing is downloaded or computed: only shapes run through the model. The exit code is 1 if the requested backend
     cannot run.
@@ -46,10 +59,11 @@ def command(
     target = pick_device(device)
     channels, *default_size = pretrained_cfg(model).input_size
     size = image_size(size or tuple(default_size))
-    built = build_on_meta(model).to(getattr(torch, dtype))
-    with taking(model, size):
+    built = changed(build_for(model, size), changes).to(getattr(torch, dtype))
+    with taking(model, size), seats(built) as mixers:
         operations = trace(built, size, channels, batch)
     facts = {"model": model, "input": [batch, channels, *size], "dtype": dtype, "device": str(target)}
+    facts |= {"changes": [change.name for change in changes], "mixers": mixers}
     facts |= explain(built, operations, target, backend)
     if as_json:
         click.echo(json.dumps(facts, indent=2))

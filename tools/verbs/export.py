@@ -1,6 +1,7 @@
 """`terrazzo export`: a classifier, segmentor or detector as one checked file."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from terrazzo.tools.export.run import EXIT_PARITY, check_precision, checked, for
 from terrazzo.tools.export.targets import coarsest_stride, exportable_of, floor, photo
 from terrazzo.tools.export.tensorrt.plan import ranges, why_no_engine
 from terrazzo.tools.files import check_output_file
+from terrazzo.tools.mechanisms import Mechanism, change_options
 from terrazzo.tools.options import UserPath, config_options
 
 FORMATS = ("onnx", "tensorrt", "openvino", "pt2", "aoti")
@@ -20,7 +22,9 @@ FORMATS = ("onnx", "tensorrt", "openvino", "pt2", "aoti")
 @click.command()
 @click.argument("model_or_config")
 @click.argument("checkpoint", type=UserPath(), required=False)
+@click.option("--checkpoint", "weights", type=UserPath(), metavar="FILE", help="The same as CHECKPOINT.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
+@change_options
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="onnx", show_default=True, help="File format.")
 @click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: the model's own].")
@@ -54,7 +58,9 @@ FORMATS = ("onnx", "tensorrt", "openvino", "pt2", "aoti")
 def command(
     model_or_config: str,
     checkpoint: Path | None,
+    weights: Path | None,
     pretrained: bool,
+    changes: Sequence[Mechanism],
     num_classes: int | None,
     form: str,
     size: tuple[int, int] | None,
@@ -104,7 +110,20 @@ def command(
     if precision is not None:
         check_precision(precision, form, batch, dynamic)
     picture = None if image is None else Picture(image, image.name).read()
-    ready = exportable_of(model_or_config, checkpoint, pretrained, num_classes, size, features, data_root, overrides)
+    if checkpoint is not None and weights is not None:
+        raise InputError("CHECKPOINT and --checkpoint name the same thing; give one of them")
+    ready = exportable_of(
+        model_or_config,
+        checkpoint or weights,
+        pretrained,
+        num_classes,
+        size,
+        features,
+        data_root,
+        overrides,
+        changes,
+        any_size="hw" in dynamic,
+    )
     if ready.single and (batch > 1 or dynamic):
         raise InputError(
             f"{ready.source} is a detector: one image per run, of one size; leave --batch and --dynamic out"

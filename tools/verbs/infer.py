@@ -1,6 +1,7 @@
 """`terrazzo infer`: pictures in, drawings and JSON out."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.data.pictures import Picture, find_pictures
 from terrazzo.tools.files import check_folder
+from terrazzo.tools.mechanisms import Mechanism, change_options, refuse_changes
 from terrazzo.tools.options import UserPath
 from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 
@@ -20,6 +22,7 @@ from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 @click.argument("images", nargs=-1, required=True, type=UserPath(), metavar="IMAGE...")
 @click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights; a config needs them.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
+@change_options
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
 @click.option(
     "--out",
@@ -49,6 +52,7 @@ def command(
     checkpoint: Path | None,
     pretrained: bool,
     num_classes: int | None,
+    changes: Sequence[Mechanism],
     out: Path,
     min_score: float,
     runtime: str,
@@ -65,13 +69,13 @@ def command(
     """
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
-    if runtime != "torch" and (checkpoint or pretrained or num_classes or device):
+    if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
         raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
     chosen = pick_device(device)
     pictures = find_pictures(images)
     check_folder(out)
     if runtime == "torch":
-        predictor = _predictor(model_or_config, checkpoint, pretrained, num_classes, min_score, chosen)
+        predictor = _predictor(model_or_config, checkpoint, pretrained, num_classes, changes, min_score, chosen)
     else:
         from terrazzo.tools.predict.files import file_predictor
 
@@ -94,7 +98,7 @@ def command(
     click.echo(f"written to {out}")
 
 
-def _predictor(name, checkpoint, pretrained, num_classes, min_score, device):
+def _predictor(name, checkpoint, pretrained, num_classes, changes, min_score, device):
     if not is_config(name):
         from terrazzo.tools.predict.classifiers import timm_predictor
 
@@ -102,7 +106,8 @@ def _predictor(name, checkpoint, pretrained, num_classes, min_score, device):
             click.echo(
                 f"note: {name} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
             )
-        return timm_predictor(load_timm_model(name, checkpoint, pretrained, num_classes), device)
+        return timm_predictor(load_timm_model(name, checkpoint, pretrained, num_classes, changes=changes), device)
+    refuse_changes(name, changes)
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
     from terrazzo.tools.predict.openmmlab import config_predictor

@@ -1,11 +1,13 @@
 """`terrazzo info`: one model, measured and described."""
 
 import json
+from collections.abc import Sequence
 
 import click
 
 from terrazzo.tools.console import human, print_table
 from terrazzo.tools.inspect.description import describe
+from terrazzo.tools.mechanisms import Mechanism, change_options
 
 
 @click.command()
@@ -14,13 +16,16 @@ from terrazzo.tools.inspect.description import describe
     "--size", type=int, nargs=2, metavar="H W", help="Image size [default: the size of the published weights]."
 )
 @click.option("--in-chans", type=click.IntRange(min=1), default=3, show_default=True, help="Channels of the image.")
+@change_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, size: tuple[int, int] | None, in_chans: int, as_json: bool) -> None:
+def command(
+    model: str, size: tuple[int, int] | None, in_chans: int, changes: Sequence[Mechanism], as_json: bool
+) -> None:
     """Describe MODEL: parameters, multiply-adds, activations, feature pyramid, and where its weights come from.
 
     Nothing is downloaded or computed: only shapes run through the model.
     """
-    facts = describe(model, size, in_chans)
+    facts = describe(model, size, in_chans, changes)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -32,6 +37,7 @@ def _print(facts: dict) -> None:
     top1 = weights["top1_published"]
     rows = [
         ("model", f"{facts['model']} (family {facts['family']})"),
+        ("changed by", " and ".join(facts["changes"]) or None),
         ("input", _shape(facts["input"])),
         ("parameters", f"{human(facts['params'])} ({facts['params']:,})"),
         ("multiply-adds", f"{human(facts['macs'])} ({facts['macs']:,})"),
