@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, Mixer
-from terrazzo.backbones.mixers._tiles import Tiling
+from terrazzo.backbones.mixers._tiling import Tiling
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
 
