@@ -27,7 +27,7 @@ class TestVMamba(BackboneContract):
         "vmamba_v0_small": (44_417_416, 11.158),
         "vmamba_v0_base": (76_254_056, 17.921),
     }
-    shallow = {name: dict(depths=(1, 1, 1, 1)) for name in costs} | {"vmamba_tiny_s1l8": dict(depths=(1, 1))}
+    shallow = {name: dict(depths=(1, 1, 1, 1)) for name in costs} | {"vmamba_tiny_s1l8": dict(depths=(1,))}
 
 
 # The scans' multiply-adds in G at 224.

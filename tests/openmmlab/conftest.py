@@ -89,6 +89,16 @@ def _shrink_model(model):
         backbone.window = 3
     if "num_queries" in model:  # DINO selects this many positions from the maps, and tiny maps have few
         model.num_queries = 50
+        model.encoder.num_layers = model.decoder.num_layers = 2
+    for head in filter(None, map(model.get, ("panoptic_head", "decode_head", "auxiliary_head"))):
+        if "pixel_decoder" in head:  # three layers of its decoder see the three levels
+            head.num_queries = 20
+            head.pixel_decoder.encoder.num_layers, head.transformer_decoder.num_layers = 1, 3
+            for settings in (head.get("train_cfg"), model.get("train_cfg")):
+                if "num_points" in (settings or {}):
+                    settings.num_points = 256
+        elif head.type in ("UPerHead", "FCNHead"):
+            head.channels = 32
     if "roi_head" in model:
         stages = model.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:
@@ -97,6 +107,9 @@ def _shrink_model(model):
         heads = model.roi_head.bbox_head
         for head in heads if isinstance(heads, list) else [heads]:
             head.fc_out_channels = 64
+        heads = model.roi_head.get("mask_head") or []
+        for head in heads if isinstance(heads, list) else [heads]:
+            head.num_convs, head.conv_out_channels = 1, 32
     preprocessor = model.get("data_preprocessor") or {}
     for part in (preprocessor, *(preprocessor.get("batch_augments") or ())):
         if "size" in part:

@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import terrazzo
 from support.capabilities import CapabilityContract
 from support.module_contract import CHECKS
-from support.seeded import build, image
+from support.seeded import build, image, whole
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.errors import InputError
 from terrazzo.tools import results
@@ -180,7 +180,7 @@ class BackboneContract(CapabilityContract):
     # Numbers.
 
     def test_any_size(self, name):
-        model = build(name)
+        model = whole(name)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         info = FeatureInfo(model.feature_info, len(model.feature_info))
         first = model(image((64, 96)))
@@ -197,7 +197,7 @@ class BackboneContract(CapabilityContract):
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     def test_batch_is_independent(self, name):
-        model = build(name)
+        model = whole(name)
         x = image((64, 96), batch=3)
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
 
@@ -230,7 +230,7 @@ class BackboneContract(CapabilityContract):
             torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-5 * float(slope.abs().max()))
 
     def test_intermediates_agree(self, name):
-        model = build(name)
+        model = whole(name)
         x = image((70, 64))
         with torch.no_grad():
             _, maps = model.forward_intermediates(x)
@@ -249,7 +249,7 @@ class BackboneContract(CapabilityContract):
                 torch.testing.assert_close(found, wanted)
 
     def test_every_parameter_learns_and_checkpointing_changes_nothing(self, name):
-        model = build(name)
+        model = whole(name)
         x = image((64, 96), batch=2)
         out, plain = output_and_gradients(model, model, x)
         missing = {key for key, _ in model.named_parameters()} - plain.keys()
@@ -272,7 +272,7 @@ class BackboneContract(CapabilityContract):
         model(x).sum().backward()
 
     def test_classifier(self, name):
-        model = build(name)
+        model = whole(name)
         x = image((64, 64))
         features = model.forward_features(x)
         assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
@@ -348,7 +348,7 @@ class BackboneContract(CapabilityContract):
         assert torch.equal(again(x), wanted)
 
     def test_channels_last(self, name):
-        model = build(name)
+        model = whole(name)
         x = image((64, 96))
         wanted = model(x)
         out = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))

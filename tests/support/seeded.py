@@ -1,5 +1,8 @@
 """Models and images that are the same in every run."""
 
+import copy
+import functools
+
 import timm
 import torch
 
@@ -15,6 +18,16 @@ def build(name: str, **kwargs) -> torch.nn.Module:
             if parameter.dim() <= 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+@functools.lru_cache(maxsize=3)
+def _kept(name: str) -> torch.nn.Module:
+    return build(name)
+
+
+def whole(name: str) -> torch.nn.Module:
+    """`build(name)`, as a copy: a family's tests take the same models many times, and weights take long to draw."""
+    return copy.deepcopy(_kept(name))
 
 
 def image(size: tuple[int, int], batch: int = 1, chans: int = 3) -> torch.Tensor:
