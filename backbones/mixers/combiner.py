@@ -36,7 +36,7 @@ class Combiner(Mixer):
         pool: "max" or "mean", how a group's queries and keys become one. The paper takes the maximum of each channel.
         size_bias: Whether a group's logit gets the logarithm of its number of tokens.
 
-    Source: arXiv 2107.05768, sections 3.2 and 4, in the form for both directions.
+    Source: arXiv 2107.05768, in the form for both directions.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class Descriptor(Mixer):
         counted: Whether a descriptor counts as often as the patches that it stands for.
         local: Edge in patches of the tiles whose patches attend to each other; None for descriptors alone.
 
-    Source: arXiv 2512.01540, section 3.2.
+    Source: arXiv 2512.01540.
     """
 
     def __init__(
@@ -76,6 +76,25 @@ class Descriptor(Mixer):
             if self.counted:
                 mask = F.pad(query.new_full((1, math.prod(size)), count), (place.prefix, 0))
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        return self._local(query, key, value, place, (keys, values), size, count)
+
+    def _local(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        place: Place,
+        shared: tuple[torch.Tensor, torch.Tensor],
+        size: tuple[int, int],
+        count: float,
+    ) -> torch.Tensor:
+        """Attention to the patches of the own tile, and to `shared` keys and values without the own descriptors.
+
+        Args:
+            shared: (B, heads, prefix + h w, D), tokens in front and descriptors.
+            size: h and w.
+            count: What is added to descriptors' logits.
+        """
         front = F.scaled_dot_product_attention(query[:, :, : place.prefix], key, value)
         tiling = Tiling(place.grid, tuple(min(self.local, side) for side in place.grid))
         own = _tiles_of(tiling, size, query.device) == torch.arange(tiling.count, device=query.device)[:, None]
@@ -85,10 +104,8 @@ class Descriptor(Mixer):
             inside = inside.masked_fill(tiling.absent(query.device), -math.inf)
         mask = torch.cat([inside, mask], 1)[None, :, None]  # 1 tiles 1 keys
         tiles = (tiling.cut(x[:, :, place.prefix :]) for x in (query, key, value))  # B heads tiles tokens D
-        step = max(1, _PART // max(1, keys.numel() // max(1, keys.shape[2]) * mask.shape[3]))
-        parts = [
-            _attended(*part, keys, values) for part in zip(*(x.split(step, 2) for x in tiles), mask.split(step, 1))
-        ]
+        step = max(1, _PART // max(1, math.prod(query.shape[:2]) * query.shape[3] * mask.shape[3]))
+        parts = [_attended(*part, *shared) for part in zip(*(x.split(step, 2) for x in tiles), mask.split(step, 1))]
         return torch.cat([front, tiling.joined(torch.cat(parts, 2))], 2)
 
     def _resized(self, x: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:

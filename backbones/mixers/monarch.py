@@ -47,7 +47,7 @@ class Monarch(Mixer):
         steps: Number of alternations.
         tiles: Rows and columns of tiles, (1, 1) as published. More tiles come closer to softmax attention.
 
-    Source: arXiv 2505.18698, sections 3.1 and 3.2; arXiv 2602.12271 for tiles.
+    Source: arXiv 2505.18698; arXiv 2602.12271 for tiles and the guard.
     """
 
     def __init__(
