@@ -163,11 +163,11 @@ class PlainViT(Plain):
         return self.stem(x, state), state
 
     def run_unit(self, unit: nn.Module, x: torch.Tensor, state: State) -> torch.Tensor:
-        if not state.maps or state.depth < self.depth - self.full_last:
-            return super().run_unit(unit, x, state)
-        x = super().run_unit(unit, self.reducer.restored(x, state, self.restore), None)
-        state.become(self.reducer.begin(state.grid, state.prefix, state.depth + 1, maps=True))
-        return x
+        if state.maps and state.depth >= self.depth - self.full_last:
+            x = self.reducer.restored(x, state, self.restore)
+            state.become(self.reducer.begin(state.grid, state.prefix, state.depth, maps=True))
+            state.reducer = Reducer()
+        return super().run_unit(unit, x, state)
 
     def to_map(self, x: torch.Tensor, state: State) -> torch.Tensor:
         return self.reducer.restored(x, state, self.restore)[:, state.prefix :].unflatten(1, state.grid)
