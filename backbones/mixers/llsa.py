@@ -27,9 +27,10 @@ class LLSA(Selector):
     large tiles. A query has topk edge^2 + N / edge^2 keys at level 1, and
     (topk + topk2) edge^2 + N / edge^4 keys at level 2.
 
-    The paper keeps the mean of a tile whose patches are keys, so that this tile counts twice, and has edge = 4. With
-    `exclusive`, which is ours, a chosen tile has no mean: with all tiles chosen, this is softmax attention. It changes
-    a trained model least. The paper's form is `exclusive=False, edge=4`.
+    The paper's form is `edge=4, topk=8, part=None, exclusive=False`: there, a chosen tile keeps its mean, so that it
+    counts twice. The defaults are ours, and change a trained model least. With `exclusive`, a chosen tile has no mean:
+    with all tiles chosen, this is softmax attention. With `part`, the means are of the part x part squares of a tile,
+    and those tiles are chosen whose means have the largest softmax weights for the mean queries of such squares.
     Tiles are nested squares in place of the Morton order of the official code, which is the same partition of maps
     whose sides are powers of two, and any map is taken. The official forward pass ignores the last means unless their
     number is a multiple of 64, and its backward pass for level 1 lacks a factor; neither holds here.
@@ -38,9 +39,10 @@ class LLSA(Selector):
 
     Args:
         level: 1, 2, or "auto": 2 from 1024 tiles, which are 16384 patches with the paper's edge.
-        topk: tiles whose patches are keys.
+        topk: tiles whose patches are keys; None is 1.25 times the square root of the number of tiles.
         topk2: large tiles whose tiles are looked at, at level 2.
         edge: patches on a side of a tile; the paper's is 4.
+        part: patches on a side of the squares in a tile that have means, at level 1; None for a mean of each tile.
         exclusive: whether a chosen tile has no mean.
         dense_up_to: maps up to this number of patches have softmax attention.
     """
@@ -49,9 +51,10 @@ class LLSA(Selector):
         self,
         host: Host,
         level: int | str = "auto",
-        topk: int = 8,
+        topk: int | None = None,
         topk2: int = 8,
         edge: int = 8,
+        part: int | None = 4,
         exclusive: bool = True,
         dense_up_to: int = 1024,
         device: torch.device | str | None = None,
@@ -60,33 +63,43 @@ class LLSA(Selector):
         super().__init__(host, dense_up_to)
         if level not in ("auto", 1, 2):
             raise InputError(f"level must be 1, 2 or 'auto', got {level!r}")
-        self.level = level
-        self.topk, self.topk2, self.edge = (
-            at_least("topk", topk, 1),
-            at_least("topk2", topk2, 1),
-            at_least("edge", edge, 2),
-        )
-        self.exclusive = exclusive
+        self.topk = None if topk is None else at_least("topk", topk, 1)
+        self.topk2, self.edge = at_least("topk2", topk2, 1), at_least("edge", edge, 2)
+        self.part = None if part is None else at_least("part", part, 1)
+        if self.part is not None and (self.edge % self.part or self.part == self.edge):
+            raise InputError(f"part must divide edge, {self.edge}, and be smaller, or be None, got {part!r}")
+        if self.part is not None and (level == 2 or not exclusive):
+            raise InputError(f"part={part!r} is for level 1 and exclusive=True: set part=None")
+        self.level, self.exclusive = 1 if self.part else level, exclusive
 
     def edges(self, grid: tuple[int, int]) -> tuple[int, ...]:
         level = self.level
         if level == "auto":
             level = 1 if grid[0] * grid[1] < _MEANS * self.edge**2 else 2
+        if self.part is not None:
+            return self.edge, self.part
         return (self.edge,) if level == 1 else (self.edge**2, self.edge)
 
     def plan(self, tokens: Tokens) -> Plan:
         size, device = self.edge**2, tokens.query.device
+        topk = self.topk or round(1.25 * (tokens.query.shape[2] // size) ** 0.5)
+        if self.part is not None:
+            parts, count = _Level(tokens, self.part**2, tokens.tiles.counts(self.part, device)), size // self.part**2
+            chosen, rest = _best(parts.weights(count), topk)
+            rest = (rest.unsqueeze(-1) * count + torch.arange(count, device=device)).flatten(-2)
+            own = Segment("block", chosen, key_mask=tokens.real())
+            return Plan([*tokens.front(), parts.means(rest), own], size, size)
         levels = [_Level(tokens, size, tokens.tiles.counts(self.edge, device))]
         if len(tokens.tiles.edges) == 2:
             levels.append(_Level(tokens, size**2, tokens.tiles.counts(self.edge**2, device)))
         segments = tokens.front()
         if len(levels) == 1:
-            chosen, rest = _best(levels[0].scores(), self.topk)
+            chosen, rest = _best(levels[0].scores(), topk)
         else:
             far, far_rest = _best(levels[1].scores(), self.topk2)
             near = (far.unsqueeze(-1) * size + torch.arange(size, device=device)).masked_fill(far.unsqueeze(-1) < 0, -1)
             near = near.flatten(-2)  # B heads large-tiles candidates
-            chosen, rest = _best(levels[0].scores_of(near, size), self.topk)
+            chosen, rest = _best(levels[0].scores_of(near, size), topk)
             near, far, far_rest = (x.repeat_interleave(size, 2) for x in (near, far, far_rest))
             chosen, rest = (torch.where(x < 0, -1, near.gather(-1, x.clamp(min=0))) for x in (chosen, rest))
             segments.append(levels[1].means(far_rest if self.exclusive else None))
@@ -117,6 +130,27 @@ class _Level:
         """Products of all mean queries and mean keys (B, heads, tiles, tiles), -inf for tiles without patches."""
         found = self.query @ self.key.detach().transpose(-1, -2)
         return found if self.counts is None else found.masked_fill(self.counts == 0, -torch.inf)
+
+    def weights(self, parts: int) -> torch.Tensor:
+        """The weight that each tile has for each tile, if this level's means of its parts stand for it.
+
+        Args:
+            parts: means of this level in a tile.
+
+        Returns:
+            (B, heads, tiles, tiles).
+        """
+        scale, real = self.query.shape[-1] ** -0.5, None if self.counts is None else self.counts > 0
+        found = []
+        for query, key in zip(self.query.unbind(1), self.key.detach().unbind(1)):  # one head at a time, for memory
+            logit = query @ key.transpose(-1, -2) * scale
+            if self.counts is not None:
+                logit = logit + self.counts.to(logit.dtype).log()
+            weight = logit.softmax(-1)
+            if real is not None:
+                weight = weight * real.unsqueeze(-1)
+            found.append(weight.unflatten(2, (-1, parts)).sum(-1).unflatten(1, (-1, parts)).sum(2))
+        return torch.stack(found, 1)
 
     def scores_of(self, near: torch.Tensor, size: int) -> torch.Tensor:
         """Products of mean queries and chosen mean keys (B, heads, tiles, candidates).

@@ -24,7 +24,7 @@ class _LLSA(SelectorContract):
 
 
 class TestLevel1(_LLSA):
-    options = dict(level=1, topk=3, edge=4, exclusive=False, dense_up_to=0)
+    options = dict(level=1, topk=3, edge=4, part=None, exclusive=False, dense_up_to=0)
     everything = dict(topk=1000, exclusive=True)
 
     @pytest.mark.parametrize("name", MAPS)
@@ -123,7 +123,7 @@ class TestLevel1(_LLSA):
 
 
 class TestLevel2(_LLSA):
-    options = dict(level=2, topk=3, topk2=2, edge=2, exclusive=False, dense_up_to=0)
+    options = dict(level=2, topk=3, topk2=2, edge=2, part=None, exclusive=False, dense_up_to=0)
     everything = dict(topk=1000, topk2=1000, exclusive=True)
     edge = 2
 
@@ -133,3 +133,34 @@ class TestLevel2(_LLSA):
         assert mixer.edges((127, 129)) == (4,)
         assert mixer.edges((128, 128)) == (16, 4)
         assert self.make(level="auto", edge=8).edges((128, 128)) == (8,)
+
+
+class TestParts(_LLSA):
+    """Our form: means of parts of tiles stand for the tiles that are not chosen, and choose."""
+
+    options = dict(topk=3, edge=4, part=2, dense_up_to=0)
+    everything = dict(topk=1000)
+
+    @torch.no_grad()
+    def test_equal_patches_in_each_part(self):
+        """If the patches of each part are equal, means lose nothing."""
+        q, k, v, place = self.given((9, 14), 1)
+        tiles = Tiles((9, 14), (2,))
+        k, v = (
+            torch.cat([t[:, :, :1], tiles.restore(tiles.arrange(t[:, :, 1:])[:, :, ::4].repeat_interleave(4, 2))], 2)
+            for t in (k, v)
+        )
+        mixer = self.make(topk=1)
+        assert mixer.density(q, k, v, place) < 0.6
+        torch.testing.assert_close(mixer(q, k, v, place), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(part=3), "part must divide edge, 4, and be smaller, or be None, got 3"),
+            (dict(level=2), "part=2 is for level 1 and exclusive=True: set part=None"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(InputError, match=message):
+            self.make(**options)
