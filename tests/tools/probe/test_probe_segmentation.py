@@ -39,7 +39,7 @@ def root(tmp_path):
 def test_rows_picture_and_table(run, root, tmp_path):
     out = tmp_path / "out"
     mechanisms = ("--mixer", "llsa,level=1", "--reduce", "mctf,r=4", "--fit", "both")
-    done = run("probe", "segmentation", MODEL, "--data-root", root, *SIZE, *mechanisms, "--steps", 15, "--out", out)
+    done = run("probe", "segmentation", MODEL, "--data-root", root, *SIZE, *mechanisms, "--steps", 30, "--out", out)
     assert done.exit_code == 0, done.output
     rows = results.read(out / "segmentation.csv")
     names = ["dense", *(n + o for n in ("llsa,level=1", "mctf,r=4") for o in ("", ", own probe"))]
