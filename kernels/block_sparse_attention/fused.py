@@ -18,10 +18,14 @@ def blocks(kernel: str, head_dim: int, itemsize: int, query_tile: int, key_tile:
 
     Found by compiling for compute capabilities 8.0, 9.0 and 10.0 and for gfx942 (README.md), not by timing.
     """
-    if itemsize == 2:
-        found = Blocks(64, 64, 4, 2) if head_dim <= 64 else Blocks(32, 32, 4, 2)
+    if itemsize == 4:
+        found = Blocks(16, 32, 8 if head_dim > 64 and kernel != "queries" else 4, 2)
+    elif head_dim > 64:
+        found = Blocks(32, 32, 4, 2)
+    elif kernel == "forward" and head_dim <= 32:
+        found = Blocks(64, 32, 4, 2)
     else:
-        found = Blocks(32, 32, 4, 2) if head_dim <= 64 else Blocks(16, 32, 4, 2)
+        found = Blocks(32 if kernel == "keys" and head_dim > 32 else 64, 64, 4, 2)
     # A program has queries of one tile. In the backward pass of keys, it has keys of one block.
     queries = min(found.queries, block_of(query_tile))
     keys = min(found.keys, block_of(key_tile)) if kernel == "keys" else found.keys
