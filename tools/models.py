@@ -38,9 +38,14 @@ def build_on_meta(name: str, **options) -> nn.Module:
         return timm.create_model(name, **options).eval()
 
 
-def options_for(name: str, size: tuple[int, int]) -> dict[str, object]:
-    """What makes timm build a model for images of a size: most need nothing, ViTs have an option for any size."""
-    for options in ({"dynamic_img_size": True}, {"img_size": size}):
+def options_for(name: str, size: tuple[int, int] | str) -> dict[str, object]:
+    """What makes timm build a model for images of a size: most need nothing, ViTs have options for it.
+
+    Args:
+        size: (H, W), or "any": images of every size are taken, and padded to whole patches.
+    """
+    fixed = ({"dynamic_img_size": True}, {"img_size": size})
+    for options in ({"dynamic_img_size": True, "dynamic_img_pad": True},) if size == "any" else fixed:
         with contextlib.suppress(TypeError):  # the model has no such option
             build_on_meta(name, **options)
             return options

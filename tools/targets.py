@@ -39,7 +39,7 @@ def load_timm_model(
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
     num_classes: int | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | str | None = None,
     changes: Sequence[Mechanism] = (),
 ) -> nn.Module:
     """Build a timm classifier in evaluation mode, on the CPU.
@@ -49,7 +49,7 @@ def load_timm_model(
         checkpoint: a file of weights, official or trained here.
         pretrained: download the weights that timm knows of.
         num_classes: classes of the head; None for the model's own number.
-        size: (H, W) of the images, if it is not the size of the weights; a model that can will take any size.
+        size: (H, W) of the images, if it is not the size of the weights, or "any".
         changes: change the model, in this order; the checkpoint may have or lack what they add.
 
     Raises:

@@ -154,8 +154,8 @@ def exportable_of(
             raise InputError(f"{name} is a timm model; --data-root and --cfg-options are for configs")
         from terrazzo.tools.predict.classifiers import timm_class_names
 
-        other = size is not None and tuple(size) != tuple(pretrained_cfg(name).input_size[1:])
-        needed = (size or pretrained_cfg(name).input_size[1:]) if any_size or other else None
+        own = size is None or tuple(size) == pretrained_cfg(name).input_size[1:]
+        needed = "any" if any_size else None if own else size
         model = load_timm_model(name, checkpoint, pretrained, num_classes, needed, changes)
         data = resolve_model_data_config(model)
         size = size or tuple(data["input_size"][1:])
