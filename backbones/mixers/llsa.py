@@ -39,7 +39,7 @@ class LLSA(Selector):
 
     Args:
         level: 1, 2, or "auto": 2 from 1024 tiles, which are 16384 patches with the paper's edge.
-        topk: tiles whose patches are keys; None is 1.25 times the square root of the number of tiles.
+        topk: tiles whose patches are keys; None is the square root of the number of tiles.
         topk2: large tiles whose tiles are looked at, at level 2.
         edge: patches on a side of a tile; the paper's is 4.
         part: patches on a side of the squares in a tile that have means, at level 1; None for a mean of each tile.
@@ -82,7 +82,7 @@ class LLSA(Selector):
 
     def plan(self, tokens: Tokens) -> Plan:
         size, device = self.edge**2, tokens.query.device
-        topk = self.topk or round(1.25 * (tokens.query.shape[2] // size) ** 0.5)
+        topk = self.topk or round((tokens.query.shape[2] // size) ** 0.5)
         if self.part is not None:
             parts, count = _Level(tokens, self.part**2, tokens.tiles.counts(self.part, device)), size // self.part**2
             chosen, rest = _best(parts.weights(count), topk)
