@@ -39,7 +39,7 @@ class LLSA(Selector):
 
     Args:
         level: 1, 2, or "auto": 2 from 1024 tiles, which are 16384 patches with the paper's edge.
-        topk: tiles whose patches are keys; None is 1.25 times the square root of the number of tiles.
+        topk: tiles whose patches are keys; None is the square root of the number of tiles.
         topk2: large tiles whose tiles are looked at, at level 2.
         edge: patches on a side of a tile; the paper's is 4.
         part: patches on a side of the squares in a tile that have means, at level 1; None for a mean of each tile.
@@ -82,13 +82,13 @@ class LLSA(Selector):
 
     def plan(self, tokens: Tokens) -> Plan:
         size, device = self.edge**2, tokens.query.device
-        topk = self.topk or round(1.25 * (tokens.query.shape[2] // size) ** 0.5)
+        topk = self.topk or round((tokens.query.shape[2] // size) ** 0.5)
         if self.part is not None:
             parts, count = _Level(tokens, self.part**2, tokens.tiles.counts(self.part, device)), size // self.part**2
             chosen, rest = _best(parts.weights(count), topk)
             rest = (rest.unsqueeze(-1) * count + torch.arange(count, device=device)).flatten(-2)
             own = Segment("block", chosen, key_mask=tokens.real())
-            return Plan([*tokens.front(), parts.means(rest), own], size, size)
+            return Plan([parts.means_and_front(rest, tokens), own], size, size)
         levels = [_Level(tokens, size, tokens.tiles.counts(self.edge, device))]
         if len(tokens.tiles.edges) == 2:
             levels.append(_Level(tokens, size**2, tokens.tiles.counts(self.edge**2, device)))
@@ -176,6 +176,21 @@ class _Level:
         """Means as keys that count as often as their patches: all, or the tiles or blocks of tiles of a list."""
         bias = math.log(self.size) if self.counts is None else self.counts.to(self.key.dtype).log()[None, None]
         return Segment("all" if index is None else unit, index, key=self.key, value=self.value, bias=bias)
+
+    def means_and_front(self, index: torch.Tensor, tokens: Tokens) -> Segment:
+        """The means of a list and the tokens in front in one segment, which costs less than two."""
+        means, front = self.key.shape[2], tokens.front_key.shape[2]
+        if not front:
+            return self.means(index)
+        more = torch.arange(means, means + front, device=index.device).expand(*index.shape[:3], -1)
+        counts = self.key.new_full((means,), self.size) if self.counts is None else self.counts.to(self.key.dtype)
+        return Segment(
+            "token",
+            torch.cat([index, more], -1),
+            key=torch.cat([self.key, tokens.front_key], 2),
+            value=torch.cat([self.value, tokens.front_value], 2),
+            bias=torch.cat([counts.log(), counts.new_zeros(front)])[None, None],
+        )
 
 
 def _best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
