@@ -95,12 +95,13 @@ def _is_direct(args: tuple) -> bool:
     if profiler._is_profiler_enabled or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    if any(type(x) not in _PLAIN or x.device.type != "cpu" for x in tensors):
+    if any(type(x) not in _PLAIN or x.device.type != "cpu" or _is_batched(x) for x in tensors):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of `torch.autograd.grad(is_grads_batched=True)`
 
 
 def register_gradient(call: Callable, gradient: Callable, setup_context: Callable) -> None:

@@ -66,7 +66,7 @@ def test_a_new_file_is_found(tmp_path):
     for name in ("backbones", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "backbones" / "toy.py").write_text(TOY)
-    for shared in ("_shared.py", "mixers/__init__.py"):
+    for shared in ("_shared.py", "shared/__init__.py"):
         path = copy / "backbones" / shared
         path.parent.mkdir(exist_ok=True)
         path.write_text("raise AssertionError('this is no family')")

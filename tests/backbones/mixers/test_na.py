@@ -7,6 +7,7 @@ from support.mixer_contract import MixerContract, place_of
 from support.neighborhood_shapes import QUICK
 
 from terrazzo.errors import InputError
+from terrazzo.kernels import use_backend
 from terrazzo.kernels.neighborhood_attention.reference import axis_neighbors
 
 
@@ -19,6 +20,13 @@ def allowed(grid, kernel, dilation, prefix):
     rows, columns = axes
     inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
     return F.pad(inside, (prefix, 0, prefix, 0), value=True)
+
+
+@pytest.fixture(autouse=True)
+def portable():
+    """The operator's own tests compare its forms; here each size would cost the compilation of a kernel."""
+    with use_backend("portable"):
+        yield
 
 
 class TestNeighborhood(MixerContract):

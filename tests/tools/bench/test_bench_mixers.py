@@ -11,7 +11,7 @@ from terrazzo.tools.bench.pareto import front
 from terrazzo.tools.inspect.timing import FORWARD
 
 MODEL = "test_vit"
-LLSA = "llsa,level=1,topk=1,dense_up_to=0"
+LLSA = "llsa,level=1,topk=1,edge=2,part=None,dense_up_to=0"
 
 
 @pytest.fixture(scope="module")

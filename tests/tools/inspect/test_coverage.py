@@ -57,7 +57,7 @@ def test_mass(grid):
     host = Host(16, 2, 8)
     every = create_mixer("llsa", host, level=1, topk=99, dense_up_to=0)
     assert mass_of(every, q, k, v, place) == pytest.approx(1, abs=1e-6)
-    few = create_mixer("llsa", host, level=1, topk=1, dense_up_to=0)
+    few = create_mixer("llsa", host, level=1, topk=1, edge=4, part=None, dense_up_to=0)
     tokens = few.tokens(q, k, v, place)
     order = tokens.tiles.order()
     mask = plan_to_mask(few.plan(tokens), tokens.query, tokens.key)[..., -len(order) :]  # the last segment's keys

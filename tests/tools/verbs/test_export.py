@@ -172,8 +172,8 @@ def test_refusals(refused, trained, tmp_path):
     assert "is a folder" in refused("export", "resnet10t", "--out", tmp_path)
     assert "at least 1" in refused("export", "resnet10t", "--size", 0, 8, *out)
     assert "resnet10t takes 32x32 and larger" in refused("export", "resnet10t", "--size", 31, 64, *out)
-    swin = "swin_tiny_patch4_window7_224"
-    assert "the model cannot take images of 1x3x96x96: " in refused("export", swin, "--size", 96, 96, *out)
+    crossvit = "crossvit_9_240"
+    assert "the model cannot take images of 1x3x96x96: " in refused("export", crossvit, "--size", 96, 96, *out)
     for opset in (17, 99):
         reason = refused("export", "resnet10t", "--opset", opset, *out)
         assert f"the opset is {opset}; PyTorch writes 18 to " in reason
