@@ -50,13 +50,6 @@ class _Host:
         """Tokens with positions, and the rotary positions for each block."""
         return self._pos_embed(x), None
 
-    def _whole(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-        """A token for every position, and a state in which no later block reduces."""
-        x = self.reducer.restored(x, state, self.restore)
-        whole = self.reducer.begin(state.grid, state.prefix, state.depth, maps=True)
-        whole.reducer, whole.ropes = Reducer(), state.ropes
-        return x, whole
-
     def _features(self, x: torch.Tensor, state: State) -> torch.Tensor:
         """The normalised remaining tokens; one for every position if the head pools positions."""
         if self.global_pool in ("token", ""):
@@ -93,7 +86,7 @@ class _Host:
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             if i == self.depth - self.full_last:
-                x, state = self._whole(x, state)
+                x = self.reducer.finished(x, state, self.restore)
             x = run(block, x, state, self.grad_checkpointing)
             if i in taken:
                 y = self.reducer.restored(x, state, self.restore)

@@ -163,10 +163,8 @@ class PlainViT(Plain):
         return self.stem(x, state), state
 
     def run_unit(self, unit: nn.Module, x: torch.Tensor, state: State) -> torch.Tensor:
-        if state.maps and state.depth >= self.depth - self.full_last:
-            x = self.reducer.restored(x, state, self.restore)
-            state.become(self.reducer.begin(state.grid, state.prefix, state.depth, maps=True))
-            state.reducer = Reducer()
+        if state.maps and state.depth == self.depth - self.full_last:
+            x = self.reducer.finished(x, state, self.restore)
         return super().run_unit(unit, x, state)
 
     def to_map(self, x: torch.Tensor, state: State) -> torch.Tensor:

@@ -217,6 +217,13 @@ class Reducer(nn.Module):
             found = compose(level.map, found)
         return found
 
+    def finished(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
+        """A token for every position, and a state in which no later block reduces (last-layer fusion)."""
+        x, ropes = self.restored(x, state, mode), state.ropes
+        state.become(self.begin(state.grid, state.prefix, state.depth, maps=True))
+        state.reducer, state.ropes = Reducer(), ropes
+        return x
+
     def restored(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
         """A token for every position, (B, prefix + H W, C); `x` itself if nothing was reduced."""
         return RESTORE[mode](x, state) if state.levels else x

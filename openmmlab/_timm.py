@@ -7,7 +7,6 @@ import timm
 from torch import nn
 
 from terrazzo.backbones._convert import convert_attention
-from terrazzo.backbones._hosts import ADDED as ADDED
 from terrazzo.backbones._names import check_name
 from terrazzo.backbones._reduce import reduce as reduce_tokens
 from terrazzo.errors import InputError

@@ -11,10 +11,11 @@ from timm.models import FeatureInfo
 from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 
+from terrazzo.backbones._hosts import ADDED
 from terrazzo.backbones._names import check_name, family_of
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import ADDED, create_model
+from terrazzo.openmmlab._timm import create_model
 
 
 @MODELS.register_module()

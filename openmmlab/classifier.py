@@ -9,9 +9,10 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from terrazzo.backbones._hosts import ADDED
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
-from terrazzo.openmmlab._timm import ADDED, create_model
+from terrazzo.openmmlab._timm import create_model
 
 LOSSES = {
     loss.__name__: loss

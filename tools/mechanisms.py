@@ -65,7 +65,7 @@ def without_parameters(model: nn.Module) -> list[str]:
     """The mixers, except "softmax", that add no parameters to a model, so that they work without training.
 
     Args:
-        model: one that `convert_attention` accepts; on the meta device it costs nothing.
+        model: a model that `convert_attention` accepts; on the meta device it costs nothing.
     """
     count = len(list(model.parameters()))
     names = [name for name in mixers() if name != "softmax"]

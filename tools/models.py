@@ -46,7 +46,7 @@ def options_for(name: str, size: tuple[int, int] | str) -> dict[str, object]:
     """
     fixed = ({"dynamic_img_size": True}, {"img_size": size})
     for options in ({"dynamic_img_size": True, "dynamic_img_pad": True},) if size == "any" else fixed:
-        with contextlib.suppress(TypeError):  # the model has no such option
+        with contextlib.suppress(TypeError):  # the model does not have this option
             build_on_meta(name, **options)
             return options
     return {}

@@ -48,7 +48,7 @@ def create_mixer(name: str, host: Host, device: Any = None, dtype: Any = None, *
     Args:
         name: One of `mixers()`.
         host: The layer.
-        device, dtype: Of the mixer's parameters and buffers.
+        device, dtype: Device and dtype of the mixer's parameters and buffers.
         **options: See the mixer's class.
 
     Raises:

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from terrazzo.backbones._checks import number, whole
+from terrazzo.backbones._checks import number
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, Mixer, softmax_attention
 from terrazzo.backbones.mixers._tiles import Tiles
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
+from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.exporting import is_exporting
 
 
@@ -55,7 +56,7 @@ class Selector(Mixer):
 
     def __init__(self, host: Host, dense_up_to: int = 0):
         super().__init__(host)
-        self.dense_up_to = at_least("dense_up_to", dense_up_to, 0)
+        self.dense_up_to = arguments.whole(dense_up_to, "dense_up_to", 0)
 
     def edges(self, grid: tuple[int, int]) -> tuple[int, ...]:
         """Sides of the tiles of a map; see `Tiles`."""
@@ -99,18 +100,6 @@ class Selector(Mixer):
         return pairs / ((key.shape[2] - place.prefix) * key.shape[2])
 
 
-def at_least(name: str, value: Any, least: int) -> int:
-    """Check an option that is a whole number.
-
-    Raises:
-        InputError: `value` is none, or is below `least`.
-    """
-    found = whole(name, value)
-    if found < least:
-        raise InputError(f"{name} must be at least {least}, got {value!r}")
-    return found
-
-
 def listed(kept: torch.Tensor) -> torch.Tensor:
     """The places of True in each row, in ascending order: (..., units) bool to (..., L) int32, filled with -1.
 
@@ -134,7 +123,7 @@ def positive(name: str, value: Any) -> float:
     """Check an option that is a number above 0.
 
     Raises:
-        InputError: `value` is none.
+        InputError: `value` is not a number above 0.
     """
     found = number(name, value)
     if found <= 0:

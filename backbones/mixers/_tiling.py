@@ -1,7 +1,8 @@
 """Maps cut into tiles: the tokens of a tile side by side."""
 
 import torch
-import torch.nn.functional as F
+
+from terrazzo.backbones._layers import join_windows, split_windows, window_counts
 
 
 class Tiling:
@@ -14,9 +15,8 @@ class Tiling:
 
     def __init__(self, grid: tuple[int, int], tile: tuple[int, int]):
         self.grid, self.tile = grid, tile
-        self.rows, self.columns = (-(-side // edge) for side, edge in zip(grid, tile))
-        self.missing = tuple(count * edge - side for count, edge, side in zip((self.rows, self.columns), tile, grid))
-        self.full = self.missing == (0, 0)
+        self.rows, self.columns = window_counts(grid, tile)
+        self.full = grid == (self.rows * tile[0], self.columns * tile[1])
 
     @property
     def count(self) -> int:
@@ -24,17 +24,13 @@ class Tiling:
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """(B, heads, H W, D) to (B, heads, tiles, tokens of a tile, D); missing tokens are 0."""
-        x = x.unflatten(2, self.grid)
-        if not self.full:
-            x = F.pad(x, (0, 0, 0, self.missing[1], 0, self.missing[0]))
-        x = x.unflatten(3, (self.columns, self.tile[1])).unflatten(2, (self.rows, self.tile[0]))
-        return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        windows = split_windows(x.flatten(0, 1).unflatten(1, self.grid), self.tile)
+        return windows.flatten(3, 4).flatten(1, 2).unflatten(0, x.shape[:2])
 
     def joined(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of `cut`."""
-        x = x.unflatten(3, self.tile).unflatten(2, (self.rows, self.columns)).transpose(3, 4)
-        x = x.flatten(4, 5).flatten(2, 3)
-        return x[:, :, : self.grid[0], : self.grid[1]].flatten(2, 3)
+        windows = x.flatten(0, 1).unflatten(2, self.tile).unflatten(1, (self.rows, self.columns))
+        return join_windows(windows, self.grid).flatten(1, 2).unflatten(0, x.shape[:2])
 
     def absent(self, device: torch.device) -> torch.Tensor:
         """(tiles, tokens of a tile), True where no token is."""

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from terrazzo.backbones._checks import number
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, listed, positive, tile_means
+from terrazzo.backbones.mixers._selector import Selector, Tokens, listed, positive, tile_means
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
+from terrazzo.kernels.dispatch import arguments
 
 _STEP, _STEPS = 0.5, 40
 
@@ -52,7 +53,7 @@ class Anchor(Selector):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(host, dense_up_to)
-        self.edge, self.group = at_least("edge", edge, 1), at_least("group", group, 1)
+        self.edge, self.group = arguments.whole(edge, "edge", 1), arguments.whole(group, "group", 1)
         self.start = float(number("theta", theta))
         self.register_buffer("theta", torch.full((host.heads,), self.start, device=device, dtype=dtype))
 

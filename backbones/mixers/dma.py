@@ -12,16 +12,17 @@ from torch import nn
 
 from terrazzo.backbones._checks import number
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, listed
+from terrazzo.backbones.mixers._selector import Selector, Tokens, listed
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment
+from terrazzo.kernels.dispatch import arguments
 
 
 class DMA(Selector):
     """out_i = sum_j softmax_j(s q_i k_j + delta_j) v_j over the kept keys j, with delta_j = a softplus(W v_j).
 
-    W maps the values of all heads side by side to one number for each head, and `a` is one factor for each head. Of the
-    patches, the `keep` with the largest delta are kept, the same for all queries. Tokens in front are always kept. The
+    W maps the values of all heads side by side to one number for each head, and `a` is one factor for each head. The
+    `keep` patches with the largest delta are kept, the same for all queries. Tokens in front are always kept. The
     cost is N keep. Gradients reach W and a through the bias of kept keys.
 
     The paper's form is causal. The official constructor sets a = 0, so that all biases tie; here a is uniform in
@@ -49,7 +50,7 @@ class DMA(Selector):
         self.keep = number("keep", keep)
         if self.keep <= 0 or (self.keep >= 1 and self.keep != int(self.keep)):
             raise InputError(f"keep must be a whole number of patches, or a part between 0 and 1, got {keep!r}")
-        self.block = None if block is None else at_least("block", block, 1)
+        self.block = None if block is None else arguments.whole(block, "block", 1)
         self.factor = nn.Parameter(torch.empty(host.heads, device=device, dtype=dtype).uniform_(-0.1, 0.1))
         self.delta = nn.Linear(host.heads * host.head_dim, host.heads, bias=False, device=device, dtype=dtype)
 

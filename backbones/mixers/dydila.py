@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from terrazzo.backbones._checks import whole
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._local import depthwise
 from terrazzo.backbones.mixers._mixer import Host, Mixer
 from terrazzo.errors import InputError
+from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
 
 NORMS = ("mean", "none", "abs")
@@ -50,14 +50,13 @@ class DyDiLA(Mixer):
         """Args:
         n_proj, n_kernel, n_diff: Numbers of matrices, of exponents and of factors of differences.
         positive: "relu" or "softplus", which makes r of z.
-        norm: "mean" divides by N; "none" by sqrt(D) only; "abs" by the sum of the absolute values of Q times those
-            of K.
+        norm: "mean" divides by N; "none" by sqrt(D) only; "abs" by
+            the absolute values of Q times the sum of the absolute values of K.
         """
         super().__init__(host)
         counts = {"n_proj": n_proj, "n_kernel": n_kernel, "n_diff": n_diff}
         for name, count in counts.items():
-            if whole(name, count) < 1:
-                raise InputError(f"{name} must be at least 1, got {count}")
+            arguments.whole(count, name, 1)
         if positive not in ("relu", "softplus"):
             raise InputError(f"positive must be 'relu' or 'softplus', got {positive!r}")
         if norm not in NORMS:

@@ -9,9 +9,10 @@ import math
 import torch
 
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, tile_means
+from terrazzo.backbones.mixers._selector import Selector, Tokens, tile_means
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment
+from terrazzo.kernels.dispatch import arguments
 
 # Level 2 pays from this number of means of tiles: the paper's 16384 tokens in tiles of 16.
 _MEANS = 1024
@@ -22,18 +23,18 @@ class LLSA(Selector):
 
     Level 1: the keys of a query are the patches of the `topk` tiles whose mean key has the largest product with the
     mean query of its own tile (w = 1), and the mean keys and values of all tiles (w = patches of the tile).
-    Level 2: tiles of edge x edge tiles. Of these, `topk2` are chosen in the same way, and of the tiles in them, `topk`.
+    Level 2: tiles of edge x edge tiles. `topk2` large tiles are chosen in the same way, and `topk` tiles in them.
     The keys are the patches of the chosen tiles, the means of the tiles in the chosen large tiles, and the means of all
     large tiles. A query has topk edge^2 + N / edge^2 keys at level 1, and
     (topk + topk2) edge^2 + N / edge^4 keys at level 2.
 
     The paper's form is `edge=4, topk=8, part=None, exclusive=False`: there, a chosen tile keeps its mean, so that it
-    counts twice. The defaults are ours, and change a trained model least. With `exclusive`, a chosen tile has no mean:
-    with all tiles chosen, this is softmax attention. With `part`, the means are of the part x part squares of a tile,
-    and those tiles are chosen whose means have the largest softmax weights for the mean queries of such squares.
-    Tiles are nested squares in place of the Morton order of the official code, which is the same partition of maps
-    whose sides are powers of two, and any map is taken. The official forward pass ignores the last means unless their
-    number is a multiple of 64, and its backward pass for level 1 lacks a factor; neither holds here.
+    counts twice. The defaults are ours; they were chosen on a trained model's maps. With `exclusive`, a chosen tile
+    has no mean: with all tiles chosen, this is softmax attention. With `part`, each part x part square of a tile has a
+    mean, and a tile is chosen if its means have large softmax weights for the mean queries of these squares. Tiles
+    are nested squares in place of the Morton order of the official code, which is the same partition of maps whose
+    sides are powers of two, and any map is taken. The official forward pass ignores the last means unless their number
+    is a multiple of 64, and its backward pass for level 1 lacks a factor; neither holds here.
 
     Source: arXiv 2512.16615, section 3.
 
@@ -63,9 +64,9 @@ class LLSA(Selector):
         super().__init__(host, dense_up_to)
         if level not in ("auto", 1, 2):
             raise InputError(f"level must be 1, 2 or 'auto', got {level!r}")
-        self.topk = None if topk is None else at_least("topk", topk, 1)
-        self.topk2, self.edge = at_least("topk2", topk2, 1), at_least("edge", edge, 2)
-        self.part = None if part is None else at_least("part", part, 1)
+        self.topk = None if topk is None else arguments.whole(topk, "topk", 1)
+        self.topk2, self.edge = arguments.whole(topk2, "topk2", 1), arguments.whole(edge, "edge", 2)
+        self.part = None if part is None else arguments.whole(part, "part", 1)
         if self.part is not None and (self.edge % self.part or self.part == self.edge):
             raise InputError(f"part must divide edge, {self.edge}, and be smaller, or be None, got {part!r}")
         if self.part is not None and (level == 2 or not exclusive):

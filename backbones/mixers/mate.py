@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from terrazzo.backbones._checks import whole
 from terrazzo.backbones._layers import split_windows, window_counts
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host
 from terrazzo.backbones.mixers._state_space import StateSpace
-from terrazzo.errors import InputError
+from terrazzo.kernels.dispatch import arguments
 
 
 class Mate(StateSpace):
@@ -45,9 +44,7 @@ class Mate(StateSpace):
             or more.
         """
         super().__init__(host, scale, review, device, dtype)
-        self.window = whole("window", window)
-        if self.window < 1:
-            raise InputError(f"window must be at least 1, got {window}")
+        self.window = arguments.whole(window, "window", 1)
         factory = dict(device=device, dtype=dtype)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, host.heads, **factory))
         self.mix_proj = nn.Linear(host.dim, host.heads, **factory)

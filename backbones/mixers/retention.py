@@ -8,10 +8,10 @@ import math
 
 import torch
 
-from terrazzo.backbones._checks import whole
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, Mixer
 from terrazzo.errors import InputError
+from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
 from terrazzo.kernels.ssd import ssd
 
@@ -64,9 +64,7 @@ class Retention(Mixer):
             raise InputError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         if directions not in (1, 2, 4):
             raise InputError(f"directions must be 1, 2 or 4, got {directions!r}")
-        chunk = {1: 64, 2: 8}[dims] if chunk is None else whole("chunk", chunk)
-        if chunk < 1:
-            raise InputError(f"chunk must be at least 1, got {chunk}")
+        chunk = {1: 64, 2: 8}[dims] if chunk is None else arguments.whole(chunk, "chunk", 1)
         self.dims, self.form, self.directions, self.chunk = dims, form, directions, chunk
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
@@ -145,7 +143,7 @@ def _masked(query, key, value, distance, decay) -> torch.Tensor:
 
 
 def _distances(grid: tuple[int, int], more: int, device: torch.device, first: int = 0) -> torch.Tensor:
-    """Distances of tokens from `first` on to all tokens, -1 to those that come later: patches, then `more` tokens."""
+    """Distances of tokens from `first` on to all tokens, -1 to tokens that come later: patches, then `more` tokens."""
     height, width = grid
     steps = torch.arange(height * width + more, device=device)
     behind = steps >= height * width

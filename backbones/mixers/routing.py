@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from terrazzo.backbones._checks import number
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, softmax_attention
-from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least
+from terrazzo.backbones.mixers._selector import Selector, Tokens
 from terrazzo.backbones.mixers._tiles import Tiles
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
+from terrazzo.kernels.dispatch import arguments
 
 
 class Routing(Selector):
@@ -25,15 +26,15 @@ class Routing(Selector):
 
     In training, each pass moves the centroids by 1 - `decay` towards the means of the queries and keys of length 1 that
     are nearest to each (an online k-means). `calibrate` sets them by 10 steps of k-means on images; before, they are
-    random directions. The paper initialises them at the first pass, and adds a loss, which `commitment` computes for
-    those who train. The third party's code divides the sum of a query's outputs by their number + 1e-5.
+    random directions. The paper initialises them at the first pass, and adds a loss, which `commitment` computes. The
+    third party's code divides the sum of a query's outputs by their number + 1e-5.
 
     Source: arXiv 2003.05997, section 4.
 
     Args:
         clusters: centroids of a head; the paper's choice is about the square root of N.
         local: heads with attention inside tiles; None for half of them.
-        edge: patches on a side of such a tile.
+        edge: patches on a side of these tiles.
         decay: part of a centroid that remains in a step.
         dense_up_to: maps up to this number of patches have softmax attention.
     """
@@ -50,10 +51,10 @@ class Routing(Selector):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(host, dense_up_to)
-        self.local = host.heads // 2 if local is None else at_least("local", local, 0)
+        self.local = host.heads // 2 if local is None else arguments.whole(local, "local", 0)
         if self.local >= host.heads:
             raise InputError(f"local must be below the number of heads, {host.heads}, got {local!r}")
-        self.edge, clusters = at_least("edge", edge, 1), at_least("clusters", clusters, 1)
+        self.edge, clusters = arguments.whole(edge, "edge", 1), arguments.whole(clusters, "clusters", 1)
         self.decay = float(number("decay", decay))
         if not 0 <= self.decay <= 1:
             raise InputError(f"decay must be from 0 to 1, got {decay!r}")

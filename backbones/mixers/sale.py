@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from terrazzo.backbones._checks import number
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, listed, positive
+from terrazzo.backbones.mixers._selector import Selector, Tokens, listed, positive
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
+from terrazzo.kernels.dispatch import arguments
 
 _LEAST = 1e-4
 
@@ -55,7 +56,7 @@ class SALE(Selector):
         self.start = float(number("tau", tau))
         if not 0 <= self.start < 1:
             raise InputError(f"tau must be from 0 to below 1, got {tau!r}")
-        self.edge, self.sink = at_least("edge", edge, 1), sink
+        self.edge, self.sink = arguments.whole(edge, "edge", 1), sink
         self.register_buffer("tau", torch.full((host.heads,), self.start, device=device, dtype=dtype))
 
     def edges(self, grid: tuple[int, int]) -> tuple[int, ...]:

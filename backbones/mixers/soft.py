@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from terrazzo.backbones._checks import whole
 from terrazzo.backbones._layers import WideLayerNorm
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._local import depthwise
 from terrazzo.backbones.mixers._mixer import Host, Mixer
 from terrazzo.errors import InputError
+from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
 
 STEPS = 20  # of Newton's iteration
@@ -60,10 +60,9 @@ class Soft(Mixer):
             softmax attention's, and gradients are as small. "mean" with `norm` begins with results of the right size.
         """
         super().__init__(host)
-        self.norm, self.ratio, self.alpha_scope, self.shared = bool(norm), whole("ratio", ratio), alpha_scope, shared
-        if self.ratio < 1:
-            raise InputError(f"ratio must be at least 1, got {ratio}")
-        kernel = whole("kernel", kernel)
+        self.norm, self.ratio = bool(norm), arguments.whole(ratio, "ratio", 1)
+        self.alpha_scope, self.shared = alpha_scope, shared
+        kernel = arguments.whole(kernel, "kernel")
         if kernel < 1 or kernel % 2 == 0:
             raise InputError(f"kernel must be an odd number, got {kernel}")
         if alpha_scope not in ("matrix", "global"):

@@ -11,9 +11,10 @@ import torch
 from terrazzo.backbones._checks import number
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, at_least, listed, positive
+from terrazzo.backbones.mixers._selector import Selector, Tokens, listed, positive
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
+from terrazzo.kernels.dispatch import arguments
 
 
 class TCA(Selector):
@@ -48,7 +49,7 @@ class TCA(Selector):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(host, dense_up_to)
-        self.edge, self.mass = at_least("edge", edge, 1), mass
+        self.edge, self.mass = arguments.whole(edge, "edge", 1), mass
         if self.edge & (self.edge - 1):
             raise InputError(f"edge must be a power of two, got {edge!r}")
         self.start = number("mu", mu), positive("sigma", sigma)

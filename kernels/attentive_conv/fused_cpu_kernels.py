@@ -102,7 +102,7 @@ def convolve(value, kernels, side, sizes, out, begin, end):
         rows = overlap(i, height, side)
         for c in range(0, channels, LANES):
             kernel = kernels[image * side * side * channels + c :]
-            # The place of the first tap of the row's first position; the map has no such place at its borders.
+            # The place of the first tap of the row's first position; at borders it is outside of the map.
             first = ((image * height + i - half) * width - half) * channels + c
             inner = (1, width - 1) if side == 3 and width > 2 else (width, width)
             for j in range(inner[0]):

@@ -274,7 +274,7 @@ def backward_keys(
 ):
     """The gradients of BLOCK_L keys of a block, their values and biases, from the tiles that list the block.
 
-    `p_tile` holds those tiles, block after block, and `p_first` where each block's begin: the transposed plan.
+    `p_tile` holds these tiles, block after block, and `p_first` where each block's begin: the transposed plan.
     """
     EXACT: tl.constexpr = p_query.dtype.element_ty == tl.float32
     batch, head, block, part = locate(heads, blocks, parts)

@@ -43,7 +43,7 @@ def position(step, length, reverse):
 
 @_inline
 def along(at, reverse):
-    """The numbers from a step's place in an array to the next step's, given those to the next position's."""
+    """The numbers from a step's place in an array to the next step's, given the numbers to the next position's."""
     return -at if reverse else at
 
 

@@ -23,7 +23,7 @@ PANOPTIC = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
 def cases():
     """Every config; a config is slow if earlier configs of its task have its head, data set and family.
 
-    Configs with small backbones come first, then those with heads that train quickly.
+    Configs with small backbones come first, then configs with heads that train quickly.
     """
     seen = set()
     large = {name: not re.search(r"-(mini|xxs)_", name) for name in CONFIGS}

@@ -93,7 +93,7 @@ def command(
     check_host(dense, "converted")
     mechanisms = mechanisms or [of_mixer(name) for name in without_parameters(dense)]
     if not mechanisms:
-        raise InputError("every mixer has parameters of its own; name those to measure with --mixer NAME")
+        raise InputError("every mixer has parameters of its own; name the mixers to measure with --mixer NAME")
     bench = MechanismBench(dense, mechanisms, resolve_model_data_config(dense), where, seconds)
     images = [found.read() for found in find_pictures(places)[:count]]
     for size in sizes:

@@ -72,7 +72,7 @@ class TestNeighborhood(MixerContract):
         assert self.make(kernel=10).dense((7, 11), prefix) is None
 
     def test_bias(self):
-        """The same bias with and without tokens in front, where those have no weight, and the same gradient."""
+        """The same bias with and without tokens in front, if these have no weight, and the same gradient."""
         torch.manual_seed(0)
         for grid, kernel in (((9, 19), 3), ((3, 19), 5)):
             mixer = self.make(kernel=kernel, dilation=2, bias=True)
