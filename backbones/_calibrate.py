@@ -10,6 +10,10 @@ from terrazzo.backbones.mixers import Mixer
 from terrazzo.errors import InputError
 
 
+class NotCalibratedError(InputError):
+    """Nothing of a model could be calibrated, so that it is as it was."""
+
+
 def calibrate(model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], **options: Any) -> nn.Module:
     """Set thresholds and budgets of a converted model's mixers from images, and return the model.
 
@@ -31,7 +35,7 @@ def calibrate(model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *
     """
     found = [x for x in model.modules() if isinstance(x, Mixer) and hasattr(x, "calibrate")]
     if not found:
-        raise InputError(
+        raise NotCalibratedError(
             "no layer of the model can be calibrated: convert layers to a mixer with thresholds or budgets, "
             "for example terrazzo.convert_attention(model, 'sale')"
         )
@@ -50,7 +54,7 @@ def calibrate(model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *
         if not runs.batches:
             raise InputError("images holds no batch: give at least one batch (B, 3, H, W)")
         if not runs.calibrated:
-            raise InputError(
+            raise NotCalibratedError(
                 f"no layer was calibrated, because the mixers compute softmax attention on images so small "
                 f"({runs.reason}): give larger images"
             )

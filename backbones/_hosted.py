@@ -230,8 +230,7 @@ def _known(classes: dict[type, type], module: nn.Module | None) -> type | None:
 def is_plain(block: nn.Module) -> bool:
     """Whether a block is timm's plain block (of a ViT or of EVA) with plain attention, which can become a host."""
     attn = getattr(block, "attn", None)
-    plain = _known(_BLOCKS, block) is not None and _known(_ATTENTION, attn) is not None
-    return plain and (isinstance(block, EvaBlock) or getattr(attn, "gate", None) is None)
+    return _known(_BLOCKS, block) is not None and _known(_ATTENTION, attn) is not None
 
 
 def hosted(block: nn.Module) -> nn.Module:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+import torch
 from torch import nn
 
+from terrazzo.backbones._calibrate import NotCalibratedError, calibrate
 from terrazzo.backbones._convert import convert_attention
 from terrazzo.backbones._reduce import reduce
 from terrazzo.backbones.mixers import mixers
@@ -70,6 +72,26 @@ def without_parameters(model: nn.Module) -> list[str]:
     count = len(list(model.parameters()))
     names = [name for name in mixers() if name != "softmax"]
     return [name for name in names if len(list(convert_attention(shared_copy(model), name).parameters())) == count]
+
+
+calibrate_option = click.option(
+    "--calibrate",
+    "calibrated",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="COUNT",
+    help="Calibrate mixers that have thresholds or budgets on this many pictures, at each size.",
+)
+
+
+def calibrate_if_possible(model: nn.Module, images: Sequence[torch.Tensor]) -> bool:
+    """Calibrate a model on images (1, 3, H, W), and say whether anything of it could be calibrated at their size."""
+    try:
+        calibrate(model, images)
+    except NotCalibratedError:
+        return False
+    return True
 
 
 def mechanism_options(function: Callable) -> Callable:

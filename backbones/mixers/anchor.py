@@ -15,7 +15,7 @@ from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
 from terrazzo.kernels.dispatch import arguments
 
-_STEP, _STEPS = 0.5, 40
+_FARTHEST, _HALVINGS = 20.0, 8
 
 
 class Anchor(Selector):
@@ -55,6 +55,7 @@ class Anchor(Selector):
         super().__init__(host, dense_up_to)
         self.edge, self.group = arguments.whole(edge, "edge", 1), arguments.whole(group, "group", 1)
         self.start = float(number("theta", theta))
+        self.calibrated = False
         self.register_buffer("theta", torch.full((host.heads,), self.start, device=device, dtype=dtype))
 
     def edges(self, grid: tuple[int, int]) -> tuple[int, ...]:
@@ -101,12 +102,15 @@ class Anchor(Selector):
 
     def reset(self) -> None:
         self.theta.fill_(self.start)
+        self.calibrated = False
 
     @torch.no_grad()
     def calibrate(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place, recall: float = 0.95
     ) -> None:
-        """Raise theta, for each head, until its plan covers a part of the attention's weight.
+        """Find, for each head, the smallest theta whose plan covers a part of the attention's weight.
+
+        The search is a bisection from -20 to 20. Of several calls since `reset`, the largest theta stays.
 
         Args:
             query, key, value, place: as `forward` takes them.
@@ -120,13 +124,15 @@ class Anchor(Selector):
         tokens = self.tokens(query, key, value, place)
         everything = Plan([*tokens.front(), Segment("all", key_mask=tokens.real())])
         _, whole = block_sparse_attention(tokens.query, tokens.key, tokens.value, everything)
-        for _ in range(_STEPS):
+        least = self.theta.clone() if self.calibrated else torch.full_like(self.theta, -_FARTHEST)
+        low, high = torch.full_like(self.theta, -_FARTHEST), torch.full_like(self.theta, _FARTHEST)
+        for _ in range(_HALVINGS):
+            self.theta.copy_((low + high) / 2)
             _, lse = block_sparse_attention(tokens.query, tokens.key, tokens.value, self.plan(tokens))
-            part = tokens.tiles.restore((lse - whole).exp().unsqueeze(-1)).mean((0, 2, 3))
-            low = part < recall
-            if not low.any():
-                return
-            self.theta.add_(low * _STEP)
+            enough = tokens.tiles.restore((lse - whole).exp().unsqueeze(-1)).mean((0, 2, 3)) >= recall
+            low, high = torch.where(enough, low, self.theta), torch.where(enough, self.theta, high)
+        self.theta.copy_(torch.maximum(high, least))
+        self.calibrated = True
 
 
 def _largest(tokens: Tokens, around: torch.Tensor, size: int) -> torch.Tensor:

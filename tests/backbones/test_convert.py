@@ -9,6 +9,7 @@ import timm
 import torch
 from support.module_contract import check_adapters, check_dynamic_int8, check_hooks, check_sharded
 from support.seeded import build, image
+from timm.layers import Attention
 
 import terrazzo
 from terrazzo.backbones._place import Place
@@ -209,3 +210,19 @@ def test_a_block_alone_mixes_too():
 def test_modules_are_called(check):
     small = dict(embed_dim=48, num_heads=3, depth=3, dynamic_img_size=True, dynamic_img_pad=True)
     check(terrazzo.convert_attention(build("vit_tiny_patch16_224", **small), "hedgehog", layers=[1]))
+
+
+@torch.no_grad()
+def test_a_gate():
+    """timm's attention can have a gate; a mixer's output and a reducer's go through it."""
+    vit = build("vit_small_patch16_224", **SMALL, img_size=128)
+    for block in vit.blocks:
+        block.attn = Attention(96, 3, qkv_bias=True, gated=True).eval()
+    x = image((128, 128))
+    wanted = vit.forward_features(x)
+    terrazzo.convert_attention(vit, "hedgehog", layers=[1])
+    vit.blocks[1].attn.mixer = Recorder().eval()
+    torch.testing.assert_close(vit.forward_features(x), wanted)
+    terrazzo.convert_attention(vit, "softmax")
+    terrazzo.reduce(vit, r=0)
+    torch.testing.assert_close(vit.forward_features(x), wanted)

@@ -16,7 +16,7 @@ from terrazzo.tools.inspect.coverage import watched
 from terrazzo.tools.inspect.maps import last_map, map_cosine
 from terrazzo.tools.inspect.memory import PeakMemory
 from terrazzo.tools.inspect.timing import FORWARD, Quantiles, interleaved, quantiles, reason_of
-from terrazzo.tools.mechanisms import DENSE, Mechanism, on_meta
+from terrazzo.tools.mechanisms import DENSE, Mechanism, calibrate_if_possible, on_meta
 
 ATTENTION, MEMORY, DENSITY, MASS, MAP = (
     "attention",
@@ -41,6 +41,7 @@ class MechanismBench:
         config: timm's data config of the model, with mean and std of colours.
         device: where to measure.
         seconds: time for each form and size.
+        calibration: pictures to calibrate mixers on, at each size; none to calibrate nothing.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class MechanismBench:
         config: Mapping[str, Any],
         device: torch.device,
         seconds: float,
+        calibration: Sequence[Image.Image] = (),
     ):
         self.models = {mechanism.name: mechanism.on(dense) for mechanism in (DENSE, *mechanisms)}
         self.clocks = {
             name: AttentionClock([block.attn for block in model.blocks], device) for name, model in self.models.items()
         }
-        self.config, self.device, self.seconds = config, device, seconds
+        self.config, self.device, self.seconds, self.calibration = config, device, seconds, calibration
 
     def steps(self, pictures: int) -> int:
         """How often `measure` calls `done`."""
@@ -69,13 +71,14 @@ class MechanismBench:
         self, pictures: Sequence[Image.Image], size: tuple[int, int], done: Callable[[], None]
     ) -> tuple[Found, dict[str, str]]:
         """The figures by form and metric, p20, p50 and p80, and a reason for each form without figures."""
-        mean, std = self.config["mean"], self.config["std"]
-        images = [to_tensor(picture, size, mean, std, crop=True).to(self.device) for picture in pictures]
+        images, others = self._images(pictures, size), self._images(self.calibration, size)
         found: Found = {}
         reasons: dict[str, str] = {}
         dense: list[torch.Tensor] = []
         for name, model in self.models.items():
             try:
+                if others:
+                    calibrate_if_possible(model, others)
                 figures, maps = self._figures(model, images, dense, done)
             except (TerrazzoError, RuntimeError, ValueError, MemoryError) as error:
                 if name == DENSE.name:
@@ -94,6 +97,10 @@ class MechanismBench:
                 found[name, metric] = tuple(1e3 * second for second in seconds)
         done()
         return found, reasons
+
+    def _images(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> list[torch.Tensor]:
+        mean, std = self.config["mean"], self.config["std"]
+        return [to_tensor(picture, size, mean, std, crop=True).to(self.device) for picture in pictures]
 
     def _figures(
         self, model: nn.Module, images: Sequence[torch.Tensor], dense: Sequence[torch.Tensor], done: Callable[[], None]

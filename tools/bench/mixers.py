@@ -14,7 +14,7 @@ from terrazzo.tools.bench.mechanisms import METRICS, MechanismBench, table
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.data.pictures import find_pictures
 from terrazzo.tools.files import check_output_file
-from terrazzo.tools.mechanisms import chosen, mechanism_options, of_mixer, without_parameters
+from terrazzo.tools.mechanisms import calibrate_option, chosen, mechanism_options, of_mixer, without_parameters
 from terrazzo.tools.options import UserPath
 from terrazzo.tools.targets import load_timm_model, pick_device
 
@@ -50,6 +50,7 @@ _PICTURES = (".png", ".svg", ".pdf")
     help="Size of the images, cut from the middle of the pictures; repeatable.",
 )
 @mechanism_options
+@calibrate_option
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
 @click.option(
     "--seconds",
@@ -70,6 +71,7 @@ def command(
     names: tuple[str, ...],
     settings: tuple[str, ...],
     reducers: tuple[str, ...],
+    calibrated: int,
     device: str | None,
     seconds: float,
     out: Path | None,
@@ -80,6 +82,7 @@ def command(
     Without --mixer and --reduce, these are all mixers that add no parameters. For each size: the time of the whole
     model and of its attention modules, peak memory, the part of the pairs of queries and keys that a mixer selects, the
     part of the dense softmax weights that is on these pairs, and the mean cosine of the last map to the dense model's.
+    Pictures for --calibrate are not measured.
     """
     mechanisms = chosen(names, settings, reducers)
     where = pick_device(device)
@@ -94,8 +97,15 @@ def command(
     mechanisms = mechanisms or [of_mixer(name) for name in without_parameters(dense)]
     if not mechanisms:
         raise InputError("every mixer has parameters of its own; name the mixers to measure with --mixer NAME")
-    bench = MechanismBench(dense, mechanisms, resolve_model_data_config(dense), where, seconds)
-    images = [found.read() for found in find_pictures(places)[:count]]
+    found = find_pictures(places)
+    if len(found) <= calibrated:
+        raise InputError(
+            f"--calibrate {calibrated} leaves no picture to measure, since --pictures has {len(found)}: give more "
+            "pictures, or calibrate on fewer"
+        )
+    count = min(count, len(found) - calibrated)
+    images, others = ([x.read() for x in part] for part in (found[:count], found[count : count + calibrated]))
+    bench = MechanismBench(dense, mechanisms, resolve_model_data_config(dense), where, seconds, others)
     for size in sizes:
         bench.check(size)
     if checkpoint is None and not pretrained:

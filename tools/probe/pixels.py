@@ -13,7 +13,7 @@ from terrazzo.tools.console import progress
 from terrazzo.tools.data.labelled import LabelledPictures, Split
 from terrazzo.tools.data.pictures import Picture, to_tensor
 from terrazzo.tools.inspect.maps import last_map, map_cosine
-from terrazzo.tools.mechanisms import DENSE, Mechanism
+from terrazzo.tools.mechanisms import DENSE, Mechanism, calibrate_if_possible
 from terrazzo.tools.probe.features import Maps, maps_of
 from terrazzo.tools.probe.linear import LinearProbe, Recipe, Scores, fit, predict
 from terrazzo.tools.probe.outcomes import Outcome
@@ -51,6 +51,11 @@ class PixelProbing:
         for mechanism, model in models.items():
             with mechanism.blamed():
                 last_map(model, image)
+
+    def calibrate(self, models: Mapping[Mechanism, nn.Module], count: int) -> list[str]:
+        """Calibrate mixers on the first training pictures; the names of the models in which any could be calibrated."""
+        images = [self._image(picture).to(self.device) for picture in self.data.train.pictures[:count]]
+        return [mechanism.name for mechanism, model in models.items() if calibrate_if_possible(model, images)]
 
     def run(self, dense: nn.Module, models: Mapping[Mechanism, nn.Module], fits: Sequence[str]) -> list[Outcome]:
         """The outcomes: the dense model's, then each mechanism's for each of `fits`."""

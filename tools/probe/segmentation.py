@@ -10,7 +10,7 @@ from terrazzo.tools import results
 from terrazzo.tools.console import print_table
 from terrazzo.tools.data.labelled import read_labelled
 from terrazzo.tools.files import check_folder
-from terrazzo.tools.mechanisms import chosen, mechanism_options
+from terrazzo.tools.mechanisms import calibrate_option, chosen, mechanism_options
 from terrazzo.tools.options import UserPath
 from terrazzo.tools.probe.linear import Recipe, Scores
 from terrazzo.tools.probe.outcomes import draw, rows_of, table
@@ -33,6 +33,7 @@ from terrazzo.tools.targets import load_timm_model, pick_device
     "--size", type=click.IntRange(min=1), nargs=2, required=True, metavar="H W", help="Size of the model's images."
 )
 @mechanism_options
+@calibrate_option
 @click.option(
     "--fit",
     "fits",
@@ -54,6 +55,7 @@ def command(
     names: tuple[str, ...],
     settings: tuple[str, ...],
     reducers: tuple[str, ...],
+    calibrated: int,
     fits: str,
     steps: int,
     seed: int,
@@ -77,6 +79,9 @@ def command(
     probing.check(whole, models)
     if checkpoint is None and not pretrained:
         click.echo(f"note: {model} has random weights; give weights with --checkpoint FILE or --pretrained", err=True)
+    if calibrated:
+        for name in probing.calibrate(models, calibrated):
+            click.echo(f"{name}: calibrated on {min(calibrated, len(data.train.pictures))} training pictures", err=True)
     outcomes = probing.run(whole, models, tuple(FITS) if fits == "both" else (fits,))
     head, lines = table(outcomes)
     print_table(lines, head, right=tuple(range(1, len(head))))

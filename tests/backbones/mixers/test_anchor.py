@@ -58,17 +58,22 @@ class TestAnchor(SelectorContract):
             before = kept
 
     @torch.no_grad()
-    def test_calibrate_reaches_the_recall(self):
+    @pytest.mark.parametrize("start", [-1.0, 12.0])
+    def test_calibrate_reaches_the_recall(self, start):
+        """It begins anywhere, and selects no more than it needs."""
         given = self.given((16, 24), 1)
-        mixer = self.make(theta=-1.0)
+        mixer = self.make(theta=start)
         mixer.calibrate(*given, recall=0.6)
         tokens = mixer.tokens(*given)
         _, lse = block_sparse_attention(*tokens[:3], mixer.plan(tokens))
         key = torch.cat([tokens.key, tokens.front_key], 2)
         whole = (tokens.query @ key.transpose(-1, -2) * tokens.query.shape[-1] ** -0.5).logsumexp(-1)
         assert ((lse - whole).exp().mean((0, 2)) >= 0.6).all()
-        assert mixer.density(*given) < 1
+        assert mixer.density(*given) < 0.9
+        found = mixer.theta.clone()
+        mixer.calibrate(*given, recall=0.3)
+        assert torch.equal(mixer.theta, found)  # one more batch never undoes what an earlier batch needs
         mixer.reset()
-        assert (mixer.theta == -1).all()
+        assert (mixer.theta == start).all()
         with pytest.raises(InputError, match=r"recall must be between 0 and 1, got 1\.5"):
             mixer.calibrate(*given, recall=1.5)

@@ -1,5 +1,7 @@
 """`terrazzo bench mixers` measures each mechanism beside the dense model."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,6 +70,22 @@ def test_a_mechanism_that_cannot_run_is_named(run, picture, monkeypatch, tmp_pat
     assert {row.backend for row in results.read(out)} == {"dense", "softmax"}
 
 
+def test_calibrates_on_other_pictures(run, picture, tmp_path):
+    """A calibrated threshold selects more; a mixer without thresholds stays."""
+    other = tmp_path / "other.png"
+    shutil.copy(picture, other)
+    selects = "anchor,edge=2,theta=-19.0,dense_up_to=0"
+    densities = []
+    for count in (0, 1):
+        out = tmp_path / f"{count}.csv"
+        places = ("--pictures", picture, "--pictures", other, "--calibrate", count)
+        options = ("--size", 96, 96, "--seconds", 0.01, "--device", "cpu", "--out", out)
+        done = run("bench", "mixers", MODEL, "--mixer", selects, "--mixer", "hedgehog", *places, *options)
+        assert done.exit_code == 0, done.output
+        densities += [row.p50 for row in results.read(out) if (row.backend, row.metric) == (selects, DENSITY)]
+    assert densities[0] < densities[1] <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -81,6 +99,7 @@ def test_a_mechanism_that_cannot_run_is_named(run, picture, monkeypatch, tmp_pat
         (("--reduce", "mctf,r=-1"), "mctf,r=-1: "),
         (("--size", 64, 65), "cannot take 64x65 images"),
         (("--picture", "x.txt"), "x.txt must end in .png"),
+        (("--calibrate", 1), "--calibrate 1 leaves no picture to measure, since --pictures has 1"),
     ],
 )
 def test_refusals(refused, tmp_path, picture, monkeypatch, arguments, words):

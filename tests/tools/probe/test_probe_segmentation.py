@@ -59,6 +59,16 @@ def test_rows_picture_and_table(run, root, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["segmentation.csv", "segmentation.png"]
 
 
+def test_calibrates_on_training_pictures(run, root):
+    """A mixer without thresholds, and a mixer with softmax attention on small maps, stay as they are."""
+    given = ("--data-root", root, *SIZE, "--steps", 1, "--calibrate", 2)
+    mechanisms = ("--mixer", "anchor,edge=2,dense_up_to=0", "--mixer", "anchor", "--mixer", "hedgehog")
+    done = run("probe", "segmentation", MODEL, *given, *mechanisms)
+    assert done.exit_code == 0, done.output
+    calibrated = [line for line in done.output.splitlines() if "calibrated on" in line]
+    assert calibrated == ["anchor,edge=2,dense_up_to=0: calibrated on 2 training pictures"]
+
+
 def test_a_pyramid(run, root):
     """A convolutional network of timm has maps, too; its last map is small."""
     done = run("probe", "segmentation", "resnet10t", "--data-root", root, "--size", 64, 96, "--steps", 2)
