@@ -73,6 +73,10 @@ class _Hosted(nn.Module):
         """Like `prepared` without values, which a bare layer does not compute."""
         return self._turned_pair(*(self._by_head(part) for part in self._parts(x, slice(0, 2))), rope)
 
+    def _raw_keys_and_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = (self._by_head(part) for part in self._parts(x, slice(1, 3)))
+        return key, self._spread(value)
+
     def values(self, x: torch.Tensor) -> torch.Tensor:
         """Values of tokens (..., N, C) with heads side by side: see `in_heads`."""
         (value,) = self._parts(x, slice(2, 3))
@@ -152,7 +156,10 @@ class _Hosted(nn.Module):
     def _mixed(self, x: torch.Tensor, rope: torch.Tensor | None, place: Place) -> torch.Tensor:
         query, raw_key, value = self.projected(x)
         place = place._replace(
-            x=x, raw_key=raw_key, keyed=lambda key, positions: self.turned(key, self.k_norm, rope, positions)
+            x=x,
+            raw_key=raw_key,
+            keyed=lambda key, positions: self.turned(key, self.k_norm, rope, positions),
+            projected=self._raw_keys_and_values,
         )
         query, key = self._turned_pair(query, raw_key, rope)
         out = self.mixer(query, key, self._spread(value), place).transpose(1, 2).flatten(2)

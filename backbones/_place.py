@@ -22,6 +22,8 @@ class Place(NamedTuple):
         raw_key: (B, heads, N, D), keys before they are normalised and rotated. Several query heads may share a head.
         keyed: Normalises and rotates raw keys (B, heads, M, D) that stand at the patches `positions` (M,) (indices of
             the grid in raster order), and gives each query head a head: (B, query heads, M, D).
+        projected: The host's projections of derived tokens (B, M, C): raw keys as `raw_key`, and values
+            (B, query heads, M, D).
     """
 
     grid: tuple[int, int] | None
@@ -30,6 +32,7 @@ class Place(NamedTuple):
     x: torch.Tensor | None = None
     raw_key: torch.Tensor | None = None
     keyed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    projected: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         """What softmax attention adds to logits, (B, 1, 1, N): ln(size), so that a token counts as its patches."""

@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host, Mixer
@@ -15,7 +16,7 @@ from terrazzo.backbones.mixers._tiling import Tiling
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
 
-_COMPRESSORS = ("bilinear", "area", "nearest")
+_COMPRESSORS = ("bilinear", "area", "nearest", "dwconv")
 # Numbers of keys of tiles alive at once.
 _PART = 1 << 24
 
@@ -30,8 +31,8 @@ class Descriptor(Mixer):
     2 N (N / ratio^2) D instead of 2 N^2 D.
 
     The paper's compressor is "bilinear", without antialiasing: of each 4 x 4 cell it reads the 2 x 2 pixels in the
-    centre. The authors' code also has a depthwise convolution that begins as the mean of a cell: "area" is its start,
-    where `ratio` divides the sides.
+    centre. The authors' code also has "dwconv", a depthwise convolution of the layer's input. It begins as the mean of
+    a cell and does not read rows and columns behind the last full cell.
 
     Ours, for models that are not trained with it: `counted` adds the logarithm of the patches per descriptor to a
     descriptor's logit. With `local`, a patch also attends to each patch of its own tile, in place of the descriptors
@@ -40,7 +41,7 @@ class Descriptor(Mixer):
 
     Args:
         ratio: Patches per descriptor along each side.
-        compressor: "bilinear", "area" (mean of a cell) or "nearest".
+        compressor: "bilinear", "area" (mean of a cell), "nearest" or "dwconv", which has a parameter.
         counted: Whether a descriptor counts as often as the patches that it stands for.
         local: Edge in patches of the tiles whose patches attend to each other; None for descriptors alone.
 
@@ -63,12 +64,27 @@ class Descriptor(Mixer):
         self.ratio = arguments.whole(ratio, "ratio", 1)
         self.local = local if local is None else arguments.whole(local, "local", 1)
         self.compressor, self.counted = compressor, counted
+        self.cells = None
+        if compressor == "dwconv":
+            options = {"stride": self.ratio, "groups": host.dim, "bias": False, "device": device, "dtype": dtype}
+            self.cells = nn.Conv2d(host.dim, host.dim, self.ratio, **options)
+            nn.init.constant_(self.cells.weight, self.ratio**-2)
+
+    def dense(self, grid: tuple[int, int], prefix: int) -> str | None:
+        if self.cells is not None and min(grid) < self.ratio:
+            return f"the map is smaller than a cell of {self.ratio} x {self.ratio} patches"
+        return None
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
         size = tuple(max(1, side // self.ratio) for side in place.grid)
         front_keys, front_values = (x[:, :, : place.prefix] for x in (key, value))
-        keys = place.keyed(self._resized(place.raw_key[:, :, place.prefix :], place.grid, size), _nearest(place, size))
-        values = self._resized(value[:, :, place.prefix :], place.grid, size)
+        if self.cells is not None:
+            cells = self.cells(place.x[:, place.prefix :].unflatten(1, place.grid).permute(0, 3, 1, 2))
+            keys, values = place.projected(cells.flatten(2).transpose(1, 2))
+        else:
+            patches = (x[:, :, place.prefix :] for x in (place.raw_key, value))
+            keys, values = (self._resized(x, place.grid, size) for x in patches)
+        keys = place.keyed(keys, _nearest(place, size))
         count = math.log(math.prod(place.grid) / math.prod(size)) if self.counted else 0.0
         keys, values = torch.cat([front_keys, keys], 2), torch.cat([front_values, values], 2)
         if self.local is None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.mixer_contract import MixerContract, MixerPack, packs
+from support.seeded import build, image
 
+import terrazzo
 from terrazzo.backbones._place import Place
 from terrazzo.errors import InputError
 
@@ -21,8 +23,12 @@ class TestDescriptor(MixerContract):
         meta = pack.meta
         weights = {key[2:]: pack[key].requires_grad_() for key in pack.arrays if key.startswith("w.")}
         x = pack["x"].requires_grad_()
-        qkv = F.linear(x, weights["qkv.weight"], weights["qkv.bias"])
-        q, raw_key, v = qkv.unflatten(2, (3, meta["heads"], -1)).permute(2, 0, 3, 1, 4)
+
+        def project(y):
+            qkv = F.linear(y, weights["qkv.weight"], weights["qkv.bias"])
+            return qkv.unflatten(2, (3, meta["heads"], -1)).permute(2, 0, 3, 1, 4)
+
+        q, raw_key, v = project(x)
 
         def norm(y, which):
             if not meta["qk_norm"]:
@@ -35,10 +41,14 @@ class TestDescriptor(MixerContract):
             x=x,
             raw_key=raw_key,
             keyed=lambda y, positions: norm(y, "k_norm"),
+            projected=lambda y: tuple(project(y)[1:]),
         )
         mixer = self.make(
             heads=meta["heads"], head_dim=q.shape[-1], ratio=meta["factor"], compressor=meta["compressor"]
         )
+        if mixer.cells is not None:
+            mixer.cells.weight.data.copy_(weights["spatial_compressor.compressor.weight"])
+            weights["spatial_compressor.compressor.weight"] = mixer.cells.weight
         out = mixer(norm(q, "q_norm"), norm(raw_key, "k_norm"), v, place).transpose(1, 2).flatten(2)
         out = F.linear(out, weights["proj.weight"], weights["proj.bias"])
         torch.testing.assert_close(out, pack["out"], rtol=0, atol=1e-9)
@@ -85,11 +95,24 @@ class TestDescriptor(MixerContract):
             torch.testing.assert_close(found[0, 0], (read / read.sum()).to(v).expand(64, 64))
 
     @torch.no_grad()
-    def test_area_is_the_start_of_the_depthwise_convolution(self):
-        _, k, _, _ = self.given((8, 12), 0)
-        found = self.make(compressor="area")._resized(k, (8, 12), (2, 3))
-        wanted = F.avg_pool2d(k.transpose(2, 3).flatten(0, 1).unflatten(2, (8, 12)), 4)
-        torch.testing.assert_close(found.transpose(2, 3).flatten(0, 1), wanted.flatten(2))
+    @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+    def test_area_is_the_start_of_the_depthwise_convolution(self, name):
+        """In a ViT and in an Eva with rotary positions; the convolution reads the input of the host's projections."""
+        patch = 14 if "eva" in name else 16
+        vit = build(name, embed_dim=48, num_heads=3, depth=2, img_size=8 * patch, dynamic_img_size=True)
+        x = image((8 * patch, 8 * patch))
+        wanted = terrazzo.convert_attention(vit, "descriptor", compressor="area").forward_features(x)
+        terrazzo.convert_attention(vit, "descriptor", compressor="dwconv")
+        torch.testing.assert_close(vit.forward_features(x), wanted, rtol=0, atol=1e-5)
+        vit.blocks[0].attn.mixer.cells.weight.mul_(0.5)
+        assert not torch.allclose(vit.forward_features(x), wanted, atol=1e-3)
+
+    @torch.no_grad()
+    def test_a_map_smaller_than_a_cell_of_the_convolution(self):
+        q, k, v, place = self.given((3, 9), 1)
+        mixer = self.make(compressor="dwconv")
+        assert mixer.dense((3, 9), 1) == "the map is smaller than a cell of 4 x 4 patches"
+        torch.testing.assert_close(mixer(q, k, v, place), F.scaled_dot_product_attention(q, k, v))
 
     @torch.no_grad()
     def test_positions(self):
@@ -143,7 +166,7 @@ class TestDescriptor(MixerContract):
             (dict(ratio=0), "ratio must be at least 1, got 0"),
             (dict(ratio=1.5), "ratio must be an int, got 1.5"),
             (dict(local=0), "local must be at least 1, got 0"),
-            (dict(compressor="max"), "compressor must be one of bilinear, area, nearest, got 'max'"),
+            (dict(compressor="max"), "compressor must be one of bilinear, area, nearest, dwconv, got 'max'"),
         ],
     )
     def test_refused_options(self, options, message):
