@@ -142,11 +142,16 @@ class _Hosted(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def _place(self, given: Any) -> Place:
-        """Where the tokens stand; without a host's state nobody knows, so mixers that need a grid refuse.
+        """Where the tokens stand.
 
         Raises:
-            InputError: A mask was given.
+            InputError: A mask was given, or nothing, and the mixer needs a grid.
         """
+        if given is None and self.mixer.needs_grid:
+            raise InputError(
+                f"the block of layer {self.mixer.host.layer} has the mixer {self.mixer.name!r} and needs the state "
+                f"beside its input: call it as block(x, state) with model.begin(image), or call the whole model"
+            )
         if given is None:
             return Place(None)
         if not isinstance(given, Place):

@@ -113,6 +113,16 @@ def listed(kept: torch.Tensor) -> torch.Tensor:
     return index.scatter(-1, place, own)[..., :length]
 
 
+def ranked(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of each row in descending order, and the place of each; among equals, the lowest place comes first.
+
+    ONNX has no stable sort, but its sort (TopK) puts the lowest place first.
+    """
+    if is_exporting():
+        return scores.sort(dim=-1, descending=True)
+    return scores.sort(dim=-1, descending=True, stable=True)
+
+
 def _is_known(x: torch.Tensor) -> bool:
     """Whether shapes may depend on the numbers in `x`."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting() or isinstance(x, FakeTensor)

@@ -12,7 +12,7 @@ from torch import nn
 
 from terrazzo.backbones._checks import number
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, listed
+from terrazzo.backbones.mixers._selector import Selector, Tokens, listed, ranked
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment
 from terrazzo.kernels.dispatch import arguments
@@ -67,7 +67,7 @@ class DMA(Selector):
         if keep >= patches:
             return Plan([*segments, Segment("all", bias=bias)])
         # Of equal biases, those of the first patches are kept.
-        index = bias.detach().sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+        index = ranked(bias.detach())[1][..., :keep]
         if self.block is not None:
             index = listed(_smoothed(index, patches, self.block))
         return Plan([*segments, Segment("token", index.unsqueeze(2), bias=bias)])

@@ -9,7 +9,7 @@ import math
 import torch
 
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, tile_means
+from terrazzo.backbones.mixers._selector import Selector, Tokens, ranked, tile_means
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment
 from terrazzo.kernels.dispatch import arguments
@@ -196,6 +196,6 @@ class _Level:
 
 def _best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The places of the `count` largest scores of each row, largest first, and of the others; -1 where it is -inf."""
-    found, order = scores.sort(dim=-1, descending=True, stable=True)
+    found, order = ranked(scores)
     order = order.masked_fill(found == -torch.inf, -1)
     return order[..., :count], order[..., count:]

@@ -11,7 +11,7 @@ import torch
 from terrazzo.backbones._checks import number
 from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._mixer import Host
-from terrazzo.backbones.mixers._selector import Selector, Tokens, listed, positive
+from terrazzo.backbones.mixers._selector import Selector, Tokens, listed, positive, ranked
 from terrazzo.errors import InputError
 from terrazzo.kernels.block_sparse_attention import Plan, Segment, block_sparse_attention
 from terrazzo.kernels.dispatch import arguments
@@ -154,5 +154,5 @@ def _blocks_of(profiles: torch.Tensor, blocks: int) -> torch.Tensor:
     """How many blocks keep 1, 2, 4, ... keys: profiles (heads, levels) to whole numbers that add up to `blocks`."""
     wanted = profiles / profiles.sum(1, keepdim=True) * blocks
     found = wanted.floor()
-    rank = (wanted - found).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = ranked(wanted - found)[1].argsort(dim=1)
     return (found + (rank < blocks - found.sum(1, keepdim=True))).long()

@@ -1,4 +1,4 @@
-"""Functions of numbers for CPU kernels: `exp2` and `softplus` of wide vectors (fused_vectors.py); `exp` of one number.
+"""Functions of numbers for CPU kernels, of wide vectors (fused_vectors.py) and, `exp` and `highest`, of one number.
 
 float32 goes through polynomials, since processors have no instruction for `exp` and `log`. float64 goes through the C
 library, one lane after another: it is there to be exact.
@@ -83,6 +83,29 @@ def _exp_float32(x):
     return np.float32(0) if below else found
 
 
+# The same fit for e^x with x from -log(2) / 2 to log(2) / 2.
+_F1, _F2, _F3, _F4, _F5, _F6 = (
+    np.float32(float(c) * LOG2_E**power) for power, c in enumerate((_E1, _E2, _E3, _E4, _E5, _E6), 1)
+)
+_LOWEST_OF_E = np.float32(-88.0)  # its power becomes 0
+
+
+@register_jitable
+def _falling_float32(x):
+    least = splat(_LOWEST_OF_E)
+    x = above(least, x, least, x)  # NaN stays
+    rounded = x * _LOG2_E + _ROUNDER
+    whole = bits_of(rounded) - _ROUNDER_BITS
+    turns = rounded - _ROUNDER
+    rest = x - turns * _LN2_HIGH - turns * _LN2_LOW
+    p = rest * _F6 + _F5
+    p = p * rest + _F4
+    p = p * rest + _F3
+    p = p * rest + _F2
+    p = p * rest + _F1
+    return (p * rest + _E0) * float_of((whole + _BIAS) << _MANTISSA)
+
+
 # log(1 + t) / t for t from 0 to 1: a Chebyshev fit, relative error 5.3e-9.
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8, _L9 = (
     np.float32(c)
@@ -99,12 +122,11 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8, _L9 = (
         -0.0031760570101959967,
     )
 )
-_LEAST = np.float32(-88.0)  # its power becomes 0
 
 
 @register_jitable
 def _vanishing_float32(x):
-    zero, least = splat(np.float32(0.0)), splat(_LEAST)
+    zero, least = splat(np.float32(0.0)), splat(_LOWEST_OF_E)
     x = above(x, zero, zero - x, x)
     x = above(least, x, least, x)  # NaN stays
     rounded = x * _LOG2_E + _ROUNDER
@@ -138,7 +160,7 @@ def _by_lane(function):
     return call
 
 
-_exp2_float64, _log1p_float64 = _by_lane(math.exp2), _by_lane(math.log1p)
+_exp_float64, _exp2_float64, _log1p_float64 = _by_lane(math.exp), _by_lane(math.exp2), _by_lane(math.log1p)
 _vanishing_float64 = _by_lane(register_jitable(lambda x: math.exp(-abs(x))))
 
 
@@ -158,6 +180,18 @@ def _exp2(x):
     if x == Vector(types.float32, WIDE):
         return lambda x: _exp2_float32(x)
     return lambda x: _exp2_float64(x)
+
+
+def falling(x):
+    """e^x of a wide vector of numbers that are at most 0; 0 below 2^-126 in float32, and NaN for NaN."""
+    return np.exp(x)
+
+
+@overload(falling)
+def _falling(x):
+    if x == Vector(types.float32, WIDE):
+        return lambda x: _falling_float32(x)
+    return lambda x: _exp_float64(x)
 
 
 def exp(x):

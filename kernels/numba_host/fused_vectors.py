@@ -65,9 +65,19 @@ def zeros(x, count):
     return (np.zeros(LANES, x.dtype),) * count
 
 
+def zeros_wide(x, count):
+    """Like `zeros`, with wide vectors."""
+    return (np.zeros(WIDE, x.dtype),) * count
+
+
 def multiply_all(vectors, b):
     """Each vector times the vector b."""
     return tuple(a * b for a in vectors)
+
+
+def add_all(vectors, others):
+    """The sum of the i-th vectors."""
+    return tuple(a + b for a, b in zip(vectors, others))
 
 
 def load_all(x, at, step, count):
@@ -75,9 +85,19 @@ def load_all(x, at, step, count):
     return tuple(load(x, at + i * step) for i in range(count))
 
 
+def load_all_wide(x, at, step, count):
+    """Like `load_all`, with wide vectors."""
+    return tuple(load_wide(x, at + i * step) for i in range(count))
+
+
 def add_multiples(vectors, factor, x, at):
     """Add the vector `factor` times the number x[at + i] to the i-th vector."""
     return tuple(a + factor * x[at + i] for i, a in enumerate(vectors))
+
+
+def add_multiples_apart(vectors, factor, x, at, step):
+    """Like `add_multiples`, with numbers that are `step` apart: x[at + i * step] for the i-th vector."""
+    return tuple(a + factor * x[at + i * step] for i, a in enumerate(vectors))
 
 
 def add_scaled(vectors, factor, others):
@@ -337,13 +357,20 @@ def _(context, builder, signature, arguments):
     return builder.insert_element(vector, number, lane)
 
 
-@_compiled(
-    zeros,
-    lambda x, count: types.UniTuple(Vector(x.dtype), count.literal_value) if isinstance(count, types.Literal) else None,
-)
-def _(context, builder, signature, arguments):
-    zero = ir.Constant(context.get_value_type(signature.return_type.dtype), None)
-    return context.make_tuple(builder, signature.return_type, [zero] * signature.return_type.count)
+def _zeros(function: Callable, lanes: int) -> None:
+    @_compiled(
+        function,
+        lambda x, count: (
+            types.UniTuple(Vector(x.dtype, lanes), count.literal_value) if isinstance(count, types.Literal) else None
+        ),
+    )
+    def _(context, builder, signature, arguments):
+        zero = ir.Constant(context.get_value_type(signature.return_type.dtype), None)
+        return context.make_tuple(builder, signature.return_type, [zero] * signature.return_type.count)
+
+
+_zeros(zeros, LANES)
+_zeros(zeros_wide, WIDE)
 
 
 @_compiled(multiply_all, lambda vectors, b: vectors)
@@ -353,26 +380,32 @@ def _(context, builder, signature, arguments):
     return context.make_tuple(builder, signature.return_type, found)
 
 
-@_compiled(
-    load_all,
-    lambda x, at, step, count: (
-        types.UniTuple(Vector(x.dtype), count.literal_value) if isinstance(count, types.Literal) else None
-    ),
-)
-def _(context, builder, signature, arguments):
-    x, at, step, _ = arguments
-    found = []
-    for _ in range(signature.return_type.count):
-        found.append(_read(context, builder, signature.args[0], x, at))
-        at = builder.add(at, step)
-    return context.make_tuple(builder, signature.return_type, found)
+def _load_all(function: Callable, lanes: int) -> None:
+    @_compiled(
+        function,
+        lambda x, at, step, count: (
+            types.UniTuple(Vector(x.dtype, lanes), count.literal_value) if isinstance(count, types.Literal) else None
+        ),
+    )
+    def _(context, builder, signature, arguments):
+        x, at, step, _ = arguments
+        found = []
+        for _ in range(signature.return_type.count):
+            found.append(_read(context, builder, signature.args[0], x, at, lanes))
+            at = builder.add(at, step)
+        return context.make_tuple(builder, signature.return_type, found)
 
 
-def _numbers_at(context, builder, array, value, at, count):
-    """Vectors of one number each: of the places `at`, at + 1 and so on."""
+_load_all(load_all, LANES)
+_load_all(load_all_wide, WIDE)
+
+
+def _numbers_at(context, builder, array, value, at, count, step=None, lanes=LANES):
+    """Vectors of one number each: of the places `at`, at + step (1 if it is None) and so on."""
     for i in range(count):
-        place = builder.add(at, ir.Constant(at.type, i))
-        yield _spread(builder, builder.load(_pointer(context, builder, array, value, place)))
+        place = ir.Constant(at.type, i)
+        place = builder.add(at, place if step is None else builder.mul(step, place))
+        yield _spread(builder, builder.load(_pointer(context, builder, array, value, place)), lanes)
 
 
 def _vectors_at(context, builder, array, value, at, step, count):
@@ -385,13 +418,16 @@ def _sum(builder, total, a, b):
     return builder.fadd(total, builder.fmul(a, b, flags=_FLAGS), flags=_FLAGS)
 
 
-@_compiled(add_multiples, lambda vectors, factor, x, at: vectors)
-def _(context, builder, signature, arguments):
-    vectors, factor, x, at = arguments
-    count = signature.return_type.count
-    numbers = _numbers_at(context, builder, signature.args[2], x, at, count)
+def _add_multiples(context, builder, signature, arguments):
+    vectors, factor, x, at, *step = arguments
+    kind = signature.return_type
+    numbers = _numbers_at(context, builder, signature.args[2], x, at, kind.count, *step, lanes=kind.dtype.lanes)
     found = [_sum(builder, builder.extract_value(vectors, i), factor, number) for i, number in enumerate(numbers)]
-    return context.make_tuple(builder, signature.return_type, found)
+    return context.make_tuple(builder, kind, found)
+
+
+_compiled(add_multiples, lambda vectors, factor, x, at: vectors)(_add_multiples)
+_compiled(add_multiples_apart, lambda vectors, factor, x, at, step: vectors)(_add_multiples)
 
 
 @_compiled(add_scaled, lambda vectors, factor, others: vectors)
@@ -400,6 +436,12 @@ def _(context, builder, signature, arguments):
     each = [[builder.extract_value(x, i) for x in (vectors, others)] for i in range(signature.return_type.count)]
     found = [_sum(builder, a, factor, b) for a, b in each]
     return context.make_tuple(builder, signature.return_type, found)
+
+
+@_compiled(add_all, lambda vectors, others: vectors)
+def _(context, builder, signature, arguments):
+    each = [[builder.extract_value(x, i) for x in arguments] for i in range(signature.return_type.count)]
+    return context.make_tuple(builder, signature.return_type, [builder.fadd(a, b, flags=_FLAGS) for a, b in each])
 
 
 @_compiled(add_dot, lambda total, vectors, x, at: total)

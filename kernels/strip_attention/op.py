@@ -3,13 +3,26 @@
 import torch
 
 from terrazzo.kernels.dispatch import opaque
+from terrazzo.kernels.dispatch.fused import Forms
 from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
-from terrazzo.kernels.strip_attention import exported, fused, portable, reference
+from terrazzo.kernels.strip_attention import exported, fused, fused_cpu, portable, reference
 from terrazzo.kernels.triton_host.blocks import HEAD_DIM
 
 
 def _needs(query, key, value, *_) -> Needs:
-    return Needs(value.device, value.dtype, HEAD_DIM.misfit(value.shape[-1]))
+    return Needs(value.device, value.dtype, HEAD_DIM.misfit(value.shape[-1]), _slow(query, key, value))
+
+
+# Up to this number of weights, gradients by standard operations cost less than those of an op.
+_FEW = 1 << 15
+
+
+def _slow(query, key, value) -> str | None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler sees one op for all sizes
+        return None
+    if query.numel() * value.shape[1] > _FEW or not any(x.requires_grad for x in (query, key, value)):
+        return None
+    return f"takes longer than standard operations for the gradients of at most {_FEW} weights"
 
 
 def _describe(query, key, value, backend) -> Call:
@@ -17,12 +30,13 @@ def _describe(query, key, value, backend) -> Call:
     return Call({"B": batch, "queries": query.shape[1], "keys": keys, "heads": heads, "dim": dim})
 
 
-OPERATOR = Operator("strip_attention", ("fused", "portable"), _needs, _describe)
+OPERATOR = Operator("strip_attention", ("fused", "portable"), _needs, _describe, cpu=True)
+_FORMS = Forms(fused, fused_cpu, portable)
 
 
 def _fake(query, key, value, backend):
     batch, queries, heads = query.shape
-    rows = (batch, heads, queries) if backend == "fused" else (0,)
+    rows = (batch, heads, queries) if _FORMS.of(value.device, backend) is fused else (0,)
     return value.new_empty(*query.shape, value.shape[-1]), query.new_empty(rows, dtype=torch.float32)
 
 
@@ -36,13 +50,14 @@ def _flops(query, key, value, backend, *args, out_shape=None, **kwargs) -> int:
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the sum of each row's exponentials (B, heads, N); the sums are empty in the portable form."""
-    if backend == "fused":
-        return fused.forward(query, key, value)
-    return portable.forward(query, key, value).contiguous(), query.new_empty(0, dtype=torch.float32)
+    """The output, and for the kernels on GPUs the sum of each row's exponentials (B, heads, N)."""
+    form = _FORMS.of(value.device, backend)
+    if form is portable:
+        return portable.forward(query, key, value).contiguous(), query.new_empty(0, dtype=torch.float32)
+    return form.forward(query, key, value)
 
 
-def _fake_gradients(grad, query, key, value, sums):
+def _fake_gradients(grad, query, key, value, sums, backend):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
@@ -59,15 +74,17 @@ def _backward(
     key: torch.Tensor,
     value: torch.Tensor,
     sums: torch.Tensor,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # The backward pass takes the form of the forward pass, even if another backend is requested by then.
-    if sums.numel():
-        return fused.backward(grad, query, key, value, sums)
-    return portable.backward(grad, query, key, value)
+    form = _FORMS.of(value.device, backend)
+    if form is portable:
+        return portable.backward(grad, query, key, value)
+    return form.backward(grad, query, key, value, sums)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, _ = inputs
+    # The backward pass takes the form of the forward pass, even if another backend is requested by then.
+    query, key, value, ctx.backend = inputs
     _, sums = output
     # The gradient with respect to the sums is not defined, and nothing asks for it.
     ctx.mark_non_differentiable(sums)
@@ -75,7 +92,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad, _):
-    return *_backward(grad, *ctx.saved_tensors), None
+    return *_backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 
 opaque.register_gradient(_forward, _autograd, _setup_context)

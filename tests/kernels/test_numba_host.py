@@ -53,11 +53,14 @@ class TestVectors:
             vectors.store_all(out, 312, 8, vectors.add_scaled(many, a, results[:3]))
             store(out, 336, vectors.add_dot(a, many, x, 2))
             store(out, 344, vectors.dot(a, many, x, 2, 11))
+            pair = vectors.load_all_wide(y, 5, 17, 2)
+            pair = vectors.add_multiples_apart(pair, wide, x, 3, 7)
+            vectors.store_all(out, 352, 16, vectors.add_all(vectors.zeros_wide(x, 2), pair))
 
         generator = np.random.default_rng(0)
         x, y = (generator.standard_normal(60).astype(np.float32) for _ in range(2))
         y[4] = np.nan
-        found, wanted = np.zeros(352, np.float32), np.zeros(352, np.float32)
+        found, wanted = np.zeros(384, np.float32), np.zeros(384, np.float32)
         numba.njit(run)(x, y, found)
         run(x, y, wanted)
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
@@ -96,6 +99,17 @@ class TestMaths:
         special = np.array([np.nan, np.inf, -np.inf, -120, 1e30, -1e30], dtype)
         found = on_vectors("softplus", "vanishing")(special)[: len(special)]
         np.testing.assert_allclose(found, np.array([np.nan, np.inf, 0, 0, 1e30, 0], dtype), rtol=1e-6, atol=1e-37)
+
+    def test_falling(self):
+        """Errors are within 3 units in the last place; powers below the smallest float32 with all its digits are 0."""
+        run = on_vectors("falling")
+        x = np.concatenate([np.linspace(-87, 0, 1_000_001), np.linspace(-1, 0, 100_001)]).astype(np.float32)
+        exact = np.exp(x.astype(np.float64))
+        assert (np.abs(run(x)[: len(x)] - exact) <= 3 * np.spacing(exact.astype(np.float32))).all()
+        special = np.array([np.nan, -np.inf, -1e30, -89, 0, -0.0], np.float32)
+        found = run(special)[: len(special)]
+        assert np.array_equal(found, np.array([np.nan, 0, 0, 0, 1, 1], np.float32), equal_nan=True)
+        np.testing.assert_allclose(run(x.astype(np.float64))[: len(x)], exact, rtol=1e-15)
 
     def test_exp2_over_its_whole_range(self):
         """Errors are within 2 units in the last place, from the smallest number to infinity."""

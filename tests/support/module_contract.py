@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from support.seeded import image
 from terrazzo.backbones import dualtokenvit, roma
+from terrazzo.backbones.mixers import Mixer
 from terrazzo.errors import InputError
 
 SIZE = (64, 64)
@@ -81,7 +82,8 @@ def check_alone(model: nn.Module) -> None:
     with torch.no_grad():
         wanted = model.forward_intermediates(x, indices=[0], output_fmt=model.output_fmt, intermediates_only=True)[0]
         x, state = model.begin(x)
-        if isinstance(state, (roma.Grid, dualtokenvit.Tokens)):
+        grids = any(isinstance(module, Mixer) and module.needs_grid for module in units[0].modules())
+        if isinstance(state, (roma.Grid, dualtokenvit.Tokens)) or (grids and state is not None):
             with pytest.raises(InputError, match=r"call it as block\(x, state\) with model.begin\(image\)"):
                 units[0](x)
             found = units[0](x, state)

@@ -114,6 +114,7 @@ FAMILIES = {
         },
     ),
     "medmamba": Family("medmamba_t", _HYBRID),
+    "mixer_vit": Family("mixer_pyramid_tiny", ("pvt_v2_b1", "pvt_v2_b2_li", "edgenext_base")),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
     "vmamba": Family("vmamba_tiny_s1l8", _HYBRID, training=(Images(224, 224, 8),)),
