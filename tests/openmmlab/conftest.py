@@ -58,6 +58,7 @@ def _shrink(value):
 SMALLER = {
     "dinat": dict(depths=(1, 1, 1, 1), embed_dim=32, num_heads=(1, 2, 4, 8), dilations=[[2], [1], [1], [1]]),
     "mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4)),
+    "mixer": dict(depths=(1, 1, 1, 1), dim=32),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
     "mctf": dict(embed_dim=96, num_heads=3),
     "asvit": dict(embed_dim=96, num_heads=3),
