@@ -49,9 +49,10 @@ def test_images_of_one_size(name, tmp_path):
 OPEN = ("descriptor", "hedgehog", "infsa", "linear_infsa", "softmax")
 
 
-def test_open_height_and_width(tmp_path):
+@pytest.mark.parametrize("names", [["descriptor"], pytest.param(OPEN, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_open_height_and_width(names, tmp_path):
     """The file is right for images that are smaller and larger than the example."""
-    module, path = converted(OPEN), tmp_path / "model.onnx"
+    module, path = converted(names), tmp_path / "model.onnx"
     report = export_onnx(module, pixels(64, 96), path, output_names=module.output_names, dynamic=("hw",))
     assert report.passed, report
     run, *_ = open_file("onnx", path)
