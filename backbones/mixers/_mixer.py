@@ -8,6 +8,7 @@ from torch import nn
 
 from terrazzo.backbones._place import Place
 from terrazzo.errors import InputError
+from terrazzo.kernels.dispatch.exporting import is_exporting, is_open
 
 
 class Host(NamedTuple):
@@ -36,11 +37,14 @@ class Mixer(nn.Module):
 
     Attributes:
         needs_grid: Whether it needs the tokens' positions on a grid, so that no reducer may merge tokens before.
+        open_sizes: Whether an export may leave height and width open. Otherwise a choice by the size, such as softmax
+            attention on small maps, would silently become constant.
         name: Its name among `mixers()`.
         options: The options with which it was made.
     """
 
     needs_grid = True
+    open_sizes = True
     name: str = ""
     options: dict[str, Any]
 
@@ -53,11 +57,18 @@ class Mixer(nn.Module):
         """Mix tokens (B, heads, N, D).
 
         Raises:
-            InputError: The mixer needs a grid, and tokens were merged or reordered.
+            InputError: The mixer needs a grid, and tokens were merged or reordered; or an export leaves sizes open that
+                the mixer needs.
         """
         if place.grid is None and self.needs_grid:
             raise InputError(
                 f"mixer {self.name!r} needs tokens on a grid, and tokens of layer {self.host.layer} are not"
+            )
+        opened = is_exporting() and place.grid is not None and (is_open(place.grid[0]) or is_open(place.grid[1]))
+        if opened and not self.open_sizes:
+            raise InputError(
+                f"mixer {self.name!r} is exported for images of one size, because what it computes depends on the "
+                "size: leave height and width fixed"
             )
         if place.grid is not None and self.dense(place.grid, place.prefix) is not None:
             return softmax_attention(query, key, value, place)

@@ -54,6 +54,8 @@ class Selector(Mixer):
         dense_up_to: maps up to this number of patches have softmax attention.
     """
 
+    open_sizes = False
+
     def __init__(self, host: Host, dense_up_to: int = 0):
         super().__init__(host)
         self.dense_up_to = arguments.whole(dense_up_to, "dense_up_to", 0)

@@ -39,6 +39,8 @@ class NeighborhoodAttention(Mixer):
     Source: arXiv 2204.07143, section 3.1; arXiv 2209.15001, section 3.
     """
 
+    open_sizes = False
+
     def __init__(
         self,
         host: Host,
