@@ -89,14 +89,18 @@ def selective_scan(
         return _with_last_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
 
     # Without annotations, because Dynamo of torch 2.8 fails at annotations with "|".
+    # One group is an axis of size 1: `unflatten` would take several times as long for short sequences.
+    def divided(x, axis):
+        return x.unsqueeze(axis) if groups == 1 else x.unflatten(axis, (groups, -1))
+
     def of_maps(x):  # B D L to B L G D/G
-        return None if x is None else x.transpose(1, 2).unflatten(2, (groups, -1))
+        return None if x is None else divided(x.transpose(1, 2), 2)
 
     def of_groups(x):  # B G N L to B L G N
         return (x.unsqueeze(1) if x.dim() == 3 else x).permute(0, 3, 1, 2)
 
     def of_channels(x):  # D to G D/G
-        return None if x is None else x.unflatten(0, (groups, -1))
+        return None if x is None else divided(x, 0)
 
     call = Scans(
         of_maps(u),
@@ -112,7 +116,8 @@ def selective_scan(
         length,
         False,
     )
-    return op.run(call, backend).flatten(2).transpose(1, 2)
+    out = op.run(call, backend)
+    return (out.squeeze(2) if groups == 1 else out.flatten(2)).transpose(1, 2)
 
 
 def _with_last_state(

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from terrazzo.kernels.numba_host import threads
 from terrazzo.kernels.numba_host.arrays import array_of, rows_of
 from terrazzo.kernels.numba_host.fused_constants import LOG2_E, WIDE
-from terrazzo.kernels.selective_scan.orders import pixels
+from terrazzo.kernels.selective_scan.orders import by_columns, pixels
 from terrazzo.kernels.selective_scan.scans import Scans
 
 # Steps between two states that are kept.
 CHUNK = 64
 # Vectors of channels of a program of the forward pass. Neighbouring channels lie side by side in memory.
 _VECTORS = 8
+# States of all steps in a program of the forward pass: fewer cost less on one thread than a second thread's start.
+_WORK = 1 << 17
 # Programs of the backward pass add up gradients of B and C by groups: few groups, as each has a sum of its own.
 _GROUPS = 8
 
@@ -28,15 +30,17 @@ def forward(call: Scans) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, see `Scans`, and the state before each chunk of steps, (B, chunks, K, N, D)."""
     from terrazzo.kernels.selective_scan import fused_cpu_kernels as kernels
 
-    arrays, channels = _arrays(call)
+    by_channels = _is_by_channels(call)
+    arrays, channels = _arrays(call, by_channels)
     dtype, (batch, length, scans, _) = arrays[0].dtype, call.delta.shape
     wide = arrays[2].shape[-1]
     merged = call.merge and call.z is None  # gates come before the sum
     out = torch.empty(batch, length, 1 if merged else scans, wide, dtype=dtype)
     kept = torch.empty(batch, -(-length // CHUNK), scans, call.A.shape[2], wide, dtype=dtype)
-    given = [*_given(arrays, call.delta_softplus), *rows_of(out), array_of(kept)]
+    given = [*_given(arrays, call.delta_softplus), by_channels, *rows_of(out), array_of(kept)]
     # Channels do not depend on each other, so any cut gives the same bits.
-    parts = _parts(wide, max(-(-wide // (_VECTORS * WIDE)), -(-torch.get_num_threads() // batch)))
+    most = -(-length * scans * wide * call.A.shape[2] // _WORK)
+    parts = _parts(wide, min(most, max(-(-wide // (_VECTORS * WIDE)), -(-torch.get_num_threads() // batch))))
     count = len(parts)
     threads.run(lambda i: kernels.forward(*given, i // count, *parts[i % count]), batch * count)
     out, kept = out[..., :channels], kept[..., :channels]
@@ -87,14 +91,28 @@ def backward(call: Scans, grad: torch.Tensor, kept: torch.Tensor) -> tuple[torch
     return tuple(None if g is None else g.to(x.dtype).contiguous() for x, g in zip(like, found))
 
 
-def _arrays(call: Scans) -> tuple[list[torch.Tensor], int]:
-    """What the kernels take, in the dtype of the computation and with whole programs of channels; the real channels."""
+def _is_by_channels(call: Scans) -> bool:
+    """Whether the forward pass reads u and delta as they are, with pixels side by side, as in mamba_ssm's (B, D, L).
+
+    A copy with channels side by side would take as long as a scan with one state.
+    """
+    if call.delta.shape[3] % WIDE or any(map(by_columns, call.orders)):
+        return False
+    return all(x.stride(1) == 1 and x.stride(3) != 1 for x in (call.u, call.delta))
+
+
+def _arrays(call: Scans, by_channels: bool = False) -> tuple[list[torch.Tensor], int]:
+    """What the kernels take, in the dtype of the computation and with whole programs of channels; the real channels.
+
+    Args:
+        by_channels: whether u and delta become (B, K, D, L).
+    """
     channels, dtype = call.delta.shape[3], call.dtype
     wide = -(-channels // WIDE) * WIDE
     nothing = call.A.new_empty(0, wide, dtype=dtype)
+    inputs = (call.u.to(dtype), call.delta.to(dtype))
     found = [
-        _padded(call.u.to(dtype), wide),
-        _padded(call.delta.to(dtype), wide),
+        *(_padded(x.permute(0, 2, 3, 1), 0) if by_channels else _padded(x, wide) for x in inputs),
         _padded(call.A.to(dtype).transpose(1, 2) * LOG2_E, wide).contiguous(),
         _padded(call.B.to(dtype), 0),
         _padded(call.C.to(dtype), 0),

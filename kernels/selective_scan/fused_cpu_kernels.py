@@ -9,19 +9,61 @@ through a softplus; index is (K, L), the pixel of each step. D is a multiple of 
 import numpy as np
 
 from terrazzo.kernels.numba_host.fused_compile import jit
-from terrazzo.kernels.numba_host.fused_constants import LOG2_E, WIDE
+from terrazzo.kernels.numba_host.fused_constants import LANES, LOG2_E, WIDE
 from terrazzo.kernels.numba_host.fused_maths import exp2, softplus, vanishing
-from terrazzo.kernels.numba_host.fused_vectors import above, load_wide, splat, store, sum_of
+from terrazzo.kernels.numba_host.fused_vectors import (
+    above,
+    load_all,
+    load_wide,
+    splat,
+    store,
+    store_all,
+    sum_of,
+    turned,
+)
 from terrazzo.kernels.selective_scan.fused_cpu import CHUNK
 
 
 @jit
+def turn(x, at, step, count, width, out):
+    """Write `count` rows of `width` numbers, the columns of `width` rows of x that are `step` apart."""
+    whole = count // LANES * LANES
+    for c in range(0, width, LANES):
+        for t in range(0, whole, LANES):
+            store_all(out, t * width + c, width, turned(load_all(x, at + c * step + t, step, LANES)))
+        for t in range(whole, count):
+            for i in range(c, c + LANES):
+                out[t * width + i] = x[at + i * step + t]
+
+
+@jit
 def forward(
-    u, u_at, delta, delta_at, A, B, b_at, C, c_at, skip, bias, positive, index, out, out_at, kept, image, first, width
+    u,
+    u_at,
+    delta,
+    delta_at,
+    A,
+    B,
+    b_at,
+    C,
+    c_at,
+    skip,
+    bias,
+    positive,
+    index,
+    by_channels,
+    out,
+    out_at,
+    kept,
+    image,
+    first,
+    width,
 ):
     """The scans of channels `first` to `first + width`.
 
     Args:
+        by_channels: whether the pixels of u and delta lie side by side, and not the channels. Then `u_at` and
+            `delta_at` hold the steps between images, scans and channels, and every order goes by rows.
         out: the sum of all scans if the step between scans is 0.
         kept: (B, chunks, K, N, D), the state before each chunk of steps.
     """
@@ -31,6 +73,10 @@ def forward(
     states = kept.shape[3]
     zero = splat(dtype(0))
     h, kept_flat = np.empty(states * width, dtype), kept.reshape(-1)
+    # Of one chunk, with channels side by side.
+    part = CHUNK * width if by_channels else 0
+    near_u, near_delta = np.empty(part, dtype), np.empty(part, dtype)
+    from_u, from_delta, low = (near_u, near_delta, 0) if by_channels else (u, delta, 0)
     for k in range(scans):
         h[:] = 0
         for t in range(length):
@@ -39,20 +85,30 @@ def forward(
                 for n in range(states):
                     for i in range(0, width, WIDE):
                         store(kept_flat, at + n * channels + i, load_wide(h, n * width + i))
+                if by_channels:
+                    steps = min(CHUNK, length - t)
+                    low = min(index[k, t], index[k, t + steps - 1])
+                    at = image * u_at[0] + k * u_at[1] + first * u_at[2] + low
+                    turn(u, at, u_at[2], steps, width, near_u)
+                    at = image * delta_at[0] + k * delta_at[1] + first * delta_at[2] + low
+                    turn(delta, at, delta_at[2], steps, width, near_delta)
             p = index[k, t]
-            u_row = image * u_at[0] + p * u_at[1] + k * u_at[2] + first
-            delta_row = image * delta_at[0] + p * delta_at[1] + k * delta_at[2] + first
+            if by_channels:
+                u_row = delta_row = (p - low) * width
+            else:
+                u_row = image * u_at[0] + p * u_at[1] + k * u_at[2] + first
+                delta_row = image * delta_at[0] + p * delta_at[1] + k * delta_at[2] + first
             b_row = image * b_at[0] + p * b_at[1] + k * b_at[2]
             c_row = image * c_at[0] + p * c_at[1] + k * c_at[2]
             out_row = image * out_at[0] + p * out_at[1] + k * out_at[2] + first
             for i in range(0, width, WIDE):
                 own = k * channels + first + i
-                dt = load_wide(delta, delta_row + i)
+                dt = load_wide(from_delta, delta_row + i)
                 if bias.size > 0:
                     dt = dt + load_wide(bias, own)
                 if positive:
                     dt = softplus(dt, vanishing(dt))
-                x = load_wide(u, u_row + i)
+                x = load_wide(from_u, u_row + i)
                 dx = dt * x
                 y = zero
                 if skip.size > 0:

@@ -14,7 +14,7 @@ def _needs(query, key, value, *_) -> Needs:
 
 
 # Up to this number of weights, gradients by standard operations cost less than those of an op.
-_FEW = 1 << 15
+_FEW = 1 << 17
 
 
 def _slow(query, key, value) -> str | None:

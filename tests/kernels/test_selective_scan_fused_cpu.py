@@ -52,6 +52,15 @@ class TestKernels:
     def test_layouts_and_what_is_left_out(self, layout, leave):
         check(triton_scan.errors(length=10, channels=9, batch=2, layout=layout, leave=leave))
 
+    @pytest.mark.parametrize("length", [1, 7, kernels.CHUNK, kernels.CHUNK + 13])
+    @pytest.mark.parametrize("orders", [(0,), (2,), (2, 0)])
+    def test_sequences_are_read_in_place(self, length, orders):
+        """The forward pass takes pieces of (B, K, D, L), as mamba_ssm's interface gives it, for whole vectors alone."""
+        options = dict(length=length, orders=orders, channels=2 * WIDE, layout="sequences", batch=2)
+        for shared in (True, False):
+            check(triton_scan.errors(shared=shared, **options))
+        check(triton_scan.errors(dtype="bfloat16", **options))
+
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     @pytest.mark.parametrize("merge", [True, False])
     def test_dtypes(self, dtype, merge):
@@ -97,10 +106,10 @@ class TestKernels:
 class TestMutations:
     """Break the kernels' arithmetic on purpose: the comparison must fail."""
 
-    @pytest.mark.parametrize("helper", ["", "exp2", "softplus", "vanishing", "orders", "chunks"])
+    @pytest.mark.parametrize("helper", ["", "exp2", "softplus", "vanishing", "orders", "chunks", "turned"])
     def test_a_broken_piece_shows(self, monkeypatch, helper):
         fused_cpu = importlib.import_module("terrazzo.kernels.selective_scan.fused_cpu")
-        for name in ("forward", "backward"):
+        for name in ("forward", "backward", "turn"):
             plain = getattr(kernels, name).py_func  # it runs in Python, so its parts can be replaced
             monkeypatch.setattr(kernels, name, plain)
         if helper in ("exp2", "softplus", "vanishing"):
@@ -111,13 +120,17 @@ class TestMutations:
         if helper == "chunks":
             monkeypatch.setattr(kernels, "CHUNK", kernels.CHUNK - 1)
         options = dict(length=kernels.CHUNK + 2, channels=1, states=2, orders=(0, 3), width=2, merge=True)
+        if helper == "turned":
+            monkeypatch.setattr(kernels, helper, lambda vectors: vectors)
+            options = dict(length=9, channels=WIDE, states=2, layout="sequences")
         found = triton_scan.errors(**options)
         broken = [name for name, (error, allowed) in found.items() if not error <= 2 * allowed]
         assert bool(broken) == bool(helper)
 
 
 class TestThreads:
-    def test_the_number_of_threads_changes_no_bit(self):
+    def test_the_number_of_threads_changes_no_bit(self, monkeypatch):
+        monkeypatch.setattr(importlib.import_module("terrazzo.kernels.selective_scan.fused_cpu"), "_WORK", 1)
         before = torch.get_num_threads()
         arguments = triton_scan.inputs(2, 150, 2, 70, 3, leave=(), dtype=torch.float32)
         results = []
