@@ -97,6 +97,7 @@ FAMILIES = {
         ),
     ),
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
+    "fmvit": Family("fmvit_tiny", _MOBILE),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
     "mctf": Family("mctf_deit_small", ("mctf_deit_small_fast", _DEIT), _VIT),
     "mctf_windows": Family(

@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model
 from torch import Tensor, nn
 
 from terrazzo._version import __version__
+from terrazzo.backbones._reparameterize import reparameterize
 from terrazzo.errors import InputError
 from terrazzo.tools.data.floors import FloorMaker
 from terrazzo.tools.export.exportable import RawClassifier, RawFeatures, RawSegmentor
@@ -24,7 +25,7 @@ from terrazzo.tools.targets import is_config, load_timm_model
 
 @dataclass(frozen=True)
 class Exportable:
-    """A model that is ready for export.
+    """A model that is ready for export, in its form for inference (`terrazzo.reparameterize`).
 
     Attributes:
         module: takes (B, 3, H, W), float RGB in 0..255; has `output_names`, and `reference` if its results are compared
@@ -46,6 +47,9 @@ class Exportable:
     preparation: dict[str, Any] = field(default_factory=dict)
     single: bool = False
     config: Any = None
+
+    def __post_init__(self):
+        reparameterize(self.module)
 
 
 def noise(size: tuple[int, int], batch: int) -> Tensor:
