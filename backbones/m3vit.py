@@ -9,8 +9,8 @@ Official code: github.com/VITA-Group/M3ViT, MIT licence in its own parts. The au
 repository has the tensors of a trained `m3vit_tiny` as raw files, without a licence (`read_edge_moe`).
 
 A task has a router in every block with experts, and all tasks share the experts. `model(x, task="depth")` is one pass
-with the routers of that task. Without a task, the logits of all routers are averaged; this is the model that the
-authors train on ImageNet first, where all routers are equal.
+with the routers of this task. Without a task, the logits of all routers are averaged. The authors first train on
+ImageNet with a single router; with equal routers, their mean is the same router.
 
 Deviations: the final norm and the classifier (the authors' backbone has neither), images of any size, and equal
 probabilities, among which the lowest expert comes first. Routers compute in float32 at least. Routing has no noise,
@@ -355,7 +355,7 @@ class M3ViT(Plain):
         return found
 
     def keep_task(self, task: str) -> "M3ViT":
-        """Remove the routers of all other tasks, in place: the model then is that task's, also without `task`."""
+        """Remove the routers of all other tasks, in place; then the model routes for this task, also without `task`."""
         number = self.routing(task).task
         for block in self.blocks:
             if isinstance(block.mlp, Mixture) and isinstance(block.mlp.gate, nn.ModuleList):
@@ -451,7 +451,7 @@ def read_edge_moe(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _from_edge_moe(files: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Edge-MoE's files under the authors' names, in the shapes of `own`, a state dict with those names.
+    """Edge-MoE's files under the authors' names, in the shapes of `own`, a state dict with these names.
 
     The class token is already part of its position, so it is 0. Files that are no parameters are left out.
     """

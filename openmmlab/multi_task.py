@@ -46,7 +46,7 @@ class MultiTask(BaseModel):
 
     Args:
         backbone: a `TerrazzoBackbone` of an M3ViT.
-        tasks: for each of the backbone's tasks, a model of mmseg without its backbone, such as
+        tasks: for each of the backbone's tasks, a model of mmseg without its backbone, for example
             `dict(type="EncoderDecoder", decode_head=...)` or `dict(type="DepthEstimator", decode_head=...)`.
         balance: the weight of the load-balancing losses.
         data_preprocessor: mmengine's, for example mmseg's `SegDataPreProcessor`.
@@ -69,7 +69,7 @@ class MultiTask(BaseModel):
         model = getattr(self.backbone, "model", None)
         if not isinstance(model, M3ViT):
             raise InputError(
-                f"MultiTask needs a TerrazzoBackbone of an M3ViT, such as m3vit_tiny, got {dict(backbone)}"
+                f"MultiTask needs a TerrazzoBackbone of an M3ViT, for example m3vit_tiny, got {dict(backbone)}"
             )
         if {*tasks} != {*model.tasks}:
             raise InputError(
@@ -92,7 +92,7 @@ class MultiTask(BaseModel):
         task: the only task to run; None for all. With one task, mode "tensor" gives a tensor, else a dict of tensors.
 
         Raises:
-            InputError: there is no such task.
+            InputError: the model does not have the task.
         """
         chosen = list(self._chosen(task))
         if mode == "loss":

@@ -1,6 +1,6 @@
 """M3ViT-tiny for classes and disparities of Cityscapes at 256 x 128: one process, batch 8, 100 epochs, from scratch.
 
-The sizes are Edge-MoE's; the rates and the loss of the routers are those of M3ViT's authors.
+The sizes are Edge-MoE's; M3ViT's authors have the same rates and the same loss of the routers.
 """
 
 _base_ = [

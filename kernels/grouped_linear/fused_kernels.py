@@ -95,7 +95,7 @@ def weights(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The gradient of BLOCK_O x BLOCK_I elements of one group's matrix; those with the first inputs sum the bias's."""
+    """The gradient of BLOCK_O x BLOCK_I elements of one group's matrix, and for the first inputs the bias's."""
     rows_of_blocks = (outs + BLOCK_O - 1) // BLOCK_O
     columns = (ins + BLOCK_I - 1) // BLOCK_I
     place = tl.program_id(0) % (rows_of_blocks * columns)

@@ -19,7 +19,7 @@ SLOW = pytest.mark.slow
 class TestM3ViT(BackboneContract):
     """Counted in the authors' backbone (17,983,680 and 43,420,032), plus the norm and the classifier.
 
-    Multiply-adds: section 4 of the paper's code for one task, plus the second router and the classifier.
+    Multiply-adds: one task of the authors' backbones; here a second router and the classifier are counted, too.
     """
 
     representatives = ("m3vit_tiny",)

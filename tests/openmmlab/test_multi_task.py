@@ -135,7 +135,7 @@ class TestModel:
             (lambda model: model.tasks.pop("depth"), "has the tasks segmentation, and its backbone has segmentation,"),
             (
                 lambda model: setattr(model, "backbone", dict(type="TerrazzoBackbone", name="dinat_mini")),
-                "needs a TerrazzoBackbone of an M3ViT, such as m3vit_tiny, got",
+                "needs a TerrazzoBackbone of an M3ViT, for example m3vit_tiny, got",
             ),
         ],
     )
