@@ -99,6 +99,9 @@ class TestOperator:
     def test_compiles_without_a_break(self, interpreted):
         assert interpreted("triton_grouped.compiled") == 0
 
+    def test_whole_model(self, interpreted):
+        assert interpreted("triton_grouped.model") < 1e-4
+
     def test_choice(self, interpreted):
         found = interpreted("triton_grouped.choices")
         assert found["auto"][0] == "portable"
