@@ -126,6 +126,7 @@ class Backbone(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        **choices,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The maps after the chosen units, and the output of `forward_features`.
 
@@ -136,6 +137,7 @@ class Backbone(nn.Module):
             stop_early: Do not run the units after the last chosen unit.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: Return the list alone.
+            **choices: Further arguments of the family's `begin`, for one forward pass.
 
         Raises:
             InputError: `output_fmt` is neither "NCHW" nor "NHWC".
@@ -145,7 +147,7 @@ class Backbone(nn.Module):
         taken, last = feature_take_indices(len(self.units), indices)
         maps = []
         check_image(x, self.in_chans)
-        x, state = self.begin(x)
+        x, state = self.begin(x, **choices)
         for i, unit in enumerate(self.units):
             if stop_early and i > last:
                 break

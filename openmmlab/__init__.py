@@ -45,6 +45,7 @@ from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
 from terrazzo.openmmlab.monitoring import MonitoredMetricsHook  # noqa: E402
+from terrazzo.openmmlab.multi_task import DepthBeside, M3ViTDepthHead, M3ViTHead, MultiTask, TaskBackbone  # noqa: E402
 from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
 from terrazzo.openmmlab.roma_pretraining import RoMAPretraining  # noqa: E402
 from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
@@ -57,17 +58,22 @@ __all__ = [
     "Bfloat16OptimWrapper",
     "ClassificationAccuracy",
     "Classifier",
+    "DepthBeside",
     "FinerLevel",
     "FiniteLossHook",
     "ImageFolderDataset",
     "LayerDecayOptimWrapperConstructor",
+    "M3ViTDepthHead",
+    "M3ViTHead",
     "MonitoredMetricsHook",
+    "MultiTask",
     "PlainPyramid",
     "RoMAPretraining",
     "RotatedImages",
     "SeededDataset",
     "SeededSampler",
     "SeedingHook",
+    "TaskBackbone",
     "TerrazzoBackbone",
     "ThroughputHook",
     "TokenBudget",

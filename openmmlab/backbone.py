@@ -95,10 +95,14 @@ class TerrazzoBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Computes the feature maps of B 3 H W images."""
+    def forward(self, x: Tensor, **choices: Any) -> tuple[Tensor, ...]:
+        """Computes the feature maps of B 3 H W images.
+
+        Args:
+            **choices: further arguments of the model for one pass, such as the `task` of an M3ViT.
+        """
         maps = self.model.forward_intermediates(
-            x, indices=list(self.out_indices), norm=False, output_fmt="NCHW", intermediates_only=True
+            x, indices=list(self.out_indices), norm=False, output_fmt="NCHW", intermediates_only=True, **choices
         )
         if self.norms is not None:
             maps = [norm(feature) for norm, feature in zip(self.norms, maps)]

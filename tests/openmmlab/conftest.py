@@ -57,6 +57,7 @@ def _shrink(value):
 # Arguments that make the models of a family small. In other families, a large model is swapped for a small DiNAT.
 SMALLER = {
     "dinat": dict(depths=(1, 1, 1, 1), embed_dim=32, num_heads=(1, 2, 4, 8), dilations=[[2], [1], [1], [1]]),
+    "m3vit": dict(embed_dim=48, num_heads=3, expert_hidden=24),
     "mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4)),
     "mixer": dict(depths=(1, 1, 1, 1), dim=32),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
@@ -100,6 +101,8 @@ def _shrink_model(model):
                     settings.num_points = 256
         elif head.type in ("UPerHead", "FCNHead"):
             head.channels = 32
+        elif head.type == "M3ViTHead":
+            head.width = 32
     if "roi_head" in model:
         stages = model.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:

@@ -9,6 +9,7 @@ import torch
 from terrazzo.kernels import (
     attentive_conv,
     block_sparse_attention,
+    grouped_linear,
     neighborhood_attention,
     selective_scan,
     selective_scan_2d,
@@ -83,6 +84,13 @@ def _by_plan(query, key, value, key_bias):
     return block_sparse_attention(query, key, value, plans.Plan([blocks, tokens], 3, 2))
 
 
+def _grouped(x, weight, bias):
+    """Two fifths of the rows in the first group, none in the second."""
+    rows = len(x) if isinstance(x, torch.Tensor) and x.dim() else 5
+    offsets = torch.tensor([0, rows * 2 // 5, rows * 2 // 5, rows], dtype=torch.int32)
+    return grouped_linear(x, weight, bias, offsets.to(getattr(x, "device", "cpu")))
+
+
 def _offsets(batch: int) -> dict:
     """Five tokens for each image, in two sequences of different lengths and an empty sequence."""
     cu_seqlens = [0] + [5 * i + at for i in range(batch) for at in (2, 2, 5)]
@@ -100,6 +108,9 @@ CALLS = {
     "attentive_conv": OperatorCall("attentive_conv", attentive_conv, _ATTENTIVE, tuple(_ATTENTIVE)[2:]),
     "block_sparse_attention": OperatorCall(
         "block_sparse_attention", _by_plan, dict.fromkeys(_QKV, (1, 2, 5, 4)) | {"key_bias": (1, 2, 5)}, ("key_bias",)
+    ),
+    "grouped_linear": OperatorCall(
+        "grouped_linear", _grouped, dict(x=(5, 3), weight=(3, 4, 3), bias=(3, 4)), ("weight", "bias")
     ),
     "neighborhood_attention": OperatorCall(
         "neighborhood_attention",

@@ -98,6 +98,8 @@ FAMILIES = {
     ),
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
     "fmvit": Family("fmvit_tiny", _MOBILE),
+    # A plain ViT of that width; both take 1.3 G multiply-adds at 224.
+    "m3vit": Family("m3vit_tiny", ("deit_tiny_patch16_224",), _VIT),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
     "mctf": Family("mctf_deit_small", ("mctf_deit_small_fast", _DEIT), _VIT),
     "mctf_windows": Family(

@@ -18,6 +18,7 @@ KINDS = {
     "operators": {
         "attentive_conv": _OPERATORS,
         "block_sparse_attention": _OPERATORS,
+        "grouped_linear": _OPERATORS,
         "neighborhood_attention": "terrazzo.tools.bench.neighborhood.benchmark",
         "selective_scan": _OPERATORS,
         "ssd": _OPERATORS,

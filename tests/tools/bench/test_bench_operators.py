@@ -16,6 +16,7 @@ from terrazzo.tools.verbs import bench
 SMALL = {
     "attentive_conv": (4, 6, 5),
     "block_sparse_attention": (24, 2, 4, 8, 2),
+    "grouped_linear": (5, 3, 4, 6),
     "selective_scan": (4, 9, 2),
     "ssd": (9, 2, 4, 3),
     "strip_attention": (20, 9, 2, 8),

@@ -13,6 +13,7 @@ import torch
 from terrazzo.tools import results
 from terrazzo.tools.bench.operators.attentive_conv import ATTENTIVE_CONV
 from terrazzo.tools.bench.operators.block_sparse_attention import BLOCK_SPARSE_ATTENTION
+from terrazzo.tools.bench.operators.grouped_linear import GROUPED_LINEAR
 from terrazzo.tools.bench.operators.operator import Operator
 from terrazzo.tools.bench.operators.selective_scan import SELECTIVE_SCAN
 from terrazzo.tools.bench.operators.ssd import SSD
@@ -27,6 +28,7 @@ OPERATORS = {
     for operator in (
         ATTENTIVE_CONV,
         BLOCK_SPARSE_ATTENTION,
+        GROUPED_LINEAR,
         SELECTIVE_SCAN,
         SSD,
         STRIP_ATTENTION,
