@@ -17,6 +17,7 @@ SMALL = {
     "attentive_conv": (4, 6, 5),
     "block_sparse_attention": (24, 2, 4, 8, 2),
     "selective_scan": (4, 9, 2),
+    "softmax_free_attention": (20, 5, 2, 8),
     "ssd": (9, 2, 4, 3),
     "strip_attention": (20, 9, 2, 8),
     "token_reduction": (11, 2, 4),

@@ -15,6 +15,7 @@ from terrazzo.tools.bench.operators.attentive_conv import ATTENTIVE_CONV
 from terrazzo.tools.bench.operators.block_sparse_attention import BLOCK_SPARSE_ATTENTION
 from terrazzo.tools.bench.operators.operator import Operator
 from terrazzo.tools.bench.operators.selective_scan import SELECTIVE_SCAN
+from terrazzo.tools.bench.operators.softmax_free_attention import SOFTMAX_FREE_ATTENTION
 from terrazzo.tools.bench.operators.ssd import SSD
 from terrazzo.tools.bench.operators.strip_attention import STRIP_ATTENTION
 from terrazzo.tools.bench.operators.token_reduction import TOKEN_REDUCTION
@@ -28,6 +29,7 @@ OPERATORS = {
         ATTENTIVE_CONV,
         BLOCK_SPARSE_ATTENTION,
         SELECTIVE_SCAN,
+        SOFTMAX_FREE_ATTENTION,
         SSD,
         STRIP_ATTENTION,
         TOKEN_REDUCTION,
