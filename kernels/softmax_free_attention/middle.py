@@ -67,24 +67,25 @@ def start(matrix: torch.Tensor, normalised: bool, alpha_scope: str) -> Start:
 
 def newton(matrix: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """The iteration's result, from alpha times the matrix."""
-    inverse = alpha * matrix
+    inverse, flat = (alpha * matrix).flatten(0, 1), matrix.flatten(0, 1)
     for _ in range(STEPS):
-        inverse = 2 * inverse - inverse @ matrix @ inverse
-    return inverse
+        inverse = torch.baddbmm(inverse, torch.bmm(inverse, flat), inverse, beta=2, alpha=-1)
+    return inverse.unflatten(0, (-1, matrix.shape[1]))
 
 
 def newton_backward(grad: torch.Tensor, matrix: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients through all steps, by the matrix and by the iteration's start, for `newton`. The steps run again."""
-    path = [alpha * matrix]
+    path, flat, grad = [(alpha * matrix).flatten(0, 1)], matrix.flatten(0, 1), grad.flatten(0, 1)
     for _ in range(STEPS - 1):
-        path.append(2 * path[-1] - path[-1] @ matrix @ path[-1])
-    grad_matrix, turned = torch.zeros_like(matrix), matrix.transpose(2, 3)
+        path.append(torch.baddbmm(path[-1], torch.bmm(path[-1], flat), path[-1], beta=2, alpha=-1))
+    grad_matrix, turned = torch.zeros_like(flat), flat.transpose(1, 2)
     for inverse in reversed(path):
-        inverse = inverse.transpose(2, 3)
-        left = inverse @ grad
-        grad_matrix -= left @ inverse
-        grad = 2 * grad - grad @ inverse @ turned - turned @ left
-    return grad_matrix, grad
+        inverse = inverse.transpose(1, 2)
+        left = torch.bmm(inverse, grad)
+        grad_matrix.baddbmm_(left, inverse, alpha=-1)
+        lost = torch.bmm(turned, left).baddbmm_(torch.bmm(grad, inverse), turned)
+        grad = 2 * grad - lost
+    return grad_matrix.view(matrix.shape), grad.view(matrix.shape)
 
 
 def scaled(inverse: torch.Tensor, begin: Start) -> torch.Tensor:
