@@ -116,5 +116,6 @@ FAMILIES = {
     "medmamba": Family("medmamba_t", _HYBRID),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
+    "soft": Family("soft_tiny", ("pvt_v2_b1", "resnet18")),
     "vmamba": Family("vmamba_tiny_s1l8", _HYBRID, training=(Images(224, 224, 8),)),
 }
