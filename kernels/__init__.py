@@ -7,6 +7,7 @@ from terrazzo.kernels.grouped_linear import grouped_linear as grouped_linear
 from terrazzo.kernels.neighborhood_attention import neighborhood_attention as neighborhood_attention
 from terrazzo.kernels.selective_scan import selective_scan as selective_scan
 from terrazzo.kernels.selective_scan import selective_scan_2d as selective_scan_2d
+from terrazzo.kernels.softmax_free_attention import softmax_free_attention as softmax_free_attention
 from terrazzo.kernels.ssd import ssd as ssd
 from terrazzo.kernels.strip_attention import strip_attention as strip_attention
 from terrazzo.kernels.varlen_attention import varlen_attention as varlen_attention
@@ -18,6 +19,7 @@ __all__ = [
     "neighborhood_attention",
     "selective_scan",
     "selective_scan_2d",
+    "softmax_free_attention",
     "ssd",
     "strip_attention",
     "use_backend",

@@ -13,10 +13,10 @@ from terrazzo.backbones._place import Place
 from terrazzo.backbones.mixers._local import depthwise
 from terrazzo.backbones.mixers._mixer import Host, Mixer
 from terrazzo.errors import InputError
+from terrazzo.kernels import softmax_free_attention
 from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
-
-STEPS = 20  # of Newton's iteration
+from terrazzo.kernels.softmax_free_attention import check_scope
 
 
 class Soft(Mixer):
@@ -61,12 +61,10 @@ class Soft(Mixer):
         """
         super().__init__(host)
         self.norm, self.ratio = bool(norm), arguments.whole(ratio, "ratio", 1)
-        self.alpha_scope, self.shared = alpha_scope, shared
+        self.alpha_scope, self.shared = check_scope(alpha_scope), shared
         kernel = arguments.whole(kernel, "kernel")
         if kernel < 1 or kernel % 2 == 0:
             raise InputError(f"kernel must be an odd number, got {kernel}")
-        if alpha_scope not in ("matrix", "global"):
-            raise InputError(f"alpha_scope must be 'matrix' or 'global', got {alpha_scope!r}")
         if sampling not in ("conv", "mean"):
             raise InputError(f"sampling must be 'conv' or 'mean', got {sampling!r}")
         factory, heads, dim = dict(device=device, dtype=dtype), host.heads, host.head_dim
@@ -85,14 +83,11 @@ class Soft(Mixer):
             query, wide = query.to(dtype) * scale, value.to(dtype)
             landmarks = self.landmarks(query, place)
             if self.shared:
-                read = write = gaussian(query, landmarks)
+                key = None
             else:
                 key = key.to(dtype) * scale
                 landmarks = torch.cat([landmarks, self.landmarks(key, place)], 2)
-                read, write = gaussian(query, landmarks), gaussian(key, landmarks)
-            middle = gaussian(landmarks, landmarks)
-            inverse = normalised_inverse(middle, self.alpha_scope) if self.norm else regular_inverse(middle)
-            out = read @ (inverse @ (write.transpose(2, 3) @ wide))
+            out = softmax_free_attention(query, wide, landmarks, key, self.norm, self.alpha_scope)
             weight = self.conv.weight.repeat_interleave(wide.shape[3], 0)
             return (out + depthwise(wide, place, weight)).to(value.dtype)
 
@@ -103,61 +98,3 @@ class Soft(Mixer):
             return F.avg_pool2d(maps, self.ratio).flatten(2).transpose(1, 2).unflatten(0, query.shape[:2])
         cells = F.conv2d(maps, self.Qlandmark_op.weight.to(query.dtype), stride=self.ratio)
         return self.Qnorm_act(cells.flatten(2).transpose(1, 2)).unflatten(0, query.shape[:2])
-
-
-def gaussian(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """exp(-|x_i - y_j|^2 / 2), (B, heads, N, m)."""
-    squares = x.square().sum(3, keepdim=True) + y.square().sum(3).unsqueeze(2) - 2 * x @ y.transpose(2, 3)
-    return torch.exp(-squares.clamp(min=0) / 2)
-
-
-def regular_inverse(matrix: torch.Tensor) -> torch.Tensor:
-    """SOFT's inverse of kernel matrices (B, heads, m, m), with 0.01 on the diagonal, and the gradient of an inverse.
-
-    Eigenvalues of I - alpha P^2 stay between -0.84 and 1, so the iteration cannot diverge.
-    """
-    alpha = 1.8 / matrix.detach().sum(3, keepdim=True).amax(2, keepdim=True).square()
-    return _Inverse.apply(matrix + 0.01 * _eye(matrix), alpha)
-
-
-def normalised_inverse(matrix: torch.Tensor, scope: str) -> torch.Tensor:
-    """SOFT++'s inverse of kernel matrices (B, heads, m, m), scaled by the roots of their row sums on both sides."""
-    over = (0, 1, 2, 3) if scope == "global" else (2, 3)
-    rows, eye = matrix.sum(3, keepdim=True), _eye(matrix)
-    square = matrix @ matrix
-    alpha = 2 / rows.amax(over, keepdim=True).square()
-    for _ in range(10):  # halve until the start is good enough, without asking the device
-        worst = (eye - alpha * square).detach().abs().sum(2, keepdim=True).amax(over, keepdim=True)
-        alpha = torch.where(worst > 1.01, alpha / 2, alpha)
-    scale = rows.rsqrt()
-    return scale * _iterated(matrix, alpha) * scale.transpose(2, 3)
-
-
-def _eye(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-
-
-def _iterated(matrix: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Newton's iteration towards the inverse, from alpha times the matrix."""
-    inverse = alpha * matrix
-    for _ in range(STEPS):
-        inverse = 2 * inverse - inverse @ matrix @ inverse
-    return inverse
-
-
-class _Inverse(torch.autograd.Function):
-    """Newton's iteration with the gradient of the inverse; alpha has none."""
-
-    @staticmethod
-    def forward(matrix, alpha):
-        return _iterated(matrix, alpha)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        turned = inverse.transpose(2, 3)
-        return -(turned @ grad @ turned), None

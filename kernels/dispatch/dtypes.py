@@ -1,6 +1,7 @@
 """The precision in which operators compute, whether autocast is on or off."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -15,3 +16,16 @@ def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def ieee_products() -> Iterator[None]:
+    """Matrix products of float32 are float32 inside the `with` block, on GPUs too, even if the user allowed TF32."""
+    matmul = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

@@ -34,6 +34,8 @@ FREE = {
     "strip_attention": {"value": ("one more",)},
     "attention": {"value": tuple(WRONG)},
 }
+# Tensors that may be None, beside those that have the same name in several operators.
+OPTIONAL = {"attention": FREE["attention"], "grouped_linear": ("bias",), "softmax_free_attention": ("key",)}
 
 
 def refused(call):
@@ -67,8 +69,7 @@ def test_each_tensor_is_checked(name, wrong):
 def test_required_tensors_are_not_none(name):
     call = CALLS[name]
     tensors = call.tensors()
-    free = {"D", "z", "delta_bias", "dt_bias", "key_bias", "rpb", *(FREE["attention"] if name == "attention" else ())}
-    free |= {"bias"} if name == "grouped_linear" else set()
+    free = {"D", "z", "delta_bias", "dt_bias", "key_bias", "rpb", *OPTIONAL.get(name, ())}
     for changed in tensors.keys() - free:
         arguments = [None if key == changed else x for key, x in tensors.items()]
         assert f"{changed} must be a tensor, got NoneType" in refused(lambda a=arguments: call.bound()(*a))

@@ -13,6 +13,7 @@ from terrazzo.kernels import (
     neighborhood_attention,
     selective_scan,
     selective_scan_2d,
+    softmax_free_attention,
     ssd,
     strip_attention,
     use_backend,
@@ -99,6 +100,7 @@ def _offsets(batch: int) -> dict:
 
 _QKV = ("query", "key", "value")
 _SEQUENCES = dict(u=(1, 4, 9), delta=(1, 4, 9), A=(4, 3), B=(1, 3, 9), C=(1, 3, 9))
+_SOFT = dict(query=(1, 2, 6, 4), value=(1, 2, 6, 4), landmark=(1, 2, 3, 4))
 _SSD = dict(x=(1, 7, 4, 3), dt=(1, 7, 4), A=(4,), B=(1, 7, 2, 5), C=(1, 7, 2, 5))
 _ATTENTIVE = dict(
     x=(1, 3, 4, 5), value=(1, 3, 4, 5), weight=(3, 3), bias=(3,), mixing=(9, 9), mixing_bias=(9,), inhibition=(3,)
@@ -145,6 +147,12 @@ CALLS = {
         dict(u=(1, 3, 4, 2), delta=(1, 3, 4, 4, 2), A=(4, 2, 3), B=(1, 3, 4, 4, 3), C=(1, 3, 4, 4, 3), D=(4, 2)),
         ("A", "D"),
         lambda batch: {"delta_softplus": True},
+    ),
+    "softmax_free_attention": OperatorCall(
+        "softmax_free_attention", softmax_free_attention, _SOFT | dict(key=(1, 2, 6, 4))
+    ),
+    "softmax_free_attention, normalised": OperatorCall(
+        "softmax_free_attention", softmax_free_attention, _SOFT, constants=lambda batch: {"normalised": True}
     ),
     "ssd": OperatorCall(
         "ssd",

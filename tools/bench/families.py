@@ -120,5 +120,6 @@ FAMILIES = {
     "mixer_vit": Family("mixer_pyramid_tiny", ("pvt_v2_b1", "pvt_v2_b2_li", "edgenext_base")),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
+    "soft": Family("soft_tiny", ("pvt_v2_b1", "resnet18")),
     "vmamba": Family("vmamba_tiny_s1l8", _HYBRID, training=(Images(224, 224, 8),)),
 }

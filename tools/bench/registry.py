@@ -21,6 +21,7 @@ KINDS = {
         "grouped_linear": _OPERATORS,
         "neighborhood_attention": "terrazzo.tools.bench.neighborhood.benchmark",
         "selective_scan": _OPERATORS,
+        "softmax_free_attention": _OPERATORS,
         "ssd": _OPERATORS,
         "strip_attention": _OPERATORS,
         "token_reduction": _OPERATORS,

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from support.mixer_contract import MixerContract, MixerPack, packs, place_of
 
 from terrazzo.backbones._place import Place
-from terrazzo.backbones.mixers.soft import gaussian, normalised_inverse, regular_inverse
 from terrazzo.errors import InputError
+from terrazzo.kernels.softmax_free_attention.reference import gaussian, normalised_inverse, regular_inverse
 
 
 class TestSoft(MixerContract):

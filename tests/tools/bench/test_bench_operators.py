@@ -18,6 +18,7 @@ SMALL = {
     "block_sparse_attention": (24, 2, 4, 8, 2),
     "grouped_linear": (5, 3, 4, 6),
     "selective_scan": (4, 9, 2),
+    "softmax_free_attention": (20, 5, 2, 8),
     "ssd": (9, 2, 4, 3),
     "strip_attention": (20, 9, 2, 8),
     "token_reduction": (11, 2, 4),

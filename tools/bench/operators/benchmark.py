@@ -16,6 +16,7 @@ from terrazzo.tools.bench.operators.block_sparse_attention import BLOCK_SPARSE_A
 from terrazzo.tools.bench.operators.grouped_linear import GROUPED_LINEAR
 from terrazzo.tools.bench.operators.operator import Operator
 from terrazzo.tools.bench.operators.selective_scan import SELECTIVE_SCAN
+from terrazzo.tools.bench.operators.softmax_free_attention import SOFTMAX_FREE_ATTENTION
 from terrazzo.tools.bench.operators.ssd import SSD
 from terrazzo.tools.bench.operators.strip_attention import STRIP_ATTENTION
 from terrazzo.tools.bench.operators.token_reduction import TOKEN_REDUCTION
@@ -30,6 +31,7 @@ OPERATORS = {
         BLOCK_SPARSE_ATTENTION,
         GROUPED_LINEAR,
         SELECTIVE_SCAN,
+        SOFTMAX_FREE_ATTENTION,
         SSD,
         STRIP_ATTENTION,
         TOKEN_REDUCTION,
