@@ -142,10 +142,10 @@ class Stem(nn.Module):
         self.patch_size = patch_size
         self.grid = (-(-img_size // patch_size),) * 2
         self.proj = patch_conv(in_chans, dim, patch_size, **factory)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], dim, **factory))
-        nn.init.normal_(self.cls_token, std=1e-6)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
         nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         """Args:

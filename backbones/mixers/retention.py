@@ -13,6 +13,7 @@ from terrazzo.backbones.mixers._mixer import Host, Mixer
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
+from terrazzo.kernels.dispatch.exporting import pieces
 from terrazzo.kernels.ssd import ssd
 
 FORMS = ("parallel", "chunked", "recurrent")
@@ -146,7 +147,7 @@ def retain_map(
 
 def _weights(distance: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     """Weights (heads, ...) of keys at distances (...); a negative distance says that a query does not see the key."""
-    decay = decay.view(-1, *(1 for _ in distance.shape))
+    decay, distance = decay.view(-1, *(1 for _ in distance.shape)), distance.to(decay.dtype)
     return torch.where(distance < 0, 0, (decay * distance.clamp(min=0)).exp())
 
 
@@ -174,13 +175,15 @@ def _in_rows(query, key, value, decay, chunk: int) -> torch.Tensor:
     """
     height, width = query.shape[2:4]
     # Rows are picked by index, because exporters cannot prove the sizes of padding by open sizes.
-    rows = torch.arange((height + chunk - 1) // chunk * chunk, device=query.device).unflatten(0, (-1, chunk))
-    query, key, value = (x[:, :, rows.clamp(max=height - 1)] for x in (query, key, value))  # B heads blocks rows W D
-    key = torch.where((rows < height)[:, :, None, None], key, 0)  # rows past the last add nothing
+    count = pieces(height, chunk)
+    rows = torch.arange(count * chunk, device=query.device).view(count, chunk)
+    real = rows < height
+    query, key, value = (x[:, :, torch.where(real, rows, 0)] for x in (query, key, value))  # B heads blocks rows W D
+    key = torch.where(real[:, :, None, None], key, 0)  # rows past the last add nothing
     near = _weights(_distances((chunk, width), 0, query.device), decay)[:, None]
     out = _masked(*(x.flatten(3, 4) for x in (query, key, value)), near).unflatten(3, (chunk, width))
 
-    steps, columns, blocks = (torch.arange(n, device=query.device) for n in (chunk, width, rows.shape[0]))
+    steps, columns, blocks = (torch.arange(n, device=query.device) for n in (chunk, width, count))
     to_end, from_start = (_weights(n, decay)[:, None, :, None, None] for n in (chunk - 1 - steps, steps + 1))
     pairs = (key * to_end).permute(0, 1, 2, 4, 5, 3) @ value.transpose(3, 4)  # B heads blocks W D D
     added = _weights(columns[:, None] - columns, decay)[:, None] @ pairs.flatten(4)  # B heads blocks W D*D
