@@ -367,9 +367,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state_dict
 
 
-def _cfg(description: str, **about: Any) -> dict[str, Any]:
+def _cfg(description: str, top1: str, **about: Any) -> dict[str, Any]:
     return imagenet_cfg(
-        "unknown",
+        top1,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         origin_url="https://github.com/NVlabs/ViR",
@@ -382,19 +382,21 @@ def _cfg(description: str, **about: Any) -> dict[str, Any]:
 
 _ISOTROPIC = dict(
     description="no weights are public: the authors released code for review only",
+    top1="unknown",
     first_conv="stem.proj",
-    pool_size=(14, 14),
 )
 _HYBRID = dict(
-    description="a hybrid as the paper describes, in sizes of our own; no weights exist", first_conv="stem.0"
+    description="the paper's idea of a hybrid in sizes of our own; there are no weights",
+    top1="none, because the sizes are ours",
+    first_conv="stem.0",
 )
 
 default_cfgs = generate_default_cfgs(
     {
-        "vir_small_patch16_224": _cfg(**_ISOTROPIC),
-        "vir_base_patch16_224": _cfg(**_ISOTROPIC),
-        "vir_large_patch16_224": _cfg(**_ISOTROPIC),
-        "vir_large_patch14_224": _cfg(**{**_ISOTROPIC, "pool_size": (16, 16)}),
+        "vir_small_patch16_224": _cfg(**_ISOTROPIC, pool_size=(14, 14)),
+        "vir_base_patch16_224": _cfg(**_ISOTROPIC, pool_size=(14, 14)),
+        "vir_large_patch16_224": _cfg(**_ISOTROPIC, pool_size=(14, 14)),
+        "vir_large_patch14_224": _cfg(**_ISOTROPIC, pool_size=(16, 16)),
         "vir_hybrid_tiny": _cfg(**_HYBRID),
         "vir_hybrid_small": _cfg(**_HYBRID),
     }

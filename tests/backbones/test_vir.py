@@ -35,7 +35,7 @@ class TestViR(BackboneContract):
         "vir_hybrid_small",
     )
     shallow = {
-        "vir_small_patch16_224": dict(depth=1, out_indices=(0,)),
+        "vir_small_patch16_224": dict(depth=1),
         "vir_hybrid_tiny": dict(depths=(1, 1, 1, 1)),
     }
     costs = {

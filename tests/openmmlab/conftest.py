@@ -60,6 +60,7 @@ SMALLER = {
     "mambavision": dict(depths=(1, 1, 2, 2), dim=32, stem_dim=16, window_size=(8, 4)),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
     "mctf": dict(embed_dim=96, num_heads=3),
+    "vir": dict(embed_dim=48),
     "asvit": dict(embed_dim=96, num_heads=3),
 }
 
