@@ -13,6 +13,7 @@ from terrazzo.backbones.mixers._mixer import Host, Mixer
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
+from terrazzo.kernels.dispatch.exporting import pieces
 from terrazzo.kernels.ssd import ssd
 
 FORMS = ("parallel", "chunked", "recurrent")
@@ -24,9 +25,9 @@ class Retention(Mixer):
     With `dims=2` a patch m comes before n if it stands neither below nor on the right of n, and the distance is that
     of rows plus that of columns. With `dims=1` tokens come in raster order, so the distance of neighbouring rows grows
     with the width. Head t has g = 1 - exp(x_t), where x runs from ln(1/32) for the first head to ln(1/512) for the
-    last. Tokens in front come after all patches, in reverse order: the class token is the last and sees all tokens, and
-    no patch sees it. On maps they stand under the last column, one below the other. Nothing is normalised, and there
-    are no parameters. All sums are in float32 at least.
+    last. Tokens behind the patches come after them; tokens in front come last of all, in reverse order. So the class
+    token sees all tokens, and no patch sees it. On maps such tokens stand under the last column, one below the other.
+    Nothing is normalised, and there are no parameters. All sums are in float32 at least.
 
     A direction is a flip of the map. Head t takes direction t modulo `directions`: as it is, flipped in rows and
     columns, in columns, in rows. So four heads see all patches.
@@ -71,23 +72,30 @@ class Retention(Mixer):
         dtype = accumulator(query, key, value)
         order = self._order(place, value)
         with without_autocast(value):
-            given = [x.to(dtype).take_along_dim(order, 2) for x in (query, key, value)]
+            given = [x.to(dtype) for x in (query, key, value)]
+            if order is not None:
+                given = [x.take_along_dim(order, 2) for x in given]
             given[0] = given[0] * query.shape[-1] ** -0.5
             decay = decays(self.host.heads, given[0])
             if self.dims == 1:
                 out = retain_sequence(*given, decay, self.form, self.chunk)
             else:
                 out = retain_map(*given, decay, place.grid, self.form, self.chunk)
-            return out.take_along_dim(order.argsort(2), 2).to(value.dtype)
+            if order is not None:
+                out = out.take_along_dim(order.argsort(2), 2)
+            return out.to(value.dtype)
 
-    def _order(self, place: Place, like: torch.Tensor) -> torch.Tensor:
-        """(1, heads, N, 1), the token at each place of a head's sequence."""
+    def _order(self, place: Place, like: torch.Tensor) -> torch.Tensor | None:
+        """(1, heads, N, 1), the token at each place of a head's sequence; None if tokens have this order already."""
+        if self.directions == 1 and place.prefix == 0:
+            return None
         height, width = place.grid
         patches = place.prefix + torch.arange(height * width, device=like.device).view(height, width)
         flips = [patches, patches.flip(0, 1), patches.flip(1), patches.flip(0)][: self.directions]
         patches = torch.stack([flips[head % self.directions].flatten() for head in range(self.host.heads)])
-        front = torch.arange(place.prefix, device=like.device).flip(0).expand(self.host.heads, -1)
-        return torch.cat([patches, front], 1)[None, :, :, None]
+        behind = torch.arange(place.prefix + height * width, like.shape[2], device=like.device)
+        last = torch.cat([behind, torch.arange(place.prefix, device=like.device).flip(0)])
+        return torch.cat([patches, last.expand(self.host.heads, -1)], 1)[None, :, :, None]
 
 
 def decays(heads: int, like: torch.Tensor) -> torch.Tensor:
@@ -102,7 +110,7 @@ def retain_sequence(
     """Retention of a sequence (B, heads, N, D); `decay` is (heads,)."""
     if form == "parallel":
         steps = torch.arange(query.shape[2], device=query.device)
-        return _masked(query, key, value, steps[:, None] - steps, decay)
+        return _masked(query, key, value, _weights(steps[:, None] - steps, decay))
     if form == "chunked":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out = ssd(value, torch.ones_like(value[..., 0]), decay, key, query, chunk=chunk)
@@ -128,18 +136,24 @@ def retain_map(
     if form == "recurrent":
         return _recurrent(query, key, value, decay, grid)
     count = grid[0] * grid[1]
-    distance = _distances(grid, query.shape[2] - count, query.device, 0 if form == "parallel" else count)
     if form == "parallel":
-        return _masked(query, key, value, distance, decay)
-    patches = (x[:, :, :count].unflatten(2, grid) for x in (query, key, value))
-    last = _masked(query[:, :, count:], key, value, distance, decay)
-    return torch.cat([_in_rows(*patches, decay, chunk).flatten(2, 3), last], 2)
+        return _masked(query, key, value, _weights(_distances(grid, query.shape[2] - count, query.device), decay))
+    patches = _in_rows(*(x[:, :, :count].unflatten(2, grid) for x in (query, key, value)), decay, chunk).flatten(2, 3)
+    if query.shape[2] == count:
+        return patches
+    distance = _distances(grid, query.shape[2] - count, query.device, count)
+    return torch.cat([patches, _masked(query[:, :, count:], key, value, _weights(distance, decay))], 2)
 
 
-def _masked(query, key, value, distance, decay) -> torch.Tensor:
-    """Retention by its definition; where a distance is negative, a query does not see the key."""
-    weights = torch.where(distance < 0, 0, (decay[:, None, None] * distance.clamp(min=0)).exp())
-    return ((query @ key.transpose(2, 3)) * weights) @ value
+def _weights(distance: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """Weights (heads, ...) of keys at distances (...); a negative distance says that a query does not see the key."""
+    decay, distance = decay.view(-1, *(1 for _ in distance.shape)), distance.to(decay.dtype)
+    return torch.where(distance < 0, 0, (decay * distance.clamp(min=0)).exp())
+
+
+def _masked(query, key, value, weights) -> torch.Tensor:
+    """Retention by its definition."""
+    return ((query @ key.transpose(-1, -2)) * weights) @ value
 
 
 def _distances(grid: tuple[int, int], more: int, device: torch.device, first: int = 0) -> torch.Tensor:
@@ -154,29 +168,28 @@ def _distances(grid: tuple[int, int], more: int, device: torch.device, first: in
 
 
 def _in_rows(query, key, value, decay, chunk: int) -> torch.Tensor:
-    """Retention of a map (B, heads, H, W, D), a block of rows after another.
+    """Retention of a map (B, heads, H, W, D) in blocks of rows.
 
-    A block passes on a state D x D for each column, which holds all patches above that are not on the right.
+    A block passes on a state D x D for each column, which holds all patches above that are not on the right. There is
+    no loop, so that one graph serves maps of any size.
     """
-    width = query.shape[3]
-    steps = torch.arange(width, device=query.device)
-    across = steps[:, None] - steps
-    across = torch.where(across < 0, 0, (decay[:, None, None] * across.clamp(min=0)).exp())  # heads W W
-    state, out = None, []
-    for block in zip(*(x.split(chunk, 2) for x in (query, key, value))):
-        rows = block[0].shape[2]
-        distance = _distances((rows, width), 0, query.device)
-        here = _masked(*(x.flatten(2, 3) for x in block), distance, decay).unflatten(2, (rows, width))
-        down = decay[:, None, None, None] * torch.arange(rows, device=query.device)[:, None, None]  # heads rows 1 1
-        q, k, v = block
-        if state is not None:
-            above = (q * (down + decay[:, None, None, None]).exp()).transpose(2, 3) @ state  # B heads W rows D
-            here = here + above.transpose(2, 3)
-        out.append(here)
-        pairs = (k * down.flip(1).exp()).permute(0, 1, 3, 4, 2) @ v.transpose(2, 3)  # B heads W D D
-        added = (across @ pairs.flatten(3)).unflatten(3, pairs.shape[3:])
-        state = added if state is None else added + (rows * decay).exp()[:, None, None, None] * state
-    return torch.cat(out, 2)
+    height, width = query.shape[2:4]
+    # Rows are picked by index, because exporters cannot prove the sizes of padding by open sizes.
+    count = pieces(height, chunk)
+    rows = torch.arange(count * chunk, device=query.device).view(count, chunk)
+    real = rows < height
+    query, key, value = (x[:, :, torch.where(real, rows, 0)] for x in (query, key, value))  # B heads blocks rows W D
+    key = torch.where(real[:, :, None, None], key, 0)  # rows past the last add nothing
+    near = _weights(_distances((chunk, width), 0, query.device), decay)[:, None]
+    out = _masked(*(x.flatten(3, 4) for x in (query, key, value)), near).unflatten(3, (chunk, width))
+
+    steps, columns, blocks = (torch.arange(n, device=query.device) for n in (chunk, width, count))
+    to_end, from_start = (_weights(n, decay)[:, None, :, None, None] for n in (chunk - 1 - steps, steps + 1))
+    pairs = (key * to_end).permute(0, 1, 2, 4, 5, 3) @ value.transpose(3, 4)  # B heads blocks W D D
+    added = _weights(columns[:, None] - columns, decay)[:, None] @ pairs.flatten(4)  # B heads blocks W D*D
+    before = _weights(chunk * (blocks[:, None] - blocks - 1), decay) @ added.flatten(3)  # B heads blocks W*D*D
+    above = (query * from_start).transpose(3, 4) @ before.unflatten(3, pairs.shape[3:])  # B heads blocks W rows D
+    return (out + above.transpose(3, 4)).flatten(2, 3).index_select(2, torch.arange(height, device=query.device))
 
 
 def _steps(query, key, value):

@@ -27,3 +27,12 @@ def is_open_from_one(length: int) -> bool:
 is_exporting._dynamo_marked_constant = True
 is_open._dynamo_marked_constant = True
 is_open_from_one._dynamo_marked_constant = True
+
+
+def pieces(length: int, size: int) -> int:
+    """How many pieces of `size` steps hold `length` steps; one more where an exporter leaves the length open.
+
+    An exporter fixes a size that is 1 in its example, and with a piece more there are at least 2.
+    """
+    count = (length + size - 1) // size
+    return count + 1 if is_exporting() and is_open(length) else count

@@ -6,9 +6,9 @@ so nothing overflows, and long sequences lose no digits (README.md).
 """
 
 import torch
-import torch.nn.functional as F
 
 from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.exporting import pieces
 
 
 def _sums_between(x: torch.Tensor) -> torch.Tensor:
@@ -45,9 +45,11 @@ def forward(
         inputs = [tensor.flip(1) for tensor in inputs]
     # Steps past the last have decay 1 and no input, so they change nothing. Steps are picked by index, because
     # exporters cannot prove the sizes of padding and slicing by symbolic sizes.
-    steps = torch.arange((length + chunk - 1) // chunk * chunk, device=x.device).unflatten(0, (-1, chunk))
-    real = (steps < length)[:, :, None, None]
-    inputs = [torch.where(real, tensor[:, steps.clamp(max=length - 1)], 0) for tensor in inputs]
+    count = pieces(length, chunk)
+    steps = torch.arange(count * chunk, device=x.device).view(count, chunk)
+    real = steps < length
+    taken = torch.where(real, steps, 0)  # not clamped: TensorRT cannot clamp integers
+    inputs = [torch.where(real[:, :, None, None], tensor[:, taken], 0) for tensor in inputs]
     # Chunks, then heads by group, in front of the steps of a chunk.
     into, decay, B, C = (tensor.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5) for tensor in inputs)
     decay = decay.squeeze(-1)  # B chunks G H/G Q
@@ -58,7 +60,9 @@ def forward(
     added = (B * between[..., -1, :, None]).transpose(-1, -2) @ into  # B chunks G H/G N P
     passed = _sums_between(decay.sum(-1).movedim(1, -1)).exp()  # B G H/G chunks chunks
     states = (passed @ added.movedim(1, 3).flatten(-2)).unflatten(-1, added.shape[-2:]).movedim(3, 1)
-    before = F.pad(states[:, :-1], (0,) * 8 + (1, 0))
+    index = torch.arange(count, device=x.device)
+    before = states.index_select(1, torch.where(index > 0, index - 1, 0))
+    before = torch.where((index > 0)[:, None, None, None, None], before, 0)
     out = out + (C @ before) * decay.cumsum(-1).exp().unsqueeze(-1)
 
     out = out.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)

@@ -138,8 +138,9 @@ class TestPortable:
             options = dict(backend="portable")
             torch.testing.assert_close(compiled(*arguments, **options), ssd(*arguments, **options))
 
-    def test_onnx(self, tmp_path):
-        """The file has matrix products and no Scan, and takes any length of more than one chunk."""
+    @pytest.mark.parametrize("example", [100, 40])
+    def test_onnx(self, example, tmp_path):
+        """The file has matrix products and no Scan, and takes any length, also from an example of one chunk."""
         onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
         onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
 
@@ -147,14 +148,14 @@ class TestPortable:
             def forward(self, x, dt, A, B, C):
                 return ssd(x, dt, A, B, C, dt_softplus=True)
 
-        arguments = [x.detach() for x in inputs(length=100, dtype=torch.float32, extras=False)[:5]]
-        length = torch.export.Dim("length", min=65, max=10000)
+        arguments = [x.detach() for x in inputs(length=example, dtype=torch.float32, extras=False)[:5]]
+        length = torch.export.Dim("length", min=2, max=10000)
         shapes = tuple(None if x.dim() == 1 else {1: length} for x in arguments)
         path = tmp_path / "ssd.onnx"
         torch.onnx.export(Module(), tuple(arguments), dynamo=True, dynamic_shapes=shapes, verbose=False).save(path)
         assert not {"Scan", "Loop"} & {node.op_type for node in onnx.load(path).graph.node}
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        for length in (65, 100, 300):
+        for length in (3, 65, 100, 300):
             arguments = [x.detach() for x in inputs(length=length, dtype=torch.float32, extras=False)[:5]]
             (found,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), arguments)})
             wanted = ssd(*arguments, dt_softplus=True)

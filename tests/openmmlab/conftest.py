@@ -62,6 +62,7 @@ SMALLER = {
     "mixer": dict(depths=(1, 1, 1, 1), dim=32),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
     "mctf": dict(embed_dim=96, num_heads=3),
+    "vir": dict(embed_dim=48),
     "asvit": dict(embed_dim=96, num_heads=3),
 }
 

@@ -121,5 +121,15 @@ FAMILIES = {
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
     "soft": Family("soft_tiny", ("pvt_v2_b1", "resnet18")),
+    "vir": Family(
+        "vir_small_patch16_224",
+        ("retention of maps", "vir_hybrid_tiny", "vit_small"),
+        cpu=(*_CPU, Images(1024, 1024)),
+        gpu=(Images(224, 224, 128), Images(512, 512, 16), Images(1024, 1024, 4), Images(1024, 2048)),
+        variants={
+            "retention of maps": ("vir_small_patch16_224", dict(dims=2, directions=4)),
+            "vit_small": ("vit_small_patch16_224", dict(dynamic_img_size=True)),
+        },
+    ),
     "vmamba": Family("vmamba_tiny_s1l8", _HYBRID, training=(Images(224, 224, 8),)),
 }
