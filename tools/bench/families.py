@@ -38,6 +38,8 @@ _MOBILE = ("mobilenetv3_large_100", "efficientvit_b1", "mobilevitv2_100")
 _DEIT = "deit_small_patch16_224"  # takes only its own size
 _VIT = (Images(224, 224), Images(224, 224, 16))
 _SWIN, _CONVNEXT = "swin_tiny_patch4_window7_224", "convnext_tiny"
+# 1.8 to 2.5 G multiply-adds at 224 around RaftMLP-S, with the same order of blocks or as many stages.
+_METAFORMER = ("poolformer_s12", "pvt_v2_b1", "convnext_nano")
 # 4.5 G multiply-adds each at 224, like the smallest Mamba hybrids; the last is a hybrid without its scans.
 _HYBRID = (_SWIN, _CONVNEXT, "mambaout_tiny")
 
@@ -114,6 +116,7 @@ FAMILIES = {
         },
     ),
     "medmamba": Family("medmamba_t", _HYBRID),
+    "raftmlp": Family("raftmlp_s", _METAFORMER),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
     "vmamba": Family("vmamba_tiny_s1l8", _HYBRID, training=(Images(224, 224, 8),)),
