@@ -8,9 +8,7 @@ _base_ = "../_base_/imagenet_300e.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
 model = dict(backbone=dict(name="raftmlp_s", drop_path_rate=0.1))
 train_dataloader = dict(dataset=dict(transform=dict(interpolation="bicubic", auto_augment=None, color_jitter=0.4)))
-optim_wrapper = dict(
-    optimizer=dict(lr=2e-3), paramwise_cfg=dict(_delete_=True, flat_decay_mult=0.0), clip_grad=None
-)
+optim_wrapper = dict(optimizer=dict(lr=2e-3), paramwise_cfg=dict(_delete_=True, flat_decay_mult=0.0), clip_grad=None)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=True, begin=0, end=5, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=5, end=305, convert_to_iter_based=True),

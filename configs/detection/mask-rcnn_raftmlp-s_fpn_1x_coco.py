@@ -12,7 +12,12 @@ _base_ = [
 custom_imports = dict(imports=["terrazzo.openmmlab"])
 model = dict(
     backbone=dict(
-        _delete_=True, type="TerrazzoBackbone", name="raftmlp_s", stride4="embed", norm_outputs=False, drop_path_rate=0.0
+        _delete_=True,
+        type="TerrazzoBackbone",
+        name="raftmlp_s",
+        stride4="embed",
+        norm_outputs=False,
+        drop_path_rate=0.0,
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
