@@ -61,6 +61,7 @@ SMALLER = {
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
     "mctf": dict(embed_dim=96, num_heads=3),
     "asvit": dict(embed_dim=96, num_heads=3),
+    "infvit": dict(embed_dim=96, num_heads=3),
 }
 
 

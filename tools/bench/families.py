@@ -99,6 +99,13 @@ FAMILIES = {
         ),
     ),
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
+    # A plain ViT of as many channels and blocks has softmax attention.
+    "infvit": Family(
+        "infvit_linear_4l_patch16_224",
+        ("infvit_pure_4l_patch16_224", "ViT, 4 layers"),
+        (*_CPU, Images(1024, 1024)),
+        variants={"ViT, 4 layers": ("vit_large_patch16_224", dict(depth=4, dynamic_img_size=True))},
+    ),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
     "mctf": Family("mctf_deit_small", ("mctf_deit_small_fast", _DEIT), _VIT),
     "mctf_windows": Family(
