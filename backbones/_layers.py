@@ -49,16 +49,14 @@ def bicubic(old: int, new: int, like: torch.Tensor, antialias: bool = False) -> 
     """
     index = torch.arange(new, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))[:, None]
     known = torch.arange(old, device=like.device)
-    count = index[-1:] + 1  # `new`, as a tensor
+    count = index.amax(0, keepdim=True) + 1  # `new`, as a tensor; a slice would not do for every open size
     if antialias:
         weight = _cubic(((index + 0.5) * old / count - (known + 0.5)) / (old / count).clamp(min=1), -0.5)
         return (weight / weight.sum(1, keepdim=True)).to(like.dtype)
-    place = (index + 0.5) * (old / count) - 0.5
-    weight = 0
-    for tap in range(-1, 3):
-        at = place.floor() + tap
-        weight = weight + _cubic(place - at, -0.75) * (at.clamp(0, old - 1) == known)  # edges are repeated
-    return weight.to(like.dtype)
+    place = ((index + 0.5) * (old / count) - 0.5)[:, None]
+    at = place.floor() + torch.arange(-1, 3, device=like.device)[:, None]  # the four neighbours
+    weight = _cubic(place - at, -0.75) * (at.clamp(0, old - 1) == known)  # edges are repeated
+    return weight.sum(1).to(like.dtype)
 
 
 def _cubic(distance: torch.Tensor, a: float) -> torch.Tensor:

@@ -31,18 +31,23 @@ class InfSA(InfiniteAttention):
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
         dtype = accumulator(query, key, value)
         with without_autocast(value):
-            given = [query.to(dtype) / query.shape[-1], key.to(dtype), value.to(dtype)]
-            if place.size is not None:
+            given = [query.to(dtype), key.to(dtype), value.to(dtype)]
+            if place.size is None:
+                out = self.rho(dtype) * normalised(*given)
+            else:
                 # Twice the same token is once the token, times sqrt(2), on both sides of R.
                 root = place.size[:, None, :, None].to(dtype).sqrt()
-                given = [x * root for x in given]
-            out, energy = positive(*given)
-            alive = energy > 0
-            norm = torch.where(alive, torch.where(alive, energy, 1).sqrt(), 0)  # no gradient of the root of 0
-            out = self.rho(dtype) * out / (norm + EPS)
-            if place.size is not None:
+                out = self.rho(dtype) * normalised(*(x * root for x in given))
                 out = out / torch.where(root > 0, root, 1)  # padding has size 0, and its result is 0
         return out.to(value.dtype)
+
+
+def normalised(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """R v / (||R||_F + 1e-6) (B, heads, N, D), with R = relu(q k^T / D)."""
+    out, energy = positive(query / query.shape[-1], key, value)
+    alive = energy > 0
+    norm = torch.where(alive, torch.where(alive, energy, 1).sqrt(), 0)  # no gradient of the root of 0
+    return out / (norm + EPS)
 
 
 def positive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,10 +67,23 @@ def central(query: torch.Tensor, key: torch.Tensor, size: torch.Tensor | None = 
     Args:
         size: (B, 1, N, 1), how often tokens count; None for once each.
     """
-    query, key = query * query.shape[-1] ** -0.5, key * key.shape[-1] ** -0.5
+    total, energy = focus(query, size)
+    agreement = agreements(key, total / (energy + EPS), size)
+    return agreement / (agreement.sum(2, keepdim=True) + EPS)
+
+
+def focus(query: torch.Tensor, size: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of queries weighted by their norms (B, heads, 1, D), and the sum of the norms (B, heads, 1, 1).
+
+    The mean query of many tokens is the quotient of these sums over parts of the tokens.
+    """
+    query = query * query.shape[-1] ** -0.5
     energy = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
     energy = energy if size is None else energy * size
-    mean = (energy / (energy.sum(2, keepdim=True) + EPS)).transpose(2, 3) @ query  # B heads 1 D
-    agreement = (key @ mean.transpose(2, 3)).relu()
-    agreement = agreement if size is None else agreement * size
-    return agreement / (agreement.sum(2, keepdim=True) + EPS)
+    return energy.transpose(2, 3) @ query, energy.sum(2, keepdim=True)
+
+
+def agreements(key: torch.Tensor, mean: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
+    """How much keys agree with the mean query (B, heads, 1, D): at least 0, (B, heads, N, 1)."""
+    found = (key * key.shape[-1] ** -0.5 @ mean.transpose(2, 3)).relu()
+    return found if size is None else found * size

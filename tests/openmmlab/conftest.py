@@ -64,6 +64,7 @@ SMALLER = {
     "mctf": dict(embed_dim=96, num_heads=3),
     "vir": dict(embed_dim=48),
     "asvit": dict(embed_dim=96, num_heads=3),
+    "infvit": dict(embed_dim=96, num_heads=3),
 }
 
 

@@ -38,6 +38,8 @@ _MOBILE = ("mobilenetv3_large_100", "efficientvit_b1", "mobilevitv2_100")
 _DEIT = "deit_small_patch16_224"  # takes only its own size
 _VIT = (Images(224, 224), Images(224, 224, 16))
 _SWIN, _CONVNEXT = "swin_tiny_patch4_window7_224", "convnext_tiny"
+# 1.8 to 2.5 G multiply-adds at 224 around RaftMLP-S, with the same order of blocks or as many stages.
+_METAFORMER = ("poolformer_s12", "pvt_v2_b1", "convnext_nano")
 # 4.5 G multiply-adds each at 224, like the smallest Mamba hybrids; the last is a hybrid without its scans.
 _HYBRID = (_SWIN, _CONVNEXT, "mambaout_tiny")
 
@@ -100,6 +102,13 @@ FAMILIES = {
     "fmvit": Family("fmvit_tiny", _MOBILE),
     # A plain ViT of that width; both take 1.3 G multiply-adds at 224.
     "m3vit": Family("m3vit_tiny", ("deit_tiny_patch16_224",), _VIT),
+    # A plain ViT of as many channels and blocks has softmax attention.
+    "infvit": Family(
+        "infvit_linear_4l_patch16_224",
+        ("infvit_pure_4l_patch16_224", "ViT, 4 layers"),
+        (*_CPU, Images(1024, 1024)),
+        variants={"ViT, 4 layers": ("vit_large_patch16_224", dict(depth=4, dynamic_img_size=True))},
+    ),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
     "mctf": Family("mctf_deit_small", ("mctf_deit_small_fast", _DEIT), _VIT),
     "mctf_windows": Family(
@@ -118,6 +127,7 @@ FAMILIES = {
     ),
     "medmamba": Family("medmamba_t", _HYBRID),
     "mixer_vit": Family("mixer_pyramid_tiny", ("pvt_v2_b1", "pvt_v2_b2_li", "edgenext_base")),
+    "raftmlp": Family("raftmlp_s", _METAFORMER),
     "roma": Family("roma_tiny", _HYBRID),
     "s2aformer": Family("s2aformer_mini", _MOBILE),
     "soft": Family("soft_tiny", ("pvt_v2_b1", "resnet18")),
