@@ -49,7 +49,7 @@ def convert_attention(model: nn.Module, mixer: str, layers: str | Sequence[int] 
     The model is changed in place: its class, the classes of its blocks and of their attention, and, where the mechanism
     has parameters of its own, these: `blocks.<layer>.attn.mixer.<name>`. All other parameters, their names and all of
     timm's methods stay. A call changes its layers only; "softmax" restores layers. `model.conversion` says what each
-    layer has.
+    layer has, and `model.changes` says it as JSON data, together with what `terrazzo.reduce` did.
 
         model = terrazzo.convert_attention(timm.create_model("vit_small_patch14_dinov2", pretrained=True), "hedgehog")
         model = terrazzo.convert_attention(model, "softmax", layers=[10, 11])

@@ -16,6 +16,8 @@ from torch import nn
 
 from terrazzo.backbones._checks import check_image
 from terrazzo.backbones._hosted import hosted, is_plain, plain
+from terrazzo.backbones._record import Record, defaults, grouped
+from terrazzo.backbones._record import plain as plain_data
 from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import Reducer, State
 from terrazzo.errors import InputError
@@ -30,12 +32,21 @@ class _Host:
     reducer: Reducer
     restore: str
     full_last: int
+    reduction: Record | None = None
 
     @property
     def conversion(self) -> dict[int, dict[str, Any]]:
         """For each layer with another mechanism than softmax attention: the mechanism's name and its options."""
         mixers = {i: block.attn.mixer for i, block in enumerate(self.blocks)}
         return {i: dict(mixer=m.name, **m.options) for i, m in mixers.items() if m is not None}
+
+    @property
+    def changes(self) -> Record:
+        """What `convert_attention` and `reduce` made of the model, as JSON data: see `terrazzo.backbones._record`."""
+        mixers = {i: block.attn.mixer for i, block in enumerate(self.blocks)}
+        made = {i: (m.name, defaults(type(m)) | plain_data(m.options)) for i, m in mixers.items() if m is not None}
+        found = {"convert": grouped(made)} if made else {}
+        return found | ({} if self.reduction is None else {"reduce": self.reduction})
 
     def _begin(self, x: torch.Tensor, maps: bool) -> tuple[torch.Tensor, State]:
         # The first weight with a kernel takes the image, in a hybrid stem, too.
@@ -143,6 +154,19 @@ def kind_of(model: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind, made in _HOSTS.items() if type(model) in (kind, made)), None)
 
 
+def host_in(model: nn.Module) -> nn.Module | None:
+    """The model that is a host or can become a host: the model itself, or a part of a wrapper or a detector."""
+    backbone = getattr(model, "backbone", None)  # beside it, a model may have a teacher
+    parts = (backbone if isinstance(backbone, nn.Module) else model).modules()
+    return next((part for part in parts if isinstance(part, _Host) or type(part) in _HOSTS), None)
+
+
+def record_of(model: nn.Module) -> Record:
+    """How `convert_attention` and `reduce` changed a model, or the model inside it; empty if they did not."""
+    host = host_in(model)
+    return host.changes if isinstance(host, _Host) else {}
+
+
 def check_host(model: nn.Module, verb: str) -> None:
     """Check that a model is a host or can become a host.
 
@@ -179,3 +203,4 @@ def unmake_host(model: nn.Module) -> None:
         plain(block)
     model.__class__ = kind_of(model)
     del model.reducer, model.restore, model.full_last, model.depth
+    model.__dict__.pop("reduction", None)

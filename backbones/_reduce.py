@@ -10,6 +10,7 @@ from torch import nn
 from terrazzo.backbones._checks import whole
 from terrazzo.backbones._convert import check_together
 from terrazzo.backbones._hosts import check_host, kind_of, make_host, unwrapped
+from terrazzo.backbones._record import defaults, plain
 from terrazzo.backbones._tokens import RESTORE, Reducer
 from terrazzo.backbones._windows import within
 from terrazzo.backbones.asvit import Pruning
@@ -88,6 +89,12 @@ def reduce(
     if not isinstance(restore, str) or restore not in RESTORE:
         raise InputError(f"restore must be one of {', '.join(RESTORE)}, got {restore!r}")
     reducer = _reducer(model, method, blocks, options)
+    given_options = dict(restore=restore, window=window, global_blocks=global_blocks, full_last=full_last, **options)
+    record = {
+        "method": method,
+        "options": defaults(METHODS[method]) | plain(given_options),
+        "blocks": plain(reducer.blocks),
+    }
     reducer = within(reducer, window, len(model.blocks), global_blocks)
     if kind_of(model) is not type(model):
         check_together(model, reducer)
@@ -95,5 +102,5 @@ def reduce(
     if not 0 <= full_last <= len(model.blocks):
         raise InputError(f"full_last must be 0 to the {len(model.blocks)} blocks, got {full_last}")
     make_host(model)
-    model.reducer, model.restore, model.full_last = reducer, restore, full_last
+    model.reducer, model.restore, model.full_last, model.reduction = reducer, restore, full_last, record
     return given

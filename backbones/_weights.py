@@ -39,6 +39,9 @@ checkpoints `state_dict` has the average, and `ema_state_dict` the weights befor
 
 _WEIGHTS = ("state_dict", "model", "module", "model_state_dict", "net", "network", "weights")
 
+MIXER = ".attn.mixer."
+"""A part of the names of parameters that `convert_attention` adds."""
+
 _COUNTERS = ("steps", "n_averaged")
 """Names of tensors in which an average counts its updates."""
 
@@ -190,6 +193,11 @@ def misfit(
     else:
         other = nearest(weights)
         hint = "no terrazzo model is similar" if other is None else f"it is nearest to model '{other}'"
+    if any(MIXER in key for key in weights) and not any(MIXER in key for key in own):
+        hint += (
+            "; it has parameters of mixers and the model has none: convert the model first with --mixer NAME, "
+            "convert=dict(mixer=NAME) or terrazzo.convert_attention, or build mixer_vit_tiny with mixer=NAME"
+        )
     return (
         f"does not fit model '{name}': compared with the model's {len(own)} tensors it {what} {len(keys)}, such as "
         f"{', '.join(keys[:3])}; {hint}"
@@ -220,6 +228,10 @@ def load_strictly(model: nn.Module, checkpoint: Any, load: Callable[[Mapping[str
     except InputError as error:
         raise WeightsError(f"the checkpoint {str(error).removeprefix('the checkpoint ')}") from error
     try:
+        # PyTorch itself ignores the parameters of a mixer where a layer has none.
+        lost = next((key for key in found if MIXER in key and key not in own), None)
+        if lost is not None:
+            raise RuntimeError(f"unexpected {lost}")
         return load(found)
     except RuntimeError as error:
         complaint = misfit(weights, found, model, name or type(model).__name__, strict=True)

@@ -13,6 +13,7 @@ import torch
 from terrazzo._files import written_whole
 from terrazzo.checkpoints import _archives
 from terrazzo.checkpoints._pickles import History, Refused
+from terrazzo.checkpoints.records import metadata_of, recorded
 from terrazzo.errors import InputError, SavingError
 
 
@@ -91,7 +92,8 @@ def save_file(checkpoint: dict, path: pathlib.Path) -> None:
     """Saves a checkpoint of plain data. The file appears under its name only when it is complete.
 
     Args:
-        checkpoint: what is saved; a `.safetensors` file takes the tensors of its `state_dict`, or its own tensors.
+        checkpoint: what is saved; a `.safetensors` file takes the tensors of its `state_dict`, or its own tensors, and
+            the record of the model's mixers and token reduction in its `meta`.
         path: a `.pth` or `.safetensors` file.
 
     Raises:
@@ -120,4 +122,5 @@ def _safetensors(checkpoint: dict) -> bytes:
     if other:
         raise InputError(f"a .safetensors file holds only tensors, and {other[0]!r} is not a tensor; save as .pth")
     # Tied weights share memory, which the format refuses.
-    return safetensors.torch.save({key: value.cpu().contiguous().clone() for key, value in state.items()})
+    tensors = {key: value.cpu().contiguous().clone() for key, value in state.items()}
+    return safetensors.torch.save(tensors, metadata_of(recorded(checkpoint)) or None)

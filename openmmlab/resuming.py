@@ -8,6 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
+from terrazzo.checkpoints.records import arguments, check_changes, recorded
 from terrazzo.errors import InputError
 
 NEXT = "leave --resume out and name another --work-dir, or go back to the config that it was trained with"
@@ -31,6 +32,7 @@ def check_resumable(runner: Runner, saved: Any, checkpoint: str) -> None:
             "to start a new run from its weights, leave --resume out and set load_from=FILE"
         )
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    check_changes(model, recorded(saved, checkpoint), checkpoint, arguments)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
     kept = {name.removeprefix("module."): tuple(v.shape) for name, v in state.items() if hasattr(v, "shape")}
     for name in itertools.chain(own, kept):

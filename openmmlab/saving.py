@@ -13,10 +13,13 @@ import mmengine.runner.checkpoint
 import mmengine.runner.runner
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from terrazzo._files import remove_partial
+from terrazzo.backbones._hosts import record_of
+from terrazzo.checkpoints.records import arguments, check_changes, meta_of, recorded
 from terrazzo.errors import InputError
 
 
@@ -42,6 +45,9 @@ class SafeCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, but it removes outdated checkpoints after it saves, and not before.
 
     Otherwise, with `max_keep_ckpts=1`, a full disk or a process that dies in between would leave no checkpoint at all.
+
+    A checkpoint also gets the record of the model's mixers and token reduction, and a checkpoint whose record says that
+    it is of another model is refused: mmengine would load what fits and ignore the rest.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -59,6 +65,15 @@ class SafeCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if is_main_process():
             remove_partial(Path(self.out_dir))
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Adds the record of the model's mixers and token reduction to `meta`."""
+        checkpoint.setdefault("meta", {}).update(meta_of(record_of(_unwrapped(runner.model))))
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Compares the checkpoint's record with the model; called before the weights are loaded."""
+        filename = runner._load_from or find_latest_checkpoint(runner.work_dir)
+        check_changes(_unwrapped(runner.model), recorded(checkpoint, filename), filename, arguments)
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         with self._removing_later():
@@ -81,6 +96,10 @@ class SafeCheckpointHook(CheckpointHook):
         for kind, path in removals:
             if path not in (self.last_ckpt, *best):  # a step that is saved again keeps its name
                 getattr(backend, kind)(path)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if is_model_wrapper(model) else model
 
 
 def find_latest_checkpoint(path: str) -> str | None:

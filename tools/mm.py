@@ -18,6 +18,7 @@ from torch import nn
 
 import terrazzo.openmmlab  # noqa: F401  prepares mmengine before it is used
 from terrazzo.backbones._weights import weights_of
+from terrazzo.checkpoints.records import arguments, check_changes, recorded
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.building import building, registered_class
 from terrazzo.openmmlab.checkpoint import load_file
@@ -69,7 +70,13 @@ def build_model(cfg: Config, checkpoint: str | Path) -> tuple[nn.Module, dict]:
 
 
 def load_exactly(model: nn.Module, saved: Any, checkpoint: str | Path) -> None:
-    """Put saved weights into a model; InputError if they lack a parameter or have it in another shape."""
+    """Put saved weights into a model.
+
+    Raises:
+        InputError: they are of a model with other mixers or another token reduction, or lack a parameter, or have it in
+            another shape.
+    """
+    check_changes(model, recorded(saved, checkpoint), checkpoint, arguments)
     try:
         state = weights_of(saved, ema=False)
     except InputError as error:

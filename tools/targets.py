@@ -9,6 +9,7 @@ from torch import nn
 
 from terrazzo.backbones._hosts import ADDED
 from terrazzo.checkpoints.loading import load_weights
+from terrazzo.checkpoints.records import command
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools.mechanisms import Mechanism, changed
 from terrazzo.tools.models import options_for, require_model
@@ -41,6 +42,7 @@ def load_timm_model(
     num_classes: int | None = None,
     size: tuple[int, int] | str | None = None,
     changes: Sequence[Mechanism] = (),
+    any_record: bool = False,
 ) -> nn.Module:
     """Build a timm classifier in evaluation mode, on the CPU.
 
@@ -51,6 +53,8 @@ def load_timm_model(
         num_classes: classes of the head; None for the model's own number.
         size: (H, W) of the images, if it is not the size of the weights, or "any".
         changes: change the model, in this order; the checkpoint may have or lack what they add.
+        any_record: whether the checkpoint may be of a model with other mixers or another token reduction, because the
+            caller compares changed copies of this model.
 
     Raises:
         InputError: unknown name, weights that cannot be downloaded, a checkpoint that cannot be read or does not fit,
@@ -72,7 +76,8 @@ def load_timm_model(
         return changed(model, changes)
     model = changed(timm.create_model(name, **options), changes)
     if checkpoint is not None:
-        load_weights(model, name, str(checkpoint), optional=ADDED if changes else "^$")
+        optional = ADDED if changes else "^$"
+        load_weights(model, name, str(checkpoint), optional, advice=None if any_record else command)
     return model
 
 

@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from terrazzo.errors import InputError
-from terrazzo.openmmlab import TerrazzoBackbone
+from terrazzo.openmmlab import Classifier, TerrazzoBackbone
 
 
 def ready(model):
@@ -203,6 +203,21 @@ def test_converts_and_reduces(tmp_path):
     again = ready(TerrazzoBackbone(**VIT, **changes, checkpoint=str(tmp_path / "changed.pth")))
     for found, map_ in zip(again(image), wanted):
         torch.testing.assert_close(found, map_)
+
+
+def test_a_checkpoint_names_its_mixers(tmp_path):
+    """A file of another converted model is refused, and the line says what to write."""
+    trained = TerrazzoBackbone(**VIT, convert=dict(mixer="llsa", topk=2))
+    meta = {"terrazzo.changes": trained.model.changes}
+    torch.save({"meta": meta, "state_dict": trained.state_dict()}, tmp_path / "trained.pth")
+    settings = dict(VIT, checkpoint=str(tmp_path / "trained.pth"))
+    for convert in (None, dict(mixer="hedgehog"), dict(mixer="llsa", layers=[0])):
+        with pytest.raises(InputError, match=r"pass convert=dict\(mixer='llsa', topk=2\)$"):
+            TerrazzoBackbone(**settings, convert=convert)
+    with pytest.raises(InputError, match=r"pass convert=dict\(mixer='llsa', topk=2\)$"):
+        Classifier({key: value for key, value in settings.items() if key != "out_indices"} | dict(num_classes=2))
+    again = TerrazzoBackbone(**settings, convert=dict(mixer="llsa", topk=2))
+    assert again.model.changes == trained.model.changes
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def command(
         if picture.suffix.lower() not in _PICTURES:
             raise InputError(f"{picture.name} must end in {', '.join(_PICTURES)}")
         from terrazzo.tools.bench import pareto
-    dense = load_timm_model(model, checkpoint, pretrained, size=sizes[0]).to(where)
+    dense = load_timm_model(model, checkpoint, pretrained, size=sizes[0], any_record=True).to(where)
     check_host(dense, "converted")
     mechanisms = mechanisms or [of_mixer(name) for name in without_parameters(dense)]
     if not mechanisms:

@@ -84,7 +84,7 @@ def command(
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
     where = pick_device(device)
     at = None if blocks is None else _numbers(blocks)
-    whole = load_timm_model(model, checkpoint, pretrained)
+    whole = load_timm_model(model, checkpoint, pretrained, any_record=True)
     if checkpoint is None and not pretrained:
         click.echo(
             f"note: {model} has random weights, and their features drift differently; see --pretrained", err=True

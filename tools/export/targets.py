@@ -13,7 +13,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model
 from torch import Tensor, nn
 
 from terrazzo._version import __version__
+from terrazzo.backbones._hosts import record_of
 from terrazzo.backbones._reparameterize import reparameterize
+from terrazzo.checkpoints.records import metadata_of
 from terrazzo.errors import InputError
 from terrazzo.tools.data.floors import FloorMaker
 from terrazzo.tools.export.exportable import RawClassifier, RawFeatures, RawSegmentor
@@ -92,7 +94,7 @@ def metadata(ready: Exportable) -> dict[str, str]:
         facts["boxes"] = "x1, y1, x2, y2 in pixels of the input"
     if ready.classes:
         facts["classes"] = json.dumps(ready.classes)
-    return facts
+    return facts | metadata_of(record_of(ready.module))
 
 
 def segmentor_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> Exportable:

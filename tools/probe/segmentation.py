@@ -72,7 +72,7 @@ def command(
     if out is not None:
         check_folder(out)
     Scores(2, 255)  # before any work: torchmetrics may be missing
-    whole = load_timm_model(model, checkpoint, pretrained, size=size).to(where)
+    whole = load_timm_model(model, checkpoint, pretrained, size=size, any_record=True).to(where)
     models = {mechanism: mechanism.on(whole) for mechanism in mechanisms}
     data = read_labelled(data_root)
     probing = PixelProbing(data, size, resolve_model_data_config(whole), Recipe(steps=steps, seed=seed), where)

@@ -7,6 +7,7 @@ import torch
 
 from terrazzo.backbones._weights import licence_notices, weights_of
 from terrazzo.checkpoints.files import load_file, save_file
+from terrazzo.checkpoints.records import meta_of, recorded
 from terrazzo.errors import InputError
 from terrazzo.tools.options import UserPath
 
@@ -23,7 +24,8 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
     """Write the weights of CHECKPOINT to OUT: a .safetensors file, or a .pth file that loads with weights_only.
 
     CHECKPOINT may be a file of mmengine, timm or terrazzo, or a .safetensors file; its weights may be under state_dict,
-    model or another usual key. A file that could run code is refused, and the message says why.
+    model or another usual key. OUT also keeps the record of mixers and token reduction. A file that could run code is
+    refused, and the message says why.
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{out.name} ends in neither .safetensors nor .pth; name a file that does")
@@ -34,7 +36,8 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
         weights = {name: _alone(value) for name, value in weights_of(saved, ema).items()}
     except InputError as error:
         raise InputError(f"{checkpoint} {error}{'; leave --ema out' if ema else ''}") from error
-    save_file(weights if out.suffix == ".safetensors" else {"state_dict": weights}, out)
+    meta = meta_of(recorded(saved, checkpoint))
+    save_file({"state_dict": weights} | ({"meta": meta} if meta else {}), out)
     click.echo(f"wrote {len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} numbers: {out}")
     for notice in licence_notices(weights):
         click.echo(notice, err=True)

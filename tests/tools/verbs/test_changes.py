@@ -89,6 +89,31 @@ def test_export(run, tmp_path):
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
+def test_a_checkpoint_says_which_mixer_it_needs(run, refused, tmp_path):
+    """Also after `terrazzo convert`, which keeps the record."""
+    model = terrazzo.convert_attention(timm.create_model(NAME), "hedgehog", layers=[0, 2])
+    content = {"state_dict": model.state_dict(), "meta": {"epoch": 1, "terrazzo.changes": model.changes}}
+    trained, slim = tmp_path / "trained.pth", tmp_path / "slim.safetensors"
+    torch.save(content, trained)
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "one.png")
+    assert run("convert", trained, slim).exit_code == 0
+    assert run("convert", slim, tmp_path / "back.pth").exit_code == 0
+    assert torch.load(tmp_path / "back.pth", weights_only=True)["meta"] == {"terrazzo.changes": model.changes}
+    wanted = "pass --mixer 'hedgehog,layers=(0,2)'"
+    for checkpoint in (trained, slim):
+        infer = ("infer", NAME, tmp_path / "one.png", "--checkpoint", checkpoint, "--out", tmp_path / "out")
+        assert wanted in refused(*infer)
+        assert wanted in refused(*infer, "--mixer", "hedgehog")
+        assert wanted in refused("export", NAME, checkpoint, "--out", tmp_path / "model.onnx")
+        assert not (tmp_path / "out").exists()
+    done = run(*infer, "--mixer", "hedgehog,layers=(0,2)", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    exported = run("export", NAME, slim, "--mixer", "hedgehog,layers=(0,2)", "--out", tmp_path / "model.onnx")
+    assert exported.exit_code == 0, exported.output
+    facts = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(facts["terrazzo.changes"]) == model.changes
+
+
 @pytest.mark.parametrize("verb", ["info", "explain"])
 @pytest.mark.parametrize(
     ("options", "words"),

@@ -226,6 +226,29 @@ def test_test_refusals(refused, trained, floors, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints_carry_the_mixer(refused, run, tmp_path):
+    """A training writes how its model was changed; testing, resuming and fine-tuning another model end in one line."""
+    config, work_dir = "dinat-mini_1xb64-30e_clothing96", tmp_path / "work"
+    tiny_data.write_folders(tmp_path / "data", load_config(config).metainfo.classes, (64, 64))
+    plain = ("model.backbone.name=test_vit", "model.backbone.dynamic_img_size=True")
+    plain = ("--cfg-options", *plain, "train_dataloader.batch_size=4", "train_dataloader.num_workers=0")
+    plain = (*plain, "train_dataloader.persistent_workers=False", "test_dataloader.num_workers=0")
+    mixed = (*plain, "model.backbone.convert.mixer=hedgehog", "model.backbone.convert.layers=[0,2]")
+    train = ("train", config, "--data-root", tmp_path / "data", "--max-epochs", 1, "--work-dir", work_dir)
+    done = run(*train, *mixed)
+    assert done.exit_code == 0, done.output
+    (checkpoint,) = work_dir.glob("epoch_1.pth")
+    entry = {"mixer": "hedgehog", "options": {}, "layers": [0, 2]}
+    assert torch.load(checkpoint, weights_only=True)["meta"]["terrazzo.changes"] == {"convert": [entry]}
+    test = ("test", config, checkpoint, "--data-root", tmp_path / "data")
+    wanted = "pass convert=dict(mixer='hedgehog', layers=[0, 2])"
+    assert wanted in refused(*test, *plain)
+    assert wanted in refused(*train, "--resume", *plain)
+    assert wanted in refused(*train[:-1], tmp_path / "other", *plain, f"load_from={checkpoint}")
+    done = run(*test, *mixed)
+    assert done.exit_code == 0, done.output
+
+
 def test_a_recipe_is_for_training_alone(refused, run, tmp_path):
     """Training without the teacher's weights is refused before files are written; testing needs no teacher."""
     config = "asvit-deit-tiny_1xb64-30e_eurosat64"
