@@ -82,7 +82,9 @@ PUBLISHED = {
     "mask-rcnn": {
         **{"nat-mini": 40, "nat-tiny": 48, "dinat-mini": 40, "dinat-tiny": 48, "dinat-s-tiny": 48},
         **{"vmamba-tiny-s1l8": 50, "vmamba-small-s2l15": 70, "vmamba-base-s2l15": 108},
+        "softpp-tiny": 33,
     },
+    "retinanet": {"softpp-tiny": 23},
     "cascade-mask-rcnn": {
         **{"nat-tiny": 85, "nat-small": 108, "nat-base": 147},
         **{"dinat-tiny": 85, "dinat-small": 108, "dinat-base": 147, "dinat-large": 258},
@@ -93,6 +95,7 @@ PUBLISHED = {
         **{"dinat-mini": 50, "dinat-tiny": 58, "dinat-small": 82, "dinat-base": 123, "dinat-large": 238},
         **{"dinat-s-tiny": 60, "dinat-s-small": 81, "dinat-s-base": 121, "dinat-s-large": 234},
         **{"vmamba-tiny-s1l8": 62, "vmamba-small-s2l15": 82, "vmamba-base-s2l15": 122},
+        "softpp-small": 54,
     },
     "mask2former": {"dinat-large": 220},
 }
