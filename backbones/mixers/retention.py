@@ -69,33 +69,34 @@ class Retention(Mixer):
         self.dims, self.form, self.directions, self.chunk = dims, form, directions, chunk
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
-        dtype = accumulator(query, key, value)
-        order = self._order(place, value)
+        dtype, front = accumulator(query, key, value), place.prefix
         with without_autocast(value):
             given = [x.to(dtype) for x in (query, key, value)]
-            if order is not None:
-                given = [x.take_along_dim(order, 2) for x in given]
+            if front:
+                given = [torch.cat([x[:, :, front:], x[:, :, :front].flip(2)], 2) for x in given]
+            given = [self._turned(x, place.grid) for x in given]
             given[0] = given[0] * query.shape[-1] ** -0.5
             decay = decays(self.host.heads, given[0])
             if self.dims == 1:
                 out = retain_sequence(*given, decay, self.form, self.chunk)
             else:
                 out = retain_map(*given, decay, place.grid, self.form, self.chunk)
-            if order is not None:
-                out = out.take_along_dim(order.argsort(2), 2)
+            out = self._turned(out, place.grid)
+            if front:
+                out = torch.cat([out[:, :, -front:].flip(2), out[:, :, :-front]], 2)
             return out.to(value.dtype)
 
-    def _order(self, place: Place, like: torch.Tensor) -> torch.Tensor | None:
-        """(1, heads, N, 1), the token at each place of a head's sequence; None if tokens have this order already."""
-        if self.directions == 1 and place.prefix == 0:
-            return None
-        height, width = place.grid
-        patches = place.prefix + torch.arange(height * width, device=like.device).view(height, width)
-        flips = [patches, patches.flip(0, 1), patches.flip(1), patches.flip(0)][: self.directions]
-        patches = torch.stack([flips[head % self.directions].flatten() for head in range(self.host.heads)])
-        behind = torch.arange(place.prefix + height * width, like.shape[2], device=like.device)
-        last = torch.cat([behind, torch.arange(place.prefix, device=like.device).flip(0)])
-        return torch.cat([patches, last.expand(self.host.heads, -1)], 1)[None, :, :, None]
+    def _turned(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Flip the patches of each head into its direction; a second time turns them back."""
+        if self.directions == 1:
+            return x
+        count = grid[0] * grid[1]
+        direction = torch.tensor([head % self.directions for head in range(self.host.heads)], device=x.device)
+        direction = direction[:, None, None, None]
+        patches = x[:, :, :count].unflatten(2, grid)
+        patches = torch.where((direction == 1) | (direction == 3), patches.flip(2), patches)
+        patches = torch.where((direction == 1) | (direction == 2), patches.flip(3), patches).flatten(2, 3)
+        return patches if x.shape[2] == count else torch.cat([patches, x[:, :, count:]], 2)
 
 
 def decays(heads: int, like: torch.Tensor) -> torch.Tensor:
@@ -158,11 +159,11 @@ def _masked(query, key, value, weights) -> torch.Tensor:
 
 def _distances(grid: tuple[int, int], more: int, device: torch.device, first: int = 0) -> torch.Tensor:
     """Distances of tokens from `first` on to all tokens, -1 to tokens that come later: patches, then `more` tokens."""
-    height, width = grid
-    steps = torch.arange(height * width + more, device=device)
-    behind = steps >= height * width
-    row = torch.where(behind, steps - height * width + height, steps // width)
-    column = torch.where(behind, width - 1, steps % width)
+    rows, columns = (torch.arange(length, device=device) for length in grid)
+    row, column = rows[:, None].expand(grid).flatten(), columns.expand(grid).flatten()  # exporters cannot divide by W
+    if more > 0:
+        row = torch.cat([row, grid[0] + torch.arange(more, device=device)])
+        column = torch.cat([column, columns[-1:].expand(more)])
     down, right = row[first:, None] - row, column[first:, None] - column
     return torch.where((down >= 0) & (right >= 0), down + right, -1)
 
