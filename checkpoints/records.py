@@ -127,6 +127,8 @@ def arguments(model: nn.Module, record: Record) -> str:
 
 
 def _short(text: str) -> str:
+    """A text that may come from a file, in one line of limited length."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[: LONGEST + 1])
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 

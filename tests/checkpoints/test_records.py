@@ -171,8 +171,8 @@ def test_malformed_records_are_one_line(record):
 
 def test_a_mixer_of_another_version():
     """A mechanism that this version lacks is named, and what it does not know of a record is left out."""
-    entry = {"mixer": "future", "options": {"a": 1}, "layers": [0], "more": 1}
+    entry = {"mixer": "future", "options": {"a": "1\n"}, "layers": [0], "more": 1}
     record = recorded({"meta": {KEY: {"convert": [entry], "new": 1}}})
     assert record == {"convert": [{key: entry[key] for key in ("mixer", "options", "layers")}]}
-    with pytest.raises(InputError, match=r"pass --mixer 'future,a=1,layers=\(0,\)'"):
+    with pytest.raises(InputError, match=r"pass --mixer 'future,a=1\?,layers=\(0,\)'"):
         check_changes(build(), record, "x.pth", command)
