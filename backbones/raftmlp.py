@@ -95,8 +95,8 @@ class Embedding(nn.Module):
         for kernel in self.kernels:
             start, end = end, end + channels * kernel**2
             part = self.proj.weight[:, start:end].unflatten(1, (channels, kernel, kernel))
-            parts.append(F.pad(part, ((largest - kernel) // 2,) * 4))
-        return sum(parts)
+            parts.append(F.pad(part, ((largest - kernel) // 2,) * 4) if kernel < largest else part)
+        return sum(parts[1:], parts[0])
 
 
 class DownsamplingEmbedding(Embedding):
