@@ -269,7 +269,8 @@ def _likeness(weights: dict[str, torch.Tensor], name: str) -> tuple[float, float
     own = model.state_dict()
     names = sum(key in found for key in own)
     shapes = sum(_shape(found.get(key)) == value.shape for key, value in own.items())
-    return names / max(len(own), len(found)), shapes / max(len(own), len(found))
+    count = max(len(own), len(found), len(weights))  # a filter may drop what it does not know
+    return names / count, shapes / count
 
 
 def rename(state_dict: Mapping[str, torch.Tensor], pairs: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:
