@@ -100,8 +100,6 @@ FAMILIES = {
     ),
     "dualtokenvit": Family("dualtokenvit_tiny_mix", _MOBILE),
     "fmvit": Family("fmvit_tiny", _MOBILE),
-    # A plain ViT of that width; both take 1.3 G multiply-adds at 224.
-    "m3vit": Family("m3vit_tiny", ("deit_tiny_patch16_224",), _VIT),
     # A plain ViT of as many channels and blocks has softmax attention.
     "infvit": Family(
         "infvit_linear_4l_patch16_224",
@@ -109,6 +107,8 @@ FAMILIES = {
         (*_CPU, Images(1024, 1024)),
         variants={"ViT, 4 layers": ("vit_large_patch16_224", dict(depth=4, dynamic_img_size=True))},
     ),
+    # A plain ViT of that width; both take 1.3 G multiply-adds at 224.
+    "m3vit": Family("m3vit_tiny", ("deit_tiny_patch16_224",), _VIT),
     "mambavision": Family("mambavision_t", _HYBRID, targets=(Target("cuda", _SWIN, 1.1, throughput=True),)),
     "mctf": Family("mctf_deit_small", ("mctf_deit_small_fast", _DEIT), _VIT),
     "mctf_windows": Family(
