@@ -14,6 +14,7 @@ from terrazzo.tools.inspect.measure import measure
 
 class TestDualTokenViT(BackboneContract):
     representatives = ("dualtokenvit_tiny_mix",)
+    operators_of = "s2aformer"
     reconstructed = True
     shallow = {"dualtokenvit_tiny_mix": dict(depths=(1, 1), widths=(32, 96))}
     costs = {

@@ -22,6 +22,7 @@ class TestInfViT(BackboneContract):
     """Parameters are the paper's counts. Multiply-adds in G: the paper's do not fit its models (see the card)."""
 
     representatives = (LINEAR,)
+    operators_of = "s2aformer"
     untrained = (LINEAR, PURE, "infvit_pure_24l_patch16_224")
     shallow = {LINEAR: dict(embed_dim=64, num_heads=2, depth=1)}
     costs = {

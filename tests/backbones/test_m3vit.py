@@ -23,6 +23,7 @@ class TestM3ViT(BackboneContract):
     """
 
     representatives = ("m3vit_tiny",)
+    operators_of = "s2aformer"
     untrained = ("m3vit_tiny", "m3vit_small")
     shallow = {"m3vit_tiny": dict(depth=2)}
     costs = {

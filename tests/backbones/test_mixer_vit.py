@@ -15,6 +15,7 @@ class TestMixerViT(BackboneContract):
     """At 224, LLSA computes softmax attention in `mixer_vit_*`, so parameters and multiply-adds are DeiT's."""
 
     representatives = ("mixer_vit_tiny", "mixer_pyramid_tiny")
+    operators_of = "s2aformer"
     untrained = ("mixer_vit_tiny", "mixer_vit_small", "mixer_pyramid_tiny")
     shallow = {
         "mixer_vit_tiny": dict(depth=1, mixer="hedgehog"),

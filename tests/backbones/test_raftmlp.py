@@ -17,6 +17,7 @@ class TestRaftMLP(BackboneContract):
     """Parameters are counted in the authors' classes. Multiply-adds in G are for embeddings as one convolution."""
 
     representatives = ("raftmlp_s",)
+    operators_of = "s2aformer"
     untrained = ("raftmlp_s", "raftmlp_m", "raftmlp_l")
     shallow = {"raftmlp_s": dict(depths=(1,), dims=(32,), patch_sizes=(4,), img_size=64)}
     costs = {

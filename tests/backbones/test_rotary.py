@@ -197,10 +197,17 @@ def test_positions_matter():
     assert not torch.allclose(x, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
-def test_every_model_with_every_reduction(vit, name):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=() if kind == "axial" or name == "ahead" else pytest.mark.slow)
+        for kind in MODELS
+        for name in REDUCTIONS
+    ],
+)
+def test_every_model_with_every_reduction(kind, name):
     """Maps stay near the model's; a batch is its images; copies, compiled models and checkpointing agree."""
-    options = REDUCTIONS[name]
+    vit, options = MODELS[kind](), REDUCTIONS[name]
     x, plain = picture(vit, batch=2), copy.deepcopy(vit)
     model = reduce(vit, **options)
     with torch.no_grad():

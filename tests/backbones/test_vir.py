@@ -26,6 +26,7 @@ class TestViR(BackboneContract):
     """
 
     representatives = ("vir_small_patch16_224",)
+    operators_of = "vmamba"
     untrained = (
         "vir_small_patch16_224",
         "vir_base_patch16_224",

@@ -11,8 +11,9 @@ variant. `refused` names the tests of tests/support/capabilities.py that the fam
 its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient` says
 that a part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow` holds,
 by representative, arguments that keep one block of each kind, for tests that would take minutes to compile or export.
-`operators_of` names another family with the same operators. OpenVINO, fp16, INT8 and the ONNX file of the classifier
-are tested on that family; on other families these tests are slow tests, and the ONNX file holds features.
+`operators_of` names another family whose exported files have this family's kinds of operators. OpenVINO, fp16, INT8 and
+the ONNX file of the classifier are tested on that family; on this family these tests are slow tests, which ran for its
+card, and the ONNX file holds features.
 """
 
 import copy
