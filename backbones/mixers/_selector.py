@@ -52,9 +52,11 @@ class Selector(Mixer):
 
     Attributes:
         dense_up_to: maps up to this number of patches have softmax attention.
+        plans_layer: whether a plan is about all heads of the layer, and lists the layer's own keys.
     """
 
     open_sizes = False
+    plans_layer = True
 
     def __init__(self, host: Host, dense_up_to: int = 0):
         super().__init__(host)

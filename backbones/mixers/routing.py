@@ -39,6 +39,8 @@ class Routing(Selector):
         dense_up_to: maps up to this number of patches have softmax attention.
     """
 
+    plans_layer = False  # the routed heads alone, and keys in the order of clusters
+
     def __init__(
         self,
         host: Host,
@@ -74,6 +76,18 @@ class Routing(Selector):
         own = torch.arange(clusters, device=index.device).view(1, 1, -1, 1)
         segment = Segment("block", own, key=key, value=value)
         return Plan([*tokens.front(), segment], width, width, rows.flatten(2), "mean")
+
+    def density(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> float:
+        """The part of all pairs of a patch and a token that the mixer computes, a mean over both kinds of heads."""
+        if self.dense(place.grid, place.prefix) is not None:
+            return 1.0
+        patches, clusters = place.grid[0] * place.grid[1], self.centroids.shape[1]
+        width, tiles = -(-patches // clusters), Tiles(place.grid, (self.edge,))
+        routed = clusters * width * (width + place.prefix)
+        filled = tiles.counts(self.edge)
+        near = tiles.slots * self.edge**2 if filled is None else int(filled.square().sum())
+        pairs = self.local * (near + patches * place.prefix) + len(self.centroids) * routed
+        return pairs / (self.host.heads * patches * (patches + place.prefix))
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
         first = softmax_attention(query[:, :, : place.prefix], key, value, place)

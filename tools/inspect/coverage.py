@@ -36,14 +36,14 @@ class Coverage:
         """The part of the dense softmax weights that is on selected keys, the mean over sampled queries and heads.
 
         Tokens in front count as selected. Keys that the mixer derives (means of tiles) cover nothing. None if no mixer
-        selects.
+        selects, or if no mixer's plans say which of the layer's keys.
         """
         return statistics.mean(self.masses) if self.masses else None
 
     def count(self, mixer: Mixer, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor, Place]) -> None:
         """Count one call of a mixer: a hook in front of its forward."""
         self.densities.append(mixer.density(*given))
-        if isinstance(mixer, Selector):
+        if isinstance(mixer, Selector) and mixer.plans_layer:
             self.masses.append(mass_of(mixer, *given))
 
 

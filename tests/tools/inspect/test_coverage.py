@@ -85,3 +85,14 @@ def test_a_model_is_counted_layer_by_layer():
     with watched(convert_attention(model, "softmax")) as coverage, torch.inference_mode():
         model(torch.randn(1, 3, 160, 160))
     assert coverage.density is coverage.mass is None
+
+
+@torch.no_grad()
+def test_a_mixer_that_plans_for_some_heads_has_a_density_alone():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=96, embed_dim=64, num_heads=4, depth=2).eval()
+    convert_attention(vit, "routing", clusters=4, edge=3, dense_up_to=0)
+    with watched(vit) as coverage:
+        vit(torch.zeros(1, 3, 96, 96))
+    # 36 patches and a class token: 2 heads in 4 tiles of 9 patches, 2 heads in 4 clusters of 9 queries and 9 keys.
+    assert coverage.density == pytest.approx((9 + 1) / 37)
+    assert coverage.mass is None
