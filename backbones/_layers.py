@@ -8,6 +8,7 @@ from timm.layers import trunc_normal_ as draw_truncated
 from torch import nn
 
 from terrazzo.backbones._bare import on_few_positions
+from terrazzo.kernels.dispatch.dtypes import without_autocast
 
 
 def on_maps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
@@ -57,6 +58,17 @@ def bicubic(old: int, new: int, like: torch.Tensor, antialias: bool = False) -> 
     at = place.floor() + torch.arange(-1, 3, device=like.device)[:, None]  # the four neighbours
     weight = _cubic(place - at, -0.75) * (at.clamp(0, old - 1) == known)  # edges are repeated
     return weight.sum(1).to(like.dtype)
+
+
+def resized(x: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
+    """Resize maps (B, H, W, C) bicubically, as `F.interpolate`, by matrix products.
+
+    TensorRT resizes linearly only, and torch 2.15 fails to differentiate resizing to open sizes. A graph has no branch
+    on the size, so that it serves all sizes; a side that keeps its length is unchanged.
+    """
+    rows, columns = (bicubic(old, new, x, antialias) for old, new in zip(x.shape[1:3], size))
+    with without_autocast(x):
+        return (rows @ (columns @ x).flatten(2)).unflatten(2, (size[1], -1))
 
 
 def _cubic(distance: torch.Tensor, a: float) -> torch.Tensor:

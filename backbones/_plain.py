@@ -11,12 +11,11 @@ from terrazzo.backbones._backbone import Backbone
 from terrazzo.backbones._checks import check_image, whole
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._hosted import hosted
-from terrazzo.backbones._layers import bicubic, whole_patches
+from terrazzo.backbones._layers import resized, whole_patches
 from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import RESTORE, Reducer, State
 from terrazzo.backbones._windows import within
 from terrazzo.errors import InputError
-from terrazzo.kernels.dispatch.dtypes import without_autocast
 from terrazzo.kernels.dispatch.exporting import is_exporting
 
 
@@ -71,15 +70,11 @@ class TokenStem(nn.Module):
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The positions of a grid, (1, 1 + H W, C).
 
-        In exports and compiled models they are matrix products: TensorRT has no such resizing, and torch 2.15 fails to
-        differentiate resizing to open sizes.
+        In exports and compiled models they are matrix products (`_layers.resized`).
         """
         if not (torch.compiler.is_compiling() or is_exporting()):
             return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid))
-        rows, columns = (bicubic(old, new, self.pos_embed, antialias=True) for old, new in zip(self.grid, grid))
-        learned = self.pos_embed[:, 1:].unflatten(1, self.grid)
-        with without_autocast(learned):
-            learned = columns @ (rows @ learned.flatten(2)).unflatten(2, (self.grid[1], -1))
+        learned = resized(self.pos_embed[:, 1:].unflatten(1, self.grid), grid, antialias=True)
         return torch.cat([self.pos_embed[:, :1], learned.flatten(1, 2)], 1)
 
 

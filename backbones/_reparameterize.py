@@ -30,6 +30,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 
 def _visit(model: nn.Module) -> None:
+    # timm's `reparameterize_model` also calls layers and flags that have a method's name, and passes over the root.
     for name, child in list(model.named_children()):
         if _has(child, "fuse"):
             setattr(model, name, child.fuse())

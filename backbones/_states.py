@@ -35,6 +35,12 @@ class Beside:
         return type(self)(**{name: getattr(self, name) for name in self.names})
 
 
+class Grid(Beside):
+    """The state beside tokens: rows and columns of the patches."""
+
+    grid: tuple[int, int] = (0, 0)
+
+
 def run(block: nn.Module, x: torch.Tensor, state: Any, again: bool = False) -> torch.Tensor:
     """Run a block on a map and on the state beside it.
 

@@ -10,7 +10,7 @@ builds: stem, head, mixing of local and global parts, batch norm, ReLU. Our choi
 attention per stage, and the clamp of its width. They give every published digit of parameters and multiply-adds; other
 choices would match, too (model_cards/fmvit.md).
 
-The published sizes are those of the form for inference. `terrazzo.reparameterize(model)` makes it from a trained model,
+The published sizes belong to the form for inference. `terrazzo.reparameterize(model)` makes it from a trained model,
 and `deploy=True` builds it.
 """
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from terrazzo.backbones._layers import trunc_normal_
 from terrazzo.backbones._pyramid import Pyramid, Stage
@@ -42,19 +43,21 @@ Affine = tuple[torch.Tensor, torch.Tensor]
 
 def affine(norm: nn.BatchNorm2d) -> Affine:
     """What batch norm computes in evaluation mode."""
-    if norm.training:
-        raise InputError("batch norm has no fixed factors in training mode: call model.eval() first")
-    weight, bias, mean, variance = (
-        x.detach().double() for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    )
+    mean, variance, weight, bias = _numbers_of(norm)
     factor = weight * (variance + norm.eps).rsqrt()
     return factor, bias - factor * mean
 
 
 def normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias, in float64, of a convolution without bias and the norm behind it."""
-    factor, shift = affine(norm)
-    return factor[:, None, None, None] * conv.weight.detach().double(), shift
+    mean, variance, weight, bias = _numbers_of(norm)
+    return fuse_conv_bn_weights(conv.weight.detach().double(), None, mean, variance, norm.eps, weight, bias)
+
+
+def _numbers_of(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
+    if norm.training:
+        raise InputError("batch norm has no fixed factors in training mode: call model.eval() first")
+    return tuple(x.detach().double() for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
 
 
 def dense(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -158,19 +161,15 @@ class PatchEmbed(nn.Module):
         return self.proj(self.pool(x))
 
 
-class Mix(nn.Module):
-    """High frequencies: a 3x3 convolution with groups of 32 channels, then a pointwise layer."""
+class Mix(ConvNorm):
+    """High frequencies: a 3x3 convolution with groups of 32 channels, batch norm, ReLU, then a pointwise layer."""
 
     def __init__(self, dim: int, deploy: bool = False, **factory):
-        super().__init__()
-        made = ConvNorm(dim, dim, 3, groups=dim // WIDTH, deploy=deploy, **factory)
-        self.conv, self.bn = made.conv, made.bn
+        super().__init__(dim, dim, 3, groups=dim // WIDTH, deploy=deploy, **factory)
         self.proj = GroupedMlp(dim, dim, deploy=deploy, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(F.relu(self.bn(self.conv(x))))
-
-    reparameterize = ConvNorm.reparameterize
+        return self.proj(F.relu(super().forward(x)))
 
 
 class FeedForward(nn.Module):
@@ -350,7 +349,7 @@ class FMViT(Pyramid):
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Turn names like `stages.0.1.`, without `blocks`, into a state dict of `model`.
+    """Turn weights whose names have no `blocks`, such as `stages.0.1.ffn.norm.weight`, into a state dict of `model`.
 
     Raises:
         InputError: The weights are of the other form.

@@ -30,7 +30,7 @@ from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import dimensioned, patch_conv
 from terrazzo.backbones._plain import Plain, TokenStem
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
-from terrazzo.backbones._states import Beside
+from terrazzo.backbones._states import Grid
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.backbones.mixers._infsa import EPS, LearnedRho
 from terrazzo.backbones.mixers.infsa import normalised
@@ -195,12 +195,6 @@ class PreLogitsHead(TokenHead):
         if self.pre_logits is not None:
             x = self.pre_logits(x).tanh()
         return x if pre_logits else self.classify(x)
-
-
-class Grid(Beside):
-    """The state beside the tokens: rows and columns of the patches."""
-
-    grid: tuple[int, int] = (0, 0)
 
 
 class InfViT(Plain):

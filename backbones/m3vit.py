@@ -138,7 +138,7 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """The MLPs of the experts, and the weighted sum of those that a token has chosen.
+    """The MLPs of the experts, and the weighted sum of the MLPs that a token has chosen.
 
     Pairs of token and expert are sorted by expert, so that each expert is one product (Edge-MoE's queues).
     """

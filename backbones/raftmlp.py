@@ -26,13 +26,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from terrazzo.backbones._bare import is_bare
 from terrazzo.backbones._checks import whole, wholes
-from terrazzo.backbones._layers import bicubic
+from terrazzo.backbones._layers import resized
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
-from terrazzo.kernels.dispatch.dtypes import without_autocast
 from terrazzo.kernels.dispatch.exporting import is_exporting
 
 __all__ = ["RaftMLP"]
@@ -51,9 +50,7 @@ def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if not (torch.compiler.is_compiling() or is_exporting() or x.is_meta):  # on meta, PyTorch takes longer
         x = F.interpolate(x.permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=False)
         return x.permute(0, 2, 3, 1)
-    rows, columns = (bicubic(old, new, x) for old, new in zip(x.shape[1:3], size))
-    with without_autocast(x):
-        return (rows @ (columns @ x).flatten(2)).unflatten(2, (size[1], -1))
+    return resized(x, size)
 
 
 def _known_equal(one: int, other: int) -> bool:

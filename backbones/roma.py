@@ -28,13 +28,12 @@ from torch import nn
 
 from terrazzo.backbones._bare import on_sequences, step_sizes
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._layers import bicubic, initial_step_bias, patch_conv, whole_patches
+from terrazzo.backbones._layers import initial_step_bias, patch_conv, resized, whole_patches
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside, needed
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.kernels import selective_scan
-from terrazzo.kernels.dispatch.dtypes import without_autocast
 
 __all__ = ["RoMA"]
 
@@ -190,16 +189,12 @@ class Block(nn.Module):
 def resize_positions(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize position embeddings of a square map, (1, M, C), bicubically to another size; unchanged for the same size.
 
-    Computed by matrix products, because TensorRT resizes linearly only. A graph has no branch on the size, so that it
-    serves all sizes; for the same size the weights are exactly 0 and 1.
+    Computed by matrix products (`_layers.resized`).
     """
     side = math.isqrt(x.shape[1])
     if not torch.compiler.is_compiling() and tuple(size) == (side, side):
         return x
-    rows, columns = (bicubic(side, length, x) for length in size)
-    with without_autocast(x):
-        x = columns @ x.unflatten(1, (side, side))  # 1 side W C
-        return (rows @ x.flatten(2)).unflatten(2, (size[1], -1)).flatten(1, 2)
+    return resized(x.unflatten(1, (side, side)), size).flatten(1, 2)
 
 
 def init_patches(proj: nn.Conv2d) -> None:

@@ -31,7 +31,7 @@ from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import WideLayerNorm, init_linear, trunc_normal_
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
-from terrazzo.backbones._states import Beside
+from terrazzo.backbones._states import Grid
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.errors import InputError
 from terrazzo.kernels import softmax_free_attention
@@ -46,13 +46,6 @@ MLP_RATIO = 4
 SIDES = (56, 28, 14, 7)  # of the position embeddings, per stage
 
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
-
-
-class Grid(Beside):
-    """The state beside tokens (B, 1 + H W, C): the sides of their map."""
-
-    height: int = 0
-    width: int = 0
 
 
 class WideConv2d(nn.Conv2d):
@@ -190,11 +183,9 @@ class PositionStage(Stage):
     """A stage that adds position embeddings, resized bilinearly to the map (B, H, W, C), before its blocks."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, dim: int, side: int, **factory):
-        super().__init__([], downsample)
-        del self.blocks  # set again below, as the last module: optimizer checkpoints identify parameters by order
+        super().__init__(blocks, downsample)
         self.pos_embed = nn.Parameter(torch.empty(1, side * side + self.prefix, dim, **factory))
         self.side = side
-        self.blocks = nn.ModuleList(blocks)
 
     prefix = 0
 
@@ -219,13 +210,11 @@ class TokenStage(PositionStage):
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module, dim: int, side: int, **factory):
         super().__init__(blocks, downsample, dim, side, **factory)
-        del self.blocks
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
-        self.blocks = nn.ModuleList(blocks)
 
     def run(self, x: torch.Tensor, state: Any) -> torch.Tensor:
         if state is not None:
-            state.become(Grid(height=x.shape[1], width=x.shape[2]))
+            state.grid = tuple(x.shape[1:3])
         token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([token.expand(x.shape[0], -1, -1), (x + self.positions(x)).flatten(1, 2)], 1)
         return Stage.run(self, x, state)
@@ -297,7 +286,7 @@ class SOFT(Pyramid):
         return self.stem(x), Grid()
 
     def to_map(self, x: torch.Tensor, state: Grid) -> torch.Tensor:
-        return x if x.dim() == 4 else x[:, 1:].unflatten(1, (state.height, state.width))
+        return x if x.dim() == 4 else x[:, 1:].unflatten(1, state.grid)
 
     def to_features(self, x: torch.Tensor, state: Grid) -> torch.Tensor:
         return self.norm(x)

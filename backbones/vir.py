@@ -18,6 +18,7 @@ bicubically.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._head import TokenHead
-from terrazzo.backbones._layers import bicubic, init_linear, patch_conv, whole_patches
+from terrazzo.backbones._layers import init_linear, patch_conv, resized, whole_patches
 from terrazzo.backbones._place import Place
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
-from terrazzo.backbones._states import Beside, needed
+from terrazzo.backbones._states import Grid, needed
 from terrazzo.backbones._weights import any_prefix, rename
 from terrazzo.backbones.mixers import Host, create_mixer
 from terrazzo.backbones.mixers.retention import decays
@@ -40,11 +41,7 @@ from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
 
 __all__ = ["ViR", "ViRHybrid"]
 
-
-class Grid(Beside):
-    """The state beside tokens: rows and columns of the patches."""
-
-    grid: tuple[int, int] = (0, 0)
+_norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Retention(nn.Module):
@@ -110,10 +107,10 @@ class Block(nn.Module):
         **factory,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory)
+        self.norm1 = _norm_layer(dim, **factory)
         self.retention = Retention(dim, heads, parallel_softmax, retention or {}, **factory)
         self.ls1 = LayerScale(dim, init_values, **factory)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **factory)
+        self.norm2 = _norm_layer(dim, **factory)
         self.mlp = Mlp(dim, 4 * dim, **factory)
         self.ls2 = LayerScale(dim, init_values, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -159,16 +156,10 @@ class Stem(nn.Module):
         return torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The positions of a grid, (1, H W, C), resized as timm resizes, by matrix products: TensorRT has no such op.
-
-        A graph has no branch on the size, so that it serves all sizes.
-        """
+        """The positions of a grid, (1, H W, C), resized as timm resizes, by matrix products."""
         if not torch.compiler.is_compiling() and grid == self.grid:
             return self.pos_embed
-        rows, columns = (bicubic(old, new, self.pos_embed, antialias=True) for old, new in zip(self.grid, grid))
-        with without_autocast(self.pos_embed):
-            resized = rows @ self.pos_embed.unflatten(1, self.grid).flatten(2)  # 1 H W'*C
-            return (columns @ resized.unflatten(2, (self.grid[1], -1))).flatten(1, 2)
+        return resized(self.pos_embed.unflatten(1, self.grid), grid, antialias=True).flatten(1, 2)
 
 
 class LastTokenHead(TokenHead):
@@ -251,10 +242,6 @@ class ViR(Plain):
 
     def to_features(self, x: torch.Tensor, state: Grid) -> torch.Tensor:
         return self.norm(x)
-
-
-def _norm_layer(dim: int, **factory) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, eps=1e-6, **factory)
 
 
 class ConvBlock(nn.Module):

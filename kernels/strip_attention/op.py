@@ -13,7 +13,7 @@ def _needs(query, key, value, *_) -> Needs:
     return Needs(value.device, value.dtype, HEAD_DIM.misfit(value.shape[-1]), _slow(query, key, value))
 
 
-# Up to this number of weights, gradients by standard operations cost less than those of an op.
+# Up to this number of weights, gradients by standard operations cost less than an op.
 _FEW = 1 << 17
 
 

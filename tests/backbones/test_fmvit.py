@@ -17,7 +17,7 @@ from terrazzo.tools.inspect.trace import trace
 
 
 class TestFMViT(BackboneContract):
-    """Parameters and multiply-adds are those of the form for training; `FORMS` has both forms."""
+    """Parameters and multiply-adds are counted in the form for training; `FORMS` has both forms."""
 
     representatives = ("fmvit_tiny",)
     reconstructed = True

@@ -17,7 +17,7 @@ from terrazzo.tools.inspect.measure import measure
 
 
 class TestSOFT(BackboneContract):
-    """Parameters are those of the authors' classes. Multiply-adds in G count distances, sums and all steps."""
+    """Parameters equal the counts of the authors' classes. Multiply-adds in G count distances, sums and all steps."""
 
     representatives = ("soft_tiny",)
     shallow = {"soft_tiny": dict(depths=(1, 1), widths=(64, 64), stem_width=8)}
@@ -104,7 +104,7 @@ def official_macs(name):
     ],
 )
 def test_multiply_adds(name, layers, everything):
-    """Those of the authors' classes; the published 1.9 to 16.3 G are of layers and of element-wise operations."""
+    """Counts of the authors' classes; the published 1.9 to 16.3 G are of layers and of element-wise operations."""
     found = official_macs(name)
     # Stage 4's softmax attention counts among the products that are no layers.
     attention = len(timm.create_model(name, device="meta").stages[3].blocks) * 2 * 50**2 * 512 / 1e9

@@ -20,9 +20,9 @@ TINY = dict(embed_dim=16, depths=(1, 1, 2, 2), num_heads=(4, 4), num_classes=7)
 
 
 class TestViR(BackboneContract):
-    """Parameters are those of the authors' code, and of the specification of our hybrids.
+    """Parameters equal the authors' code, and for the hybrids our specification.
 
-    Multiply-adds of the isotropic models are those of the authors' code, with chunks in place of N x N matrices.
+    Multiply-adds of the isotropic models are counted as in the authors' code, with chunks in place of N x N matrices.
     """
 
     representatives = ("vir_small_patch16_224",)

@@ -34,7 +34,7 @@ FREE = {
     "strip_attention": {"value": ("one more",)},
     "attention": {"value": tuple(WRONG)},
 }
-# Tensors that may be None, beside those that have the same name in several operators.
+# Tensors that may be None, beside tensors with the same name in several operators.
 OPTIONAL = {"attention": FREE["attention"], "grouped_linear": ("bias",), "softmax_free_attention": ("key",)}
 
 
