@@ -22,6 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from terrazzo.errors import InputError, first_line
+from terrazzo.errors import PictureWarning as PictureWarning
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The lower-case suffixes of pictures, for searching a folder."""
@@ -31,10 +32,6 @@ _BITS, _WIDTH, _HEIGHT, _PHOTOMETRIC, _FORMAT = 258, 256, 257, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, (2,)
 _noted: set[str] = set()
 """The notes about pictures that this process has already given."""
-
-
-class PictureWarning(UserWarning):
-    """Says how pictures were converted if their type does not fix the range."""
 
 
 def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, upright: bool = True) -> Image.Image:
