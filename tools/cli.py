@@ -27,6 +27,7 @@ VERBS = {
     "infer": "Run a classifier, segmentor or detector on pictures.",
     "export": "Write a classifier, segmentor or detector as ONNX, checked against PyTorch.",
     "convert": "Write the weights of a checkpoint as safetensors.",
+    "floors": "Make up pictures of terrazzo floors with labels, to try the commands on.",
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
     "probe": "Train a linear probe on a frozen backbone: what its features are good for.",
     "bench": "Measure operators and backbones here, as ratios to named peers.",
