@@ -7,7 +7,8 @@
 
 `terrazzo.reduce` makes a plain timm ViT merge or drop tokens; `terrazzo.convert_attention` gives its attention layers
 another mechanism, one of `terrazzo.mixers()`, and `terrazzo.calibrate` sets its thresholds from images.
-`terrazzo.reparameterize` joins the layers of a trained model that are separate for training only.
+`terrazzo.reparameterize` joins the layers of a trained model that are separate for training only. `terrazzo.Predictor`
+runs a model on pictures, as `terrazzo infer` does.
 
 The order of both imports does not matter. If terrazzo comes first, it registers its backbones when timm is imported
 (`_timm_hook`), and everything else of this module is imported at first use.
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from terrazzo.backbones._reduce import reduce as reduce
     from terrazzo.backbones._reparameterize import reparameterize as reparameterize
     from terrazzo.backbones.mixers import mixers as mixers
+    from terrazzo.tools.predict.predictor import Predictor as Predictor
 
 _PACKAGES = ("backbones", "checkpoints", "kernels")
 _PLACES = {
+    "Predictor": "terrazzo.tools.predict.predictor",
     "calibrate": "terrazzo.backbones._calibrate",
     "convert_attention": "terrazzo.backbones._convert",
     "mixers": "terrazzo.backbones.mixers",

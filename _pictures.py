@@ -49,13 +49,18 @@ def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, up
     try:
         with _opened(file) as image:
             image.load()
-            if upright and _tagged(image) != 1:
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, name)
+            return to_rgb(image, name, upright)
     except InputError:
         raise
     except Exception as error:  # decoders fail in every way on bytes that are not theirs
         raise _refusal(file, name, error) from error
+
+
+def to_rgb(image: Image.Image, name: object, upright: bool = True) -> Image.Image:
+    """A picture of Pillow in RGB with 8 bits per channel; as `read_picture`. The given picture may be turned, too."""
+    if upright and _tagged(image) != 1:
+        ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image, name)
 
 
 def orientation(file: str | Path | BinaryIO) -> int:

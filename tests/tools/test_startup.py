@@ -13,7 +13,7 @@ from support.processes import run_code
 import terrazzo
 from terrazzo.tools import catalogue, results
 
-LIGHT = ("list", "info", "train", "test", "convert", "demo", "probe", "compare", "doctor", "cards")
+LIGHT = ("list", "info", "train", "test", "infer", "convert", "floors", "demo", "probe", "compare", "doctor", "cards")
 """The verbs with a help that needs neither PyTorch nor timm."""
 
 COMMANDS = """
