@@ -14,13 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from terrazzo.tools import mm
 from terrazzo.tools.training.comparison import line
 
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+"""What launchers call the number of a process: torchrun, slurm, mpi."""
+
 _WINDOW = 20
 """Iterations over which the shown loss is averaged."""
 
 
 def on_terminal() -> bool:
     """Whether this process has a terminal to draw a bar on, and is the first process of its run."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0"
+    return sys.stderr.isatty() and all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 class TrainingBar(Hook):

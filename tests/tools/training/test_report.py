@@ -143,7 +143,7 @@ def test_confusion_of_no_boxes():
     assert confusion.of_boxes(none, empty, one, label, 2).tolist() == [[0, 0], [1, 0]]
 
 
-@pytest.mark.parametrize("classes", [2, 20, 70])
+@pytest.mark.parametrize("classes", [2, 20])
 def test_matrices_of_any_size_are_drawn(tmp_path, classes):
     path = tmp_path / "confusion.png"
     confusion.draw_confusion(np.eye(classes, dtype=int), [f"class {index}" for index in range(classes)], path)
@@ -163,11 +163,11 @@ def test_curves_of_epochs(tmp_path):
     assert read_curves(tmp_path / "run") == {}
 
 
-def test_a_picture_that_fails_does_not_fail_the_training(run, floors, tmp_path, monkeypatch):
-    monkeypatch.setattr("terrazzo.tools.training.report.draw_curves", lambda *parts: 1 / 0)
-    result = run("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path, *TINY, "--max-iters", 1)
-    assert result.exit_code == 0, result.output
-    assert "note: no pictures of the training: ZeroDivisionError" in result.stderr
+def test_a_picture_that_fails_does_not_fail_the_training(tmp_path, capsys):
+    made = hook("dinat-mini_1xb64-30e_eurosat64", names=["a", "b"])
+    made.matrix = "no matrix"
+    made.after_train(types.SimpleNamespace(work_dir=tmp_path, train_loop=None))
+    assert "note: no pictures of the training: AttributeError" in capsys.readouterr().err
 
 
 @pytest.mark.slow
