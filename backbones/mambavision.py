@@ -34,7 +34,7 @@ from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside
-from terrazzo.backbones._weights import any_prefix, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, rename, take_old_names
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
 
@@ -83,9 +83,10 @@ class MambaVisionMixer(nn.Module):
         self.in_proj = nn.Linear(dim, dim, bias=False, **factory)
         self.x_proj = nn.Linear(half, self.rank + 2 * self.states, bias=False, **factory)
         self.dt_proj = nn.Linear(self.rank, half, **factory)
-        self.out_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.proj_out = nn.Linear(dim, dim, bias=False, **factory)
         self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **factory)
         self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **factory)
+        self.register_load_state_dict_pre_hook(take_old_names)
 
     def forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
         """The output at the kept positions of a window; it depends on all positions."""
@@ -104,7 +105,7 @@ class MambaVisionMixer(nn.Module):
             delta_bias=bias,
             delta_softplus=True,
         )
-        return self.out_proj(torch.cat([y.transpose(1, 2), z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
+        return self.proj_out(torch.cat([y.transpose(1, 2), z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
 
 
 class Attention(nn.Module):
@@ -263,6 +264,7 @@ OFFICIAL_NAMES = [
     (r"^patch_embed\.conv_down\.", "stem."),
     (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     *((rf"^levels\.{i}\.downsample\.reduction\.0\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    LAST_PROJECTION,
     (r"^outnorm(?=\d)", "norm"),
     (r"^head\.(?=weight|bias)", "head.fc."),
 ]

@@ -25,7 +25,7 @@ from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._ss2d import SS2D
-from terrazzo.backbones._weights import any_prefix, flatten_pointwise, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, flatten_pointwise, rename
 
 __all__ = ["VMamba"]
 
@@ -125,6 +125,7 @@ OFFICIAL_NAMES = [
     (r"\.downsample\.3\.", ".downsample.norm."),
     (r"\.ln_1\.", ".norm."),
     (r"\.self_attention\.", ".op."),
+    LAST_PROJECTION,
     (r"^outnorm(\d)\.", r"norm\1."),
     (r"^classifier\.norm\.", "norm."),
     (r"^(?:classifier\.)?head\.(?=weight|bias)", "head.fc."),
