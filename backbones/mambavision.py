@@ -30,6 +30,7 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import on_few_positions, on_sequences, step_sizes
+from terrazzo.backbones._dilation import dilate
 from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
@@ -168,6 +169,11 @@ class WindowStage(Stage):
         self.window_size = window_size
         self.fit_windows = fit_windows
 
+    def dilate(self, before: int, after: int) -> None:
+        """Windows keep their part of the image; convolutions and scans along a window stay as they are."""
+        self.window_size *= after
+        dilate(self.downsample, before, after)
+
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         x = on_few_positions(self.downsample, x.permute(0, 2, 3, 1))
         size = tuple(x.shape[1:3])
@@ -189,6 +195,7 @@ class MambaVision(Pyramid):
     """
 
     output_fmt = "NCHW"
+    dilates = True
     no_decay = ("A_log", "D")
 
     def __init__(

@@ -78,6 +78,7 @@ class MedMamba(Pyramid):
     """Four stages of SS-Conv-SSM blocks. Sources: arXiv 2403.03849, section 3, and the authors' code."""
 
     no_decay = SS2D.no_decay
+    dilates = True
 
     def __init__(
         self,

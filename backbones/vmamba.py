@@ -70,6 +70,7 @@ class VMamba(Pyramid):
     """Four stages of SS2D blocks. Source: arXiv 2401.10166, section 4 and the table of architectures."""
 
     no_decay = SS2D.no_decay
+    dilates = True
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ import terrazzo
 from support.capabilities import CapabilityContract
 from support.module_contract import CHECKS
 from support.seeded import build, image, whole
-from terrazzo.backbones._weights import RECONSTRUCTED
+from terrazzo.backbones._weights import RECONSTRUCTED, _Uninitialised
 from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.reports import cards
@@ -64,6 +64,10 @@ def output_and_gradients(run, model, x):
     out = run(x)
     out.square().mean().backward()
     return out.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def shapes_of(model):
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 class BackboneContract(CapabilityContract):
@@ -201,6 +205,28 @@ class BackboneContract(CapabilityContract):
         model = whole(name)
         x = image((64, 96), batch=3)
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
+
+    def test_output_stride(self, example):
+        """The last stages keep the size of their map, with the same parameters, or the family refuses."""
+
+        def features(**options):
+            with _Uninitialised():
+                return timm.create_model(example, features_only=True, device="meta", **options)
+
+        if not getattr(timm.models.model_entrypoint(example).__annotations__["return"], "dilates", False):
+            with pytest.raises(InputError, match="output_stride"):
+                features(output_stride=16)
+            return
+        plain, x = features(), torch.empty(2, 3, 97, 131, device="meta")
+        for stride in (8, 16):
+            model = features(output_stride=stride)
+            assert shapes_of(model) == shapes_of(plain)
+            channels, reductions = model.feature_info.channels(), model.feature_info.reduction()
+            assert reductions == [min(x, stride) for x in plain.feature_info.reduction()]
+            sizes = [(2, c, math.ceil(97 / r), math.ceil(131 / r)) for c, r in zip(channels, reductions)]
+            assert [tuple(found.shape) for found in model(x)] == sizes
+        with pytest.raises(InputError, match="output_stride must be 8, 16 or 32, got 4"):
+            features(output_stride=4)
 
     def test_empty_batch(self, example):
         """An empty batch gives an empty output, and gradients of 0."""
