@@ -13,6 +13,7 @@ from torch import nn
 
 from terrazzo.backbones._feature_pyramid import STRIDES, plain_options
 from terrazzo.backbones._plain import Plain
+from terrazzo.errors import InputError
 
 
 def imagenet_cfg(top1: float | str | None, **about: Any) -> dict[str, Any]:
@@ -68,6 +69,11 @@ def _entrypoint(
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         kwargs = {**arguments, **kwargs}
         indices = out_indices(kwargs) if callable(out_indices) else out_indices
+        if kwargs.get("output_fmt") and model_cls.gives_tokens:
+            raise InputError(
+                f"output_fmt is the layout of a map, and {name} gives tokens (B, T, C) from forward_features: leave it "
+                "out; features_only=True gives maps"
+            )
         feature_cfg = plain_options(name, kwargs) if issubclass(model_cls, Plain) else {}
         if feature_cfg:
             indices = tuple(range(len(STRIDES)))

@@ -272,6 +272,7 @@ class DualTokenViT(Pyramid):
     """
 
     no_decay = ("tokens", "alpha")
+    gives_tokens = True
     dilates = True
 
     def __init__(

@@ -323,7 +323,7 @@ class FMViT(Pyramid):
     Source: arXiv 2311.05707, and arXiv 2207.05501 for what it does not state.
     """
 
-    output_fmt = "NCHW"
+    map_fmt = "NCHW"
     dilates = True
 
     def __init__(

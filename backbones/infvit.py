@@ -208,6 +208,7 @@ class InfViT(Plain):
     """
 
     no_decay = ("cls_token", "pos_embed", "rho_logit")
+    gives_tokens = True
 
     def __init__(
         self,

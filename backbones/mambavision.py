@@ -194,7 +194,7 @@ class MambaVision(Pyramid):
     Source: arXiv 2407.08083, section 3 and figure 2.
     """
 
-    output_fmt = "NCHW"
+    map_fmt = "NCHW"
     dilates = True
     no_decay = ("A_log", "D")
 

@@ -263,6 +263,7 @@ class RoMA(Plain):
     """
 
     no_decay = ("A_log", "D", "cls_token", "pos_embed")
+    gives_tokens = True
 
     def __init__(
         self,

@@ -237,6 +237,7 @@ class SOFT(Pyramid):
     """
 
     no_decay = ("pos_embed", "cls_token")
+    gives_tokens = True
     dilates = True
 
     def __init__(

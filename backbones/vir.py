@@ -183,6 +183,7 @@ class ViR(Plain):
     """
 
     no_decay = ("cls_token", "pos_embed")
+    gives_tokens = True
 
     def __init__(
         self,
@@ -268,7 +269,7 @@ def _halving(in_chans: int, out_chans: int, **factory) -> nn.Conv2d:
 class ViRHybrid(Pyramid):
     """Two stages of convolutions, then two stages of retention on maps in four directions. The sizes are ours."""
 
-    output_fmt = "NCHW"
+    map_fmt = "NCHW"
 
     def __init__(
         self,

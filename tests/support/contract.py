@@ -312,6 +312,30 @@ class BackboneContract(CapabilityContract):
         model.reset_classifier(0, "")
         assert model(x).shape == features.shape
 
+    def test_layout_of_features(self, example):
+        """`output_fmt` is the layout of `forward_features`, a view of the same numbers; families of tokens refuse."""
+        model = self.shallow_model(example)
+        features, x = model.forward_features(image((64, 96))), image((64, 96))
+        if features.dim() == 3:
+            with pytest.raises(InputError, match=f"{example} gives tokens"):
+                self.shallow_model(example, output_fmt="NCHW")
+            return
+        other = "NCHW" if model.output_fmt == "NHWC" else "NHWC"
+        turned = self.shallow_model(example, output_fmt=other)
+        assert turned.output_fmt == other
+        found = turned.forward_features(x)
+        assert torch.equal(found.permute(0, 2, 3, 1) if other == "NCHW" else found.permute(0, 3, 1, 2), features)
+        assert found.shape[1 if other == "NCHW" else 3] == model.num_features
+        assert torch.equal(turned(x), model(x))
+        again, maps = turned.forward_intermediates(x)
+        assert torch.equal(again, found)
+        assert torch.equal(maps[-1], model.forward_intermediates(x)[1][-1])
+        turned.reset_classifier(0, "")
+        assert turned(x).shape == turned.forward_head(found, pre_logits=True).shape
+        assert turned(x).dim() == 4
+        with pytest.raises(InputError, match="output_fmt must be 'NCHW' or 'NHWC', got 'NLC'"):
+            self.shallow_model(example, output_fmt="NLC")
+
     def test_poolings(self, name):
         """`head_hidden_size` is the classifier's input width, in a new model and after a reset of its head."""
         options = self.shallow.get(name, {})
