@@ -8,12 +8,16 @@
 `terrazzo.reduce` makes a plain timm ViT merge or drop tokens; `terrazzo.convert_attention` gives its attention layers
 another mechanism, one of `terrazzo.mixers()`, and `terrazzo.calibrate` sets its thresholds from images.
 `terrazzo.reparameterize` joins the layers of a trained model that are separate for training only.
+`terrazzo.feature_pyramid` makes maps of four strides from a plain model, and `terrazzo.register_pyramid` gives these
+maps a name in timm.
 """
 
 from terrazzo import backbones as backbones
 from terrazzo._version import __version__ as __version__
 from terrazzo.backbones._calibrate import calibrate as calibrate
 from terrazzo.backbones._convert import convert_attention as convert_attention
+from terrazzo.backbones._feature_pyramid import feature_pyramid as feature_pyramid
+from terrazzo.backbones._feature_pyramid import register_pyramid as register_pyramid
 from terrazzo.backbones._reduce import reduce as reduce
 from terrazzo.backbones._reparameterize import reparameterize as reparameterize
 from terrazzo.backbones.mixers import mixers as mixers

@@ -56,10 +56,17 @@ class StripSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         reduced = x
         if self.reduce is not None:
-            reduced = self.reduce(whole_patches(x.permute(0, 3, 1, 2), self.reduction)).permute(0, 2, 3, 1)
+            padded = whole_patches(x.permute(0, 3, 1, 2), self.reduction, self.reduce.conv.dilation[0])
+            reduced = self.reduce(padded).permute(0, 2, 3, 1)
         query, key, value = (layer(y).flatten(1, 2) for layer, y in ((self.q, x), (self.k, reduced), (self.v, reduced)))
         out = strip_attention(query, key, value.unflatten(-1, (self.num_heads, -1)))  # B N heads D
         return self.proj(out.reshape(x.shape))
+
+    def dilate(self, before: int, after: int) -> None:
+        """Patches of keys and values are of the same part of the image, and take a part of its pixels."""
+        if self.reduce is not None:
+            self.reduce.conv.dilation = (after, after)
+            self.reduce.conv.stride = (self.reduction * after,) * 2
 
 
 class LocalInteraction(nn.Module):
@@ -109,7 +116,8 @@ class PatchEmbed(nn.Module):
         self.norm = _norm_layer(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.proj(whole_patches(x.permute(0, 3, 1, 2), 2)).permute(0, 2, 3, 1))
+        x = whole_patches(x.permute(0, 3, 1, 2), 2, self.proj.dilation[0])
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class Stem(nn.Module):
@@ -165,6 +173,8 @@ def _init_weights(module: nn.Module) -> None:
 
 class S2AFormer(Pyramid):
     """Four stages of hybrid perception blocks, each after a patch embedding of stride 2."""
+
+    dilates = True
 
     def __init__(
         self,

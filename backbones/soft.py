@@ -27,6 +27,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
+from terrazzo.backbones._dilation import dilate
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import WideLayerNorm, init_linear, trunc_normal_
 from terrazzo.backbones._pyramid import Pyramid, Stage
@@ -63,7 +64,8 @@ class HeadConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.expand(-1, HEAD_DIM, -1, -1).reshape(-1, 1, *self.kernel_size)
-        x = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=self.padding, groups=HEAD_DIM * self.groups)
+        around = dict(padding=self.padding, dilation=self.dilation)
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, groups=HEAD_DIM * self.groups, **around)
         return x.permute(0, 2, 3, 1)
 
 
@@ -88,9 +90,10 @@ class SoftmaxFreeAttention(nn.Module):
         self.ff = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_exporting() and min(x.shape[1:3]) < self.ratio:
+        side = (self.ratio - 1) * self.Qlandmark_op.dilation[0] + 1
+        if not is_exporting() and min(x.shape[1:3]) < side:
             raise InputError(
-                f"the map's sides must be at least {self.ratio}, the side of the squares that give a landmark, got "
+                f"the map's sides must be at least {side}, the side of the squares that give a landmark, got "
                 f"{tuple(x.shape[1:3])}: take larger images, or create the model with smaller ratios"
             )
         query, value = self.W_q(x), self.W_v(x)
@@ -103,6 +106,12 @@ class SoftmaxFreeAttention(nn.Module):
         options = dict(normalised=self.normalised, alpha_scope=self.alpha_scope)
         out = softmax_free_attention(query, tokens, landmarks, **options)
         return self.ff(out.transpose(1, 2).flatten(2).unflatten(1, value.shape[1:3]) + self.conv(value))
+
+    def dilate(self, before: int, after: int) -> None:
+        """Landmarks are of the same part of the image, and take a part of its positions."""
+        self.Qlandmark_op.dilation = (after, after)
+        self.Qlandmark_op.stride = (self.ratio * after,) * 2
+        dilate(self.conv, before, after)
 
 
 class SoftmaxFreeBlock(nn.Module):
@@ -228,6 +237,8 @@ class SOFT(Pyramid):
     """
 
     no_decay = ("pos_embed", "cls_token")
+    gives_tokens = True
+    dilates = True
 
     def __init__(
         self,
