@@ -27,7 +27,8 @@ def test_the_way_of_a_tensor_names_what_exists():
     page = results.ROOT / "docs" / "the-way-of-a-tensor.md"
     packages = ("backbones", "kernels", "openmmlab", "tools")
     files = [path for folder in packages for path in (results.ROOT / folder).rglob("*.py")]
-    paths = "\n".join(["/__init__.py", *(str(path.relative_to(results.ROOT)) for path in files)])
+    files += results.ROOT.glob("*.py")
+    paths = "\n".join(f"/{path.relative_to(results.ROOT)}" for path in files)
     words = {word for path in files for word in re.findall(r"\w+", f"{path.stem} {path.read_text()}")}
     for text in re.findall(r"`([^`\n]+)`", page.read_text()):
         if text.endswith((".py", "/")):
