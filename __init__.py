@@ -10,6 +10,7 @@ another mechanism, one of `terrazzo.mixers()`, and `terrazzo.calibrate` sets its
 `terrazzo.reparameterize` joins the layers of a trained model that are separate for training only.
 `terrazzo.feature_pyramid` makes maps of four strides from a plain model, and `terrazzo.register_pyramid` gives these
 maps a name in timm. `terrazzo.Predictor` runs a model on pictures, as `terrazzo infer` does.
+`terrazzo.torchvision_backbone` makes a backbone for torchvision's detectors.
 
 The order of both imports does not matter. If terrazzo comes first, it registers its backbones when timm is imported
 (`_timm_hook`), and everything else of this module is imported at first use.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from terrazzo.backbones._reduce import reduce as reduce
     from terrazzo.backbones._reparameterize import reparameterize as reparameterize
     from terrazzo.backbones.mixers import mixers as mixers
+    from terrazzo.integrations.torchvision import torchvision_backbone as torchvision_backbone
     from terrazzo.tools.predict.predictor import Predictor as Predictor
 
 _PACKAGES = ("backbones", "checkpoints", "kernels")
@@ -45,6 +47,7 @@ _PLACES = {
     "reduce": "terrazzo.backbones._reduce",
     "register_pyramid": "terrazzo.backbones._feature_pyramid",
     "reparameterize": "terrazzo.backbones._reparameterize",
+    "torchvision_backbone": "terrazzo.integrations.torchvision",
 }
 """The modules of the names that are imported at first use; the same as above, for Python."""
 

@@ -1,0 +1,39 @@
+"""segmentation_models_pytorch: any pyramid as `tu-NAME`."""
+
+import pytest
+import torch
+from support.ecosystem import reloads, step
+from support.seeded import image
+
+smp = pytest.importorskip("segmentation_models_pytorch", reason="needs the extra 'ecosystem'")
+pytestmark = pytest.mark.slow
+
+ARCHITECTURES = ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "UPerNet", "Segformer", "DPT")
+FAMILIES = ("attnet_xxs", "dinat_mini", "vmamba_tiny_s1l8")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [*((architecture, "s2aformer_mini") for architecture in ARCHITECTURES), *(("Unet", name) for name in FAMILIES)],
+)
+def test_steps_and_reloads(architecture, name, tmp_path):
+    def make():
+        return smp.create_model(architecture, encoder_name=f"tu-{name}", encoder_weights=None, classes=3)
+
+    torch.manual_seed(0)
+    model, x = make(), image((64, 96), batch=2)
+    logits = model(x)
+    assert logits.shape == (2, 3, 64, 96)
+    target = torch.arange(3).repeat(2, 64, 32)
+    step(smp.losses.DiceLoss("multiclass")(logits, target), model.encoder)
+    reloads(model, make, lambda model: model(x), tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("architecture", ["DeepLabV3", "DeepLabV3Plus", "PAN"])
+def test_dilated_architectures(architecture):
+    """These three ask the encoder for `output_stride`."""
+    try:
+        model = smp.create_model(architecture, encoder_name="tu-dinat_mini", encoder_weights=None, classes=3).eval()
+    except TypeError as error:
+        pytest.skip(f"this version of the model has no output_stride: {error}")
+    assert model(image((64, 64))).shape == (1, 3, 64, 64)
