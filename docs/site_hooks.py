@@ -27,27 +27,26 @@ REFERENCE = {
 _NO_PACKAGES = {"docs", "tests", "configs", "build", "dist", "data", "demo", "work_dirs", "exports"}
 
 
-def public_names(module: str) -> list[str]:
-    """The public names of a package: `from x import y as y`, or what the file itself defines; from the source."""
+def public_names(module: str) -> dict[str, str]:
+    """The public names of a package, from its source, with the place of each definition.
+
+    They are the names of `from x import y as y`, or what the file itself defines; `__all__` decides if there is one.
+    """
     path = ROOT.joinpath(*module.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(path.read_text())
-    listed = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
-    ]
-    if listed:
-        return sorted(listed[0])
-    imported = [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-        if alias.name == alias.asname and not _is_module(node.module, alias.name)
-    ]
-    own = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    return sorted(name for name in {*imported, *own} if not name.startswith("_"))
+    found = {
+        node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    listed: list[str] | None = None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            listed = ast.literal_eval(node.value)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("terrazzo"):
+            for alias in node.names:
+                if not _is_module(node.module, alias.name):
+                    found[alias.name] = f"{node.module}.{alias.name}"
+    return {name: found[name] for name in sorted(listed or found) if not name.startswith("_") and name in found}
 
 
 def mixers() -> list[str]:
@@ -59,7 +58,15 @@ def reference_pages() -> dict[str, str]:
     """The text of every reference page, by its place on the site."""
     pages = {}
     for module, text in REFERENCE.items():
-        entries = "".join(f"::: {module}.{name}\n\n" for name in public_names(module))
+        names = {
+            name: place
+            for name, place in public_names(module).items()
+            if module != "terrazzo.errors" or name[0].isupper()  # its functions are for terrazzo's own use
+        }
+        entries = "".join(
+            f'::: {place}\n    options: {{ heading: "{module}.{name}", toc_label: "{name}" }}\n\n'
+            for name, place in names.items()
+        )
         pages[f"reference/{module}.md"] = f"# `{module}`\n\n{text}\n\n{entries}"
     options = "    options: { members: false, heading_level: 3 }\n"
     entries = "".join(
@@ -93,15 +100,23 @@ def places() -> list[str]:
 
 
 def on_config(config):
-    """Lay out the package for mkdocstrings, and write out the patterns of the navigation."""
+    """Lay out the package for mkdocstrings, write out the navigation, and name headings as repositories' pages do."""
+    from pymdownx.slugs import slugify
+
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
     shutil.rmtree(PACKAGE, ignore_errors=True)
     PACKAGE.mkdir(parents=True)
     for path in ROOT.iterdir():
         if path.suffix == ".py" or ((path / "__init__.py").exists() and path.name not in _NO_PACKAGES):
             (PACKAGE / path.name).symlink_to(path)
-    named: set[str] = set()
-    config.nav = list(_expanded(config.nav, sorted(places()), named))
+    config.nav = navigation(config.nav)
     return config
+
+
+def navigation(items: list) -> list:
+    """The navigation with patterns replaced by the pages that no line names; what does not exist is left out."""
+    named = {place for place in _leaves(items) if "*" not in place}
+    return list(_expanded(items, sorted(places()), named))
 
 
 def on_files(files, config):
@@ -139,30 +154,32 @@ def _explorer() -> str:
     return page("../model_cards/{}/")
 
 
-def _expanded(items: list, there: list[str], named: set[str]) -> Iterator:
-    """The navigation with patterns replaced; what does not exist is left out."""
+def _leaves(items: list) -> Iterator[str]:
     for item in items:
-        if isinstance(item, dict):
-            ((title, value),) = item.items()
-            if isinstance(value, list):
-                yield {title: list(_expanded(value, there, named))}
-            else:
-                found = list(_matching(value, there, named))
-                if "*" in value:
-                    yield from [{title: found}] if found else []
-                else:
-                    yield from ({title: place} for place in found)
+        for value in item.values() if isinstance(item, dict) else [item]:
+            yield from _leaves(value) if isinstance(value, list) else [value]
+
+
+def _expanded(items: list, there: list[str], named: set[str]) -> Iterator:
+    for item in items:
+        title, value = next(iter(item.items())) if isinstance(item, dict) else ("", item)
+        if isinstance(value, list):
+            found: list | str = list(_expanded(value, there, named))
+        elif "*" in value:
+            found = [place for place in there if _fits(place, value) and place not in named]
         else:
-            yield from _matching(item, there, named)
+            found = value if value in there else []
+        if not found:
+            continue
+        if title:
+            yield {title: found}
+        else:
+            yield from [found] if isinstance(found, str) else found
 
 
-def _matching(pattern: str, there: list[str], named: set[str]) -> Iterator[str]:
-    for place in there:
-        path = Path(place)
-        as_deep = len(path.parts) == pattern.count("/") + 1
-        if path.suffix == ".md" and as_deep and path.match(pattern) and place not in named:
-            named.add(place)
-            yield place
+def _fits(place: str, pattern: str) -> bool:
+    path = Path(place)
+    return path.suffix == ".md" and len(path.parts) == pattern.count("/") + 1 and path.match(pattern)
 
 
 def _is_module(module: str | None, name: str) -> bool:
