@@ -1,4 +1,4 @@
-"""`terrazzo doctor openmmlab`: builds the model of every config of mmdet and mmseg, and says which can be built."""
+"""`terrazzo doctor openmmlab`: builds the model of every config of OpenMMLab's packages; says which can be built."""
 
 import csv
 import fnmatch
@@ -18,9 +18,10 @@ from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.reports import zoo as zoo_results
-from terrazzo.tools.reports.zoo import BUILT, FAILED, FAULTY, LACKS, NO_MODEL, Examined, Finding
+from terrazzo.tools.reports.zoo import BUILT, DISTRIBUTIONS, FAILED, FAULTY, LACKS, NO_MODEL, Examined, Finding
 
-DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}
+REQUIRED = ("mmdet", "mmseg")
+"""The packages that `terrazzo[openmmlab]` installs; the others count where they are installed."""
 
 FAULTS = {
     ("mmdet", "3.3.0"): {
@@ -46,18 +47,18 @@ FAULTS = {
     "--results",
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Write the counts to this folder, for the table in docs/openmmlab.md.",
+    help="Write the counts to this folder, for the table in docs/openmmlab.md; packages not examined keep theirs.",
 )
 def command(package: str | None, configs: Path | None, only: str | None, out: Path | None, folder: Path | None) -> int:
-    """Build every model config that mmdet and mmseg ship; say which cannot be built, and why.
+    """Build every model config that the installed OpenMMLab packages ship; say which cannot be built, and why.
 
     Weights are neither filled nor downloaded. A config that needs another package, or that is faulty as shipped, is
     named, and the exit code stays 0. Any other config that cannot be built, or that lacks an operator, makes it 1.
     """
     if package and configs:
         raise InputError("--package and --configs both say where to look; give one of them")
-    if folder is not None and (package or configs or only):
-        raise InputError("--results counts everything; leave out --package, --configs and --only")
+    if folder is not None and (configs or only):
+        raise InputError("--results counts whole packages; leave out --configs and --only")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
     paths = _selected(_folders(package, configs), only)
@@ -66,7 +67,7 @@ def command(package: str | None, configs: Path | None, only: str | None, out: Pa
         _write(out, rows)
     _report(rows)
     if folder is not None:
-        results.write(folder / zoo_results.PATH.name, zoo_results.count(rows))
+        _keep_counts(folder / zoo_results.PATH.name, rows)
         click.echo(f"wrote {folder / zoo_results.PATH.name}")
     return int(any(row.finding.status in (LACKS, FAILED) for row in rows))
 
@@ -84,7 +85,11 @@ def _folders(package: str | None, configs: Path | None) -> dict[str, Path]:
     for name in [package] if package else DISTRIBUTIONS:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            if name in REQUIRED:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            if package:
+                raise InputError(f"{name} is not installed; docs/openmmlab.md has the command that installs it")
+            continue
         folders[name] = Path(spec.origin).parent / ".mim" / "configs"
         if not folders[name].is_dir():
             raise InputError(f"{name} is installed without its configs ({folders[name]}); install it from its wheel")
@@ -92,12 +97,12 @@ def _folders(package: str | None, configs: Path | None) -> dict[str, Path]:
 
 
 def _selected(folders: dict[str, Path], only: str | None) -> list[tuple[str, str, Path]]:
-    """Package, path inside the folder, and path of every config; `_base_` holds parts of configs."""
+    """Package, path inside the folder, and path of every config; `_base_` and `_base_NAME.py` are parts of configs."""
     found = [
         (package, path.relative_to(folder).as_posix(), path)
         for package, folder in folders.items()
         for path in sorted(folder.rglob("*.py"))
-        if "_base_" not in path.relative_to(folder).parts
+        if "_base_" not in path.relative_to(folder).parts and not path.name.startswith("_base_")
     ]
     chosen = [item for item in found if only is None or fnmatch.fnmatchcase(item[1], only)]
     if not chosen:
@@ -172,6 +177,16 @@ def _write(path: Path, rows: list[Examined]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("package", "config", "status", "reason"))
         writer.writerows((row.package, row.config, row.finding.status, row.finding.reason) for row in rows)
+
+
+def _keep_counts(path: Path, rows: list[Examined]) -> None:
+    """Writes the counts of the examined packages, and keeps those of packages that are not installed here."""
+    counts = zoo_results.count(rows)
+    old = results.read(path) if path.is_file() else []
+    packages: dict[str, list[results.Row]] = {}
+    for row in (*(row for row in old if row.variant not in {new.variant for new in counts}), *counts):
+        packages.setdefault(row.variant, []).append(row)
+    results.write(path, [row for name in sorted(packages, key=list(DISTRIBUTIONS).index) for row in packages[name]])
 
 
 def _report(rows: list[Examined]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -18,6 +19,7 @@ import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
+from packaging.requirements import InvalidRequirement, Requirement
 
 import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
 from terrazzo.openmmlab._mmengine import is_installed
@@ -26,7 +28,8 @@ from terrazzo.tools.reports.zoo import BUILT, FAILED, LACKS, NEEDS, NO_MODEL, Fi
 
 ABSENT = (
     r"mim install (\w+)",
-    r"pip install (?:-r )?([a-z][\w./-]*)",
+    r"pip install (?:-\w+ )*[\"']?git\+[^\s\"'`]*?/([\w-]+)(?:\.git)?(?:[@#\s\"'`,]|$)",
+    r"pip install (?:-\w+ )*[\"']?([a-z](?:[\w./<>=!~-]|,(?=[<>=!~]))*)",
     r"install (\w+) (?:first|manually)",
     r"'(\w+)\.\w+ is not in the",
 )
@@ -90,10 +93,24 @@ def explain(error: BaseException) -> Finding:
         for pattern in ABSENT:
             match = re.search(pattern, text, re.IGNORECASE)
             name = match and match[1].rstrip(".").lower()
-            if name and ("/" in name or not is_installed(name)):  # a list of packages, or one
+            if name and _is_absent(name):
                 return Finding(NEEDS, name)
     lines = str(error).strip().splitlines()
     return Finding(FAILED, f"{type(error).__name__}: {' '.join(lines[0].split()) if lines else 'no message'}")
+
+
+def _is_absent(requirement: str) -> bool:
+    """Whether a list of packages (a path), or a package, perhaps with its version, is not installed."""
+    if "/" in requirement:
+        return True
+    name = re.split("[<>=!~]", requirement)[0]
+    if not is_installed(name):
+        return True
+    try:
+        wanted = Requirement(requirement).specifier
+        return not wanted.contains(importlib.metadata.version(name), prereleases=True)
+    except (InvalidRequirement, importlib.metadata.PackageNotFoundError):
+        return False
 
 
 @functools.lru_cache(maxsize=1)  # a config is identified and then examined
