@@ -85,8 +85,9 @@ class Backbone(nn.Module):
         if norm_outputs:
             for i, c in enumerate(channels):
                 setattr(self, f"norm{i}", norm_layer(c, **factory))
+        # In the layout of the features, because lightly-train applies the head's `global_pool` to them itself.
         self.head = Head(
-            channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.map_fmt, **factory
+            channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **factory
         )
 
     @property
@@ -124,8 +125,8 @@ class Backbone(nn.Module):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The output of `forward_features` to logits (B, num_classes), without pooling in the layout of `x`."""
-        x = self.head(self._turned(x, self.output_fmt, self.map_fmt), pre_logits=pre_logits)
-        return self._turned(x, self.map_fmt, self.output_fmt)
+        x = self.head(self._turned(x, self.output_fmt, self.head.input_fmt), pre_logits=pre_logits)
+        return self._turned(x, self.head.input_fmt, self.output_fmt)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) to logits (B, num_classes)."""

@@ -37,7 +37,7 @@ class Maps(nn.Module):
         if any(coarse != 2 * fine for fine, coarse in zip(self.strides, self.strides[1:])):
             raise InputError(
                 f"the maps of {name} have strides {self.strides}, but each must be twice the stride before: "
-                "choose other out_indices, or a model with a pyramid (terrazzo list)"
+                "choose other out_indices; a plain model of terrazzo takes pyramid=True"
             )
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -90,6 +90,6 @@ def _indices(name: str) -> list[int]:
     if not set(_STRIDES) <= set(strides):
         raise InputError(
             f"YOLO's head reads maps of strides {', '.join(map(str, _STRIDES))}, and {name} has {strides}: "
-            "choose a model with a pyramid (terrazzo list)"
+            "choose a model with a pyramid, or the name that terrazzo.register_pyramid gives a plain model"
         )
     return [strides.index(stride) for stride in _STRIDES]

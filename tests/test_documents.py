@@ -31,6 +31,8 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_DATA = ROOT / "docs" / "train-your-own.md"
 LONG = ("mixers.md", "timm.md")
 """Pages whose code takes more than seconds."""
+ELSEWHERE = ("ecosystem.md",)
+"""Pages whose code needs other frameworks; tests/ecosystem runs it."""
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -105,7 +107,7 @@ def test_readme_is_short():
 
 def code_pages():
     for page in GUIDES:
-        if any("_base_" not in block for block in blocks(page, "python")):
+        if page.name not in ELSEWHERE and any("_base_" not in block for block in blocks(page, "python")):
             marks = [pytest.mark.slow] if page.name in LONG else []
             yield pytest.param(page, marks=marks, id=name_of(page))
 

@@ -5,11 +5,15 @@ import torch
 from support.ecosystem import reloads, step
 from support.seeded import image
 
+import terrazzo
+
 effdet = pytest.importorskip("effdet", reason="needs the extra 'ecosystem'")
 pytestmark = pytest.mark.slow
 
 
 def make(name: str):
+    if name == "roma_tiny_pyramid":
+        terrazzo.register_pyramid("roma_tiny")
     config = effdet.get_efficientdet_config("efficientdet_d0")
     config.update(
         dict(
@@ -23,7 +27,7 @@ def make(name: str):
     return effdet.DetBenchTrain(effdet.EfficientDet(config, pretrained_backbone=False), create_labeler=True)
 
 
-@pytest.mark.parametrize("name", ["s2aformer_mini", "dinat_mini", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize("name", ["s2aformer_mini", "dinat_mini", "vmamba_tiny_s1l8", "roma_tiny_pyramid"])
 def test_steps_and_reloads(name, tmp_path):
     torch.manual_seed(0)
     bench, x = make(name), image((128, 128), batch=2)

@@ -27,12 +27,12 @@ def loaders(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("name", ["fmvit_tiny", "vir_hybrid_tiny"])
-def test_fits_and_reloads(name, loaders, tmp_path):
+@pytest.mark.parametrize(("name", "options"), [("fmvit_tiny", {}), ("dinat_mini", {"output_fmt": "NCHW"})])
+def test_fits_and_reloads(name, options, loaders, tmp_path):
     from fastai.vision.all import accuracy, load_learner, vision_learner
 
     torch.manual_seed(0)
-    learner = vision_learner(loaders, name, pretrained=False, metrics=accuracy, path=tmp_path)
+    learner = vision_learner(loaders, name, pretrained=False, metrics=accuracy, path=tmp_path, **options)
     body = learner.model[0].model
     before = [p.detach().clone() for p in body.parameters()]
     with learner.no_bar(), learner.no_logging():

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
+import terrazzo
 from terrazzo.errors import InputError
 from terrazzo.integrations.supervision import classifications, detections
 from terrazzo.tools.predict.draw import palette
@@ -81,6 +83,12 @@ def test_a_classifier():
     prediction = class_prediction(PICTURE, np.array([0.2, 0.7, 0.1]), NAMES)
     found = classifications(prediction)
     assert (found.class_id.tolist(), found.confidence.tolist()) == ([1, 0, 2], [0.7, 0.2, 0.1])
+
+
+def test_what_a_predictor_gives():
+    model = timm.create_model("s2aformer_mini", num_classes=3)
+    prediction = terrazzo.Predictor(model, device="cpu")(PICTURE)
+    assert classifications(prediction).class_id.tolist() == [entry["index"] for entry in prediction.record["top"]]
 
 
 def test_refusals():

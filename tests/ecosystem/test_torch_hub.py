@@ -35,10 +35,10 @@ print(hubconf.dinat_mini.__doc__)
 def test_loads_from_a_folder_of_any_name(tmp_path):
     folder = tmp_path / "somebody_terrazzo_main"  # the name that torch.hub gives a download
     folder.mkdir()
-    for path in ("__init__.py", "_version.py", "_files.py", "errors.py", "hubconf.py"):
-        shutil.copy(ROOT / path, folder / path)
-    for path in ("backbones", "checkpoints", "integrations", "kernels"):
-        shutil.copytree(ROOT / path, folder / path, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in ("backbones", "checkpoints", "integrations", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     done = run_code(CODE, folder, tmp_path / "weights.pth", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().split("\n")[-1].startswith("dinat_mini, with the arguments of timm.create_model")

@@ -79,6 +79,13 @@ def test_maps_have_the_stated_strides_and_channels():
         assert x.shape == (1, 32, -(-97 // stride), -(-130 // stride))
 
 
+def test_a_plain_model_with_a_simple_pyramid():
+    backbone = terrazzo.torchvision_backbone("roma_tiny", pyramid=True, out_channels=32).eval()
+    assert backbone.strides == [4, 8, 16, 32, 64]
+    maps = backbone(image((64, 96)))
+    assert [tuple(y.shape[2:]) for y in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "part"),
     [

@@ -10,7 +10,7 @@ from support.ecosystem import equal, leaves, reloads, step
 from support.seeded import image
 from timm.models._features import FeatureGetterNet
 
-import terrazzo  # noqa: F401
+import terrazzo
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'ecosystem'")
 pytestmark = pytest.mark.slow
@@ -145,6 +145,14 @@ def test_steps_and_reloads(make, name, tmp_path):
     (body,) = (part for part in model.modules() if isinstance(part, FeatureGetterNet))
     step(model.train()(pixel_values=x, **targets).loss, body)
     runs(model, x[:1], tmp_path)
+
+
+def test_rt_detr_on_a_plain_model(tmp_path):
+    torch.manual_seed(0)
+    model, targets = rt_detr(terrazzo.register_pyramid("roma_tiny", channels=32))
+    x = image((64, 64))
+    step(model.train()(pixel_values=x, **targets).loss, model.model.backbone)
+    runs(model, x, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dinat_mini", "s2aformer_mini", "vmamba_tiny_s1l8", "roma_tiny"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.ecosystem import equal, leaves, step
 from support.seeded import image
 
@@ -61,9 +62,22 @@ def test_steps_reloads_and_exports(name, ultralytics, tmp_path):
     np.testing.assert_allclose(found, wanted[0][:1].numpy(), rtol=1e-4, atol=1e-3)  # boxes are in pixels
 
 
-def test_predicts_from_a_picture(ultralytics, tmp_path):
-    model = yolo(ultralytics, "s2aformer_mini", tmp_path)
-    (result,) = model.predict(np.zeros((50, 70, 3), np.uint8), imgsz=64, device="cpu", verbose=False)
+def test_trains_validates_and_predicts(ultralytics, tmp_path):
+    """A whole training: the copy with averaged weights, validation, the stripped file, a prediction from it."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "labels" / f"{number}.txt").write_text(f"{number % 3} 0.5 0.5 0.4 0.4\n")
+    (tmp_path / "data.yaml").write_text(f"path: {tmp_path}\ntrain: images\nval: images\nnames: [a, b, c]\n")
+    quick = dict(epochs=1, imgsz=64, batch=2, workers=0, device="cpu", plots=False, verbose=False, pretrained=False)
+    yolo(ultralytics, "s2aformer_mini", tmp_path).train(
+        data=tmp_path / "data.yaml", project=str(tmp_path), name="run", **quick
+    )
+    trained = ultralytics.YOLO(tmp_path / "run" / "weights" / "best.pt")
+    assert trained.names == {0: "a", 1: "b", 2: "c"}
+    (result,) = trained.predict(np.zeros((50, 70, 3), np.uint8), imgsz=64, device="cpu", verbose=False)
     assert result.orig_shape == (50, 70)
 
 

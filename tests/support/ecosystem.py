@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, nn
 
 
-def step(loss: Tensor, backbone: nn.Module) -> None:
-    """Backward and a step of SGD; every parameter of the backbone that can be trained gets a finite gradient."""
+def step(loss: Tensor, backbone: nn.Module, unused: str = "") -> None:
+    """Backward and a step of SGD; every parameter of the backbone that can be trained gets a finite gradient.
+
+    Args:
+        unused: The beginning of the names of parameters that the framework does not use.
+    """
     assert torch.isfinite(loss)
     loss.backward()
-    gradients = {name: p.grad for name, p in backbone.named_parameters() if p.requires_grad}
+    trained = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
+    gradients = {name: p.grad for name, p in trained if not (unused and name.startswith(unused))}
     missing = [name for name, gradient in gradients.items() if gradient is None]
     assert not missing, missing
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
