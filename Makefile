@@ -9,13 +9,14 @@ WORKERS ?= 2
 # long tests last, and one worker would finish alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all check bench cards clean
+.PHONY: help demo test test-all check docs bench cards clean
 
 help:
 	@echo "make demo      set up, then train, evaluate, draw and export a small segmentor (about 6 minutes)"
 	@echo "make test      set up, then run the tests (about 10 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
-	@echo "make check     ruff: lint and format"
+	@echo "make check     ruff: lint and format; mypy: the types of the public names"
+	@echo "make docs      the documents as a site, in build/site"
 	@echo "make bench     speed here, as ratios to named peers; on a GPU first the kernels' tests, then model_cards/results/*_gpu.csv"
 	@echo "               (make bench OPTIONS=--quick for fewer shapes)"
 	@echo "make cards     regenerate the tables of README.md, docs/ and model_cards/"
@@ -39,6 +40,11 @@ test-all: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p .cache/types && ln -sfn "$(CURDIR)" .cache/types/terrazzo
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # On a GPU every Triton kernel is tested against the reference before anything is timed, and the rows are kept.
 bench: $(STAMP)
