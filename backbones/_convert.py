@@ -24,7 +24,7 @@ def _layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     return layers
 
 
-def check_together(model: nn.Module, reducer: Reducer) -> None:
+def check_together(model: Any, reducer: Reducer) -> None:
     """Check that a reducer can run the blocks of a host whose layers have mixers.
 
     Raises:
@@ -93,6 +93,6 @@ def convert_attention(model: nn.Module, mixer: str, layers: str | Sequence[int] 
     return given
 
 
-def _host_of(model: nn.Module, layer: int) -> Host:
+def _host_of(model: Any, layer: int) -> Host:
     attn = model.blocks[layer].attn
     return Host(model.embed_dim, attn.num_heads, attn.head_dim, layer, len(model.blocks))

@@ -148,8 +148,8 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
         )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself: timm wraps it for `features_only=True`."""
+def unwrapped(model: nn.Module) -> Any:
+    """The model itself, a ViT of timm if it is a host: timm wraps it for `features_only=True`."""
     return model.model if isinstance(model, FeatureGetterNet) else model
 
 

@@ -96,7 +96,7 @@ class MonitoredMetricsHook(Hook):
 
     priority = "VERY_HIGH"
 
-    def after_val_epoch(self, runner, metrics: dict[str, Any] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
         """Compares the names, unless the validation has no metric at all, as for a detector that finds nothing."""
         if metrics and runner._train_loop is not None:
             _compare(runner, set(metrics), "the validation gave")
