@@ -35,6 +35,11 @@ ABSENT = (
 )
 """How OpenMMLab's packages say that another package is absent, the most exact first; few raise ModuleNotFoundError."""
 
+WEIGHTS = "its weights"
+"""What a model needs that downloads weights while it is built, or that changes weights which it was to load."""
+
+WITHOUT_NETWORK = ("NetworkClosed", "LocalEntryNotFoundError", "OfflineModeIsEnabled")
+
 
 class NetworkClosed(OSError):
     """An attempt to reach the network while a config was built."""
@@ -80,13 +85,17 @@ def examine(path: Path) -> Finding:
             model = MODELS.build(ConfigDict(cfg.model.copy()))
             lacking = sorted(filter(is_missing, operators_of(model, cfg.model)))
     except (Exception, SystemExit) as error:  # a config is code, and so is what it builds
-        return explain(error)
+        finding = explain(error)
+        scope = _absent_scope(path) if finding.status == FAILED else None
+        return Finding(NEEDS, scope) if scope else finding
     return Finding(LACKS, ", ".join(lacking)) if lacking else Finding(BUILT)
 
 
 def explain(error: BaseException) -> Finding:
     """What an error says: that a package is absent, or something else in one line."""
     for link in _chain(error):
+        if type(link).__name__ in WITHOUT_NETWORK or (isinstance(link, KeyError) and str(link).endswith(".weight'")):
+            return Finding(NEEDS, WEIGHTS)
         if isinstance(link, ModuleNotFoundError) and link.name:
             return Finding(NEEDS, link.name.split(".")[0])
         text = " ".join(str(link).split())
@@ -97,6 +106,15 @@ def explain(error: BaseException) -> Finding:
                 return Finding(NEEDS, name)
     lines = str(error).strip().splitlines()
     return Finding(FAILED, f"{type(error).__name__}: {' '.join(lines[0].split()) if lines else 'no message'}")
+
+
+def _absent_scope(path: Path) -> str | None:
+    """The package that the model of a config comes from (`_scope_`), if it is not installed."""
+    try:
+        scope = _read(path).model.get("_scope_")
+    except Exception:  # the config itself cannot be read
+        return None
+    return scope if scope and not is_installed(scope) else None
 
 
 def _is_absent(requirement: str) -> bool:
