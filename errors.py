@@ -1,5 +1,9 @@
 """The exceptions that terrazzo raises on purpose, and its warning. Catch `TerrazzoError` for all exceptions."""
 
+import importlib.metadata
+import json
+from pathlib import Path
+
 
 class TerrazzoError(Exception):
     """Base of every error that terrazzo raises on purpose; the command line prints it as one line and exits with 2."""
@@ -40,3 +44,20 @@ def own_text(error: TerrazzoError) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra: from the checkout or the wheel that terrazzo came from.
+
+    terrazzo is not on a package index yet. If it was installed from an index, its name alone is enough.
+    """
+    root = Path(__file__).resolve().parent
+    if (root / "pyproject.toml").is_file():
+        return f"pip install -e '{root}[{extra}]'"
+    place = ""
+    try:
+        record = importlib.metadata.distribution("terrazzo").read_text("direct_url.json")
+        place = json.loads(record)["url"] if record else ""
+    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        pass  # unpacked by hand, or the record is damaged
+    return f"pip install 'terrazzo[{extra}]{f' @ {place}' if place else ''}'"

@@ -12,12 +12,13 @@ import pytest
 from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("backbones", "checkpoints", "kernels", "necks", "openmmlab", "configs", "tools")
+PACKAGES = ("backbones", "checkpoints", "integrations", "kernels", "necks", "openmmlab", "configs", "tools")
 # Layer -> the layers of terrazzo that it may import.
 ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
     "checkpoints": {"_files", "errors", "backbones"},
+    "integrations": {"errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
     "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "checkpoints", "necks"},
     "configs": {"openmmlab"},
@@ -43,6 +44,7 @@ FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba", "llvmlite"},
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "integrations": {"detectron2", "mmengine", "mmcv", "onnx", "supervision", "torchvision", "ultralytics"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from terrazzo import TerrazzoError, __version__
-from terrazzo.errors import PictureWarning, own_text
+from terrazzo.errors import PictureWarning, install_command, own_text
 from terrazzo.tools import interrupts
 from terrazzo.tools.interrupts import Interrupted, LeaveAtOnce, end_children, terminable
 
@@ -33,6 +33,7 @@ VERBS = {
     "bench": "Measure operators and backbones here, as ratios to named peers.",
     "compare": "Train backbones under one recipe, and compare them.",
     "doctor": "Build every model config of mmdet and mmseg; say which cannot be built, and why.",
+    "explore": "Write the measured figures as one page with plots.",
     "cards": "Regenerate the tables of the model cards.",
 }
 
@@ -65,7 +66,7 @@ def error_line(error: BaseException) -> str | None:
         text = own_text(error)
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
         package = error.name.split(".")[0]
-        text = f"the package {package} is not installed; install it with: pip install 'terrazzo[{EXTRAS[package]}]'"
+        text = f"the package {package} is not installed; install it with: {install_command(EXTRAS[package])}"
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{os.fspath(error.filename)!s}: {error.strerror or error}"
     else:

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import nn
 
 import terrazzo.openmmlab  # noqa: F401  prepares mmengine before it is used
-from terrazzo.backbones._weights import weights_of
+from terrazzo.backbones._weights import current_names, weights_of
 from terrazzo.checkpoints.records import arguments, check_changes, recorded
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.building import building, registered_class
@@ -82,6 +82,7 @@ def load_exactly(model: nn.Module, saved: Any, checkpoint: str | Path) -> None:
     except InputError as error:
         raise InputError(f"checkpoint {checkpoint} {error}; name a file that a training wrote") from error
     own = model.state_dict()
+    state = current_names(state, own)
     lacking = [key for key in own if key not in state]
     if lacking:
         raise InputError(

@@ -5,6 +5,8 @@ import importlib.util
 
 import torch
 
+from terrazzo.errors import install_command
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -16,7 +18,7 @@ def has_numba() -> bool:
 def refusal(dtype: torch.dtype) -> str | None:
     """Why CPU kernels cannot run on tensors of this dtype, or None if they can."""
     if not has_numba():
-        return "needs the package numba, which is not installed; pip install 'terrazzo[cpu]'"
+        return f"needs the package numba, which is not installed; {install_command('cpu')}"
     if dtype not in _DTYPES:
         return f"computes in float32 and float64, not in {str(dtype).removeprefix('torch.')}"
     return None

@@ -238,8 +238,24 @@ def _measured(name: str, table: Callable, command: str) -> str:
     return _markdown(*table(rows)) + f"\n{what}{_machines(rows)}, {rows[0].versions}.\n"
 
 
+def _front(metric: str) -> str:
+    """The models that no other model beats in published accuracy and in a counted metric, such as "parameters"."""
+    from terrazzo.tools.reports import choice
+
+    return _markdown(*choice.front_table(metric))
+
+
+def _times(_: None) -> str:
+    """The models that were timed on a CPU, with the runtimes side by side."""
+    from terrazzo.tools.reports import choice
+
+    return _markdown(*choice.time_table())
+
+
 TABLES: dict[str, Callable[[str | None], str]] = {
     "families": _families,
+    "front": _front,
+    "times": _times,
     "variants": _variants,
     "bench": _bench,
     "training": _training,
