@@ -1,6 +1,9 @@
 """The pictures that a training leaves: curves, confusions, examples; and the logs of other tools."""
 
 import json
+import os
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -193,3 +196,18 @@ def test_other_tasks_whole(run, tmp_path, config, write, options):
     result = run("train", config, *places, "--max-epochs", 1, *options)
     assert result.exit_code == 0, result.output
     assert "curves.png, confusion.png, examples.png" in result.stdout, result.output
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """The first process draws, and the confusions are of all processes' pictures."""
+    config = "dinat-mini_1xb64-30e_eurosat64"
+    tiny_data.write_folders(tmp_path / "data", load_config(config).metainfo.classes, (64, 64))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "terrazzo"]
+    command += ["train", config, "--launcher", "pytorch", "--data-root", str(tmp_path / "data")]
+    command += ["--work-dir", str(tmp_path / "work"), "--max-epochs", "1", "model.backbone.name=resnet10t"]
+    command += ["model.backbone.drop_path_rate=0.0", "train_dataloader.batch_size=4", "train_dataloader.num_workers=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("curves.png, confusion.png, examples.png") == 1
