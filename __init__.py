@@ -17,13 +17,13 @@ The order of both imports does not matter. If terrazzo comes first, it registers
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import typing
 
 from terrazzo import _timm_hook
 from terrazzo._version import __version__ as __version__
 from terrazzo.errors import TerrazzoError as TerrazzoError
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from terrazzo import backbones as backbones
     from terrazzo import checkpoints as checkpoints
     from terrazzo import kernels as kernels
@@ -52,7 +52,7 @@ _PLACES = {
 """The modules of the names that are imported at first use; the same as above, for Python."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Import a name at its first use."""
     if name in _PACKAGES:
         return importlib.import_module(f"terrazzo.{name}")
