@@ -33,7 +33,7 @@ def calibrate(model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *
         InputError: No layer's mixer can be calibrated, no image is given, an option is not valid, or the images are so
             small that all these layers compute softmax attention.
     """
-    found = [x for x in model.modules() if isinstance(x, Mixer) and hasattr(x, "calibrate")]
+    found: list[Any] = [x for x in model.modules() if isinstance(x, Mixer) and hasattr(x, "calibrate")]
     if not found:
         raise NotCalibratedError(
             "no layer of the model can be calibrated: convert layers to a mixer with thresholds or budgets, "
@@ -75,7 +75,7 @@ class _Runs:
     def __init__(self, options: dict[str, Any]):
         self.options, self.batches, self.calibrated, self.reason = options, 0, 0, ""
 
-    def __call__(self, mixer: Mixer, arguments: tuple[Any, ...]) -> None:
+    def __call__(self, mixer: Any, arguments: tuple[Any, ...]) -> None:
         place = arguments[3]
         if place.grid is None:  # the mixer itself refuses merged tokens
             return

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from terrazzo.backbones._checks import wholes
-from terrazzo.backbones._hosts import check_host, kind_of, make_host, unmake_host, unwrapped
+from terrazzo.backbones._hosts import check_host, kind_of, make_host, remember, unmake_host, unwrapped
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._windows import Windows
 from terrazzo.backbones.mixers import Host, create_mixer
@@ -24,7 +24,7 @@ def _layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     return layers
 
 
-def check_together(model: nn.Module, reducer: Reducer) -> None:
+def check_together(model: Any, reducer: Reducer) -> None:
     """Check that a reducer can run the blocks of a host whose layers have mixers.
 
     Raises:
@@ -88,9 +88,11 @@ def convert_attention(model: nn.Module, mixer: str, layers: str | Sequence[int] 
         raise
     if type(model.reducer) is Reducer and not model.conversion:
         unmake_host(model)
+    else:
+        remember(model)
     return given
 
 
-def _host_of(model: nn.Module, layer: int) -> Host:
+def _host_of(model: Any, layer: int) -> Host:
     attn = model.blocks[layer].attn
     return Host(model.embed_dim, attn.num_heads, attn.head_dim, layer, len(model.blocks))

@@ -74,7 +74,10 @@ def _entrypoint(
                 f"output_fmt is the layout of a map, and {name} gives tokens (B, T, C) from forward_features: leave it "
                 "out; features_only=True gives maps"
             )
-        feature_cfg = plain_options(name, kwargs) if issubclass(model_cls, Plain) else {}
+        plain = issubclass(model_cls, Plain)
+        if not plain and kwargs.pop("pyramid", False):
+            raise InputError(f"pyramid=True is for models with one stride, and {name} has several: leave it out")
+        feature_cfg = plain_options(name, kwargs) if plain else {}
         if feature_cfg:
             indices = tuple(range(len(STRIDES)))
         return build_model_with_cfg(

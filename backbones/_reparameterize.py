@@ -1,5 +1,7 @@
 """`terrazzo.reparameterize`: turn a trained model into its form for inference."""
 
+from typing import Any
+
 from torch import nn
 
 from terrazzo.errors import InputError
@@ -31,7 +33,8 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 def _visit(model: nn.Module) -> None:
     # timm's `reparameterize_model` also calls layers and flags that have a method's name, and passes over the root.
-    for name, child in list(model.named_children()):
+    children: list[tuple[str, Any]] = list(model.named_children())
+    for name, child in children:
         if _has(child, "fuse"):
             setattr(model, name, child.fuse())
         else:

@@ -80,6 +80,7 @@ class SoftmaxFreeAttention(nn.Module):
     def __init__(self, dim: int, ratio: int, kernel: int, normalised: bool, alpha_scope: str, **factory):
         super().__init__()
         self.ratio = ratio
+        self.dilation = 1
         self.normalised = normalised
         self.alpha_scope = alpha_scope
         self.W_q = nn.Linear(dim, dim, **factory)
@@ -90,7 +91,7 @@ class SoftmaxFreeAttention(nn.Module):
         self.ff = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        side = (self.ratio - 1) * self.Qlandmark_op.dilation[0] + 1
+        side = (self.ratio - 1) * self.dilation + 1
         if not is_exporting() and min(x.shape[1:3]) < side:
             raise InputError(
                 f"the map's sides must be at least {side}, the side of the squares that give a landmark, got "
@@ -109,6 +110,7 @@ class SoftmaxFreeAttention(nn.Module):
 
     def dilate(self, before: int, after: int) -> None:
         """Landmarks are of the same part of the image, and take a part of its positions."""
+        self.dilation = after
         self.Qlandmark_op.dilation = (after, after)
         self.Qlandmark_op.stride = (self.ratio * after,) * 2
         dilate(self.conv, before, after)

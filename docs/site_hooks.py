@@ -24,6 +24,7 @@ REFERENCE = {
     "terrazzo.openmmlab": "What a config names after `custom_imports`. [The guide](../docs/openmmlab.md) shows how.",
     "terrazzo.errors": "What terrazzo raises on purpose.",
 }
+_EXPLORER = "<!-- the explorer -->"
 _NO_PACKAGES = {"docs", "tests", "configs", "build", "dist", "data", "demo", "work_dirs", "exports"}
 
 
@@ -136,11 +137,11 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Put the explorer into its page: the repository's own page has only a comment there, because it shows no HTML."""
-    return markdown.replace(
-        "<!-- the explorer -->",
-        "[Open it in a page of its own](explorer.html)\n\n"
-        '<iframe src="../explorer.html" title="explorer" style="width: 100%; height: 60rem; border: 0"></iframe>',
-    )
+    if _EXPLORER not in markdown:
+        return markdown
+    page.meta["hide"] = ["navigation", "toc"]  # the plot needs the whole width
+    frame = '<iframe src="../explorer.html" title="explorer" style="width: 100%; height: 60rem; border: 0"></iframe>'
+    return markdown.replace(_EXPLORER, f"[Open it in a page of its own](explorer.html)\n\n{frame}")
 
 
 def _own(file) -> bool:

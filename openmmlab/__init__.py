@@ -55,6 +55,7 @@ from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook
 from terrazzo.openmmlab.throughput import ThroughputHook  # noqa: E402
 from terrazzo.openmmlab.token_budget import TokenBudget  # noqa: E402
 from terrazzo.openmmlab.token_consistency import TokenConsistency  # noqa: E402
+from terrazzo.openmmlab.wandb_log import WandbLog  # noqa: E402
 from terrazzo.openmmlab.workers import WorkersHook  # noqa: E402
 
 __all__ = [
@@ -81,5 +82,6 @@ __all__ = [
     "ThroughputHook",
     "TokenBudget",
     "TokenConsistency",
+    "WandbLog",
     "WorkersHook",
 ]

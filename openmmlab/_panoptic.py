@@ -7,6 +7,7 @@ It holds only the names that mmdet imports. It was written from the definition o
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class PQStat:
         return {**average, "n": count}, single
 
 
-MODULES = {
+MODULES: dict[str, dict[str, Any]] = {
     "panopticapi": {},
     "panopticapi.evaluation": {"OFFSET": OFFSET, "VOID": VOID, "PQStat": PQStat},
     "panopticapi.utils": {"rgb2id": rgb2id, "id2rgb": id2rgb},

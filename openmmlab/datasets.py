@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.registry import DATASETS
 from PIL import Image
@@ -101,6 +102,6 @@ def _transform(arguments: dict) -> Callable:
     return transform
 
 
-def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     """timm's posterize, but black at 0 bits: RandAugment draws 0 at high levels, and recent Pillow refuses it."""
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import set_random_seed
+from mmengine.runner import Runner, set_random_seed
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class FiniteLossHook(Hook):
 
     priority = "VERY_LOW"
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Puts the check between the loss and its gradient."""
         self.batch = None
         if not isinstance(runner.optim_wrapper, OptimWrapper):
@@ -46,16 +46,16 @@ class FiniteLossHook(Hook):
 
         runner.optim_wrapper.update_params = checked
 
-    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Remembers the batch."""
         self.batch = data_batch
 
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         """Removes the check."""
         self.batch = None
         vars(runner.optim_wrapper).pop("update_params", None)
 
-    def _origin(self, runner) -> str:
+    def _origin(self, runner: Runner) -> str:
         """Where the first value that is not finite comes from."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         # Running means are left out: this batch has already spoilt the means after the origin.

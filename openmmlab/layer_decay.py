@@ -1,6 +1,7 @@
 """Layer-wise learning rates: early layers of a pretrained backbone learn more slowly than late layers and the head."""
 
 import fnmatch
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -37,7 +38,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         # mmengine reads an empty paramwise_cfg as "no groups at all"
         super().__init__(optim_wrapper_cfg, {"layer_decay": self.layer_decay})
 
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
         """Adds one group for each pair of scale and weight decay; each trainable parameter is in exactly one."""
         scales = self.scales(module)
         undecayed = _undecayed(module)

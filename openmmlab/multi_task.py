@@ -31,7 +31,7 @@ class TaskBackbone(nn.Module):
         self.balance = routing.balance
         return maps
 
-    def take_balance(self) -> Tensor:
+    def take_balance(self) -> Tensor | None:
         """The load-balancing loss of the last pass, which is then forgotten, and with it the pass's graph."""
         found, self.balance = self.balance, None
         return found
@@ -110,7 +110,7 @@ class MultiTask(BaseModel):
                 yield name, model
 
     def _losses(self, chosen: list[tuple[str, nn.Module]], inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for task, model in chosen:
             losses |= {f"{task}.{name}": value for name, value in model.loss(inputs, data_samples).items()}
             balance = model.backbone.take_balance()
@@ -159,7 +159,7 @@ class M3ViTHead(BaseModule):
         self.num_classes = self.out_channels = num_classes
         self.ignore_index = ignore_index
         self.decoder = UpHead(self.in_channels[-1], num_classes, width)
-        self.loss_decode = None if loss_decode is None else MODELS.build(loss_decode)
+        self.loss_decode: Any = None if loss_decode is None else MODELS.build(loss_decode)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The last map to (B, classes, 16 h, 16 w), which covers the image and its padding to whole patches."""

@@ -165,9 +165,9 @@ class RoMAPretraining(BaseModel):
             trunc_normal_(parameter, std=0.02)
         for part in (self.to_decoder, self.predict):
             nn.init.zeros_(part.bias)
-        for part in self.decoder.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
+        for layer in self.decoder.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(part.bias)
 
     def forward(

@@ -17,7 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
-from mmengine.runner import set_random_seed
+from mmengine.runner import Runner, set_random_seed
 from torch.utils.data import Dataset, Sampler
 
 
@@ -133,7 +133,7 @@ class SeedingHook(Hook):
 
     priority = "VERY_HIGH"
 
-    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seeds the generators before the model is run."""
         set_random_seed(fold(runner.seed, get_dist_info()[0], runner.iter))
 
@@ -143,6 +143,6 @@ def seed_config(cfg: Config) -> None:
     loader = cfg.get("train_dataloader")
     if not isinstance(loader, dict) or not isinstance(loader.get("dataset"), dict) or not loader.get("sampler"):
         return
-    if loader.sampler.get("type") != "SeededSampler":
-        loader.sampler = ConfigDict(type="SeededSampler", sampler=loader.sampler)
-        loader.dataset = ConfigDict(type="SeededDataset", dataset=loader.dataset)
+    if loader["sampler"].get("type") != "SeededSampler":
+        loader["sampler"] = ConfigDict(type="SeededSampler", sampler=loader["sampler"])
+        loader["dataset"] = ConfigDict(type="SeededDataset", dataset=loader["dataset"])

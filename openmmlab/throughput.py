@@ -3,11 +3,13 @@
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
 
 @HOOKS.register_module()
@@ -18,16 +20,18 @@ class ThroughputHook(Hook):
     saving, but not validation.
     """
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Starts the clock."""
         self.start = time.perf_counter()
 
-    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Counts the batch: the last of an epoch may be smaller."""
         inputs = data_batch["inputs"] if isinstance(data_batch, dict) else data_batch[0]
         self.images = len(inputs) if not isinstance(inputs, dict) else len(next(iter(inputs.values())))
 
-    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         """Passes both figures to the log."""
         now = time.perf_counter()
         runner.message_hub.update_scalar(
@@ -36,7 +40,7 @@ class ThroughputHook(Hook):
         runner.message_hub.update_scalar("train/memory_mib", _memory())
         self.start = now
 
-    def after_val_epoch(self, runner, metrics=None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Excludes the time of a validation between two iterations."""
         self.start = time.perf_counter()
 

@@ -7,6 +7,7 @@ here follows the paper's formulas.
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class TokenBudget:
                 "classes are named; set backbone.checkpoint or recipe.teacher to a file of a plain ViT that was "
                 "trained for them, or recipe.distillation=0"
             )
-        teacher = copy.deepcopy(backbone)
+        teacher: Any = copy.deepcopy(backbone)
         teacher.reducer = Reducer()
         if file is not None:
             load_weights(teacher, name, file)
@@ -127,6 +128,7 @@ class TokenBudget:
             the loss. Also `cost`, the mean cost as a share of the full cost, and `kept0`, ...: the share of the patches
             that each stage keeps.
         """
+        state: Any  # that of a reducer, which has `keep`
         x, state = backbone.begin(inputs, maps=backbone.head.of_positions)
         tokens = []
         for block in backbone.blocks:

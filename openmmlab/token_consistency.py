@@ -1,6 +1,7 @@
 """MCTF's fine-tuning: a network that merges many tokens learns from the same network merging few."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class TokenConsistency:
         self.generator = torch.Generator()
         self.seed: int | None = None
 
-    def prepare(self, backbone: nn.Module, **source) -> None:
+    def prepare(self, backbone: nn.Module, **source: Any) -> None:
         """Checks that the model merges tokens.
 
         Raises:

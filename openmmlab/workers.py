@@ -24,5 +24,5 @@ class WorkersHook(Hook):
 
     priority = "LOWEST"
 
-    def after_run(self, runner) -> None:
+    def after_run(self, runner: Runner) -> None:
         end_workers(runner)

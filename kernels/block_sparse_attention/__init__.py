@@ -1,5 +1,7 @@
 """Attention to chosen keys: a plan lists blocks of keys, or single keys, for every tile of queries."""
 
+from typing import Any
+
 import torch
 
 from terrazzo.errors import InputError
@@ -12,14 +14,14 @@ __all__ = ["Plan", "Segment", "block_sparse_attention", "plan_to_mask"]
 
 def _check(query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, plan: Plan) -> None:
     """Raise `InputError` for arguments that the definition does not allow."""
-    keys = {} if key is None and value is None else {"key": key, "value": value}
+    keys: dict[str, Any] = {} if key is None and value is None else {"key": key, "value": value}
     arguments.check_tensors({"query": query, **keys})
     if query.dim() != 4 or arguments.any_empty(*query.shape[1:]):
         raise InputError(
             f"query must be (B, H, Nq, D) with at least 1 head, query and channel, got {tuple(query.shape)}"
         )
     if keys:
-        check_keys(query, key, value)
+        check_keys(query, keys["key"], keys["value"])
     check(plan, query, key, value)
 
 

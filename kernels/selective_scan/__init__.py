@@ -1,6 +1,7 @@
 """The selective scan (S6) of Mamba: along a sequence, and over a map in several orders at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,7 @@ def _with_last_state(
     behind = (states, 0) if reverse else (0, states)
     readers = torch.eye(states, dtype=C.dtype, device=C.device).expand(*C.shape[:-1], -1)
     C = torch.cat([readers, C] if reverse else [C, readers], -1)
-    held = selective_scan(
+    held: Any = selective_scan(
         F.pad(u.to(dtype), behind), F.pad(delta, behind), A, F.pad(B, behind), C, reverse=reverse, backend=backend
     )
     last, out = held.split([states, length], 2) if reverse else reversed(held.split([length, states], 2))

@@ -23,7 +23,7 @@ def _check(x, dt, A, B, C, D, z, dt_bias) -> None:
     groups = B.shape[2]
     if groups < 1 or heads % groups:
         raise InputError(f"the {heads} heads of x do not divide into the {groups} groups of B")
-    wanted = {
+    wanted: dict[str, tuple[torch.Tensor | None, list[tuple[int, ...]]]] = {
         "dt": (dt, [(batch, length, heads)]),
         "A": (A, [(heads,)]),
         "B": (B, [(batch, length, groups, B.shape[3])]),

@@ -35,6 +35,11 @@ REPAIRS = {
             "mmrotate.models.detectors.refine_single_stage": {
                 "from collections import Sequence": "from collections.abc import Sequence"
             },
+            # Its new processes would import mmrotate without repairs, fail, and be started again without end.
+            "mmrotate.evaluation.functional.mean_ap": {
+                "from multiprocessing import get_context": "from multiprocessing.pool import ThreadPool",
+                "get_context('spawn').Pool(nproc)": "ThreadPool(nproc)",
+            },
         },
     ),
     "mmpose": Repair(

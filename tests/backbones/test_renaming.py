@@ -36,7 +36,7 @@ RENAMED = (
 Transformer, RT-DETR, D-FINE, Conditional and Deformable DETR, PP-DocLayout, and "legacy" in every model. A rule with a
 boundary ends at the end of a word. Names are found anywhere, in a backbone, too."""
 
-BACKBONE = "model.backbone.model._backbone."
+BACKBONE = "model.backbone.model.model."
 
 
 EARLIER = {

@@ -50,7 +50,7 @@ def _shrink(value):
             value["ratio_range"] = (0.5, 2.0)
         if "crop_size" in value:
             value["crop_size"] = (64, 64)
-        if "input_size" in value:
+        if isinstance(value.get("input_size"), int):
             value["input_size"] = 64
         for item in value.values():
             _shrink(item)
@@ -92,6 +92,8 @@ def _shrink_model(model):
         channels = pyramid.feature_info.channels()
         behind = next((model[key] for key in ("neck", "panoptic_head", "decode_head") if model.get(key)), {})
         behind["in_channels"] = channels
+        if model.type == "TopdownPoseEstimator":
+            model.head.in_channels = channels[-1]
         if "auxiliary_head" in model:
             model.auxiliary_head.in_channels = channels[2]
     if "window" in backbone:  # small pictures have several levels, too

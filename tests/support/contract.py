@@ -16,6 +16,7 @@ the ONNX file of the classifier are tested on that family; on this family these 
 card, and the ONNX file holds features.
 """
 
+import contextlib
 import copy
 import fnmatch
 import json
@@ -35,6 +36,7 @@ import terrazzo
 from support.capabilities import CapabilityContract
 from support.module_contract import CHECKS
 from support.seeded import build, image, whole
+from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._weights import RECONSTRUCTED, _Uninitialised
 from terrazzo.errors import InputError
 from terrazzo.tools import results
@@ -227,6 +229,15 @@ class BackboneContract(CapabilityContract):
             assert [tuple(found.shape) for found in model(x)] == sizes
         with pytest.raises(InputError, match="output_stride must be 8, 16 or 32, got 4"):
             features(output_stride=4)
+
+    def test_pyramid_of_a_plain_model(self, example):
+        """A model with one stride gives strides 4 to 32 behind its last block; a pyramid refuses."""
+        plain = issubclass(timm.models.model_entrypoint(example).__annotations__["return"], Plain)
+        with _Uninitialised(), contextlib.nullcontext() if plain else pytest.raises(InputError, match="pyramid=True"):
+            model = timm.create_model(example, features_only=True, pyramid=True, device="meta")
+            assert model.feature_info.reduction() == [4, 8, 16, 32]
+            maps = model(torch.empty(2, 3, 97, 131, device="meta"))
+            assert [tuple(x.shape) for x in maps] == [(2, 256, -(-97 // r), -(-131 // r)) for r in (4, 8, 16, 32)]
 
     def test_empty_batch(self, example):
         """An empty batch gives an empty output, and gradients of 0."""

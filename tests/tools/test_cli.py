@@ -6,7 +6,7 @@ from support.processes import run_code
 from torch.utils.data import DataLoader, Dataset
 
 from terrazzo import __version__
-from terrazzo.errors import BackendError, InputError
+from terrazzo.errors import BackendError, InputError, install_command
 from terrazzo.tools.cli import VERBS, cli, error_line
 
 
@@ -78,8 +78,8 @@ def test_traceback_on_request(shell):
     [
         (InputError("two\n  lines"), "error: two lines"),
         (BackendError("no"), "error: no"),
-        (ModuleNotFoundError("no", name="mmengine.config"), "pip install 'terrazzo[openmmlab]'"),
-        (ModuleNotFoundError("no", name="onnxscript"), "pip install 'terrazzo[export]'"),
+        (ModuleNotFoundError("no", name="mmengine.config"), install_command("openmmlab")),
+        (ModuleNotFoundError("no", name="onnxscript"), install_command("export")),
         (PermissionError(13, "Permission denied", "/somewhere"), "error: /somewhere: Permission denied"),
     ],
 )

@@ -1,6 +1,6 @@
-"""What starting costs: help and lists import neither PyTorch nor timm, and `import terrazzo` adds little to timm.
+"""What starting costs: help and lists import neither PyTorch nor timm, and `import terrazzo` waits for timm.
 
-Nothing is timed: the tests count imported modules.
+Nothing is timed: the tests look at imported modules. `tests/test_packaging.py` has what terrazzo adds to timm.
 """
 
 import ast
@@ -79,6 +79,7 @@ def test_terrazzo_may_be_imported_before_timm():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_name_of_terrazzo_imports_timm():
     """The hook runs inside the import of the backbones, and changes nothing about it."""
     code = FIRST.split("import terrazzo\n")[0] + (
@@ -87,15 +88,6 @@ def test_a_name_of_terrazzo_imports_timm():
     )
     done = run_code(code)
     assert done.returncode == 0, done.stderr
-
-
-def test_terrazzo_adds_few_modules_to_timm():
-    code = (
-        "import sys, torch, timm; before = set(sys.modules); import terrazzo; new = set(sys.modules) - before\n"
-        "print(*sorted(name for name in new if name.split('.')[0] != 'terrazzo'))"
-    )
-    done = run_code(code)
-    assert len(done.stdout.split()) <= 5, done.stdout
 
 
 def test_names_for_type_checkers_are_the_names_of_python():

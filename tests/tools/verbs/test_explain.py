@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import terrazzo.kernels
+from terrazzo.errors import install_command
 from terrazzo.kernels.dispatch.operator import Call, Needs, Operator
 from terrazzo.kernels.numba_host import machine as numba_machine
 from terrazzo.kernels.triton_host import machine
@@ -21,7 +22,7 @@ from terrazzo.tools.inspect.explanation import ranges, reasons
 from terrazzo.tools.inspect.trace import trace
 
 CPU = torch.device("cpu")
-NO_NUMBA = "needs the package numba, which is not installed; pip install 'terrazzo[cpu]'"
+NO_NUMBA = f"needs the package numba, which is not installed; {install_command('cpu')}"
 
 
 @pytest.fixture(autouse=True)
