@@ -25,9 +25,9 @@ def backbone_class() -> type[nn.Module]:
     Raises:
         BackendError: detectron2 is not installed.
     """
-    modeling = framework("detectron2.modeling", _INSTALL)
+    base: Any = framework("detectron2.modeling", _INSTALL).Backbone
 
-    class TerrazzoBackbone(modeling.Backbone):
+    class TerrazzoBackbone(base):
         """Maps of a timm model by name, finest first."""
 
         def __init__(

@@ -1,9 +1,10 @@
 """Maps of any timm model with `features_only`, and what a detector must know about them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import timm
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from terrazzo.backbones._names import check_name
@@ -32,8 +33,9 @@ class Maps(nn.Module):
         if out_indices is not None:
             kwargs["out_indices"] = tuple(out_indices)
         self.body = timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
-        self.channels: list[int] = list(self.body.feature_info.channels())
-        self.strides: list[int] = list(self.body.feature_info.reduction())
+        info = cast(FeatureInfo, self.body.feature_info)
+        self.channels: list[int] = list(info.channels())
+        self.strides: list[int] = list(info.reduction())
         if any(coarse != 2 * fine for fine, coarse in zip(self.strides, self.strides[1:])):
             raise InputError(
                 f"the maps of {name} have strides {self.strides}, but each must be twice the stride before: "

@@ -1,7 +1,10 @@
 """A backbone for ultralytics' model files (YOLO), and a model file for any backbone with a pyramid."""
 
+from typing import cast
+
 import timm
 import torch
+from timm.models import FeatureInfo
 
 from terrazzo.backbones._names import check_name
 from terrazzo.errors import InputError
@@ -60,7 +63,8 @@ def register() -> None:
     Raises:
         BackendError: ultralytics is not installed.
     """
-    framework("ultralytics.nn.tasks", "ultralytics").TerrazzoBackbone = TerrazzoBackbone
+    # Model files find layers among the names of this module.
+    vars(framework("ultralytics.nn.tasks", "ultralytics"))["TerrazzoBackbone"] = TerrazzoBackbone
 
 
 def model_file(name: str, classes: int = 80, pretrained: bool = False) -> str:
@@ -85,7 +89,7 @@ def _indices(name: str) -> list[int]:
     """The stages of a model whose maps have the strides of YOLO's head."""
     check_name(name)
     with torch.device("meta"):
-        every = timm.create_model(name, features_only=True).feature_info
+        every = cast(FeatureInfo, timm.create_model(name, features_only=True).feature_info)
     strides = [stage["reduction"] for stage in every.info]
     if not set(_STRIDES) <= set(strides):
         raise InputError(
