@@ -7,7 +7,6 @@ blocks and their attention. Parameters, their names and all methods stay.
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -138,6 +137,9 @@ class HostEva(_Host, Eva):
 REBUILT = "terrazzo_changed_vit"
 """The name of the model that files of timm's `save_for_hf` name for a host: see `terrazzo.backbones._rebuilt`."""
 
+KEPT = "terrazzo"
+"""Where a host's configuration has the name of timm's model, "base", and the record of its changes, "changes"."""
+
 _HOSTS = {VisionTransformer: HostViT, VisionTransformerDistilled: HostViTDistilled, Eva: HostEva}
 
 
@@ -202,24 +204,18 @@ def make_host(model: nn.Module) -> None:
 
 
 def remember(model: nn.Module) -> None:
-    """Write what changed a host where timm's `save_for_hf` reads it: the model's name and arguments.
-
-    Versions of timm before 1.0.29 save only arguments that they are given, so there the name stays.
-    """
-    cfg, arguments = getattr(model, "pretrained_cfg", None), getattr(model, "_model_args", {})
-    if not cfg or not hasattr(timm.models, "get_model_args"):
-        return
-    base = arguments.get("base") if cfg.get("architecture") == REBUILT else cfg.get("architecture")
-    model._model_args = {**arguments, "base": base, "changes": model.changes}
-    model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": REBUILT}
+    """Write what changed a host into the configuration that timm's `save_for_hf` stores: the model's name, and KEPT."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg:
+        base = cfg[KEPT]["base"] if KEPT in cfg else cfg.get("architecture")
+        kept = {"base": base, "changes": model.changes}
+        model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": REBUILT, KEPT: kept}
 
 
 def _forget(model: nn.Module) -> None:
-    cfg, arguments = getattr(model, "pretrained_cfg", None), dict(getattr(model, "_model_args", {}))
-    if cfg and cfg.get("architecture") == REBUILT:
-        arguments.pop("changes")
-        model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": arguments.pop("base")}
-        model._model_args = arguments
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    if KEPT in cfg:
+        model.pretrained_cfg = model.default_cfg = cfg | {"architecture": cfg.pop(KEPT)["base"]}
 
 
 def unmake_host(model: nn.Module) -> None:

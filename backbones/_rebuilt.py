@@ -1,10 +1,11 @@
 """The model that files of timm's `save_for_hf` name for a ViT that `convert_attention` and `reduce` changed.
 
-Its arguments are the name of timm's model and the record of its changes (`terrazzo.backbones._record`). So
+Their configuration has the name of timm's model and the record of its changes (`terrazzo.backbones._record`). So
 `timm.create_model` of `hf-hub:...` and `local-dir:...` builds the model, changes it in the same way, and loads its
 weights.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from terrazzo.backbones._convert import convert_attention
-from terrazzo.backbones._hosts import check_host
+from terrazzo.backbones._hosts import KEPT, REBUILT, check_host
 from terrazzo.backbones._names import check_name, family_of
 from terrazzo.backbones._record import Record, checked
 from terrazzo.backbones._reduce import reduce
@@ -43,40 +44,42 @@ def _fitting(weights: dict[str, torch.Tensor], model: nn.Module, base: str) -> d
 @register_model
 def terrazzo_changed_vit(
     pretrained: bool = False,
-    base: str = "",
-    changes: Record | None = None,
-    pretrained_cfg: Any = None,
+    pretrained_cfg: dict[str, Any] | None = None,
     cache_dir: str | None = None,
     features_only: bool = False,
-    out_indices: Any = 3,
+    out_indices: int | Sequence[int] = 3,
     **kwargs: Any,
 ) -> nn.Module:
     """A plain ViT of timm with other mechanisms or fewer tokens, as `save_for_hf` has stored it.
 
     Args:
-        pretrained: Load the weights that `pretrained_cfg` names: a folder or a repository of the Hugging Face hub.
-        base: The name of timm's model.
-        changes: The record of its changes, `model.changes`.
+        pretrained: Load the weights beside the configuration.
+        pretrained_cfg: The configuration of a folder or of a repository of the Hugging Face hub.
         **kwargs: Arguments of timm's model.
 
     Raises:
-        InputError: The record is malformed, or it does not fit the model.
+        InputError: The configuration is of something else, or is malformed, or it does not fit the model.
     """
+    stored = dict(pretrained_cfg) if isinstance(pretrained_cfg, dict) else {}
+    kept = stored.pop(KEPT, None)
+    if kept is None:
+        raise InputError(
+            "terrazzo_changed_vit is built from files of save_for_hf: name them, 'local-dir:FOLDER' or "
+            "'hf-hub:REPOSITORY'"
+        )
     where = "config.json names a ViT that terrazzo changed, and"
-    if not isinstance(base, str) or not base:
-        raise InputError(f"{where} its model_args lack the name of timm's model, base; save the model again")
     try:
-        record = checked(changes)
+        base, record = kept["base"], checked(kept["changes"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{where} its model_args have a malformed record, changes; save the model again") from error
+        raise InputError(f"{where} its record of the changes is malformed; save the model again") from error
+    if not isinstance(base, str) or base == REBUILT:
+        raise InputError(f"{where} base is {base!r}, and must be the name of a model of timm")
     check_name(base)
     if family_of(base) is not None:
         raise InputError(f"{where} base is {base!r}, which is no model of timm's own")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    stored = isinstance(pretrained_cfg, dict)
-    options = dict(pretrained_cfg=pretrained_cfg, cache_dir=cache_dir, **kwargs)
     try:
-        model = timm.create_model(base, pretrained=pretrained and not stored, **options)
+        model = timm.create_model(base, pretrained_cfg=stored, **kwargs)
     except TypeError as error:
         raise InputError(f"{where} its model_args do not fit {base}: {first_line(error)}") from error
     check_host(model, "rebuilt")
@@ -84,10 +87,8 @@ def terrazzo_changed_vit(
         _changed(model, record)
     except TypeError as error:
         raise InputError(f"{where} its changes do not fit this version: {first_line(error)}") from error
-    if pretrained and stored:
+    if pretrained:
         cfg = {**model.pretrained_cfg, "custom_load": False}
         fitting = partial(_fitting, base=base)
-        load_pretrained(model, cfg, model.num_classes, model.in_chans, fitting, strict=True, cache_dir=cache_dir)
-    if features_only:
-        return FeatureGetterNet(model, out_indices, prune=False)
-    return model
+        load_pretrained(model, cfg, model.num_classes, kwargs.get("in_chans", 3), fitting, cache_dir=cache_dir)
+    return FeatureGetterNet(model, out_indices, prune=False) if features_only else model

@@ -92,7 +92,7 @@ def test_changed_models_come_back(kind, safe, tmp_path):
     timm.models.save_for_hf(again, tmp_path / "again", safe_serialization=safe)
     config = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "again")]
     assert config[0]["architecture"] == config[1]["architecture"] == "terrazzo_changed_vit"
-    assert config[0]["model_args"] == config[1]["model_args"]
+    assert config[0]["pretrained_cfg"]["terrazzo"] == config[1]["pretrained_cfg"]["terrazzo"]
 
 
 def test_every_mixer_comes_back(tmp_path):
@@ -123,26 +123,29 @@ def test_a_changed_model_is_pushed_and_takes_arguments(hub):
 
 def test_a_restored_model_has_its_own_name(tmp_path):
     model = vit()
-    name, arguments = model.pretrained_cfg["architecture"], dict(model._model_args)
+    before = dict(model.pretrained_cfg)
     terrazzo.convert_attention(model, "hedgehog")
-    assert model.pretrained_cfg["architecture"] != name
+    assert model.pretrained_cfg != before
     terrazzo.convert_attention(model, "softmax")
     assert type(model) is VisionTransformer
-    assert (model.pretrained_cfg["architecture"], model._model_args) == (name, arguments)
+    assert model.pretrained_cfg == before
     timm.models.save_for_hf(model, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == name
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == before["architecture"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (dict(base=None), "lack the name of timm's model"),
+        (dict(base=None), "base is None, and must be the name of a model of timm"),
         (dict(base="hf-hub:somebody/else"), "no model is called 'hf-hub:somebody/else'"),
-        (dict(base="terrazzo_changed_vit"), "lack the name of timm's model"),
-        (dict(base="resnet18", dynamic_img_size=None, depth=None), "its model_args do not fit resnet18"),
+        (dict(base="terrazzo_changed_vit"), "must be the name of a model of timm"),
+        (dict(base="resnet18"), "its model_args do not fit resnet18"),
         (dict(base="mctf_deit_tiny"), "base is 'mctf_deit_tiny', which is no model of timm's own"),
-        (dict(changes=["no record"]), "malformed record"),
-        (dict(changes={"convert": [{"mixer": "__import__('os')", "options": {}, "layers": [0]}]}), "malformed record"),
+        (dict(changes=["no record"]), "changes is malformed"),
+        (
+            dict(changes={"convert": [{"mixer": "__import__('os')", "options": {}, "layers": [0]}]}),
+            "record of the changes is malformed",
+        ),
         (dict(changes={"convert": [{"mixer": "unknown", "options": {}, "layers": [0]}]}), "mixer must be one of"),
         (dict(changes={"reduce": {"method": "unknown", "options": {}, "blocks": [0]}}), "method must be one of"),
         (dict(changes={"reduce": {"method": "mctf", "options": {"model": 1}, "blocks": [0]}}), "changes do not fit"),
@@ -152,7 +155,7 @@ def test_foreign_configurations_are_refused(arguments, text, tmp_path):
     timm.models.save_for_hf(CHANGED["merged"](), tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["model_args"] |= arguments
+    config["pretrained_cfg"]["terrazzo"] |= arguments
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match=text) as error:
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -164,3 +167,8 @@ def test_pickles_are_refused(tmp_path):
     torch.save({"state_dict": SimpleNamespace(run=print)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(Exception, match="weights_only"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_no_configuration():
+    with pytest.raises(InputError, match="built from files of save_for_hf"):
+        timm.create_model("terrazzo_changed_vit")

@@ -33,6 +33,13 @@ for name in sys.argv[2:]:
         timm.models.save_for_hf(model.float(), folder, model_args=dict(global_pool="max"))
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(again(x), model(x)), name
+assert timm.create_model("mixer_vit_tiny", features_only=True, pyramid=True)(x)[0].shape == (1, 256, 16, 16)
+model = terrazzo.reduce(timm.create_model("vit_tiny_patch16_224", num_classes=5).eval(), r=2)
+with tempfile.TemporaryDirectory() as folder:
+    timm.models.save_for_hf(model, folder)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+assert again.changes == model.changes
+assert torch.equal(again(torch.ones(1, 3, 224, 224)), model(torch.ones(1, 3, 224, 224)))
 """
 
 

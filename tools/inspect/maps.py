@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from terrazzo.backbones._hosts import KEPT
 from terrazzo.errors import InputError, first_line
 
 
@@ -14,8 +15,8 @@ def last_map(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: the model gives no maps, or cannot take images of this size.
     """
-    base = getattr(model, "_model_args", {}).get("base")  # of a ViT that terrazzo changed
-    name = base or model.pretrained_cfg.get("architecture", type(model).__name__)
+    cfg = model.pretrained_cfg
+    name = cfg.get(KEPT, {}).get("base") or cfg.get("architecture", type(model).__name__)
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"{name} gives no maps: timm has no forward_intermediates for it")
     size = tuple(images.shape[2:])
