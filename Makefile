@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 WORKERS ?= 2
 # A file's tests stay together, because they share fixtures that are costly to make. Each worker has one thread, because
 # workers with more threads wait for one another. By default, files with many tests would come first and files with few
@@ -34,7 +35,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-test-all: $(STAMP)
+test-all: $(EXTRAS)
 	$(PYTEST)
 
 check: $(STAMP)
@@ -43,7 +44,12 @@ check: $(STAMP)
 	@mkdir -p .cache/types && ln -sfn "$(CURDIR)" .cache/types/terrazzo
 	$(BIN)/mypy
 
-docs: $(STAMP)
+# What the site and the slow tests need beyond `make test`.
+$(EXTRAS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[all,docs,ecosystem]'
+	@touch $@
+
+docs: $(EXTRAS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # On a GPU every Triton kernel is tested against the reference before anything is timed, and the rows are kept.

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from terrazzo.errors import InputError, first_line
+from terrazzo.errors import PictureWarning as PictureWarning
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The lower-case suffixes of pictures, for searching a folder."""
@@ -31,10 +32,6 @@ _BITS, _WIDTH, _HEIGHT, _PHOTOMETRIC, _FORMAT = 258, 256, 257, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, (2,)
 _noted: set[str] = set()
 """The notes about pictures that this process has already given."""
-
-
-class PictureWarning(UserWarning):
-    """Says how pictures were converted if their type does not fix the range."""
 
 
 def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, upright: bool = True) -> Image.Image:
@@ -52,13 +49,18 @@ def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, up
     try:
         with _opened(file) as image:
             image.load()
-            if upright and _tagged(image) != 1:
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, name)
+            return to_rgb(image, name, upright)
     except InputError:
         raise
     except Exception as error:  # decoders fail in every way on bytes that are not theirs
         raise _refusal(file, name, error) from error
+
+
+def to_rgb(image: Image.Image, name: object, upright: bool = True) -> Image.Image:
+    """A picture of Pillow in RGB with 8 bits per channel; as `read_picture`. The given picture may be turned, too."""
+    if upright and _tagged(image) != 1:
+        ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image, name)
 
 
 def orientation(file: str | Path | BinaryIO) -> int:

@@ -1,4 +1,4 @@
-"""The exceptions that terrazzo raises on purpose. Catch `TerrazzoError` for all of them."""
+"""The exceptions that terrazzo raises on purpose, and its warning. Catch `TerrazzoError` for all exceptions."""
 
 import importlib.metadata
 import json
@@ -27,6 +27,10 @@ class NonFiniteError(TerrazzoError, ArithmeticError):
 
 class SavingError(TerrazzoError, OSError):
     """A checkpoint that could not be written; the message says why, and that earlier checkpoints are whole."""
+
+
+class PictureWarning(UserWarning):
+    """Says how pictures were converted if their type does not fix the range."""
 
 
 def own_text(error: TerrazzoError) -> str:

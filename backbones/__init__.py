@@ -11,5 +11,5 @@ FAMILIES = tuple(
 )
 """Names of the families, which are the names of their files."""
 
-for _family in FAMILIES:
+for _family in (*FAMILIES, "_rebuilt"):
     importlib.import_module(f"{__name__}.{_family}")

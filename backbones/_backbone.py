@@ -18,19 +18,22 @@ class Backbone(nn.Module):
     """A stem, a list of units, a norm and a classifier head.
 
     Features are taken after units: the stages of a pyramid, or the blocks of a plain backbone. Units and blocks have
-    one interface, `block(x, state) -> x`. `x` is the map in `output_fmt`. `state` is an object with the data that a
+    one interface, `block(x, state) -> x`. `x` is the map in `map_fmt`. `state` is an object with the data that a
     family carries beside the map (global tokens, a record of merged tokens), or None. Each forward pass makes a new
     state, and blocks change it in place, so that modules return tensors only. `begin` makes map and state from the
     image, `to_map` turns both into an output map, `to_features` into the head's input. A family with a state, a
     `_states.Beside`, overrides these three methods as needed.
 
     Attributes:
-        output_fmt: Layout of maps between units, "NHWC" or "NCHW".
+        map_fmt: Layout of maps between units, "NHWC" or "NCHW".
+        output_fmt: Layout of maps from `forward_features`, and of the head without pooling; by default `map_fmt`.
+        gives_tokens: Whether `forward_features` gives tokens (B, T, C), and no map.
         feature_info: Per unit, channels, reduction and module name, as timm defines it.
         no_decay: Last parts of the names of parameters without weight decay.
     """
 
-    output_fmt = "NHWC"
+    map_fmt = "NHWC"
+    gives_tokens = False
     no_decay: tuple[str, ...] = ()
     units_name: str  # the attribute that holds the units, so that state dicts say "stages" or "blocks"
 
@@ -46,17 +49,25 @@ class Backbone(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         norm_outputs: bool = False,
+        output_fmt: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         """Args:
-        stem: Maps the image to the first map, in `output_fmt`.
+        stem: Maps the image to the first map, in `map_fmt`.
         units, channels, reductions: The units, and the channels and total stride after each unit.
         norm_layer: Called with a channel count: makes the norm before the head, and the norms of the outputs.
         norm_outputs: Make the variant for detectors and segmentors: `forward_intermediates` and `features_only` return
             maps normalised by `norm0`, `norm1`, ..., and there is no norm before the head.
+        output_fmt: Layout of the map from `forward_features`, "NHWC" or "NCHW", a view; None for the family's own.
+
+        Raises:
+            InputError: `output_fmt` is another text.
         """
         super().__init__()
+        if output_fmt is not None:
+            _check_format(output_fmt)
+        self.output_fmt = self.map_fmt if output_fmt is None else output_fmt
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -74,6 +85,7 @@ class Backbone(nn.Module):
         if norm_outputs:
             for i, c in enumerate(channels):
                 setattr(self, f"norm{i}", norm_layer(c, **factory))
+        # In the layout of the features, because lightly-train applies the head's `global_pool` to them itself.
         self.head = Head(
             channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **factory
         )
@@ -96,11 +108,11 @@ class Backbone(nn.Module):
         return unit(x, state)
 
     def to_map(self, x: torch.Tensor, state: Any) -> torch.Tensor:
-        """The output map, (B, H, W, C) or (B, C, H, W) according to `output_fmt`."""
+        """The output map, (B, H, W, C) or (B, C, H, W) according to `map_fmt`."""
         return x
 
     def to_features(self, x: torch.Tensor, state: Any) -> torch.Tensor:
-        """The head's input: the last map, normalised, in `output_fmt`."""
+        """The head's input: the last map, normalised, in `map_fmt`."""
         return self.norm(self.to_map(x, state))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,10 +121,12 @@ class Backbone(nn.Module):
         x, state = self.begin(x)
         for unit in self.units:
             x = self.run_unit(unit, x, state)
-        return self.to_features(x, state)
+        return self._turned(self.to_features(x, state), self.map_fmt, self.output_fmt)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return self.head(x, pre_logits=pre_logits)
+        """The output of `forward_features` to logits (B, num_classes), without pooling in the layout of `x`."""
+        x = self.head(self._turned(x, self.output_fmt, self.head.input_fmt), pre_logits=pre_logits)
+        return self._turned(x, self.head.input_fmt, self.output_fmt)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) to logits (B, num_classes)."""
@@ -142,8 +156,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: `output_fmt` is neither "NCHW" nor "NHWC".
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        _check_format(output_fmt)
         taken, last = feature_take_indices(len(self.units), indices)
         maps = []
         check_image(x, self.in_chans)
@@ -158,13 +171,18 @@ class Backbone(nn.Module):
                     y = getattr(self, f"norm{i}")(y)
                 elif norm and i == len(self.units) - 1:
                     y = self.norm(y)
-                maps.append(self._as_format(y, output_fmt))
-        return maps if intermediates_only else (self.to_features(x, state), maps)
+                turned = self._turned(y, self.map_fmt, output_fmt)
+                maps.append(y if turned is y else turned.contiguous())
+        if intermediates_only:
+            return maps
+        return self._turned(self.to_features(x, state), self.map_fmt, self.output_fmt), maps
 
-    def _as_format(self, x: torch.Tensor, output_fmt: str) -> torch.Tensor:
-        if output_fmt == self.output_fmt:
+    @staticmethod
+    def _turned(x: torch.Tensor, given: str, wanted: str) -> torch.Tensor:
+        """A map in another layout, as a view; tokens and logits stay as they are."""
+        if given == wanted or x.dim() != 4:
             return x
-        return (x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x.permute(0, 2, 3, 1)).contiguous()
+        return x.permute(0, 3, 1, 2) if wanted == "NCHW" else x.permute(0, 2, 3, 1)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -212,3 +230,8 @@ class Backbone(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in self.no_decay}
+
+
+def _check_format(output_fmt: str) -> None:
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")

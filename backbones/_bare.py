@@ -65,20 +65,25 @@ def on_sequences(x: torch.Tensor, *convs: nn.Conv1d) -> torch.Tensor:
 
 
 def on_few_positions(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """A 3x3 convolution of stride 2 on (B, H, W, C), padded by one.
+    """A 3x3 convolution of stride 2 on (B, H, W, C), padded by one; with another stride just the convolution.
 
     At each call PyTorch copies the weights to an order of its own, which takes longer than the convolution if the
     weights are larger than its input. There, on a CPU and without gradients, a bare layer is a matrix product.
     """
     height, width = ((length + 1) // 2 for length in x.shape[1:3])
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting())
-    if not (eager and x.device.type == "cpu" and is_bare(conv) and conv.out_channels > len(x) * height * width):
+    if not (eager and x.device.type == "cpu" and is_bare(conv) and _is_large(conv, len(x) * height * width)):
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2)  # B H/2 W/2 C 3 3
     weight = conv.weight
     if weight.is_contiguous(memory_format=torch.channels_last):
         windows, weight = windows.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
     return F.linear(windows.flatten(3), weight.flatten(1), conv.bias)
+
+
+def _is_large(conv: nn.Conv2d, positions: int) -> bool:
+    """Whether a layer of stride 2 has larger weights than its input; in a stage that keeps its size it has stride 1."""
+    return conv.stride == (2, 2) and conv.out_channels > positions
 
 
 def step_sizes(linear: nn.Module, x: torch.Tensor, times: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from terrazzo.backbones._checks import wholes
-from terrazzo.backbones._hosts import check_host, kind_of, make_host, unmake_host, unwrapped
+from terrazzo.backbones._hosts import check_host, kind_of, make_host, remember, unmake_host, unwrapped
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._windows import Windows
 from terrazzo.backbones.mixers import Host, create_mixer
@@ -88,6 +88,8 @@ def convert_attention(model: nn.Module, mixer: str, layers: str | Sequence[int] 
         raise
     if type(model.reducer) is Reducer and not model.conversion:
         unmake_host(model)
+    else:
+        remember(model)
     return given
 
 

@@ -7,6 +7,7 @@ blocks and their attention. Parameters, their names and all methods stay.
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -134,6 +135,9 @@ class HostEva(_Host, Eva):
         return x, dict(enumerate(ropes))
 
 
+REBUILT = "terrazzo_changed_vit"
+"""The name of the model that files of timm's `save_for_hf` name for a host: see `terrazzo.backbones._rebuilt`."""
+
 _HOSTS = {VisionTransformer: HostViT, VisionTransformerDistilled: HostViTDistilled, Eva: HostEva}
 
 
@@ -197,10 +201,32 @@ def make_host(model: nn.Module) -> None:
         model.__class__ = _HOSTS[type(model)]
 
 
+def remember(model: nn.Module) -> None:
+    """Write what changed a host where timm's `save_for_hf` reads it: the model's name and arguments.
+
+    Versions of timm before 1.0.29 save only arguments that they are given, so there the name stays.
+    """
+    cfg, arguments = getattr(model, "pretrained_cfg", None), getattr(model, "_model_args", {})
+    if not cfg or not hasattr(timm.models, "get_model_args"):
+        return
+    base = arguments.get("base") if cfg.get("architecture") == REBUILT else cfg.get("architecture")
+    model._model_args = {**arguments, "base": base, "changes": model.changes}
+    model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": REBUILT}
+
+
+def _forget(model: nn.Module) -> None:
+    cfg, arguments = getattr(model, "pretrained_cfg", None), dict(getattr(model, "_model_args", {}))
+    if cfg and cfg.get("architecture") == REBUILT:
+        arguments.pop("changes")
+        model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": arguments.pop("base")}
+        model._model_args = arguments
+
+
 def unmake_host(model: nn.Module) -> None:
     """Give a host timm's classes again, without reducer and mixers."""
     for block in model.blocks:
         plain(block)
+    _forget(model)
     model.__class__ = kind_of(model)
     del model.reducer, model.restore, model.full_last, model.depth
     model.__dict__.pop("reduction", None)

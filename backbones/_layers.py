@@ -24,14 +24,15 @@ def patch_conv(in_channels: int, out_channels: int, side: int, **kwargs) -> nn.C
     return nn.Conv2d(in_channels, out_channels, side, stride=side, **kwargs)
 
 
-def whole_patches(x: torch.Tensor, side: int) -> torch.Tensor:
+def whole_patches(x: torch.Tensor, side: int, dilation: int = 1) -> torch.Tensor:
     """Pad (B, C, H, W) with zeros at the right and bottom, so that no patch that begins in the map is lost.
 
-    The padding is always side - 1, and the convolution drops the excess. This equals padding to a multiple of the
-    stride, as timm's patch embedding does, but without a branch on the size. So compiling for symbolic sizes is several
-    times faster.
+    The padding is always side - 1, times the dilation of the patches, and the convolution drops the excess. This equals
+    padding to a multiple of the stride, as timm's patch embedding does, but without a branch on the size. So compiling
+    for symbolic sizes is several times faster.
     """
-    return F.pad(x, (0, side - 1, 0, side - 1)) if side > 1 else x
+    excess = (side - 1) * dilation
+    return F.pad(x, (0, excess, 0, excess)) if side > 1 else x
 
 
 def cells(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
@@ -127,11 +128,19 @@ def join_windows(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
 
 
-def pixels_of_patches(x: torch.Tensor) -> torch.Tensor:
+def pixels_of_patches(x: torch.Tensor, step: int | None = None) -> torch.Tensor:
     """Concatenate the four pixels of each 2x2 patch: (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4 C).
 
     Pixels are in Swin's order: upper left, lower left, upper right, lower right. Odd sides are zero-padded by one.
+
+    Args:
+        step: If given, each position has a patch, whose pixels are `step` positions apart: (B, H, W, 4 C).
     """
+    if step is not None:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, step, 0, step))
+        rows = x[:, :height], x[:, step : height + step]
+        return torch.cat([row[:, :, w : width + w] for w in (0, step) for row in rows], -1)
     x = F.pad(x, (0, 0, 0, 1, 0, 1))  # for an even side the added row is not read
     even, odd = x[:, :-1:2], x[:, 1::2]
     return torch.cat([part for w in (slice(0, -1, 2), slice(1, None, 2)) for part in (even[:, :, w], odd[:, :, w])], -1)
@@ -151,15 +160,23 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Swin's downsampler: the four pixels of a 2x2 patch as channels, norm, linear; odd sides zero-padded by one."""
+    """Swin's downsampler: the four pixels of a 2x2 patch as channels, norm, linear; odd sides zero-padded by one.
+
+    Attributes:
+        step: see `pixels_of_patches`.
+    """
 
     def __init__(self, dim: int, **factory):
         super().__init__()
+        self.step: int | None = None
         self.norm = nn.LayerNorm(4 * dim, **factory)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reduction(self.norm(pixels_of_patches(x)))
+        return self.reduction(self.norm(pixels_of_patches(x, self.step)))
+
+    def dilate(self, before: int, after: int) -> None:
+        self.step = before
 
 
 class ConvDownsampler(nn.Module):

@@ -10,7 +10,8 @@ from terrazzo.errors import InputError
 def family_of(name: str) -> str | None:
     """The terrazzo family (the stem of its file) that registers model `name`; None for a model of timm's own."""
     module = timm.models.model_entrypoint(name.split(".", 1)[0]).__module__
-    return module.rsplit(".", 1)[-1] if module.startswith("terrazzo.backbones.") else None
+    family = module.rsplit(".", 1)[-1]
+    return family if module.startswith("terrazzo.backbones.") and not family.startswith("_") else None
 
 
 def registered_models() -> dict[str, str]:

@@ -86,6 +86,7 @@ class PlainViT(Plain):
     """
 
     no_decay = ("cls_token", "pos_embed")
+    gives_tokens = True
 
     def __init__(
         self,

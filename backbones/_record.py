@@ -44,3 +44,25 @@ def grouped(changed: Mapping[int, tuple[str, dict[str, Any]]]) -> list[Record]:
             found.append(same := {"mixer": mixer, "options": options, "layers": []})
         same["layers"].append(layer)
     return found
+
+
+def checked(record: Any) -> Record:
+    """A record from a file, without entries that this version does not know.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is malformed.
+    """
+    if not isinstance(record, Mapping):
+        raise TypeError
+    entries = [_entry(entry, "mixer", "layers") for entry in record.get("convert") or ()]
+    found: Record = {"convert": entries} if entries else {}
+    return found | ({"reduce": _entry(record["reduce"], "method", "blocks")} if record.get("reduce") else {})
+
+
+def _entry(entry: Any, name: str, places: str) -> Record:
+    texts = [entry[name], *entry["options"]]  # messages show them
+    if not all(isinstance(text, str) and text.isidentifier() for text in texts):
+        raise ValueError
+    if not isinstance(entry["options"], Mapping) or any(type(place) is not int for place in entry[places]):
+        raise TypeError
+    return {name: entry[name], "options": plain(entry["options"]), places: list(entry[places])}

@@ -9,7 +9,7 @@ from torch import nn
 
 from terrazzo.backbones._checks import whole
 from terrazzo.backbones._convert import check_together
-from terrazzo.backbones._hosts import check_host, kind_of, make_host, unwrapped
+from terrazzo.backbones._hosts import check_host, kind_of, make_host, remember, unwrapped
 from terrazzo.backbones._record import defaults, plain
 from terrazzo.backbones._tokens import RESTORE, Reducer
 from terrazzo.backbones._windows import within
@@ -103,4 +103,5 @@ def reduce(
         raise InputError(f"full_last must be 0 to the {len(model.blocks)} blocks, got {full_last}")
     make_host(model)
     model.reducer, model.restore, model.full_last, model.reduction = reducer, restore, full_last, record
+    remember(model)
     return given

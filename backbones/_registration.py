@@ -11,6 +11,10 @@ from typing import Any
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
+from terrazzo.backbones._feature_pyramid import STRIDES, plain_options
+from terrazzo.backbones._plain import Plain
+from terrazzo.errors import InputError
+
 
 def imagenet_cfg(top1: float | str | None, **about: Any) -> dict[str, Any]:
     """timm's configuration of an ImageNet-1K classifier for images of 224 x 224 whose last map has stride 32.
@@ -65,12 +69,23 @@ def _entrypoint(
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         kwargs = {**arguments, **kwargs}
         indices = out_indices(kwargs) if callable(out_indices) else out_indices
+        if kwargs.get("output_fmt") and model_cls.gives_tokens:
+            raise InputError(
+                f"output_fmt is the layout of a map, and {name} gives tokens (B, T, C) from forward_features: leave it "
+                "out; features_only=True gives maps"
+            )
+        plain = issubclass(model_cls, Plain)
+        if not plain and kwargs.pop("pyramid", False):
+            raise InputError(f"pyramid=True is for models with one stride, and {name} has several: leave it out")
+        feature_cfg = plain_options(name, kwargs) if plain else {}
+        if feature_cfg:
+            indices = tuple(range(len(STRIDES)))
         return build_model_with_cfg(
             model_cls,
             name,
             pretrained,
             pretrained_filter_fn=getattr(sys.modules[module], "checkpoint_filter_fn", None),
-            feature_cfg=dict(out_indices=kwargs.pop("out_indices", indices), feature_cls="getter"),
+            feature_cfg=dict(feature_cls="getter", out_indices=kwargs.pop("out_indices", indices)) | feature_cfg,
             **kwargs,
         )
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from terrazzo.backbones._layers import WideLayerNorm, initial_step_bias, on_maps
+from terrazzo.backbones._weights import take_old_names
 from terrazzo.kernels import selective_scan_2d
 
 __all__ = ["SS2D"]
@@ -19,7 +20,8 @@ class SS2D(nn.Module):
 
     Projections act on single pixels, so all are computed once, in the order of the image; only the scans reorder.
 
-    Source: VMamba, arXiv 2401.10166, section 4.2; names as in the authors' code. Without a gate it is their "v05_noz".
+    Source: VMamba, arXiv 2401.10166, section 4.2; names as in the authors' code, but for `proj_out`.
+    Without a gate it is their "v05_noz".
     """
 
     no_decay = ("A_logs", "Ds", "dt_projs_bias")
@@ -48,7 +50,8 @@ class SS2D(nn.Module):
         self.A_logs = nn.Parameter(decays.repeat(_SCANS * inner, 1))
         self.Ds = nn.Parameter(torch.ones(_SCANS * inner, **factory))
         self.out_norm = WideLayerNorm(inner, **factory)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
+        self.proj_out = nn.Linear(inner, dim, bias=False, **factory)
+        self.register_load_state_dict_pre_hook(take_old_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.in_proj(x)
@@ -58,7 +61,7 @@ class SS2D(nn.Module):
         y = self.scan(x)
         # The sum of the scans may leave the range of half precision, so the norm takes it in float32.
         y = self.out_norm(y).to(x.dtype)
-        return self.out_proj(y * F.silu(gate) if self.gated else y)
+        return self.proj_out(y * F.silu(gate) if self.gated else y)
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the four scans of (B, H, W, D), in float32 at least."""

@@ -42,6 +42,12 @@ _WEIGHTS = ("state_dict", "model", "module", "model_state_dict", "net", "network
 MIXER = ".attn.mixer."
 """A part of the names of parameters that `convert_attention` adds."""
 
+LAST_PROJECTION = (r"\.out_proj\.", ".proj_out.")
+"""From the name of a mixer's last projection in the authors' files, and in earlier versions, to today's name.
+
+transformers' DETR, RT-DETR and D-FINE rename each `out_proj` of a file, in the backbone, too, and lose its weights.
+"""
+
 _COUNTERS = ("steps", "n_averaged")
 """Names of tensors in which an average counts its updates."""
 
@@ -271,6 +277,19 @@ def _likeness(weights: dict[str, torch.Tensor], name: str) -> tuple[float, float
     shapes = sum(_shape(found.get(key)) == value.shape for key, value in own.items())
     count = max(len(own), len(found), len(weights))  # a filter may drop what it does not know
     return names / count, shapes / count
+
+
+def take_old_names(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """A load hook of a mixer: files of earlier versions have `out_proj` where the mixer has `proj_out`."""
+    for name in [name for name in state if name.startswith(f"{prefix}out_proj.")]:
+        state[f"{prefix}proj_out.{name.rsplit('.', 1)[-1]}"] = state.pop(name)
+
+
+def current_names(state: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]:
+    """A state dict of an earlier version, with the names of `own`."""
+    own = set(own)
+    renamed = {name: re.sub(*LAST_PROJECTION, name) for name in state if name not in own}
+    return {renamed[name] if renamed.get(name) in own else name: value for name, value in state.items()}
 
 
 def rename(state_dict: Mapping[str, torch.Tensor], pairs: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:

@@ -178,7 +178,7 @@ class AttNet(Pyramid):
     Source: arXiv 2510.20092; depths, widths and other details from the authors' models/AttNet.py.
     """
 
-    output_fmt = "NCHW"
+    map_fmt = "NCHW"
     no_decay = ("difference_control",)
 
     def __init__(

@@ -60,6 +60,9 @@ class NeighborhoodAttention(nn.Module):
         x = x.flatten(-2)[:, :height, :width]
         return self.proj_drop(self.proj(x))
 
+    def dilate(self, before: int, after: int) -> None:
+        self.dilation *= after
+
 
 class NATBlock(nn.Module):
     """Pre-norm attention and MLP, each with an optional per-channel layer scale."""
@@ -116,6 +119,7 @@ class NAT(Pyramid):
     """
 
     no_decay = ("rpb",)
+    dilates = True
 
     def __init__(
         self,

@@ -188,13 +188,17 @@ class LightPatchMerging(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **factory):
         super().__init__()
+        self.step: int | None = None
         self.norm = nn.LayerNorm(4 * in_dim, **factory)
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **factory)
         self.res_proj = nn.Linear(in_dim, dim, bias=False, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pixels = pixels_of_patches(x)
+        pixels = pixels_of_patches(x, self.step)
         return self.reduction(self.norm(pixels)) + self.res_proj(pixels.unflatten(-1, (4, -1)).amax(-2))
+
+    def dilate(self, before: int, after: int) -> None:
+        self.step = before
 
 
 class TokenMerging(nn.Module):
@@ -268,6 +272,8 @@ class DualTokenViT(Pyramid):
     """
 
     no_decay = ("tokens", "alpha")
+    gives_tokens = True
+    dilates = True
 
     def __init__(
         self,
@@ -282,6 +288,7 @@ class DualTokenViT(Pyramid):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_outputs: bool = False,
+        output_stride: int = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -290,6 +297,7 @@ class DualTokenViT(Pyramid):
         mix: Use the token-mixing MLP, not the channel MLP, before aggregated and global tokens are summed.
         neck: Channels in front of the classifier.
         norm_outputs: See `Backbone`; there is no neck then.
+        output_stride: See `Pyramid`.
         """
         factory = dict(device=device, dtype=dtype)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -303,6 +311,7 @@ class DualTokenViT(Pyramid):
             stages,
             widths,
             stem_stride=8,
+            output_stride=output_stride,
             norm_layer=_norm_layer,
             in_chans=in_chans,
             num_classes=num_classes,

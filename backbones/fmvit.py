@@ -69,7 +69,7 @@ def joined(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv
     """A convolution of the same map as another, with a bias, and with the groups that the shape of the weight says."""
     shape = (like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding)
     factory = dict(device=like.weight.device, dtype=like.weight.dtype)
-    conv = nn.Conv2d(*shape, groups=like.in_channels // weight.shape[1], **factory)
+    conv = nn.Conv2d(*shape, like.dilation, groups=like.in_channels // weight.shape[1], **factory)
     with torch.no_grad():
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
@@ -148,6 +148,22 @@ class GroupedMlp(nn.Module):
         del self.branches, self.identity
 
 
+class SlidingMean(nn.Module):
+    """The mean of the four pixels of a 2x2 patch at each position of (B, C, H, W); edges are repeated."""
+
+    def __init__(self, step: int):
+        """Args:
+        step: The distance of the pixels.
+        """
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (0, self.step, 0, self.step), mode="replicate")
+        x = (x[:, :, : -self.step] + x[:, :, self.step :]) / 2
+        return (x[..., : -self.step] + x[..., self.step :]) / 2
+
+
 class PatchEmbed(nn.Module):
     """Half the resolution by averages of 2 x 2, if `stride` is 2, then a pointwise layer."""
 
@@ -159,6 +175,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(self.pool(x))
+
+    def dilate(self, before: int, after: int) -> None:
+        self.pool = SlidingMean(before) if isinstance(self.pool, nn.AvgPool2d) else self.pool
 
 
 class Mix(ConvNorm):
@@ -220,6 +239,12 @@ class Attention(nn.Module):
         out = out.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
         # On CPUs, PyTorch 2.14's batch norm has wrong gradients for one image whose channels are innermost in memory.
         return self.proj(out.contiguous())
+
+    def dilate(self, before: int, after: int) -> None:
+        """Averages are of the same part of the image."""
+        if isinstance(self.pool, nn.AvgPool2d):
+            self.pool.kernel_size *= after
+            self.pool.stride *= after
 
     def reparameterize(self) -> None:
         """Join norms with projections. Averages of a scaled and shifted map are its averages, scaled and shifted."""
@@ -298,7 +323,8 @@ class FMViT(Pyramid):
     Source: arXiv 2311.05707, and arXiv 2207.05501 for what it does not state.
     """
 
-    output_fmt = "NCHW"
+    map_fmt = "NCHW"
+    dilates = True
 
     def __init__(
         self,

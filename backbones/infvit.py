@@ -31,7 +31,7 @@ from terrazzo.backbones._layers import dimensioned, patch_conv
 from terrazzo.backbones._plain import Plain, TokenStem
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Grid
-from terrazzo.backbones._weights import any_prefix, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, rename, take_old_names
 from terrazzo.backbones.mixers._infsa import EPS, LearnedRho
 from terrazzo.backbones.mixers.infsa import normalised
 from terrazzo.backbones.mixers.linear_infsa import agreements, focus
@@ -67,13 +67,14 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, heads: int, extra_proj: bool, **factory):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim, **factory) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.proj_out = (nn.Linear(dim, dim, **factory) for _ in range(4))
         self.mix_proj = nn.Linear(dim, dim, **factory) if extra_proj else None
+        self.register_load_state_dict_pre_hook(take_old_names)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The official module's initialisation; the additional layer is the identity."""
-        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.proj_out):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if self.mix_proj is not None:
@@ -87,7 +88,7 @@ class _Attention(nn.Module):
     def merged(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rest after the mixing, (B, heads, N, D) to (B, N, C)."""
         x = x.transpose(1, 2).flatten(2).to(dtype)
-        return self.out_proj(x if self.mix_proj is None else self.mix_proj(x))
+        return self.proj_out(x if self.mix_proj is None else self.mix_proj(x))
 
 
 class PureInfSA(_Attention, LearnedRho):
@@ -207,6 +208,7 @@ class InfViT(Plain):
     """
 
     no_decay = ("cls_token", "pos_embed", "rho_logit")
+    gives_tokens = True
 
     def __init__(
         self,
@@ -289,7 +291,8 @@ OFFICIAL_NAMES = [
     (r"\.ff\.0\.", ".mlp.fc1."),
     (r"\.ff\.3\.", ".mlp.fc2."),
     (r"^encoder\.norm\.", "norm."),
-    (r"\.attn\.proj\.", ".attn.out_proj."),
+    (r"\.attn\.proj\.", ".attn.proj_out."),
+    LAST_PROJECTION,
     (r"^head\.(?=weight|bias)", "head.fc."),
 ]
 

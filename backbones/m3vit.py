@@ -254,6 +254,7 @@ class M3ViT(Plain):
     """
 
     no_decay = ("cls_token", "pos_embed")
+    gives_tokens = True
 
     def __init__(
         self,

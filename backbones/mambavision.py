@@ -30,11 +30,12 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import on_few_positions, on_sequences, step_sizes
+from terrazzo.backbones._dilation import dilate
 from terrazzo.backbones._layers import init_linear, join_windows, split_windows
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside
-from terrazzo.backbones._weights import any_prefix, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, rename, take_old_names
 from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
 
@@ -83,9 +84,10 @@ class MambaVisionMixer(nn.Module):
         self.in_proj = nn.Linear(dim, dim, bias=False, **factory)
         self.x_proj = nn.Linear(half, self.rank + 2 * self.states, bias=False, **factory)
         self.dt_proj = nn.Linear(self.rank, half, **factory)
-        self.out_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.proj_out = nn.Linear(dim, dim, bias=False, **factory)
         self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **factory)
         self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **factory)
+        self.register_load_state_dict_pre_hook(take_old_names)
 
     def forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
         """The output at the kept positions of a window; it depends on all positions."""
@@ -104,7 +106,7 @@ class MambaVisionMixer(nn.Module):
             delta_bias=bias,
             delta_softplus=True,
         )
-        return self.out_proj(torch.cat([y.transpose(1, 2), z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
+        return self.proj_out(torch.cat([y.transpose(1, 2), z], -1).unflatten(1, sides)[:, : kept.height, : kept.width])
 
 
 class Attention(nn.Module):
@@ -167,6 +169,11 @@ class WindowStage(Stage):
         self.window_size = window_size
         self.fit_windows = fit_windows
 
+    def dilate(self, before: int, after: int) -> None:
+        """Windows keep their part of the image; convolutions and scans along a window stay as they are."""
+        self.window_size *= after
+        dilate(self.downsample, before, after)
+
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         x = on_few_positions(self.downsample, x.permute(0, 2, 3, 1))
         size = tuple(x.shape[1:3])
@@ -187,7 +194,8 @@ class MambaVision(Pyramid):
     Source: arXiv 2407.08083, section 3 and figure 2.
     """
 
-    output_fmt = "NCHW"
+    map_fmt = "NCHW"
+    dilates = True
     no_decay = ("A_log", "D")
 
     def __init__(
@@ -263,6 +271,7 @@ OFFICIAL_NAMES = [
     (r"^patch_embed\.conv_down\.", "stem."),
     (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     *((rf"^levels\.{i}\.downsample\.reduction\.0\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    LAST_PROJECTION,
     (r"^outnorm(?=\d)", "norm"),
     (r"^head\.(?=weight|bias)", "head.fc."),
 ]

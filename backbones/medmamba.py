@@ -26,7 +26,7 @@ from terrazzo.backbones._layers import PatchEmbed, PatchMerging, init_linear, on
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._ss2d import SS2D
-from terrazzo.backbones._weights import any_prefix, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, rename
 from terrazzo.errors import InputError
 
 __all__ = ["MedMamba"]
@@ -78,6 +78,7 @@ class MedMamba(Pyramid):
     """Four stages of SS-Conv-SSM blocks. Sources: arXiv 2403.03849, section 3, and the authors' code."""
 
     no_decay = SS2D.no_decay
+    dilates = True
 
     def __init__(
         self,
@@ -119,6 +120,7 @@ OFFICIAL_NAMES = [
     *((rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
     (r"\.ln_1\.", ".norm."),
     (r"\.self_attention\.", ".op."),
+    LAST_PROJECTION,
     (r"\.conv33conv33conv11\.", ".conv."),
     (r"^head\.(?=weight|bias)", "head.fc."),
 ]

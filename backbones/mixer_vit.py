@@ -111,6 +111,8 @@ class ConvStem(nn.Module):
 class MixerPyramid(Pyramid):
     """Stages of blocks, each stage with its own mixer and twice the channels of the stage before."""
 
+    dilates = True
+
     def __init__(
         self,
         mixers: Sequence[str] = ("llsa", "llsa", "softmax", "softmax"),

@@ -32,7 +32,7 @@ from terrazzo.backbones._layers import initial_step_bias, patch_conv, resized, w
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside, needed
-from terrazzo.backbones._weights import any_prefix, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, rename, take_old_names
 from terrazzo.kernels import selective_scan
 
 __all__ = ["RoMA"]
@@ -138,7 +138,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **factory)
         self.scans = nn.ModuleList(Scan(dim, **factory) for _ in range(directions))
-        self.out_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.proj_out = nn.Linear(dim, dim, bias=False, **factory)
+        self.register_load_state_dict_pre_hook(take_old_names)
 
     def forward(self, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
         """Args:
@@ -152,7 +153,7 @@ class Mixer(nn.Module):
             columns = x.index_select(1, grid.columns)
             row, row_back, column, column_back = self._scan([x, x.flip(1), columns, columns.flip(1)])
             y = row + row_back.flip(1) + (column + column_back.flip(1)).index_select(1, grid.rows)
-        return self.out_proj(y * (F.silu(gate) / len(self.scans)))
+        return self.proj_out(y * (F.silu(gate) / len(self.scans)))
 
     def _scan(self, sequences: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Scan sequences (B, L, C), one for each direction, as groups of channels of one call."""
@@ -249,7 +250,7 @@ def init_blocks(blocks: Sequence[Block]) -> None:
             if isinstance(part, nn.Linear) and part.bias is not None:
                 nn.init.zeros_(part.bias)
         with torch.no_grad():
-            block.mixer.out_proj.weight /= math.sqrt(len(blocks))
+            block.mixer.proj_out.weight /= math.sqrt(len(blocks))
         for scan in block.mixer.scans:
             scan.reset_parameters()
 
@@ -262,6 +263,7 @@ class RoMA(Plain):
     """
 
     no_decay = ("A_log", "D", "cls_token", "pos_embed")
+    gives_tokens = True
 
     def __init__(
         self,
@@ -330,6 +332,7 @@ OFFICIAL_NAMES = [
     (r"^(cls_token|pos_embed)$", r"stem.\1"),
     (r"^layers\.", "blocks."),
     *_of_directions(),
+    LAST_PROJECTION,
     (r"\.mlp\.w1\.", ".mlp.fc1_g."),
     (r"\.mlp\.w2\.", ".mlp.fc1_x."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),

@@ -21,6 +21,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
+from terrazzo.backbones._dilation import dilate
 from terrazzo.backbones._head import Head
 from terrazzo.backbones._layers import init_linear, on_maps, patch_conv, whole_patches
 from terrazzo.backbones._pyramid import Pyramid, Stage
@@ -43,6 +44,7 @@ class StripSelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.reduction = reduction
+        self.dilation = 1
         self.q = nn.Linear(dim, num_heads, **factory)
         self.k = nn.Linear(dim, num_heads, **factory)  # its bias shifts all scores of a query equally: no effect
         self.v = nn.Linear(dim, dim, **factory)
@@ -56,10 +58,18 @@ class StripSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         reduced = x
         if self.reduce is not None:
-            reduced = self.reduce(whole_patches(x.permute(0, 3, 1, 2), self.reduction)).permute(0, 2, 3, 1)
+            padded = whole_patches(x.permute(0, 3, 1, 2), self.reduction, self.dilation)
+            reduced = self.reduce(padded).permute(0, 2, 3, 1)
         query, key, value = (layer(y).flatten(1, 2) for layer, y in ((self.q, x), (self.k, reduced), (self.v, reduced)))
         out = strip_attention(query, key, value.unflatten(-1, (self.num_heads, -1)))  # B N heads D
         return self.proj(out.reshape(x.shape))
+
+    def dilate(self, before: int, after: int) -> None:
+        """Patches of keys and values are of the same part of the image, and take a part of its pixels."""
+        self.dilation = after
+        if self.reduce is not None:
+            self.reduce.conv.dilation = (after, after)
+            self.reduce.conv.stride = (self.reduction * after,) * 2
 
 
 class LocalInteraction(nn.Module):
@@ -105,11 +115,17 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **factory):
         super().__init__()
+        self.dilation = 1
         self.proj = patch_conv(in_dim, dim, 2, **factory)
         self.norm = _norm_layer(dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.proj(whole_patches(x.permute(0, 3, 1, 2), 2)).permute(0, 2, 3, 1))
+        x = whole_patches(x.permute(0, 3, 1, 2), 2, self.dilation)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+    def dilate(self, before: int, after: int) -> None:
+        self.dilation = before
+        dilate(self.proj, before, after)
 
 
 class Stem(nn.Module):
@@ -165,6 +181,8 @@ def _init_weights(module: nn.Module) -> None:
 
 class S2AFormer(Pyramid):
     """Four stages of hybrid perception blocks, each after a patch embedding of stride 2."""
+
+    dilates = True
 
     def __init__(
         self,

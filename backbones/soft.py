@@ -27,6 +27,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
+from terrazzo.backbones._dilation import dilate
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import WideLayerNorm, init_linear, trunc_normal_
 from terrazzo.backbones._pyramid import Pyramid, Stage
@@ -63,7 +64,8 @@ class HeadConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.expand(-1, HEAD_DIM, -1, -1).reshape(-1, 1, *self.kernel_size)
-        x = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=self.padding, groups=HEAD_DIM * self.groups)
+        around = dict(padding=self.padding, dilation=self.dilation)
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, groups=HEAD_DIM * self.groups, **around)
         return x.permute(0, 2, 3, 1)
 
 
@@ -78,6 +80,7 @@ class SoftmaxFreeAttention(nn.Module):
     def __init__(self, dim: int, ratio: int, kernel: int, normalised: bool, alpha_scope: str, **factory):
         super().__init__()
         self.ratio = ratio
+        self.dilation = 1
         self.normalised = normalised
         self.alpha_scope = alpha_scope
         self.W_q = nn.Linear(dim, dim, **factory)
@@ -88,9 +91,10 @@ class SoftmaxFreeAttention(nn.Module):
         self.ff = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_exporting() and min(x.shape[1:3]) < self.ratio:
+        side = (self.ratio - 1) * self.dilation + 1
+        if not is_exporting() and min(x.shape[1:3]) < side:
             raise InputError(
-                f"the map's sides must be at least {self.ratio}, the side of the squares that give a landmark, got "
+                f"the map's sides must be at least {side}, the side of the squares that give a landmark, got "
                 f"{tuple(x.shape[1:3])}: take larger images, or create the model with smaller ratios"
             )
         query, value = self.W_q(x), self.W_v(x)
@@ -103,6 +107,13 @@ class SoftmaxFreeAttention(nn.Module):
         options = dict(normalised=self.normalised, alpha_scope=self.alpha_scope)
         out = softmax_free_attention(query, tokens, landmarks, **options)
         return self.ff(out.transpose(1, 2).flatten(2).unflatten(1, value.shape[1:3]) + self.conv(value))
+
+    def dilate(self, before: int, after: int) -> None:
+        """Landmarks are of the same part of the image, and take a part of its positions."""
+        self.dilation = after
+        self.Qlandmark_op.dilation = (after, after)
+        self.Qlandmark_op.stride = (self.ratio * after,) * 2
+        dilate(self.conv, before, after)
 
 
 class SoftmaxFreeBlock(nn.Module):
@@ -228,6 +239,8 @@ class SOFT(Pyramid):
     """
 
     no_decay = ("pos_embed", "cls_token")
+    gives_tokens = True
+    dilates = True
 
     def __init__(
         self,

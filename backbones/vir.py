@@ -33,7 +33,7 @@ from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Grid, needed
-from terrazzo.backbones._weights import any_prefix, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, rename, take_old_names
 from terrazzo.backbones.mixers import Host, create_mixer
 from terrazzo.backbones.mixers.retention import decays
 from terrazzo.errors import InputError
@@ -58,7 +58,8 @@ class Retention(nn.Module):
         super().__init__()
         self.heads, self.parallel_softmax = heads, parallel_softmax
         self.qkv = nn.Linear(dim, 3 * dim, **factory)
-        self.out_proj = nn.Linear(dim, dim, **factory)
+        self.proj_out = nn.Linear(dim, dim, **factory)
+        self.register_load_state_dict_pre_hook(take_old_names)
         self.mixer = create_mixer("retention", Host(dim, heads, dim // heads), **retention)
         self.needs_grid = self.mixer.dims == 2 or self.mixer.directions > 1
         if parallel_softmax and self.needs_grid:
@@ -76,7 +77,7 @@ class Retention(nn.Module):
             out = masked_softmax(query, key, value)
         else:
             out = self.mixer(query, key, value, Place(grid or (x.shape[1], 1)))  # a sequence alone is a column
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.proj_out(out.transpose(1, 2).flatten(2))
 
 
 def masked_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -182,6 +183,7 @@ class ViR(Plain):
     """
 
     no_decay = ("cls_token", "pos_embed")
+    gives_tokens = True
 
     def __init__(
         self,
@@ -267,7 +269,7 @@ def _halving(in_chans: int, out_chans: int, **factory) -> nn.Conv2d:
 class ViRHybrid(Pyramid):
     """Two stages of convolutions, then two stages of retention on maps in four directions. The sizes are ours."""
 
-    output_fmt = "NCHW"
+    map_fmt = "NCHW"
 
     def __init__(
         self,
@@ -323,7 +325,8 @@ OFFICIAL_NAMES = [
     (r"^patch_embed\.", "stem."),
     (r"^(cls_token|pos_embed)$", r"stem.\1"),
     (r"\.attn\.qkv\.", ".retention.qkv."),
-    (r"\.attn\.proj\.", ".retention.out_proj."),
+    (r"\.attn\.proj\.", ".retention.proj_out."),
+    LAST_PROJECTION,
     (r"^head\.(?=weight|bias)", "head.fc."),
 ]
 

@@ -25,7 +25,7 @@ from terrazzo.backbones._layers import ConvDownsampler, PatchEmbed, PatchMerging
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._ss2d import SS2D
-from terrazzo.backbones._weights import any_prefix, flatten_pointwise, rename
+from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, flatten_pointwise, rename
 
 __all__ = ["VMamba"]
 
@@ -70,6 +70,7 @@ class VMamba(Pyramid):
     """Four stages of SS2D blocks. Source: arXiv 2401.10166, section 4 and the table of architectures."""
 
     no_decay = SS2D.no_decay
+    dilates = True
 
     def __init__(
         self,
@@ -125,6 +126,7 @@ OFFICIAL_NAMES = [
     (r"\.downsample\.3\.", ".downsample.norm."),
     (r"\.ln_1\.", ".norm."),
     (r"\.self_attention\.", ".op."),
+    LAST_PROJECTION,
     (r"^outnorm(\d)\.", r"norm\1."),
     (r"^classifier\.norm\.", "norm."),
     (r"^(?:classifier\.)?head\.(?=weight|bias)", "head.fc."),

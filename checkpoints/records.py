@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from terrazzo.backbones._hosts import host_in, record_of
-from terrazzo.backbones._record import Record, defaults, plain
+from terrazzo.backbones._record import Record, checked, defaults
 from terrazzo.backbones._reduce import METHODS, reduce
 from terrazzo.backbones._weights import MIXER
 from terrazzo.backbones.mixers import mixer_class, mixers
@@ -49,7 +49,7 @@ def recorded(checkpoint: Any, filename: str | os.PathLike | None = None) -> Reco
         with safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get(KEY)
     try:
-        return {} if found is None else _checked(json.loads(found) if isinstance(found, str) else found)
+        return {} if found is None else checked(json.loads(found) if isinstance(found, str) else found)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"checkpoint '{filename}' has a malformed record of its model's mixers and token reduction; write the "
@@ -175,25 +175,3 @@ def _other_options(record: Record, own: Record) -> list[str]:
     both = [(a["options"], b["options"]) for a, b in pairs]
     found = [f"{key}={a[key]} and not {b[key]}" for a, b in both for key in a if key in b and a[key] != b[key]]
     return list(dict.fromkeys(found))
-
-
-def _checked(record: Any) -> Record:
-    """A record from a file, without what this version does not know.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is malformed.
-    """
-    if not isinstance(record, Mapping):
-        raise TypeError
-    entries = [_entry(entry, "mixer", "layers") for entry in record.get("convert") or ()]
-    found: Record = {"convert": entries} if entries else {}
-    return found | ({"reduce": _entry(record["reduce"], "method", "blocks")} if record.get("reduce") else {})
-
-
-def _entry(entry: Any, name: str, places: str) -> Record:
-    texts = [entry[name], *entry["options"]]  # messages show them
-    if not all(isinstance(text, str) and text.isidentifier() for text in texts):
-        raise ValueError
-    if not isinstance(entry["options"], Mapping) or any(type(place) is not int for place in entry[places]):
-        raise TypeError
-    return {name: entry[name], "options": plain(entry["options"]), places: list(entry[places])}

@@ -4,35 +4,10 @@ from collections.abc import Sequence
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from terrazzo.backbones._feature_pyramid import level
 from terrazzo.errors import InputError
-
-
-def _level(channels: int, out_channels: int, scale: float) -> nn.Sequential:
-    """The map at another scale, then a 1x1 and a 3x3 convolution, each with a norm and without a bias."""
-    if scale == 4:
-        half, quarter = channels // 2, channels // 4
-        resized = [
-            nn.ConvTranspose2d(channels, half, 2, stride=2),
-            LayerNorm2d(half),
-            nn.GELU(),
-            nn.ConvTranspose2d(half, quarter, 2, stride=2),
-        ]
-    elif scale == 2:
-        quarter = channels // 2
-        resized = [nn.ConvTranspose2d(channels, quarter, 2, stride=2)]
-    else:
-        quarter = channels
-        resized = [nn.MaxPool2d(2, stride=2, ceil_mode=True)] if scale == 0.5 else []
-    return nn.Sequential(
-        *resized,
-        nn.Conv2d(quarter, out_channels, 1, bias=False),
-        LayerNorm2d(out_channels),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-        LayerNorm2d(out_channels),
-    )
 
 
 @MODELS.register_module()
@@ -70,12 +45,12 @@ class SimpleFeaturePyramid(BaseModule):
         if num_outs < len(scales):
             raise InputError(f"num_outs must be at least the {len(scales)} scales, got {num_outs}")
         channels = in_channels if isinstance(in_channels, int) else in_channels[-1]
-        self.levels = nn.ModuleList(_level(channels, out_channels, scale) for scale in scales)
+        self.levels = nn.ModuleList(level(channels, out_channels, scale) for scale in scales)
         self.further = num_outs - len(scales)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """From maps B C H W to `num_outs` levels, finest first; only the last map is read."""
-        out = [level(maps[-1]) for level in self.levels]
+        out = [layers(maps[-1]) for layers in self.levels]
         for _ in range(self.further):
             out.append(out[-1][:, :, ::2, ::2])
         return tuple(out)

@@ -6,8 +6,9 @@ A config needs one line to use it:
 
 Importing it registers terrazzo's backbones with timm and its wrappers with mmengine's root registries (mmdet and mmseg
 look there too), provides mmcv's compiled operators if no compiled mmcv is installed, and panopticapi if it is not
-installed, makes mmengine's checkpoints plain data, lets mmcv read pictures as terrazzo does, and registers timm's LAMB
-among the optimizers, because PyTorch has no LAMB. It imports neither mmdet nor mmseg.
+installed, repairs OpenMMLab's other packages while they are imported, makes mmengine's checkpoints plain data, lets
+mmcv read pictures as terrazzo does, and registers timm's LAMB among the optimizers, because PyTorch has no LAMB. It
+imports neither mmdet nor mmseg.
 """
 
 import terrazzo.openmmlab._transformers  # isort: skip  before mmengine's optimizers are imported
@@ -24,6 +25,7 @@ from terrazzo.openmmlab import (
     addresses,
     checkpoint,
     pictures,
+    repairs,
     saving,
 )
 
@@ -31,6 +33,7 @@ _mmengine.repair()
 _pycocotools.repair()
 _mmengine.find_packaged_bases()
 _finder.install({**_ext.MODULES, **_panoptic.MODULES})
+repairs.install(repairs.REPAIRS)
 checkpoint.install()
 addresses.install()
 saving.install()
@@ -52,6 +55,7 @@ from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook
 from terrazzo.openmmlab.throughput import ThroughputHook  # noqa: E402
 from terrazzo.openmmlab.token_budget import TokenBudget  # noqa: E402
 from terrazzo.openmmlab.token_consistency import TokenConsistency  # noqa: E402
+from terrazzo.openmmlab.wandb_log import WandbLog  # noqa: E402
 from terrazzo.openmmlab.workers import WorkersHook  # noqa: E402
 
 __all__ = [
@@ -78,5 +82,6 @@ __all__ = [
     "ThroughputHook",
     "TokenBudget",
     "TokenConsistency",
+    "WandbLog",
     "WorkersHook",
 ]

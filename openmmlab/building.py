@@ -57,6 +57,7 @@ PACKAGES = {
     "MLflowVisBackend": ("mlflow",),
     "NeptuneVisBackend": ("neptune",),
     "TensorboardVisBackend": ("tensorboard", "tensorboardX"),
+    "WandbLog": ("wandb",),
     "WandbVisBackend": ("wandb",),
 }
 """For each backend of the visualizer, packages; it needs any of them, and looks for it when it first logs a value."""

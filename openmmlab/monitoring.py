@@ -48,7 +48,8 @@ def expected_metrics(evaluator: Evaluator) -> set[str] | None:
     """
     names: set[str] = set()
     for metric in evaluator.metrics:
-        describe = _KEYS.get(type(metric).__name__)
+        known = type(metric).__module__.split(".")[0] in PACKAGES  # other packages have metrics of the same names
+        describe = _KEYS.get(type(metric).__name__) if known else None
         keys = None if describe is None else describe(metric)
         if keys is None:
             return None
@@ -143,6 +144,9 @@ def _accuracy(metric: BaseMetric) -> set[str]:
 def _panoptic(metric: BaseMetric) -> set[str]:
     return set() if metric.format_only else set(PANOPTIC_ITEMS)
 
+
+PACKAGES = ("mmdet", "mmseg", "terrazzo")
+"""The packages of the metrics below."""
 
 _KEYS = {
     "CocoMetric": _coco,

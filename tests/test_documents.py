@@ -31,6 +31,8 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_DATA = ROOT / "docs" / "train-your-own.md"
 LONG = ("export.md", "mixers.md", "timm.md")
 """Pages whose code takes more than seconds."""
+ELSEWHERE = ("ecosystem.md",)
+"""Pages whose code needs other frameworks; tests/ecosystem runs it."""
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -90,7 +92,8 @@ def test_the_way_of_a_tensor_names_what_exists():
     page = ROOT / "docs" / "the-way-of-a-tensor.md"
     packages = ("backbones", "kernels", "openmmlab", "tools")
     files = [path for folder in packages for path in (ROOT / folder).rglob("*.py")]
-    paths = "\n".join(["/__init__.py", *(str(path.relative_to(ROOT)) for path in files)])
+    files += ROOT.glob("*.py")
+    paths = "\n".join(f"/{path.relative_to(ROOT)}" for path in files)
     words = {word for path in files for word in re.findall(r"\w+", f"{path.stem} {path.read_text()}")}
     for text in re.findall(r"`([^`\n]+)`", page.read_text()):
         if text.endswith((".py", "/")):
@@ -108,7 +111,7 @@ def module_of(verb):
 
 def code_pages():
     for page in GUIDES:
-        if any("_base_" not in block for block in blocks(page, "python")):
+        if page.name not in ELSEWHERE and any("_base_" not in block for block in blocks(page, "python")):
             marks = [pytest.mark.slow] if page.name in LONG else []
             yield pytest.param(page, marks=marks, id=name_of(page))
 

@@ -1,7 +1,7 @@
 """The `terrazzo` command: its verbs, and how an error becomes one line.
 
 A verb is a module of `terrazzo.tools.verbs` with a click command named `command`. It is imported when it runs or when
-its help is asked for, so that `terrazzo list` does not pay for mmengine.
+its help is asked for. `terrazzo --help` and `terrazzo list` import neither PyTorch nor timm.
 """
 
 import functools
@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from terrazzo import TerrazzoError, __version__
-from terrazzo._pictures import PictureWarning
-from terrazzo.errors import install_command, own_text
+from terrazzo.errors import PictureWarning, install_command, own_text
 from terrazzo.tools import interrupts
 from terrazzo.tools.interrupts import Interrupted, LeaveAtOnce, end_children, terminable
 
@@ -25,9 +24,10 @@ VERBS = {
     "explain": "Say what each operator of a model runs on, why, and what it costs.",
     "train": "Train what an OpenMMLab config describes.",
     "test": "Evaluate a checkpoint with its config.",
-    "infer": "Run a classifier, segmentor or detector on pictures.",
+    "infer": "Run a classifier, segmentor or detector on pictures and videos.",
     "export": "Write a classifier, segmentor or detector as ONNX, checked against PyTorch.",
     "convert": "Write the weights of a checkpoint as safetensors.",
+    "floors": "Make up pictures of terrazzo floors with labels, to try the commands on.",
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
     "probe": "Train a linear probe on a frozen backbone: what its features are good for.",
     "bench": "Measure operators and backbones here, as ratios to named peers.",
@@ -48,6 +48,7 @@ EXTRAS = {
     "pycocotools": "openmmlab",
     "torchmetrics": "openmmlab",
     "matplotlib": "openmmlab",
+    "cv2": "video",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

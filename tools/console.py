@@ -74,6 +74,7 @@ def progress(what: str, total: int | None = None) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        redirect_stdout=False,  # what is silenced stays silent
         transient=True,
         disable=not console.is_terminal,
     )

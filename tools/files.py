@@ -1,6 +1,10 @@
-"""Checks, before any work, that a path can be written."""
+"""Checks, before any work, that a path can be written; folders that are written whole."""
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from terrazzo.errors import InputError
@@ -24,3 +28,23 @@ def check_output_file(path: Path) -> Path:
         raise InputError(f"{path} is a folder; name a file in it")
     check_folder(path.parent)
     return path
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; it becomes `path` if the block ends well and vanishes if not.
+
+    Raises:
+        InputError: a file is in the way.
+    """
+    check_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".partial-{path.name}-"))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # a temporary folder is private; the result is an ordinary folder
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

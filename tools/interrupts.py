@@ -84,6 +84,8 @@ def _watch(reading: int) -> None:
     time.sleep(GRACE_S)
     for child in multiprocessing.active_children():
         child.kill()
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     os.write(2, f"{SIGNALS[number]}\n".encode())
     os._exit(128 + number)
 

@@ -1,4 +1,7 @@
-"""What a user may do to a trained model to make it cheaper: `--mixer` and `--reduce`, and models that share weights."""
+"""What a user may do to a trained model to make it cheaper: `--mixer` and `--reduce`, and models that share weights.
+
+PyTorch is imported at first use, so that the help of a verb with these options does not wait for it.
+"""
 
 import ast
 import contextlib
@@ -6,17 +9,15 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from torch import nn
 
-from terrazzo.backbones._calibrate import NotCalibratedError, calibrate
-from terrazzo.backbones._convert import convert_attention
-from terrazzo.backbones._reduce import reduce
-from terrazzo.backbones.mixers import mixers
 from terrazzo.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _OPTION = re.compile(r",(?=\w+=)")
 
@@ -31,9 +32,9 @@ class Mechanism:
     """
 
     name: str
-    change: Callable[[nn.Module], nn.Module]
+    change: "Callable[[nn.Module], nn.Module]"
 
-    def on(self, model: nn.Module) -> nn.Module:
+    def on(self, model: "nn.Module") -> "nn.Module":
         """A changed copy of a model, with the model's own weights; InputError if the change does not fit the model."""
         with self.blamed():
             return self.change(shared_copy(model)).eval()
@@ -51,24 +52,29 @@ DENSE = Mechanism("dense", lambda model: model)
 """No change: PyTorch's softmax attention."""
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
+def shared_copy(model: "nn.Module") -> "nn.Module":
     """A copy of a model that shares its parameters and buffers, so that many variants need the memory of one."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: "nn.Module") -> "nn.Module":
     """A copy of a model without numbers: its forward pass computes shapes."""
+    from torch import nn
+
     made = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
     return copy.deepcopy(model, made | {id(buffer): buffer.to("meta") for buffer in model.buffers()})
 
 
-def without_parameters(model: nn.Module) -> list[str]:
+def without_parameters(model: "nn.Module") -> list[str]:
     """The mixers, except "softmax", that add no parameters to a model, so that they work without training.
 
     Args:
         model: a model that `convert_attention` accepts; on the meta device it costs nothing.
     """
+    from terrazzo.backbones._convert import convert_attention
+    from terrazzo.backbones.mixers import mixers
+
     count = len(list(model.parameters()))
     names = [name for name in mixers() if name != "softmax"]
     return [name for name in names if len(list(convert_attention(shared_copy(model), name).parameters())) == count]
@@ -85,8 +91,10 @@ calibrate_option = click.option(
 )
 
 
-def calibrate_if_possible(model: nn.Module, images: Sequence[torch.Tensor]) -> bool:
+def calibrate_if_possible(model: "nn.Module", images: "Sequence[torch.Tensor]") -> bool:
     """Calibrate a model on images (1, 3, H, W), and say whether anything of it could be calibrated at their size."""
+    from terrazzo.backbones._calibrate import NotCalibratedError, calibrate
+
     try:
         calibrate(model, images)
     except NotCalibratedError:
@@ -157,7 +165,7 @@ def _layers(text: str, names: Sequence[str]) -> str:
     return "layers=all" if text == "all" else f"layers=({text},)"
 
 
-def changed(model: nn.Module, changes: Sequence[Mechanism]) -> nn.Module:
+def changed(model: "nn.Module", changes: Sequence[Mechanism]) -> "nn.Module":
     """The model itself after all changes, in their order; InputError if a change does not fit the model."""
     for mechanism in changes:
         with mechanism.blamed():
@@ -194,7 +202,13 @@ def chosen(names: Sequence[str], settings: Sequence[str], reducers: Sequence[str
 
 def of_mixer(name: str, **options: Any) -> Mechanism:
     """The mechanism that gives every attention layer a mixer."""
-    return Mechanism(_written(name, options), lambda model: convert_attention(model, name, **options))
+
+    def convert(model: "nn.Module") -> "nn.Module":
+        from terrazzo.backbones._convert import convert_attention
+
+        return convert_attention(model, name, **options)
+
+    return Mechanism(_written(name, options), convert)
 
 
 def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
@@ -205,7 +219,13 @@ def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
 def _reducer(text: str) -> Mechanism:
     name, *pairs = _OPTION.split(text)
     options = _pairs("--reduce", pairs, ("model", "method"))
-    return Mechanism(_written(name, options), lambda model: reduce(model, name, **options))
+
+    def reduce_tokens(model: "nn.Module") -> "nn.Module":
+        from terrazzo.backbones._reduce import reduce
+
+        return reduce(model, name, **options)
+
+    return Mechanism(_written(name, options), reduce_tokens)
 
 
 def _pairs(option: str, texts: Sequence[str], reserved: Sequence[str]) -> dict[str, Any]:

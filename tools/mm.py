@@ -4,7 +4,7 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import nn
 
 import terrazzo.openmmlab  # noqa: F401  prepares mmengine before it is used
-from terrazzo.backbones._weights import weights_of
+from terrazzo.backbones._weights import current_names, weights_of
 from terrazzo.checkpoints.records import arguments, check_changes, recorded
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.building import building, registered_class
@@ -82,6 +82,7 @@ def load_exactly(model: nn.Module, saved: Any, checkpoint: str | Path) -> None:
     except InputError as error:
         raise InputError(f"checkpoint {checkpoint} {error}; name a file that a training wrote") from error
     own = model.state_dict()
+    state = current_names(state, own)
     lacking = [key for key in own if key not in state]
     if lacking:
         raise InputError(
@@ -194,6 +195,25 @@ def _shorten(cfg: Config, max_iters: int | None, max_epochs: int | None) -> None
                 schedule[point] = _moved(schedule[point], limit, old, least=0 if point == "begin" else 1)
         if schedule.get("end") is not None:
             schedule.end = max(schedule.end, schedule.get("begin", 0) + 1)
+
+
+LOGS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbLog"}
+"""Backends of mmengine's visualizer, by the names that `terrazzo train --log` takes."""
+
+
+def add_logs(cfg: Config, names: Sequence[str]) -> None:
+    """Let a config's visualizer also log to some of `LOGS`, in place; `build_runner` checks that they are installed."""
+    if not names:
+        return
+    visualizer = cfg.get("visualizer") or {"type": "Visualizer"}
+    backends = list(visualizer.get("vis_backends") or [{"type": "LocalVisBackend"}])
+    present = [backend.get("type") for backend in backends]
+    for name in dict.fromkeys(names):
+        if LOGS[name] not in present:
+            project = {"init_kwargs": {"project": "terrazzo"}} if name == "wandb" else {}
+            backends.append({"type": LOGS[name], **project})
+    visualizer["vis_backends"] = backends
+    cfg.visualizer = visualizer
 
 
 class Ticker(Hook):

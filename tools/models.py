@@ -12,9 +12,7 @@ from terrazzo.backbones._names import check_name
 from terrazzo.backbones._names import family_of as family_of
 from terrazzo.backbones._names import registered_models as registered_models
 from terrazzo.errors import InputError
-
-NO_WEIGHTS = "no weights"
-"""Takes the place of a licence if the authors published no weights: the model is a reconstruction."""
+from terrazzo.tools.catalogue import NO_WEIGHTS as NO_WEIGHTS
 
 _TOP1 = re.compile(r"top-?1\D{0,20}?(\d+(?:\.\d+)?)", re.IGNORECASE)
 

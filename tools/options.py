@@ -20,6 +20,16 @@ class UserPath(click.Path):
         return super().convert(os.path.expanduser(value), parameter, context)
 
 
+class UserPlace(click.ParamType):
+    """A path, an address or a number, as text; a leading `~` is the home folder."""
+
+    name = "place"
+
+    def convert(self, value: str, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        """The text, with the home folder in full."""
+        return os.path.expanduser(value)
+
+
 def config_options(function: Callable) -> Callable:
     """Add --data-root and --cfg-options; the verb gets `data_root` and `overrides`, a dict of dotted keys.
 

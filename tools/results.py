@@ -8,12 +8,13 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "model_cards" / "results"
@@ -72,8 +73,10 @@ def _text(value: str | float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.5g}"
 
 
-def device_name(device: torch.device | None = None) -> str:
+def device_name(device: "torch.device | None" = None) -> str:
     """A GPU's name, or the processor's with the threads in use; by default the GPU's if there is a GPU."""
+    import torch  # not above: reading tables needs no PyTorch
+
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -87,6 +90,8 @@ def device_name(device: torch.device | None = None) -> str:
 
 def versions(*packages: str) -> str:
     """torch's version, and the versions of these packages if installed."""
+    import torch
+
     said = [f"torch {torch.__version__}"]
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -94,7 +99,7 @@ def versions(*packages: str) -> str:
     return ", ".join(said)
 
 
-def about(device: torch.device, *packages: str) -> tuple[str, str, str]:
+def about(device: "torch.device", *packages: str) -> tuple[str, str, str]:
     """The last columns of a row measured now: device, versions, commit."""
     return device_name(device), versions(*packages), commit()
 

@@ -11,6 +11,7 @@ from terrazzo.openmmlab.ops.border_align import border_align_backward, border_al
 from terrazzo.openmmlab.ops.box_iou_quadri import box_iou_quadri
 from terrazzo.openmmlab.ops.box_iou_rotated import box_iou_rotated
 from terrazzo.openmmlab.ops.carafe import carafe_backward, carafe_forward, carafe_naive_backward, carafe_naive_forward
+from terrazzo.openmmlab.ops.chamfer_distance import chamfer_distance_backward, chamfer_distance_forward
 from terrazzo.openmmlab.ops.convex_iou import convex_giou, convex_iou
 from terrazzo.openmmlab.ops.correlation import correlation_backward, correlation_forward
 from terrazzo.openmmlab.ops.deform_conv import (
@@ -19,6 +20,7 @@ from terrazzo.openmmlab.ops.deform_conv import (
     deform_conv_forward,
 )
 from terrazzo.openmmlab.ops.deform_roi_pool import deform_roi_pool_backward, deform_roi_pool_forward
+from terrazzo.openmmlab.ops.diff_iou_rotated import diff_iou_rotated_sort_vertices_forward
 from terrazzo.openmmlab.ops.filtered_lrelu import filtered_lrelu, filtered_lrelu_act_
 from terrazzo.openmmlab.ops.focal_loss import (
     sigmoid_focal_loss_backward,
@@ -70,6 +72,8 @@ OPERATORS = {
         carafe_forward,
         carafe_naive_backward,
         carafe_naive_forward,
+        chamfer_distance_backward,
+        chamfer_distance_forward,
         convex_giou,
         convex_iou,
         correlation_backward,
@@ -79,6 +83,7 @@ OPERATORS = {
         deform_conv_forward,
         deform_roi_pool_backward,
         deform_roi_pool_forward,
+        diff_iou_rotated_sort_vertices_forward,
         filtered_lrelu,
         filtered_lrelu_act_,
         fused_bias_leakyrelu,

@@ -10,13 +10,15 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int
     """Fills `ious` with the overlaps of boxes.
 
     Args:
-        boxes1: N x 5, as centre x and y, width, height, angle from x to y in radians.
-        boxes2: M x 5.
+        boxes1: N x 5 or more, as centre x and y, width, height, angle from x to y in radians; further columns, such as
+            the score in mmrotate's evaluation, are not used.
+        boxes2: M x 5 or more.
         ious: N * M, or N if aligned; filled in place; 0 for a box without area.
         mode_flag: 0 intersection over union, 1 over the area of the first box.
         aligned: whether to take box i with box i only (N = M).
     """
-    fill_overlaps(rotated_corners(boxes1), rotated_corners(boxes2), ious, mode_flag, aligned, rotated_overlaps)
+    first, second = rotated_corners(boxes1[:, :5]), rotated_corners(boxes2[:, :5])
+    fill_overlaps(first, second, ious, mode_flag, aligned, rotated_overlaps)
 
 
 def rotated_overlaps(first: Tensor, second: Tensor, mode: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ class TestASViT(BackboneContract):
 
     operators_of = "mctf"
     representatives = (TINY,)
-    shallow = {TINY: dict(depth=3, blocks=(1, 2))}
+    shallow = {TINY: dict(depth=2, blocks=(1,))}
     costs = {
         "asvit_deit_tiny": (5_717_419, 1.2584),
         "asvit_deit_small": (22_050_667, 4.6083),
@@ -348,7 +348,7 @@ class TestExport:
     @pytest.mark.parametrize("form", ["fixed", pytest.param("masked", marks=pytest.mark.slow)])
     def test_onnx(self, form, tmp_path):
         onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")
-        model = pruning(form, torch.float32, depth=3, blocks=(1, 2), keep=(0.5, 0.25))
+        model = pruning(form, torch.float32, depth=2, blocks=(1,), keep=(0.5,))
         report = onnx_export.export_onnx(model, image((160, 128)), tmp_path / "model.onnx", dynamic=("batch",))
         assert report.passed, report
         assert report.worst <= 1e-4

@@ -90,7 +90,7 @@ class TestOfficial:
     @pytest.mark.parametrize("kind", ["linear", "pure"])
     def test_names_of_the_module(self, kind):
         attn = timm.create_model(LINEAR, kind=kind, **SMALL).blocks[0].attn
-        parts = [f"{part}_proj.{kind}" for part in ["q", "k", "v", "out"] for kind in ("weight", "bias")]
+        parts = [f"{part}.{kind}" for part in ["q_proj", "k_proj", "v_proj", "proj_out"] for kind in ("weight", "bias")]
         assert sorted(attn.state_dict()) == sorted(["rho_logit", *parts])
 
     def test_weights_of_a_vit(self):
@@ -104,7 +104,7 @@ class TestOfficial:
         for i in range(2):
             qkv = torch.cat([after[f"blocks.{i}.attn.{part}_proj.weight"] for part in "qkv"])
             assert torch.equal(qkv, vit.blocks[i].attn.qkv.weight)
-            assert torch.equal(after[f"blocks.{i}.attn.out_proj.bias"], vit.blocks[i].attn.proj.bias)
+            assert torch.equal(after[f"blocks.{i}.attn.proj_out.bias"], vit.blocks[i].attn.proj.bias)
             for name in (f"blocks.{i}.attn.rho_logit", f"blocks.{i}.attn.mix_proj.weight"):
                 assert torch.equal(after[name], before[name])
         softmax = build(PURE, kind="softmax", pre_logits=False, extra_proj=False, **SMALL)
@@ -137,7 +137,7 @@ class TestArchitecture:
             made = create_mixer(mixer, Host(24, 3, 8)).double()
             made.load_state_dict({"rho_logit": attn.rho_logit.detach()})
             out = made(q, k, v, Place((5, 6)))
-        wanted = attn.out_proj(attn.mix_proj(out.transpose(1, 2).flatten(2)))
+        wanted = attn.proj_out(attn.mix_proj(out.transpose(1, 2).flatten(2)))
         torch.testing.assert_close(attn(x), wanted)
 
     def test_begins_as_the_official_module(self):

@@ -56,7 +56,7 @@ def lively(model: nn.Module) -> nn.Module:
                 nn.init.normal_(mixer.A_log)
                 nn.init.normal_(mixer.dt_proj.weight, std=0.5)
                 nn.init.normal_(mixer.x_proj.weight, std=0.1)
-                nn.init.normal_(mixer.out_proj.weight, std=0.1)
+                nn.init.normal_(mixer.proj_out.weight, std=0.1)
                 nn.init.normal_(mixer.in_proj.weight, std=0.1)
     return model
 
@@ -130,7 +130,7 @@ def by_hand(mixer: mambavision.MambaVisionMixer, x: torch.Tensor) -> torch.Tenso
         decay = torch.exp(dt[:, t, :, None] * -torch.exp(mixer.A_log))
         state = decay * state + (dt[:, t] * x[:, :, t])[..., None] * B[:, t, None]
         out.append((state * C[:, t, None]).sum(-1) + mixer.D * x[:, :, t])
-    return mixer.out_proj(torch.cat([torch.stack(out, 1), z.transpose(1, 2)], -1))
+    return mixer.proj_out(torch.cat([torch.stack(out, 1), z.transpose(1, 2)], -1))
 
 
 class TestArchitecture:

@@ -21,7 +21,7 @@ class TestMCTF(BackboneContract):
     """Parameters and multiply-adds in G are those of the authors' classes (base: by their formula; unpublished)."""
 
     representatives = (TINY,)
-    shallow = {TINY: dict(depth=3, blocks=(1,))}
+    shallow = {TINY: dict(depth=2, blocks=(1,))}
     cut_gradient = True  # merged tokens' weights have no gradient
     refused = {"onnx dynamic hw": "token reduction is exported for images of one size"}
     costs = {

@@ -120,7 +120,7 @@ class TestArchitecture:
         x = torch.randn(1, 3, 5, 8)
         with torch.no_grad():
             assert not torch.allclose(block(x), x)
-            block.op.out_proj.weight.zero_()
+            block.op.proj_out.weight.zero_()
             for layer in block.conv:
                 if isinstance(layer, torch.nn.Conv2d):
                     layer.weight.zero_()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.families import smallest
+from support.families import kinds
 
 CODE = """
 import sys, tempfile, timm, torch, terrazzo
@@ -43,5 +43,5 @@ def test_classifiers_and_features(tmp_path):
     if done.returncode:
         pytest.skip(f"timm {version} could not be fetched: {done.stderr[-200:]}")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CODE}"
-    done = subprocess.run([sys.executable, "-c", code, version, *smallest()], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, version, *kinds()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

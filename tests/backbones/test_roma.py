@@ -168,7 +168,7 @@ class TestArchitecture:
                 y = y.flip(1) if i % 2 else y
                 total = total + (turned(y, width, height) if i > 1 else y)
             found = mixer(x, roma.Grid.of(height, width, x.device))
-        torch.testing.assert_close(found, mixer.out_proj(total / 4), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, mixer.proj_out(total / 4), rtol=1e-10, atol=1e-10)
 
     def test_a_turned_map_swaps_the_pairs(self):
         torch.manual_seed(0)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
-from support.families import smallest
+from support.families import kinds
 
 from terrazzo.tools.models import registered_models
 
@@ -63,16 +62,6 @@ def run(suite: Path, models: tuple[str, ...], select: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
-
-
-def kinds() -> list[str]:
-    """The smallest model for each layout of maps, kind of unit and kind of output that families have."""
-    found = {}
-    for name in smallest():
-        model = timm.create_model(name, device="meta")
-        features = model.forward_features(torch.empty(1, 3, 64, 64, device="meta"))
-        found.setdefault((model.output_fmt, model.units_name, features.ndim), name)
-    return list(found.values())
 
 
 def test_fast(suite):

@@ -117,7 +117,7 @@ class TestOfficial:
         assert torch.equal(model.blocks[1].retention.qkv.weight, vit.blocks[1].attn.qkv.weight)
         with torch.no_grad():
             for block, other in zip(model.blocks, vit.blocks):
-                for layer in (block.retention.out_proj, other.attn.proj):
+                for layer in (block.retention.proj_out, other.attn.proj):
                     layer.weight.zero_()
             torch.testing.assert_close(model(image((64, 64))), vit(image((64, 64))))
 
@@ -215,7 +215,7 @@ class TestArchitecture:
                 for m in range(n + 1):
                     product = (q[n, head] @ k[m, head]) / math.sqrt(6)
                     wanted[n, head] += decay ** (n - m) * product * v[m, head]
-        torch.testing.assert_close(layer(x)[0], layer.out_proj(wanted.flatten(1)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(layer(x)[0], layer.proj_out(wanted.flatten(1)), rtol=1e-10, atol=1e-10)
 
     @torch.no_grad()
     def test_the_class_token_stands_below_the_last_column(self):

@@ -55,7 +55,7 @@ def official_names(model):
             name = name.replace(ours, f"patch_embed.{index}.")
         for i in range(1, 4):
             name = name.replace(f"stages.{i}.downsample.", f"layers.{i - 1}.downsample.")
-        name = name.replace("stages.", "layers.")
+        name = name.replace("stages.", "layers.").replace(".proj_out.", ".out_proj.")
         if isinstance(model.stem, vmamba.Stem):
             name = name.replace("sample.reduction.", "sample.1.").replace("sample.norm.", "sample.3.")
         name = "classifier." + name if name.startswith("norm.") else name
@@ -171,7 +171,7 @@ def ss2d(x, mixer):
         outs.append(torch.stack(out, 2) + mixer.Ds.unflatten(0, (4, -1))[k][:, None] * sequence)
     y = cross_merge(outs, *x.shape[2:]).movedim(1, -1)
     y = F.layer_norm(y, (inner,), mixer.out_norm.weight, mixer.out_norm.bias, 1e-5).movedim(-1, 1)
-    return torch.einsum("bdhw,cd->bchw", y * F.silu(gate) if mixer.gated else y, mixer.out_proj.weight)
+    return torch.einsum("bdhw,cd->bchw", y * F.silu(gate) if mixer.gated else y, mixer.proj_out.weight)
 
 
 class TestSS2D:

@@ -37,15 +37,20 @@ def tiny_data(tmp_path_factory):
 def _shrink(value):
     """Replace image sizes in a pipeline by small sizes, in place."""
     if isinstance(value, dict):
-        if "scale" in value and value.get("type") in ("Resize", "RandomResize"):
+        kind = str(value.get("type")).split(".")[-1]
+        if "scale" in value and kind in ("Resize", "RandomResize"):
             value["scale"] = (96, 64)
+        if kind in ("CachedMosaic", "CachedMixUp"):
+            value["img_scale"] = (64, 64)
+        if kind == "Pad" and "size" in value:
+            value["size"] = (96, 96) if value["size"][0] == value["size"][1] else value["size"]
         if value.get("type") == "RandomChoiceResize":
             value["scales"] = [48, 64] if isinstance(value["scales"][0], int) else [(72, 48), (96, 64)]
         if value.get("ratio_range", (1,))[0] < 0.5:
             value["ratio_range"] = (0.5, 2.0)
         if "crop_size" in value:
             value["crop_size"] = (64, 64)
-        if "input_size" in value:
+        if isinstance(value.get("input_size"), int):
             value["input_size"] = 64
         for item in value.values():
             _shrink(item)
@@ -87,6 +92,8 @@ def _shrink_model(model):
         channels = pyramid.feature_info.channels()
         behind = next((model[key] for key in ("neck", "panoptic_head", "decode_head") if model.get(key)), {})
         behind["in_channels"] = channels
+        if model.type == "TopdownPoseEstimator":
+            model.head.in_channels = channels[-1]
         if "auxiliary_head" in model:
             model.auxiliary_head.in_channels = channels[2]
     if "window" in backbone:  # small pictures have several levels, too
@@ -138,7 +145,7 @@ def tiny_config(tiny_data, tmp_path):
         cfg = load_config(name)
         small = {f"{loader}.num_workers": 0 for loader in ("train_dataloader", "val_dataloader", "test_dataloader")}
         small["train_dataloader.batch_size"] = 10 if cfg.model.type == "Classifier" else 2
-        limit = "max_iters" if cfg.train_cfg.type == "IterBasedTrainLoop" else "max_epochs"
+        limit = "max_iters" if cfg.train_cfg.get("type") == "IterBasedTrainLoop" else "max_epochs"
         small |= {f"train_cfg.{limit}": 1, "train_cfg.val_interval": 1, "default_hooks.checkpoint.interval": 1}
         cfg = load_config(name, tiny_data(cfg.data_root.rstrip("/").split("/")[-1]), {**small, **options})
         cfg.train_cfg.pop("dynamic_intervals", None)

@@ -16,6 +16,7 @@ the ONNX file of the classifier are tested on that family; on this family these 
 card, and the ONNX file holds features.
 """
 
+import contextlib
 import copy
 import fnmatch
 import json
@@ -35,7 +36,8 @@ import terrazzo
 from support.capabilities import CapabilityContract
 from support.module_contract import CHECKS
 from support.seeded import build, image, whole
-from terrazzo.backbones._weights import RECONSTRUCTED
+from terrazzo.backbones._plain import Plain
+from terrazzo.backbones._weights import RECONSTRUCTED, _Uninitialised
 from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.reports import cards
@@ -64,6 +66,10 @@ def output_and_gradients(run, model, x):
     out = run(x)
     out.square().mean().backward()
     return out.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def shapes_of(model):
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 class BackboneContract(CapabilityContract):
@@ -202,6 +208,37 @@ class BackboneContract(CapabilityContract):
         x = image((64, 96), batch=3)
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
 
+    def test_output_stride(self, example):
+        """The last stages keep the size of their map, with the same parameters, or the family refuses."""
+
+        def features(**options):
+            with _Uninitialised():
+                return timm.create_model(example, features_only=True, device="meta", **options)
+
+        if not getattr(timm.models.model_entrypoint(example).__annotations__["return"], "dilates", False):
+            with pytest.raises(InputError, match="output_stride"):
+                features(output_stride=16)
+            return
+        plain, x = features(), torch.empty(2, 3, 97, 131, device="meta")
+        for stride in (8, 16):
+            model = features(output_stride=stride)
+            assert shapes_of(model) == shapes_of(plain)
+            channels, reductions = model.feature_info.channels(), model.feature_info.reduction()
+            assert reductions == [min(x, stride) for x in plain.feature_info.reduction()]
+            sizes = [(2, c, math.ceil(97 / r), math.ceil(131 / r)) for c, r in zip(channels, reductions)]
+            assert [tuple(found.shape) for found in model(x)] == sizes
+        with pytest.raises(InputError, match="output_stride must be 8, 16 or 32, got 4"):
+            features(output_stride=4)
+
+    def test_pyramid_of_a_plain_model(self, example):
+        """A model with one stride gives strides 4 to 32 behind its last block; a pyramid refuses."""
+        plain = issubclass(timm.models.model_entrypoint(example).__annotations__["return"], Plain)
+        with _Uninitialised(), contextlib.nullcontext() if plain else pytest.raises(InputError, match="pyramid=True"):
+            model = timm.create_model(example, features_only=True, pyramid=True, device="meta")
+            assert model.feature_info.reduction() == [4, 8, 16, 32]
+            maps = model(torch.empty(2, 3, 97, 131, device="meta"))
+            assert [tuple(x.shape) for x in maps] == [(2, 256, -(-97 // r), -(-131 // r)) for r in (4, 8, 16, 32)]
+
     def test_empty_batch(self, example):
         """An empty batch gives an empty output, and gradients of 0."""
         model, x = self.shallow_model(example), torch.empty(0, 3, 64, 64)
@@ -285,6 +322,30 @@ class BackboneContract(CapabilityContract):
         assert model(x).shape == (1, model.head_hidden_size)
         model.reset_classifier(0, "")
         assert model(x).shape == features.shape
+
+    def test_layout_of_features(self, example):
+        """`output_fmt` is the layout of `forward_features`, a view of the same numbers; families of tokens refuse."""
+        model = self.shallow_model(example)
+        features, x = model.forward_features(image((64, 96))), image((64, 96))
+        if features.dim() == 3:
+            with pytest.raises(InputError, match=f"{example} gives tokens"):
+                self.shallow_model(example, output_fmt="NCHW")
+            return
+        other = "NCHW" if model.output_fmt == "NHWC" else "NHWC"
+        turned = self.shallow_model(example, output_fmt=other)
+        assert turned.output_fmt == other
+        found = turned.forward_features(x)
+        assert torch.equal(found.permute(0, 2, 3, 1) if other == "NCHW" else found.permute(0, 3, 1, 2), features)
+        assert found.shape[1 if other == "NCHW" else 3] == model.num_features
+        assert torch.equal(turned(x), model(x))
+        again, maps = turned.forward_intermediates(x)
+        assert torch.equal(again, found)
+        assert torch.equal(maps[-1], model.forward_intermediates(x)[1][-1])
+        turned.reset_classifier(0, "")
+        assert turned(x).shape == turned.forward_head(found, pre_logits=True).shape
+        assert turned(x).dim() == 4
+        with pytest.raises(InputError, match="output_fmt must be 'NCHW' or 'NHWC', got 'NLC'"):
+            self.shallow_model(example, output_fmt="NLC")
 
     def test_poolings(self, name):
         """`head_hidden_size` is the classifier's input width, in a new model and after a reset of its head."""

@@ -125,6 +125,7 @@ def write_coco(root):
         images = [f"{index:012d}.jpg" for index in range(2)]
         instances = {numbers[name]: name for name in things}
         write_instances(annotations / f"instances_{split}.json", images, instances, size)
+        write_person_keypoints(root, split, images)
         content = json.loads((annotations / f"instances_{split}.json").read_text())
         segmentations = []
         for index, image in enumerate(images):
@@ -199,11 +200,42 @@ def write_cityscapes(root):
         )
 
 
+def write_dota(root):
+    """Write DOTA in patches: a text file of rotated boxes for each picture, with corners, class and difficulty."""
+    random, size = np.random.default_rng(0), (96, 96)
+    for kind in ("images", "annfiles"):
+        (root / "trainval" / kind).mkdir(parents=True)
+    for index in range(2):
+        picture(random, size).save(root / "trainval" / "images" / f"P{index:04d}.png")
+        boxes = [(20, 12, 50, 22, 44, 40, 14, 30, "plane"), (60, 50, 84, 50, 84, 66, 60, 66, "ship")]
+        lines = [" ".join(map(str, box)) + " 0\n" for box in boxes]
+        (root / "trainval" / "annfiles" / f"P{index:04d}.txt").write_text("".join(lines))
+
+
+def write_person_keypoints(root, split, images):
+    """Write COCO's keypoints of two people in each picture, and the boxes that a detector found."""
+    annotations, detections = [], []
+    for index in range(len(images)):
+        for x, y, w, h in objects()[:2]:
+            points = [(x + w * (number % 4) / 4, y + h * number / 17, 2) for number in range(17)]
+            annotation = {"id": len(annotations) + 1, "image_id": index, "category_id": 1, "bbox": [x, y, w, h]}
+            detections.append({"image_id": index, "category_id": 1, "bbox": [x, y, w, h], "score": 0.9})
+            annotation |= {"area": w * h, "iscrowd": 0, "segmentation": [], "num_keypoints": 17}
+            annotations.append({**annotation, "keypoints": [value for point in points for value in point]})
+    pictures = [{"id": i, "file_name": name, "width": 96, "height": 64} for i, name in enumerate(images)]
+    content = {"images": pictures, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+    (root / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(content))
+    folder = root / "person_detection_results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"COCO_{split}_detections_AP_H_56_person.json").write_text(json.dumps(detections))
+
+
 FULL_SIZE = {
     "imagenet": write_imagenet,
     "coco": write_coco,
     "ADEChallengeData2016": write_ade20k,
     "loveDA": write_loveda,
     "cityscapes": write_cityscapes,
+    "split_ss_dota": write_dota,
 }
 """The functions that write tiny versions of full-size data sets, by the names of the folders."""

@@ -31,7 +31,9 @@ KINDS = {
     # Models of a family with other arguments, against each other.
     "settings": {name: _BACKBONES for name in FAMILIES if name not in backbones.FAMILIES},
     # Runtimes are given a model by its name.
-    "runtimes": {f"{name}_runtimes": _RUNTIMES for name, family in FAMILIES.items() if not family.variants},
+    "runtimes": {
+        f"{name}_runtimes": _RUNTIMES for name, family in FAMILIES.items() if family.model not in family.variants
+    },
 }
 """The benchmarks of each kind: their names, and the modules that measure them."""
 

@@ -1,5 +1,7 @@
 """Finding and reading pictures: all are read before anything is computed, so that a bad one stops the command early."""
 
+import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,23 @@ class Picture:
         return read_picture(self.path)
 
 
+@dataclass(frozen=True)
+class FetchedPicture(Picture):
+    """A picture from a server.
+
+    Attributes:
+        path: its address.
+        data: the bytes of its file.
+    """
+
+    path: str
+    data: bytes
+
+    def read(self) -> Image.Image:
+        """The picture in RGB and upright; InputError if it cannot be read."""
+        return read_picture(io.BytesIO(self.data), self.path)
+
+
 def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
     """Collect pictures from files and folders (not their subfolders) and make sure that each can be read.
 
@@ -47,24 +66,25 @@ def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
             paths += inside
         else:
             paths.append(place)
-    pictures = [Picture(path, name) for path, name in zip(paths, _names(paths))]
+    names = unique_names([(path.stem, path.suffix) for path in paths])
+    pictures = [Picture(path, name) for path, name in zip(paths, names)]
     for picture in pictures:
         picture.read()
     return pictures
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The stem of each path, with the suffix or a number added where two would be the same."""
-    names: list[str] = []
-    stems = [path.stem for path in paths]
-    for path in paths:
-        name = path.stem if stems.count(path.stem) == 1 else path.name.replace(".", "_")
+def unique_names(stems: Sequence[tuple[str, str]]) -> list[str]:
+    """Each (stem, suffix) as a name: the stem, with the suffix or a number added where two would be the same."""
+    names: dict[str, None] = {}
+    counts = Counter(stem for stem, _ in stems)
+    for stem, suffix in stems:
+        name = stem if counts[stem] == 1 else f"{stem}{suffix}".replace(".", "_")
         number = 1
         while name in names:
             number += 1
-            name = f"{path.stem}_{number}"
-        names.append(name)
-    return names
+            name = f"{stem}_{number}"
+        names[name] = None
+    return list(names)
 
 
 def to_tensor(

@@ -1,4 +1,4 @@
-"""`terrazzo doctor openmmlab`: builds the model of every config of mmdet and mmseg, and says which can be built."""
+"""`terrazzo doctor openmmlab`: builds the model of every config of OpenMMLab's packages; says which can be built."""
 
 import csv
 import fnmatch
@@ -18,9 +18,10 @@ from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.reports import zoo as zoo_results
-from terrazzo.tools.reports.zoo import BUILT, FAILED, FAULTY, LACKS, NO_MODEL, Examined, Finding
+from terrazzo.tools.reports.zoo import BUILT, DISTRIBUTIONS, FAILED, FAULTY, LACKS, NO_MODEL, Examined, Finding
 
-DISTRIBUTIONS = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}
+REQUIRED = ("mmdet", "mmseg")
+"""The packages that `terrazzo[openmmlab]` installs; the others count where they are installed."""
 
 FAULTS = {
     ("mmdet", "3.3.0"): {
@@ -30,7 +31,40 @@ FAULTS = {
         "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20halftrain_test-mot20halfval.py": "its base is named without .py",
         "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20train_test-mot20train.py": "its base is named without .py",
         "v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x.py": "gives FPN the unknown force_grad_on_level",
-    }
+    },
+    ("mmaction", "1.2.0"): {
+        **{
+            f"localization/drn/drn_2xb16-4096-10e_c3d-feature_{step}.py": "its model DRN is not in the wheel"
+            for step in ("first", "second", "third")
+        },
+        **{
+            f"detection/lfb/slowonly-lfb-{kind}_kinetics400-pretrained-r50_8xb12-4x16x1-20e_ava21-rgb.py": (
+                "is built from a bank of features in data/ava"
+            )
+            for kind in ("max", "nl")
+        },
+    },
+    ("mmpose", "1.3.2"): {
+        "body_2d_keypoint/edpose/coco/edpose_res50_8xb2-50e_coco-800x1333.py": "its base is not in the wheel",
+    },
+    ("mmpretrain", "1.2.0"): {
+        **{
+            f"levit/deploy/levit-{width}_8xb256_in1k.py": "its head cannot switch to deployment"
+            for width in ("128", "128s", "192", "256", "384")
+        },
+        **{
+            f"replknet/{name}_in1k{size}.py": "mixes the two dialects of configs"
+            for name in ("replknet-31B_32xb64", "deploy/replknet-31B-deploy_32xb64")
+            for size in ("", "-384px")
+        },
+        "resnet/resnet50_8xb32-cutmix_in1k.py": "names the unknown BatchCutMix",
+        "swin_transformer_v2/swinv2-base-w12_8xb128_in21k-192px.py": "uses test_pipeline, which its base lacks",
+        "swin_transformer_v2/swinv2-large-w12_8xb128_in21k-192px.py": "uses test_pipeline, which its base lacks",
+    },
+    ("mmrotate", "1.0.0rc1"): {
+        "gwd/rotated-retinanet-rbox-le135_r50_fpn_gwd_1x_dota.py": "its base is absent",
+        "s2anet/s2anet-le135_r50_fpn_3x_hrsc.py": "names the unknown model S2ANet",
+    },
 }
 """Configs that no installation of that release can build, each with the reason; each was examined by hand."""
 
@@ -46,18 +80,18 @@ FAULTS = {
     "--results",
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Write the counts to this folder, for the table in docs/openmmlab.md.",
+    help="Write the counts to this folder, for the table in docs/openmmlab.md; packages not examined keep theirs.",
 )
 def command(package: str | None, configs: Path | None, only: str | None, out: Path | None, folder: Path | None) -> int:
-    """Build every model config that mmdet and mmseg ship; say which cannot be built, and why.
+    """Build every model config that the installed OpenMMLab packages ship; say which cannot be built, and why.
 
     Weights are neither filled nor downloaded. A config that needs another package, or that is faulty as shipped, is
     named, and the exit code stays 0. Any other config that cannot be built, or that lacks an operator, makes it 1.
     """
     if package and configs:
         raise InputError("--package and --configs both say where to look; give one of them")
-    if folder is not None and (package or configs or only):
-        raise InputError("--results counts everything; leave out --package, --configs and --only")
+    if folder is not None and (configs or only):
+        raise InputError("--results counts whole packages; leave out --configs and --only")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
     paths = _selected(_folders(package, configs), only)
@@ -66,7 +100,7 @@ def command(package: str | None, configs: Path | None, only: str | None, out: Pa
         _write(out, rows)
     _report(rows)
     if folder is not None:
-        results.write(folder / zoo_results.PATH.name, zoo_results.count(rows))
+        _keep_counts(folder / zoo_results.PATH.name, rows)
         click.echo(f"wrote {folder / zoo_results.PATH.name}")
     return int(any(row.finding.status in (LACKS, FAILED) for row in rows))
 
@@ -84,7 +118,11 @@ def _folders(package: str | None, configs: Path | None) -> dict[str, Path]:
     for name in [package] if package else DISTRIBUTIONS:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            if name in REQUIRED:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            if package:
+                raise InputError(f"{name} is not installed; docs/openmmlab.md has the command that installs it")
+            continue
         folders[name] = Path(spec.origin).parent / ".mim" / "configs"
         if not folders[name].is_dir():
             raise InputError(f"{name} is installed without its configs ({folders[name]}); install it from its wheel")
@@ -92,12 +130,12 @@ def _folders(package: str | None, configs: Path | None) -> dict[str, Path]:
 
 
 def _selected(folders: dict[str, Path], only: str | None) -> list[tuple[str, str, Path]]:
-    """Package, path inside the folder, and path of every config; `_base_` holds parts of configs."""
+    """Package, path inside the folder, and path of every config; `_base_` and `_base_NAME.py` are parts of configs."""
     found = [
         (package, path.relative_to(folder).as_posix(), path)
         for package, folder in folders.items()
         for path in sorted(folder.rglob("*.py"))
-        if "_base_" not in path.relative_to(folder).parts
+        if "_base_" not in path.relative_to(folder).parts and not path.name.startswith("_base_")
     ]
     chosen = [item for item in found if only is None or fnmatch.fnmatchcase(item[1], only)]
     if not chosen:
@@ -172,6 +210,16 @@ def _write(path: Path, rows: list[Examined]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("package", "config", "status", "reason"))
         writer.writerows((row.package, row.config, row.finding.status, row.finding.reason) for row in rows)
+
+
+def _keep_counts(path: Path, rows: list[Examined]) -> None:
+    """Writes the counts of the examined packages, and keeps those of packages that are not installed here."""
+    counts = zoo_results.count(rows)
+    old = results.read(path) if path.is_file() else []
+    packages: dict[str, list[results.Row]] = {}
+    for row in (*(row for row in old if row.variant not in {new.variant for new in counts}), *counts):
+        packages.setdefault(row.variant, []).append(row)
+    results.write(path, [row for name in sorted(packages, key=list(DISTRIBUTIONS).index) for row in packages[name]])
 
 
 def _report(rows: list[Examined]) -> None:

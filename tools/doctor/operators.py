@@ -18,9 +18,10 @@ import mmcv.ops
 from torch import nn
 
 from terrazzo.openmmlab._ext import NAME, MissingOperator
+from terrazzo.tools.reports.zoo import DISTRIBUTIONS
 
-READ = ("mmcv", "mmdet", "mmseg", "mmpretrain")
-"""The packages to read code from; no other package calls mmcv's compiled module."""
+READ = ("mmcv", *DISTRIBUTIONS)
+"""The packages to read code from."""
 
 
 def all_operators() -> dict[str, bool]:

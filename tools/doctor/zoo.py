@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -18,6 +19,7 @@ import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
+from packaging.requirements import InvalidRequirement, Requirement
 
 import terrazzo.openmmlab  # noqa: F401  makes mmengine ready before anything of it is used
 from terrazzo.openmmlab._mmengine import is_installed
@@ -26,15 +28,32 @@ from terrazzo.tools.reports.zoo import BUILT, FAILED, LACKS, NEEDS, NO_MODEL, Fi
 
 ABSENT = (
     r"mim install (\w+)",
-    r"pip install (?:-r )?([a-z][\w./-]*)",
+    r"pip install (?:-\w+ )*[\"']?git\+[^\s\"'`]*?/([\w-]+)(?:\.git)?(?:[@#\s\"'`,]|$)",
+    r"pip install (?:-\w+ )*[\"']?([a-z](?:[\w./<>=!~-]|,(?=[<>=!~]))*)",
     r"install (\w+) (?:first|manually)",
     r"'(\w+)\.\w+ is not in the",
 )
 """How OpenMMLab's packages say that another package is absent, the most exact first; few raise ModuleNotFoundError."""
 
+WEIGHTS = "its weights"
+"""What a model needs that downloads weights while it is built, or that changes weights which it was to load."""
+
+WITHOUT_WEIGHTS = ("NetworkClosed", "NotLoaded", "LocalEntryNotFoundError", "OfflineModeIsEnabled")
+
 
 class NetworkClosed(OSError):
     """An attempt to reach the network while a config was built."""
+
+
+class NotLoaded(KeyError):
+    """A look at weights that the doctor does not load."""
+
+
+class NoWeights(dict):
+    """A checkpoint that is not loaded: empty, and with an error of its own for code that looks for a weight."""
+
+    def __missing__(self, key):
+        raise NotLoaded(key)
 
 
 def prepare() -> None:
@@ -72,28 +91,61 @@ def examine(path: Path) -> Finding:
         cfg = _read(path)
         if not cfg.get("model"):
             return Finding(NO_MODEL)
-        with _quiet(), _no_checkpoints(), DefaultScope.overwrite_default_scope(cfg.get("default_scope")), Unfilled():
+        scope = cfg.get("default_scope") or _package_of(path)
+        with _quiet(), _no_checkpoints(), DefaultScope.overwrite_default_scope(scope), Unfilled():
             # Building changes the settings.
             model = MODELS.build(ConfigDict(cfg.model.copy()))
             lacking = sorted(filter(is_missing, operators_of(model, cfg.model)))
     except (Exception, SystemExit) as error:  # a config is code, and so is what it builds
-        return explain(error)
+        finding = explain(error)
+        scope = _absent_scope(path) if finding.status == FAILED else None
+        return Finding(NEEDS, scope) if scope else finding
     return Finding(LACKS, ", ".join(lacking)) if lacking else Finding(BUILT)
 
 
 def explain(error: BaseException) -> Finding:
     """What an error says: that a package is absent, or something else in one line."""
     for link in _chain(error):
+        if type(link).__name__ in WITHOUT_WEIGHTS or "is not in the pretrained model" in str(link):
+            return Finding(NEEDS, WEIGHTS)
         if isinstance(link, ModuleNotFoundError) and link.name:
             return Finding(NEEDS, link.name.split(".")[0])
         text = " ".join(str(link).split())
         for pattern in ABSENT:
             match = re.search(pattern, text, re.IGNORECASE)
             name = match and match[1].rstrip(".").lower()
-            if name and ("/" in name or not is_installed(name)):  # a list of packages, or one
+            if name and _is_absent(name):
                 return Finding(NEEDS, name)
     lines = str(error).strip().splitlines()
     return Finding(FAILED, f"{type(error).__name__}: {' '.join(lines[0].split()) if lines else 'no message'}")
+
+
+def _package_of(path: Path) -> str | None:
+    """The package that ships a config: some of mmpretrain's configs leave it to mmpretrain to name the scope."""
+    return next((folder.parent.name for folder in path.parents if folder.name == ".mim"), None)
+
+
+def _absent_scope(path: Path) -> str | None:
+    """The package that the model of a config comes from (`_scope_`), if it is not installed."""
+    try:
+        scope = _read(path).model.get("_scope_")
+    except Exception:  # the config itself cannot be read
+        return None
+    return scope if scope and not is_installed(scope) else None
+
+
+def _is_absent(requirement: str) -> bool:
+    """Whether a list of packages (a path), or a package, perhaps with its version, is not installed."""
+    if "/" in requirement:
+        return True
+    name = re.split("[<>=!~]", requirement)[0]
+    if not is_installed(name):
+        return True
+    try:
+        wanted = Requirement(requirement).specifier
+        return not wanted.contains(importlib.metadata.version(name), prereleases=True)
+    except (InvalidRequirement, importlib.metadata.PackageNotFoundError):
+        return False
 
 
 @functools.lru_cache(maxsize=1)  # a config is identified and then examined
@@ -112,7 +164,8 @@ def _quiet() -> Iterator[None]:
 
 def _no_checkpoints() -> contextlib.AbstractContextManager:
     """Inside this context, models that load a teacher's or a tracker's weights while they are built load nothing."""
-    return unittest.mock.patch.object(CheckpointLoader, "load_checkpoint", return_value={"state_dict": {}})
+    checkpoint = NoWeights(state_dict=NoWeights())
+    return unittest.mock.patch.object(CheckpointLoader, "load_checkpoint", return_value=checkpoint)
 
 
 def _closed(*args, **kwargs) -> NoReturn:

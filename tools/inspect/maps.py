@@ -14,7 +14,8 @@ def last_map(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: the model gives no maps, or cannot take images of this size.
     """
-    name = model.pretrained_cfg.get("architecture", type(model).__name__)
+    base = getattr(model, "_model_args", {}).get("base")  # of a ViT that terrazzo changed
+    name = base or model.pretrained_cfg.get("architecture", type(model).__name__)
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"{name} gives no maps: timm has no forward_intermediates for it")
     size = tuple(images.shape[2:])

@@ -1,6 +1,7 @@
 """Predictions of classifiers, and the form that all predictors share."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import timm
 import torch
@@ -8,16 +9,22 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from terrazzo.tools.predict.prediction import Prediction, class_prediction
+from terrazzo.tools.predict.prediction import Prediction, by_shape, class_prediction
 
-Predictor = Callable[[Image.Image], Prediction]
+
+class Engine(Protocol):
+    """What every kind of model is for `predictor.Predictor`."""
+
+    def predict(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        """The predictions of pictures in RGB; they run together where the model can."""
+        ...
 
 
 class ClassPredictor:
     """Names the five likeliest classes of a picture.
 
     Args:
-        model: from a normalised (1, 3, H, W) to logits (1, classes).
+        model: from normalised (B, 3, H, W) to logits (B, classes).
         transform: from a picture to the model's input, without the batch dimension.
         names: class names; None for numbers.
         device: where to compute.
@@ -32,10 +39,15 @@ class ClassPredictor:
     ):
         self.model, self.transform, self.names, self.device = model.to(device).eval(), transform, names, device
 
+    def predict(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        inputs = [(image, self.transform(image)) for image in images]
+        return by_shape(inputs, lambda item: item[1].shape, self._together)
+
     @torch.inference_mode()
-    def __call__(self, image: Image.Image) -> Prediction:
-        logits = self.model(self.transform(image)[None].to(self.device))[0].float()
-        return class_prediction(image, logits.softmax(0).cpu().numpy(), self.names)
+    def _together(self, inputs: list[tuple[Image.Image, Tensor]]) -> list[Prediction]:
+        logits = self.model(torch.stack([pixels for _, pixels in inputs]).to(self.device)).float()
+        scores = logits.softmax(1).cpu().numpy()
+        return [class_prediction(image, own, self.names) for (image, _), own in zip(inputs, scores)]
 
 
 def timm_predictor(model: nn.Module, device: torch.device) -> ClassPredictor:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 Colour = tuple[int, int, int]
 
 _INK = (240, 240, 240)
-_PAPER = (28, 28, 32)
+PAPER = (28, 28, 32)
 _BAR = (78, 121, 167)
 
 # Colours that most people can tell apart, for data sets without colours.
@@ -41,7 +41,7 @@ def caption_bars(image: Image.Image, lines: Sequence[tuple[str, float]]) -> Imag
     """The picture with a strip below it: one text and bar for each (label, share in 0..1)."""
     text = _text_size(image)
     font, row = _font(text), round(text * 1.7)
-    strip = Image.new("RGB", (image.width, row * len(lines) + text), _PAPER)
+    strip = Image.new("RGB", (image.width, row * len(lines) + text), PAPER)
     pen = ImageDraw.Draw(strip)
     number_width = pen.textlength("100.0 %", font=font)
     bar_width = image.width * 0.25
@@ -154,7 +154,7 @@ def grid(
     width, height = rows[0][0].size
     gap, text = max(6, width // 40), max(12, width // 16)
     head = round(text * 1.8)
-    sheet = Image.new("RGB", (len(titles) * (width + gap) + gap, len(rows) * (height + gap) + head), _PAPER)
+    sheet = Image.new("RGB", (len(titles) * (width + gap) + gap, len(rows) * (height + gap) + head), PAPER)
     pen, font = ImageDraw.Draw(sheet), _font(text)
     for column, title in enumerate(titles):
         left = gap + column * (width + gap)
@@ -170,7 +170,7 @@ def panels(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int 
     gap, text = max(6, width // 40), max(12, width // 20)
     columns, head = min(columns, len(pictures)), round(text * 1.8)
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (head + height + gap)), _PAPER)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (head + height + gap)), PAPER)
     pen, font = ImageDraw.Draw(sheet), _font(text)
     for index, (picture, title) in enumerate(zip(pictures, titles)):
         row, column = divmod(index, columns)
@@ -178,6 +178,11 @@ def panels(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int 
         pen.text((left, top + text * 0.3), _fitted(pen, title, font, width), font=font, fill=_INK)
         sheet.paste(picture, (left, top + head))
     return sheet
+
+
+def legend_height(size: tuple[int, int], texts: Sequence[str]) -> int:
+    """Pixels of the strip that a legend of these texts adds to a picture of a size, (width, height)."""
+    return _legend(Image.new("1", size), [(text, _INK) for text in texts]).height
 
 
 def _legend(image: Image.Image, entries: Sequence[tuple[str, Colour]], text: int | None = None) -> Image.Image:
@@ -193,7 +198,7 @@ def _legend(image: Image.Image, entries: Sequence[tuple[str, Colour]], text: int
             left, line = text, line + 1
         places.append((left, line, name, colour))
         left += wide
-    strip = Image.new("RGB", (image.width, row * (line + 1) + text), _PAPER)
+    strip = Image.new("RGB", (image.width, row * (line + 1) + text), PAPER)
     pen = ImageDraw.Draw(strip)
     for left, line, name, colour in places:
         top = text // 2 + line * row
@@ -203,7 +208,7 @@ def _legend(image: Image.Image, entries: Sequence[tuple[str, Colour]], text: int
 
 
 def _stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
-    sheet = Image.new("RGB", (upper.width, upper.height + lower.height), _PAPER)
+    sheet = Image.new("RGB", (upper.width, upper.height + lower.height), PAPER)
     sheet.paste(upper, (0, 0))
     sheet.paste(lower, (0, upper.height))
     return sheet

@@ -101,7 +101,11 @@ class FilePredictor:
         """
         raise NotImplementedError
 
-    def __call__(self, image: Image.Image) -> Prediction:
+    def predict(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        """What the file finds in each picture; a file takes one picture at a time."""
+        return [self.prediction(image) for image in images]
+
+    def prediction(self, image: Image.Image) -> Prediction:
         """What the file finds, as a record and drawn on the picture."""
         raise NotImplementedError
 
@@ -131,7 +135,7 @@ class _Classes(FilePredictor):
     def results(self, image: Image.Image) -> dict[str, Tensor]:
         return {"scores": self.found(image)["logits"][0].softmax(0)}
 
-    def __call__(self, image: Image.Image) -> Prediction:
+    def prediction(self, image: Image.Image) -> Prediction:
         return class_prediction(image, self.results(image)["scores"].numpy(), self.names)
 
 
@@ -139,7 +143,7 @@ class _Labels(FilePredictor):
     def results(self, image: Image.Image) -> dict[str, Tensor]:
         return {"labels": self._labels(image, self.found(image))}
 
-    def __call__(self, image: Image.Image) -> Prediction:
+    def prediction(self, image: Image.Image) -> Prediction:
         found = self.found(image)
         names = class_names(self.names, max(found["logits"].shape[1], 2))
         return label_prediction(image, self._labels(image, found).numpy(), names, self.colours(len(names)))
@@ -157,7 +161,7 @@ class _Segments(FilePredictor):
         segments = self.found(image)["segments"][None, None].double()
         return {"segments": interpolate(segments, (image.height, image.width), mode="nearest")[0, 0].long()}
 
-    def __call__(self, image: Image.Image) -> Prediction:
+    def prediction(self, image: Image.Image) -> Prediction:
         segments = self.results(image)["segments"].numpy()
         arguments = (segments, INSTANCE_OFFSET, self.preparation["things"], self.names or [])
         return panoptic_prediction(image, *arguments, self.colours(len(self.names or [1])))
@@ -180,7 +184,7 @@ class _Boxes(FilePredictor):
             results["masks"] = torch.cat([torch.zeros(0, *size, dtype=torch.bool), *grown])
         return results
 
-    def __call__(self, image: Image.Image) -> Prediction:
+    def prediction(self, image: Image.Image) -> Prediction:
         found = self.results(image, self.min_score)
         masks = found["masks"].numpy() if "masks" in found else None
         arrays = (found["boxes"].numpy(), found["labels"].tolist(), found["scores"].tolist(), masks)

@@ -14,18 +14,19 @@ from torch import nn
 from terrazzo.errors import InputError
 from terrazzo.tools import mm
 from terrazzo.tools.data.pictures import to_bgr
-from terrazzo.tools.predict.classifiers import ClassPredictor, Predictor
+from terrazzo.tools.predict.classifiers import ClassPredictor, Engine
 from terrazzo.tools.predict.draw import palette
 from terrazzo.tools.predict.prediction import (
     Prediction,
     box_prediction,
+    by_shape,
     class_names,
     label_prediction,
     panoptic_prediction,
 )
 
 
-def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, min_score: float = 0.3) -> Predictor:
+def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, min_score: float = 0.3) -> Engine:
     """The predictor of a config's classifier, segmentor or detector.
 
     Args:
@@ -83,15 +84,34 @@ class _Prepare:
         self.steps = Compose([step for step in pipeline if _kind(step) not in loading])
 
     def __call__(self, image: Image.Image) -> dict:
-        """A batch of one, for a model's `test_step`."""
+        """A sample; `pseudo_collate` makes a batch of samples for a model's `test_step`."""
         pixels = to_bgr(image)
         shape = pixels.shape[:2]
         pixels = pixels.astype(np.float32) if self.to_float32 else pixels
-        data = self.steps({"img": pixels, "img_path": "", "img_id": 0, "img_shape": shape, "ori_shape": shape})
-        return pseudo_collate([data])
+        return self.steps({"img": pixels, "img_path": "", "img_id": 0, "img_shape": shape, "ori_shape": shape})
 
 
-class SegmentPredictor:
+class _SampleEngine:
+    """Runs a model of OpenMMLab on pictures; pictures that are equally large after their preparation run together."""
+
+    model: nn.Module
+    prepare: _Prepare
+
+    def predict(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        inputs = [(image, self.prepare(image)) for image in images]
+        return by_shape(inputs, lambda item: tuple(item[1]["inputs"].shape), self._together)
+
+    @torch.inference_mode()
+    def _together(self, inputs: list[tuple[Image.Image, dict]]) -> list[Prediction]:
+        samples = self.model.test_step(pseudo_collate([data for _, data in inputs]))
+        return [self.prediction(image, sample) for (image, _), sample in zip(inputs, samples)]
+
+    def prediction(self, image: Image.Image, sample) -> Prediction:
+        """What a sample of the model's results says about a picture."""
+        raise NotImplementedError
+
+
+class SegmentPredictor(_SampleEngine):
     """Gives every pixel a class.
 
     Args:
@@ -108,13 +128,11 @@ class SegmentPredictor:
         self.names = class_names(names, max(model.num_classes, 2))
         self.colours = palette(len(self.names), colours)
 
-    @torch.inference_mode()
-    def __call__(self, image: Image.Image) -> Prediction:
-        sample = self.model.test_step(self.prepare(image))[0]
+    def prediction(self, image: Image.Image, sample) -> Prediction:
         return label_prediction(image, sample.pred_sem_seg.data[0].cpu().numpy(), self.names, self.colours)
 
 
-class PanopticPredictor:
+class PanopticPredictor(_SampleEngine):
     """Divides a picture into segments: each thing is a segment, and so is all stuff of a class.
 
     Args:
@@ -131,16 +149,14 @@ class PanopticPredictor:
         self.names = class_names(names, model.panoptic_fusion_head.num_classes)
         self.colours = palette(len(self.names), colours)
 
-    @torch.inference_mode()
-    def __call__(self, image: Image.Image) -> Prediction:
+    def prediction(self, image: Image.Image, sample) -> Prediction:
         from mmdet.evaluation import INSTANCE_OFFSET
 
-        sample = self.model.test_step(self.prepare(image))[0]
         values = sample.pred_panoptic_seg.sem_seg[0].cpu().numpy()  # class + INSTANCE_OFFSET * number of the thing
         return panoptic_prediction(image, values, INSTANCE_OFFSET, self.things, self.names, self.colours)
 
 
-class BoxPredictor:
+class BoxPredictor(_SampleEngine):
     """Finds things: boxes, and masks where the model gives them.
 
     Args:
@@ -162,9 +178,8 @@ class BoxPredictor:
         self.model, self.prepare, self.names, self.min_score = model, prepare, names or [], min_score
         self.colours = palette(max(len(self.names), 1), colours)
 
-    @torch.inference_mode()
-    def __call__(self, image: Image.Image) -> Prediction:
-        found = self.model.test_step(self.prepare(image))[0].pred_instances.cpu()
+    def prediction(self, image: Image.Image, sample) -> Prediction:
+        found = sample.pred_instances.cpu()
         found = found[found.scores.argsort(descending=True, stable=True)]  # Mask2Former gives them in any order
         found = found[found.scores >= self.min_score]
         masks = found.masks.numpy().astype(bool) if "masks" in found else None

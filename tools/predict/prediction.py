@@ -1,7 +1,9 @@
 """What a model found, as a record and drawn on the picture; the same for every runtime."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -10,7 +12,7 @@ from terrazzo.tools.data import rle
 from terrazzo.tools.predict.draw import Colour, box_overlay, caption_bars, label_overlay
 
 TOP = 5
-_LEGEND_ENTRIES = 16
+LEGEND_ENTRIES = 16
 
 
 @dataclass(frozen=True)
@@ -19,15 +21,36 @@ class Prediction:
 
     Attributes:
         record: JSON-ready facts.
-        drawing: the picture with the result on it.
+        draw: makes the drawing.
         labels: (H, W) class indices, for a segmentor.
         segments: (H, W) numbers of segments as in the record, 0 for none, for a panoptic segmentor.
     """
 
     record: dict
-    drawing: Image.Image
+    draw: Callable[[], Image.Image]
     labels: np.ndarray | None = None
     segments: np.ndarray | None = None
+
+    @functools.cached_property
+    def drawing(self) -> Image.Image:
+        """The picture with the result on it; it is drawn at the first look."""
+        return self.draw()
+
+
+T = TypeVar("T")
+
+
+def by_shape(
+    inputs: Sequence[T], shape: Callable[[T], Hashable], run: Callable[[list[T]], Sequence[Prediction]]
+) -> list[Prediction]:
+    """The predictions of inputs, in their order; inputs of one shape run together, so that no input is padded."""
+    places: dict[Hashable, list[int]] = {}
+    for place, item in enumerate(inputs):
+        places.setdefault(shape(item), []).append(place)
+    found: dict[int, Prediction] = {}
+    for members in places.values():
+        found.update(zip(members, run([inputs[place] for place in members]), strict=True))
+    return [found[place] for place in range(len(inputs))]
 
 
 def class_prediction(image: Image.Image, scores: np.ndarray, names: Sequence[str] | None) -> Prediction:
@@ -43,8 +66,8 @@ def class_prediction(image: Image.Image, scores: np.ndarray, names: Sequence[str
         {"label": name_of(int(index), names), "index": int(index), "score": round(float(scores[index]), 6)}
         for index in order
     ]
-    drawing = caption_bars(image, [(entry["label"], entry["score"]) for entry in top])
-    return Prediction({"task": "classification", "top": top}, drawing)
+    lines = [(entry["label"], entry["score"]) for entry in top]
+    return Prediction({"task": "classification", "top": top}, lambda: caption_bars(image, lines))
 
 
 def label_prediction(
@@ -58,9 +81,9 @@ def label_prediction(
         names, colours: of every class.
     """
     shares = _shares(labels, names)
-    drawing = label_overlay(image, labels, names, colours, _legend(shares))
     record = {"task": "segmentation", "classes": list(names), "shares": shares}
-    return Prediction(record, drawing, labels.astype(np.uint8 if len(names) <= 256 else np.uint16))
+    kept = labels.astype(np.uint8 if len(names) <= 256 else np.uint16)
+    return Prediction(record, lambda: label_overlay(image, labels, names, colours, _legend(shares)), kept)
 
 
 def panoptic_prediction(
@@ -89,9 +112,9 @@ def panoptic_prediction(
         share = round(float(counts[place] / values.size), 6)
         records.append({"id": number, "label": names[index], "index": index, "thing": index < things, "share": share})
     shares = _shares(labels, names)
-    drawing = label_overlay(image, labels, names, colours, _legend(shares), segments)
     record = {"task": "panoptic", "classes": list(names), "shares": shares, "segments": records}
-    return Prediction(record, drawing, segments=segments)
+    draw = functools.partial(label_overlay, image, labels, names, colours, _legend(shares), segments)
+    return Prediction(record, draw, segments=segments)
 
 
 def box_prediction(
@@ -123,8 +146,9 @@ def box_prediction(
             thing["mask"] = rle.encode(masks[index])
         things.append(thing)
     texts = [f"{thing['label']} {thing['score']:.2f}" for thing in things]
-    drawing = box_overlay(image, boxes, texts, [colours[label % len(colours)] for label in labels], masks)
-    return Prediction({"task": "detection", "min_score": min_score, "things": things}, drawing)
+    drawn = [colours[label % len(colours)] for label in labels]
+    record = {"task": "detection", "min_score": min_score, "things": things}
+    return Prediction(record, lambda: box_overlay(image, boxes, texts, drawn, masks))
 
 
 def name_of(index: int, names: Sequence[str] | None) -> str:
@@ -144,4 +168,4 @@ def _shares(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
 
 
 def _legend(shares: dict[str, float]) -> dict[str, float]:
-    return dict(list(shares.items())[:_LEGEND_ENTRIES])
+    return dict(list(shares.items())[:LEGEND_ENTRIES])

@@ -10,7 +10,7 @@ from torchvision.transforms import Normalize
 
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.errors import InputError
-from terrazzo.tools.predict.classifiers import Predictor
+from terrazzo.tools.predict.classifiers import Engine
 from terrazzo.tools.predict.draw import outlines, panels
 
 _SIDE = 448  # pixels of a panel's shorter side, at least
@@ -39,7 +39,7 @@ class TokenWatch:
         InputError: the predictor's model has no reducing ViT.
     """
 
-    def __init__(self, predictor: Predictor):
+    def __init__(self, predictor: Engine):
         self.mean, self.std = _normalised_by(predictor)
         found = [
             module for module in predictor.model.modules() if isinstance(getattr(module, "reducer", None), Reducer)
@@ -90,7 +90,7 @@ class TokenWatch:
         return panels(drawn, titles)
 
 
-def _normalised_by(predictor: Predictor) -> tuple[np.ndarray, np.ndarray]:
+def _normalised_by(predictor: Engine) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation, three colours each, that normalised a model's colours of 0 to 1."""
     prepare = getattr(predictor.model, "data_preprocessor", None)
     if prepare is not None:  # OpenMMLab's, for colours of 0 to 255

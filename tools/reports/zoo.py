@@ -9,6 +9,13 @@ from terrazzo.tools import results
 
 PATH = results.FOLDER / "openmmlab_zoo.csv"
 
+DISTRIBUTIONS = {
+    **{"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain", "mmpose": "mmpose"},
+    **{"mmrotate": "mmrotate", "mmyolo": "mmyolo", "mmaction": "mmaction2", "mmocr": "mmocr", "mmdet3d": "mmdet3d"},
+    "mmagic": "mmagic",
+}
+"""OpenMMLab's packages with configs, and the names under which pip installs them."""
+
 BUILT = "built"
 NEEDS = "needs package"
 LACKS = "lacks operator"
@@ -92,7 +99,7 @@ def notes(rows: Sequence[results.Row]) -> list[str]:
 
 def _versions(package: str) -> str:
     """The versions on which the counts of a package depend."""
-    own = {"mmdet": ("mmdet",), "mmseg": ("mmsegmentation",)}.get(package, ())
+    own = (DISTRIBUTIONS[package],) if package in DISTRIBUTIONS else ()
     installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
     names = (*own, "mmcv-lite", "mmcv", "mmengine", "torch")
     return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)

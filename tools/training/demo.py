@@ -168,7 +168,7 @@ def _draw(cfg, checkpoint: Path, data: Path, path: Path) -> None:
         image = Image.open(source).convert("RGB")
         labels = np.asarray(Image.open(data / "labels" / "val" / source.name))
         sheets = (image, Image.fromarray(colour_map(labels, PALETTE)))
-        predicted = Image.fromarray(colour_map(predictor(image).labels, PALETTE))
+        predicted = Image.fromarray(colour_map(predictor.predict([image])[0].labels, PALETTE))
         rows.append(
             [sheet.resize((_DRAWN_SIZE, _DRAWN_SIZE), Image.Resampling.NEAREST) for sheet in (*sheets, predicted)]
         )

@@ -1,15 +1,15 @@
 """`terrazzo convert`: the weights of a checkpoint, alone, as safetensors or as plain .pth."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
-from terrazzo.backbones._weights import licence_notices, weights_of
-from terrazzo.checkpoints.files import load_file, save_file
-from terrazzo.checkpoints.records import meta_of, recorded
 from terrazzo.errors import InputError
 from terrazzo.tools.options import UserPath
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command()
@@ -27,6 +27,10 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
     model or another usual key. OUT also keeps the record of mixers and token reduction. A file that could run code is
     refused, and the message says why.
     """
+    from terrazzo.backbones._weights import licence_notices, weights_of
+    from terrazzo.checkpoints.files import load_file, save_file
+    from terrazzo.checkpoints.records import meta_of, recorded
+
     if out.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{out.name} ends in neither .safetensors nor .pth; name a file that does")
     if not out.parent.is_dir():
@@ -43,8 +47,10 @@ def command(checkpoint: Path, out: Path, ema: bool) -> None:
         click.echo(notice, err=True)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
+def _alone(tensor: "torch.Tensor") -> "torch.Tensor":
     """A tensor without the rest of its storage, which a file would keep; tied tensors stay tied."""
+    import torch
+
     tensor = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

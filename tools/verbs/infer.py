@@ -1,25 +1,28 @@
-"""`terrazzo infer`: pictures in, drawings and JSON out."""
+"""`terrazzo infer`: pictures and videos in, drawings and JSON out."""
 
-import json
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from PIL import Image
 
-from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
-from terrazzo.tools.data.pictures import Picture, find_pictures
 from terrazzo.tools.files import check_folder
-from terrazzo.tools.mechanisms import Mechanism, change_options, refuse_changes
-from terrazzo.tools.options import UserPath
-from terrazzo.tools.targets import is_config, load_timm_model, pick_device
+from terrazzo.tools.mechanisms import Mechanism, change_options
+from terrazzo.tools.options import UserPath, UserPlace
+
+if TYPE_CHECKING:
+    from terrazzo.tools.data.clips import Clip
+    from terrazzo.tools.predict.predictor import Predictor
+
+RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 
 
 @click.command()
 @click.argument("model_or_config")
-@click.argument("images", nargs=-1, required=True, type=UserPath(), metavar="IMAGE...")
+@click.argument("places", nargs=-1, required=True, type=UserPlace(), metavar="IMAGE...")
 @click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights; a config needs them.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
 @change_options
@@ -35,104 +38,112 @@ from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Weakest detection kept."
 )
-@click.option(
-    "--runtime",
-    type=click.Choice(("torch", "onnx", "openvino", "pt2", "aoti")),
-    default="torch",
-    show_default=True,
-    help="Who runs it.",
-)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per run.")
+@click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Take every N-th frame.")
+@click.option("--max-frames", type=click.IntRange(min=1), help="Frames of a video, at most [default: all].")
+@click.option("--runtime", type=click.Choice(RUNTIMES), default="torch", show_default=True, help="Who runs it.")
 @click.option(
     "--show-tokens", is_flag=True, help="Draw which patches MCTF or AS-ViT merged or dropped, block by block."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
 def command(
     model_or_config: str,
-    images: tuple[Path, ...],
+    places: tuple[str, ...],
     checkpoint: Path | None,
     pretrained: bool,
     num_classes: int | None,
     changes: Sequence[Mechanism],
     out: Path,
     min_score: float,
+    batch: int,
+    every: int,
+    max_frames: int | None,
     runtime: str,
     show_tokens: bool,
     device: str | None,
 ) -> None:
-    """Run a classifier, segmentor or detector on each IMAGE (a file or a folder of files).
+    """Run a classifier, segmentor or detector on each IMAGE.
+
+    An IMAGE is a picture, a video, a folder of pictures and videos (its subfolders, too), the address of a picture or
+    stream (http://, rtsp://), or the number of a camera, such as 0. Videos need OpenCV. Ctrl-C ends a stream, and its
+    results are kept.
 
     MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name. If --runtime is not torch, it
     is a file that `terrazzo export` wrote in that format. For each picture the command writes NAME.overlay.jpg (the
     result drawn) and NAME.json; for a segmentor also NAME.labels.png (a class index for each pixel), for a panoptic
     segmentor also NAME.segments.png (the number of a segment for each pixel; the JSON has its class), and with
-    --show-tokens also NAME.tokens.jpg.
+    --show-tokens also NAME.tokens.jpg. For each video it writes NAME.overlay.mp4 and NAME.jsonl: a line of JSON for
+    each frame.
     """
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
     if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
         raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
-    chosen = pick_device(device)
-    pictures = find_pictures(images)
-    check_folder(out)
-    if runtime == "torch":
-        predictor = _predictor(model_or_config, checkpoint, pretrained, num_classes, changes, min_score, chosen)
-    else:
-        from terrazzo.tools.predict.files import file_predictor
+    if show_tokens and batch > 1:
+        raise InputError("--show-tokens draws one picture at a time: leave --batch out")
+    from terrazzo.tools.data.pictures import Picture
+    from terrazzo.tools.data.sources import find_sources
+    from terrazzo.tools.predict.output import write_prediction
+    from terrazzo.tools.predict.predictor import Predictor
+    from terrazzo.tools.targets import pick_device
 
-        predictor = file_predictor(runtime, Path(model_or_config), min_score)
+    pick_device(device)
+    sources = find_sources(places, apart=out)
+    pictures = [source for source in sources if isinstance(source, Picture)]
+    clips = [source for source in sources if not isinstance(source, Picture)]
+    if show_tokens and clips:
+        raise InputError(f"--show-tokens is for pictures, and {clips[0].place} is a video; leave one of them out")
+    check_folder(out)
+    predictor = Predictor(
+        model_or_config,
+        checkpoint,
+        device=device,
+        min_score=min_score,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        runtime=runtime,
+        changes=changes,
+    )
+    if predictor.random:
+        click.echo(
+            f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
+        )
     watch = None
     if show_tokens:
         from terrazzo.tools.predict.tokens import TokenWatch
 
-        watch = TokenWatch(predictor)
+        watch = TokenWatch(predictor.engine)
     rows = []
     with progress("predicting", len(pictures)) as bar:
-        for picture in pictures:
-            image = picture.read()
-            prediction = predictor(image)
-            record = {"picture": str(picture.path), "width": image.width, "height": image.height, **prediction.record}
-            _write(out, picture, record, prediction, watch.draw() if watch else None)
-            rows.append((picture.path.name, _summary(record)))
+        for picture, prediction in zip(pictures, predictor.stream(pictures, batch)):
+            write_prediction(out, picture.name, prediction, watch.draw() if watch else None)
+            rows.append((Path(picture.path).name, _summary(prediction.record)))
             bar.advance(bar.task_ids[0])
+    for clip in clips:
+        rows.append((Path(str(clip.place)).name, _run_clip(predictor, clip, out, batch, every, max_frames)))
     print_table(rows, ("picture", "result"))
     click.echo(f"written to {out}")
 
 
-def _predictor(name, checkpoint, pretrained, num_classes, changes, min_score, device):
-    if not is_config(name):
-        from terrazzo.tools.predict.classifiers import timm_predictor
+def _run_clip(predictor: "Predictor", clip: "Clip", out: Path, batch: int, every: int, max_frames: int | None) -> str:
+    """Predict every frame of a clip, and say how it went."""
+    from terrazzo.tools.predict.output import ClipOutput
+    from terrazzo.tools.predict.predictor import Seen
 
-        if checkpoint is None and not pretrained:
-            click.echo(
-                f"note: {name} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
-            )
-        return timm_predictor(load_timm_model(name, checkpoint, pretrained, num_classes, changes=changes), device)
-    refuse_changes(name, changes)
-    from terrazzo.openmmlab.config import load_config
-    from terrazzo.tools import mm
-    from terrazzo.tools.predict.openmmlab import config_predictor
-
-    cfg = load_config(name)
-    if pretrained or num_classes is not None:
-        raise InputError("--pretrained and --num-classes are for timm models; a config takes only --checkpoint FILE")
-    if checkpoint is None:
-        raise InputError(f"the config {name} needs weights; name a file that its training wrote with --checkpoint FILE")
-    with mm.quiet():
-        return config_predictor(cfg, checkpoint, device, min_score)
-
-
-def _write(out: Path, picture: Picture, record: dict, prediction, tokens: Image.Image | None) -> None:
-    for kind, drawing in (("overlay", prediction.drawing), ("tokens", tokens)):
-        if drawing is not None:
-            with written_whole(out / f"{picture.name}.{kind}.jpg") as temporary:
-                drawing.save(temporary, quality=92)
-    for kind, pixels in (("labels", prediction.labels), ("segments", prediction.segments)):
-        if pixels is not None:
-            with written_whole(out / f"{picture.name}.{kind}.png") as temporary:
-                Image.fromarray(pixels).save(temporary)
-    # The JSON comes last: if it exists, the other files exist.
-    with written_whole(out / f"{picture.name}.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    frames = itertools.islice(clip.frames(), 0, None if max_frames is None else max_frames * every, every)
+    seen = (
+        Seen(frame.image, {"picture": str(clip.place), "frame": frame.number, "seconds": round(frame.seconds, 3)})
+        for frame in frames
+    )
+    total = None if clip.count is None else -(-clip.count // every)
+    total = max_frames if total is None else min(total, max_frames or total)
+    with ClipOutput(out, clip.name, clip.rate / every, clip.live) as output, progress(clip.name, total) as bar:
+        for prediction in predictor.stream(seen, batch):
+            output.add(prediction)
+            bar.advance(bar.task_ids[0])
+    if total is not None and not clip.live and output.count < total:
+        click.echo(f"note: {clip.place} promises {total} frames, and {output.count} could be read", err=True)
+    return f"{output.count} frames"
 
 
 def _summary(record: dict) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import click
 
 from terrazzo.tools.console import human, print_table
-from terrazzo.tools.inspect.description import describe
 from terrazzo.tools.mechanisms import Mechanism, change_options
 
 
@@ -25,6 +24,8 @@ def command(
 
     Nothing is downloaded or computed: only shapes run through the model.
     """
+    from terrazzo.tools.inspect.description import describe
+
     facts = describe(model, size, in_chans, changes)
     if as_json:
         click.echo(json.dumps(facts, indent=2))

@@ -62,6 +62,9 @@ def test_box_iou_rotated(mode, clockwise):
     torch.testing.assert_close(box_iou_rotated(first, second, mode, clockwise=clockwise), expected)
     aligned = box_iou_rotated(first, second, mode, aligned=True, clockwise=clockwise)
     torch.testing.assert_close(aligned, expected.diagonal())
+    if clockwise:  # mmcv turns boxes of five columns only
+        scored = torch.nn.functional.pad(first, (0, 1), value=0.5)
+        torch.testing.assert_close(box_iou_rotated(scored, second, mode), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -268,3 +271,40 @@ def test_points_in_polygons():
     inside = points_in_polygons(border, torch.tensor([[0.0, 0, 2, 0, 2, 2, 0, 2]]))
     assert inside[:, 0].tolist() == [0, 0, 1, 0]
     assert points_in_polygons(border[:0], torch.zeros(3, 8)).shape == (0, 3)
+
+
+def test_diff_iou_rotated():
+    from mmcv.ops import diff_iou_rotated_2d
+
+    first, second = random_boxes(40, 2), random_boxes(40, 3)
+    second[:3] = first[:3]  # equal boxes have each corner twice
+    second[3, :4] = first[3, :4]  # a turned copy has eight corners
+    second[4, 2:4] = 0.01  # a small box, mostly inside
+    first, second = first[None].requires_grad_(), second[None].requires_grad_()
+    found = diff_iou_rotated_2d(first, second)
+    expected = [
+        plain_overlap(rectangle(*a), rectangle(*b)) for a, b in zip(first[0].tolist(), second[0].tolist(), strict=True)
+    ]
+    assert sum(value > 0 for value in expected) > 10
+    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=1e-5)
+    found.sum().backward()
+    assert torch.isfinite(first.grad).all()
+    assert (first.grad[0, [index for index, value in enumerate(expected) if 0 < value < 0.99]] != 0).any(-1).all()
+
+
+def test_chamfer_distance():
+    from mmcv.ops import chamfer_distance
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(2, count, 2, generator=generator, requires_grad=True) for count in (5, 7))
+    weights = [torch.rand(2, count, generator=generator) for count in (5, 7)]
+    found = chamfer_distance(first, second)
+    plain = torch.cdist(first, second).square()
+    for got, dim, index in ((0, 2, 2), (1, 1, 3)):
+        nearest = plain.min(dim)
+        torch.testing.assert_close(found[got], nearest.values)
+        assert torch.equal(found[index].long(), nearest.indices)
+    gradients = torch.autograd.grad(sum((d * w).sum() for d, w in zip(found, weights)), (first, second))
+    values = plain.min(2).values, plain.min(1).values
+    expected = torch.autograd.grad(sum((d * w).sum() for d, w in zip(values, weights)), (first, second))
+    torch.testing.assert_close(gradients, expected)

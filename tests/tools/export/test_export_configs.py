@@ -26,7 +26,7 @@ def folder():
         yield Path(name)
 
 
-OTHERS = ("multitask", "pretraining")
+OTHERS = ("multitask", "pose", "pretraining", "rotated")
 
 
 @pytest.mark.slow

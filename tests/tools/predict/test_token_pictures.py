@@ -25,7 +25,7 @@ def photo():
 def watched(model, photo):
     predictor = timm_predictor(model, torch.device("cpu"))
     watch = TokenWatch(predictor)
-    predictor(photo)
+    predictor.predict([photo])
     return watch
 
 

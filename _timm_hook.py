@@ -1,0 +1,48 @@
+"""Registers the backbones with timm: at once if timm is imported, otherwise at the end of timm's import.
+
+`import terrazzo` does not import timm itself, because timm brings PyTorch along, and `terrazzo --help` needs neither.
+A model cannot be created before timm is imported, so nobody can tell the difference.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_BACKBONES = "terrazzo.backbones"
+
+
+class _AfterTimm(importlib.abc.MetaPathFinder):
+    """Finds timm as the other finders do, and lets its loader import the backbones after timm."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of timm; None for any other module."""
+        if fullname != "timm":
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            if module.__name__ == "timm":  # a loader of an archive loads other modules, too
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                importlib.import_module(_BACKBONES)
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+def register() -> None:
+    """Register every backbone with timm now, or when timm is imported."""
+    if "timm" in sys.modules:
+        importlib.import_module(_BACKBONES)
+    elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterTimm())

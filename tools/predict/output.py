@@ -1,0 +1,74 @@
+"""Files of predictions: what `terrazzo infer` writes for a picture, and for a video."""
+
+import contextlib
+import json
+from pathlib import Path
+from types import TracebackType
+
+from PIL import Image
+
+from terrazzo._files import written_whole
+from terrazzo.tools.data.clips import ClipWriter
+from terrazzo.tools.predict.draw import PAPER, legend_height
+from terrazzo.tools.predict.prediction import LEGEND_ENTRIES, Prediction
+
+
+def write_prediction(out: Path, name: str, prediction: Prediction, tokens: Image.Image | None = None) -> None:
+    """Write NAME.json, NAME.overlay.jpg and whatever else there is into a folder; each file whole or not at all."""
+    for kind, drawing in (("overlay", prediction.drawing), ("tokens", tokens)):
+        if drawing is not None:
+            with written_whole(out / f"{name}.{kind}.jpg") as temporary:
+                drawing.save(temporary, quality=92)
+    for kind, pixels in (("labels", prediction.labels), ("segments", prediction.segments)):
+        if pixels is not None:
+            with written_whole(out / f"{name}.{kind}.png") as temporary:
+                Image.fromarray(pixels).save(temporary)
+    # The JSON comes last: if it exists, the other files exist.
+    with written_whole(out / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(prediction.record, indent=2) + "\n")
+
+
+class ClipOutput:
+    """NAME.overlay.mp4 and NAME.jsonl, a line of JSON for each frame; both whole, or neither.
+
+    Args:
+        out: the folder.
+        name: what the files are called.
+        rate: frames per second.
+        live: whether Ctrl-C is the usual end, so that the files are kept.
+
+    Attributes:
+        count: the number of frames so far.
+    """
+
+    def __init__(self, out: Path, name: str, rate: float, live: bool):
+        self.out, self.name, self.rate, self.live, self.count = out, name, rate, live, 0
+
+    def __enter__(self) -> "ClipOutput":
+        with contextlib.ExitStack() as stack:
+            lines = stack.enter_context(written_whole(self.out / f"{self.name}.jsonl"))
+            video = stack.enter_context(written_whole(self.out / f"{self.name}.overlay.mp4"))
+            self.lines = open(lines, "w")
+            self.writer = ClipWriter(video, self.rate, PAPER)
+            self.files = stack.pop_all()
+        return self
+
+    def add(self, prediction: Prediction) -> None:
+        """Append a frame."""
+        record, height = prediction.record, 0
+        if self.count == 0 and record.get("classes"):  # a later frame may have more classes in its legend
+            size = (record["width"], record["height"])
+            height = size[1] + legend_height(size, [f"{name} 100 %" for name in record["classes"][:LEGEND_ENTRIES]])
+        self.writer.add(prediction.drawing, height)
+        self.lines.write(json.dumps(record) + "\n")
+        self.count += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lines.close()
+        self.writer.close()
+        if self.count and self.live and isinstance(error, KeyboardInterrupt):
+            self.files.close()
+        else:
+            self.files.__exit__(kind, error, trace)
