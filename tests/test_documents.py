@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import pytest
 import timm
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -29,7 +30,7 @@ OPERATORS = sorted(ROOT.glob("kernels/*/README.md"))
 PAGES = [*cards.pages(), *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")), *OPERATORS]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_DATA = ROOT / "docs" / "train-your-own.md"
-LONG = ("export.md", "mixers.md", "timm.md")
+LONG = ("export.md", "inference.md", "mixers.md", "timm.md")
 """Pages whose code takes more than seconds."""
 ELSEWHERE = ("ecosystem.md",)
 """Pages whose code needs other frameworks; tests/ecosystem runs it."""
@@ -116,16 +117,31 @@ def code_pages():
             yield pytest.param(page, marks=marks, id=name_of(page))
 
 
+def prepare(page):
+    """Write the files that the code of a page reads, and that commands of the page or of README.md make."""
+    if page.name == "export.md":
+        pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+        (words,) = (words for words in commands(page) if words[1] == "s2aformer_mini")
+        assert CliRunner().invoke(module_of("export").command, words[1:], standalone_mode=False).exception is None
+    if page.name == "inference.md":
+        pytest.importorskip("mmseg", reason="needs the extra 'openmmlab'")
+        from mmseg.registry import MODELS
+
+        from terrazzo.openmmlab.config import load_config
+
+        write_floors("data/floors", train=1, val=1, size=64)
+        model = MODELS.build(load_config("fpn_dinat-mini_floors").model)
+        Path("work_dirs/floors").mkdir(parents=True)
+        torch.save({"state_dict": model.state_dict(), "meta": {}}, "work_dirs/floors/iter_40.pth")
+
+
 @pytest.mark.parametrize("page", code_pages())
 def test_code_runs(page, tmp_path, monkeypatch):
     """The Python blocks of a page, one after another, without downloads; configs are tested otherwise."""
     monkeypatch.chdir(tmp_path)
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
-    if page.name == "export.md":  # the code reads a file that a command wrote
-        pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
-        (words,) = (words for words in commands(page) if words[1] == "s2aformer_mini")
-        assert CliRunner().invoke(module_of("export").command, words[1:], standalone_mode=False).exception is None
+    prepare(page)
     space = {}
     for index, block in enumerate(blocks(page, "python")):
         if "_base_" not in block:
