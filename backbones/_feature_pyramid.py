@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -87,7 +87,7 @@ class FeaturePyramid(FeatureGetterNet):
                 "create the model with patch_size=16, which timm fits pretrained weights to"
             )
         super().__init__(model, out_indices=1, **kwargs)
-        (self.tap,) = self.out_indices
+        (self.tap,) = cast(tuple[int, ...], self.out_indices)
         width = self.feature_info.channels()[-1]
         self.out_indices, _ = feature_take_indices(len(STRIDES), out_indices)
         channels = whole("channels", channels)

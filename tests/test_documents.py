@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import pytest
 import timm
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -29,7 +30,7 @@ OPERATORS = sorted(ROOT.glob("kernels/*/README.md"))
 PAGES = [*cards.pages(), *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")), *OPERATORS]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_DATA = ROOT / "docs" / "train-your-own.md"
-LONG = ("mixers.md", "timm.md")
+LONG = ("export.md", "inference.md", "mixers.md", "timm.md")
 """Pages whose code takes more than seconds."""
 ELSEWHERE = ("ecosystem.md",)
 """Pages whose code needs other frameworks; tests/ecosystem runs it."""
@@ -105,11 +106,33 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
+def module_of(verb):
+    return importlib.import_module(f"terrazzo.tools.verbs.{cli.MODULES.get(verb, verb)}")
+
+
 def code_pages():
     for page in GUIDES:
         if page.name not in ELSEWHERE and any("_base_" not in block for block in blocks(page, "python")):
             marks = [pytest.mark.slow] if page.name in LONG else []
             yield pytest.param(page, marks=marks, id=name_of(page))
+
+
+def prepare(page):
+    """Write the files that the code of a page reads, and that commands of the page or of README.md make."""
+    if page.name == "export.md":
+        pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+        (words,) = (words for words in commands(page) if words[1] == "s2aformer_mini")
+        assert CliRunner().invoke(module_of("export").command, words[1:], standalone_mode=False).exception is None
+    if page.name == "inference.md":
+        pytest.importorskip("mmseg", reason="needs the extra 'openmmlab'")
+        from mmseg.registry import MODELS
+
+        from terrazzo.openmmlab.config import load_config
+
+        write_floors("data/floors", train=1, val=1, size=64)
+        model = MODELS.build(load_config("fpn_dinat-mini_floors").model)
+        Path("work_dirs/floors").mkdir(parents=True)
+        torch.save({"state_dict": model.state_dict(), "meta": {}}, "work_dirs/floors/iter_40.pth")
 
 
 @pytest.mark.parametrize("page", code_pages())
@@ -118,6 +141,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
+    prepare(page)
     space = {}
     for index, block in enumerate(blocks(page, "python")):
         if "_base_" not in block:
@@ -141,10 +165,8 @@ def test_commands_parse(page):
     """Every verb and every option in the pages exists."""
     for words in commands(page):
         verb, *rest = words
-        if verb not in cli.VERBS:
-            assert verb == "floors", words
-            continue
-        module = importlib.import_module(f"terrazzo.tools.verbs.{cli.MODULES.get(verb, verb)}")
+        assert verb in cli.VERBS, words
+        module = module_of(verb)
         command = module.command
         if verb == "bench" and rest[0] in module._COMMANDS:
             command = importlib.import_module(f"terrazzo.tools.bench.{module._COMMANDS[rest.pop(0)]}").command
@@ -189,8 +211,7 @@ def test_commands_for_own_data_run(own_data):
     pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     for verb, *rest in commands(OWN_DATA):
         if verb != "floors" and rest[0] != "stones_masks.py":
-            module = importlib.import_module(f"terrazzo.tools.verbs.{cli.MODULES.get(verb, verb)}")
-            done = CliRunner().invoke(module.command, rest, standalone_mode=False)
+            done = CliRunner().invoke(module_of(verb).command, rest, standalone_mode=False)
             assert done.exception is None, (verb, rest, done.output[-2000:])
             assert done.return_value in (None, 0), (verb, rest, done.output[-2000:])
 
@@ -209,7 +230,9 @@ class TestSite:
         assert known["terrazzo.kernels"] == set(terrazzo.kernels.__all__)
         own = {name for name in dir(terrazzo) if not name.startswith("_")}
         values = {name: getattr(terrazzo, name) for name in own}
-        functions = {name for name, value in values.items() if callable(value)}
+        functions = {
+            name for name, value in values.items() if str(getattr(value, "__module__", "")).startswith("terrazzo")
+        }
         assert known["terrazzo"] == functions
         for module in ("terrazzo.necks", "terrazzo.openmmlab"):
             if importlib.util.find_spec("mmengine"):
@@ -221,6 +244,14 @@ class TestSite:
                 if module != "terrazzo.errors" or name[0].isupper():
                     assert f'heading: "{module}.{name}"' in text
         assert all(f"## {name}\n" in pages["reference/terrazzo.backbones.mixers.md"] for name in terrazzo.mixers())
+
+    def test_mypy_checks_every_module_of_a_public_name(self, hooks):
+        text = (ROOT / "pyproject.toml").read_text().partition("[tool.mypy]")[2].partition("]\n")[2]
+        checked = set(re.findall(r'^    "(terrazzo[\w.]*)",$', text.partition("\n]")[0], re.MULTILINE))
+        places = {
+            place.rpartition(".")[0] for module in hooks.REFERENCE for place in hooks.public_names(module).values()
+        }
+        assert places <= checked
 
     def test_every_page_is_in_the_navigation(self, hooks):
         items = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]

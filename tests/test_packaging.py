@@ -149,7 +149,7 @@ def test_wheel_holds_every_module_and_table(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     tables = [path for folder in ("tools", "model_cards") for path in (ROOT / folder).rglob("*.csv")]
     wanted = {f"terrazzo/{path.relative_to(ROOT).as_posix()}" for path in [*sources(), *tables]}
-    wanted |= {"terrazzo/__init__.py", "terrazzo/errors.py"}
+    wanted |= {f"terrazzo/{name}" for name in ("__init__.py", "errors.py", "py.typed", "tools/reports/explorer.html")}
     assert not wanted - names
     top = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert top == {"terrazzo"}, "a generic name would be installed at top level"
