@@ -31,6 +31,7 @@ ABSENT = (
     r"pip install (?:-\w+ )*[\"']?git\+[^\s\"'`]*?/([\w-]+)(?:\.git)?(?:[@#\s\"'`,]|$)",
     r"pip install (?:-\w+ )*[\"']?([a-z](?:[\w./<>=!~-]|,(?=[<>=!~]))*)",
     r"install (\w+) (?:first|manually)",
+    r"`get_started.md` to install (\w+)",
     r"'(\w+)\.\w+ is not in the",
 )
 """How OpenMMLab's packages say that another package is absent, the most exact first; few raise ModuleNotFoundError."""
@@ -129,7 +130,7 @@ def _absent_scope(path: Path) -> str | None:
     """The package that the model of a config comes from (`_scope_`), if it is not installed."""
     try:
         scope = _read(path).model.get("_scope_")
-    except Exception:  # the config itself cannot be read
+    except (Exception, SystemExit):  # the config itself cannot be read
         return None
     return scope if scope and not is_installed(scope) else None
 
