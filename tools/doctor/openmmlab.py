@@ -113,8 +113,8 @@ def _examined(paths: list[tuple[str, str, Path]]) -> Iterator[Examined]:
                 if model in known:
                     finding = known[model]
                 else:
-                    finding = worker.call(zoo.examine, path) or Finding(FAILED, "the interpreter crashed")
-                    finding = _judged(package, config, finding)
+                    finding = _fault(package, config) or worker.call(zoo.examine, path)
+                    finding = finding or Finding(FAILED, "the interpreter crashed")
                 if model:
                     known[model] = finding
                 yield Examined(package, config, finding, model)
@@ -123,13 +123,13 @@ def _examined(paths: list[tuple[str, str, Path]]) -> Iterator[Examined]:
         worker.close()
 
 
-def _judged(package: str, config: str, finding: Finding) -> Finding:
-    """The finding; a failure that is known for this release of the package becomes `FAULTY`."""
-    if finding.status != FAILED or package not in DISTRIBUTIONS:
-        return finding
+def _fault(package: str, config: str) -> Finding | None:
+    """The fault that is known of a config in the installed release; such a config is not built."""
+    if package not in DISTRIBUTIONS:
+        return None
     release = importlib.metadata.version(DISTRIBUTIONS[package])
     fault = FAULTS.get((package, release), {}).get(config)
-    return Finding(FAULTY, fault) if fault else finding
+    return Finding(FAULTY, fault) if fault else None
 
 
 class Worker:

@@ -157,12 +157,14 @@ def test_faults_are_of_configs_that_exist():
             assert all((folder / config).is_file() for config in faults)
 
 
-def test_only_that_release_is_excused():
+def test_only_that_release_is_excused(monkeypatch):
     (package, _), faults = next(iter(FAULTS.items()))
-    failure = Finding(FAILED, "TypeError")
-    assert doctor_openmmlab._judged(package, next(iter(faults)), failure).status == FAULTY
-    assert doctor_openmmlab._judged(package, "yolox/other.py", failure) == failure
-    assert doctor_openmmlab._judged("mine", next(iter(faults)), failure) == failure
+    config = next(iter(faults))
+    assert doctor_openmmlab._fault(package, config).status == FAULTY
+    assert doctor_openmmlab._fault(package, "yolox/other.py") is None
+    assert doctor_openmmlab._fault("mine", config) is None
+    monkeypatch.setattr(doctor_openmmlab.importlib.metadata, "version", lambda name: "99.0")
+    assert doctor_openmmlab._fault(package, config) is None
 
 
 def test_counts():
