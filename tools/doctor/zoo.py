@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
@@ -93,15 +94,23 @@ def examine(path: Path) -> Finding:
         if not cfg.get("model"):
             return Finding(NO_MODEL)
         scope = cfg.get("default_scope") or _package_of(path)
-        with _quiet(), _no_checkpoints(), DefaultScope.overwrite_default_scope(scope), Unfilled():
-            # Building changes the settings.
-            model = MODELS.build(ConfigDict(cfg.model.copy()))
+        with _quiet(), _no_checkpoints(), DefaultScope.overwrite_default_scope(scope):
+            model = _built(cfg)
             lacking = sorted(filter(is_missing, operators_of(model, cfg.model)))
     except (Exception, SystemExit) as error:  # a config is code, and so is what it builds
         finding = explain(error)
         scope = _absent_scope(path) if finding.status == FAILED else None
         return Finding(NEEDS, scope) if scope else finding
     return Finding(LACKS, ", ".join(lacking)) if lacking else Finding(BUILT)
+
+
+def _built(cfg: Config) -> torch.nn.Module:
+    """The model of a config."""
+    try:
+        with Unfilled():
+            return MODELS.build(ConfigDict(cfg.model.copy()))  # building changes the settings
+    except torch.linalg.LinAlgError:  # the model inverts a matrix, and arbitrary numbers may have no inverse
+        return MODELS.build(ConfigDict(cfg.model.copy()))
 
 
 def explain(error: BaseException) -> Finding:

@@ -97,7 +97,7 @@ def notes(rows: Sequence[results.Row]) -> list[str]:
             if names:
                 listed = [f"{name} ({n})" for name, n in names.most_common(LISTED)]
                 more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-                by = f" by {package}" if len(packages) > 1 else ""
+                by = f" {'by' if verb == 'needs' else 'in'} {package}" if len(packages) > 1 else ""
                 said.append(f"{what}{by}: {', '.join(listed)}{more}.")
     versions = sorted({part for row in rows for part in row.versions.split(", ")})
     said.append(f"Counted with {', '.join(versions)}.")
