@@ -223,3 +223,17 @@ def test_unfilled_weights_have_shapes_and_nothing_else():
     assert layer.weight.shape == (1 << 15, 1 << 14)
     assert drawn.shape == (2, 3)
     assert torch.nn.Linear(4, 4).weight.abs().sum() > 0, "outside of the context weights are filled"
+
+
+def test_models_that_ask_for_weights_and_for_the_scope_of_an_absent_package(tmp_path):
+    from terrazzo.tools.doctor import zoo
+
+    with pytest.raises(zoo.NotLoaded) as asked:
+        zoo.NoWeights(state_dict=zoo.NoWeights())["state_dict"]["conv1.weight"]
+    closed = zoo.NetworkClosed("no network")
+    for error in (asked.value, closed, AssertionError("backbone. is not in the pretrained model")):
+        assert zoo.explain(error) == Finding(NEEDS, zoo.WEIGHTS)
+    assert zoo.explain(KeyError("conv1.weight")).status == FAILED
+    config = tmp_path / "scoped.py"
+    config.write_text('model = dict(_scope_="no_such_scope", type="Teacher")\n')
+    assert zoo.examine(config) == Finding(NEEDS, "no_such_scope")
