@@ -1,6 +1,6 @@
 """The model that the wheel of mmaction2 1.2.0 names and lacks: with it in place, all other models can be imported."""
 
-from mmaction.registry import MODELS
+from mmengine.registry import MODELS
 
 from terrazzo.errors import BackendError
 

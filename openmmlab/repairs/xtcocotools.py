@@ -87,7 +87,8 @@ class COCOeval(pycocotools.cocoeval.COCOeval):
             if not self.use_area or "area" not in annotation:
                 truth["area"] = annotation["bbox"][2] * annotation["bbox"][3] * FILLED
             self._gts[annotation["image_id"], annotation["category_id"]].append(truth)
-        score = {"keypoints_wholebody": "wholebody_score"}.get(self.kind, f"{self.kind[len('keypoints_') :]}_score")
+        body = PARTS[self.kind] == BODY[:1]
+        score = "score" if body else f"{self.kind.removeprefix('keypoints_')}_score"  # of a part, where results have it
         for result in self._chosen(self.cocoDt):
             points = self._points(result)
             if np.any(points[2::3] > 0):

@@ -17,56 +17,12 @@ from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.console import print_table, progress
+from terrazzo.tools.doctor.faults import FAULTS
 from terrazzo.tools.reports import zoo as zoo_results
 from terrazzo.tools.reports.zoo import BUILT, DISTRIBUTIONS, FAILED, FAULTY, LACKS, NO_MODEL, Examined, Finding
 
 REQUIRED = ("mmdet", "mmseg")
 """The packages that `terrazzo[openmmlab]` installs; the others count where they are installed."""
-
-FAULTS = {
-    ("mmdet", "3.3.0"): {
-        "bytetrack/bytetrack_yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17test.py": "its base is absent",
-        "cascade_rpn/cascade-rpn_r50-caffe_fpn_1x_coco.py": "does not give its head num_classes, which the head needs",
-        "sort/faster-rcnn_r50_fpn_8xb2-4e_mot17train_test-mot17train.py": "its base is named without .py",
-        "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20halftrain_test-mot20halfval.py": "its base is named without .py",
-        "sort/faster-rcnn_r50_fpn_8xb2-8e_mot20train_test-mot20train.py": "its base is named without .py",
-        "v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x.py": "gives FPN the unknown force_grad_on_level",
-    },
-    ("mmaction", "1.2.0"): {
-        **{
-            f"localization/drn/drn_2xb16-4096-10e_c3d-feature_{step}.py": "its model DRN is not in the wheel"
-            for step in ("first", "second", "third")
-        },
-        **{
-            f"detection/lfb/slowonly-lfb-{kind}_kinetics400-pretrained-r50_8xb12-4x16x1-20e_ava21-rgb.py": (
-                "is built from a bank of features in data/ava"
-            )
-            for kind in ("max", "nl")
-        },
-    },
-    ("mmpose", "1.3.2"): {
-        "body_2d_keypoint/edpose/coco/edpose_res50_8xb2-50e_coco-800x1333.py": "its base is not in the wheel",
-    },
-    ("mmpretrain", "1.2.0"): {
-        **{
-            f"levit/deploy/levit-{width}_8xb256_in1k.py": "its head cannot switch to deployment"
-            for width in ("128", "128s", "192", "256", "384")
-        },
-        **{
-            f"replknet/{name}_in1k{size}.py": "mixes the two dialects of configs"
-            for name in ("replknet-31B_32xb64", "deploy/replknet-31B-deploy_32xb64")
-            for size in ("", "-384px")
-        },
-        "resnet/resnet50_8xb32-cutmix_in1k.py": "names the unknown BatchCutMix",
-        "swin_transformer_v2/swinv2-base-w12_8xb128_in21k-192px.py": "uses test_pipeline, which its base lacks",
-        "swin_transformer_v2/swinv2-large-w12_8xb128_in21k-192px.py": "uses test_pipeline, which its base lacks",
-    },
-    ("mmrotate", "1.0.0rc1"): {
-        "gwd/rotated-retinanet-rbox-le135_r50_fpn_gwd_1x_dota.py": "its base is absent",
-        "s2anet/s2anet-le135_r50_fpn_3x_hrsc.py": "names the unknown model S2ANet",
-    },
-}
-"""Configs that no installation of that release can build, each with the reason; each was examined by hand."""
 
 
 @click.command()
@@ -157,8 +113,8 @@ def _examined(paths: list[tuple[str, str, Path]]) -> Iterator[Examined]:
                 if model in known:
                     finding = known[model]
                 else:
-                    finding = worker.call(zoo.examine, path) or Finding(FAILED, "the interpreter crashed")
-                    finding = _judged(package, config, finding)
+                    finding = _fault(package, config) or worker.call(zoo.examine, path)
+                    finding = finding or Finding(FAILED, "the interpreter crashed")
                 if model:
                     known[model] = finding
                 yield Examined(package, config, finding, model)
@@ -167,13 +123,13 @@ def _examined(paths: list[tuple[str, str, Path]]) -> Iterator[Examined]:
         worker.close()
 
 
-def _judged(package: str, config: str, finding: Finding) -> Finding:
-    """The finding; a failure that is known for this release of the package becomes `FAULTY`."""
-    if finding.status != FAILED or package not in DISTRIBUTIONS:
-        return finding
+def _fault(package: str, config: str) -> Finding | None:
+    """The fault that is known of a config in the installed release; such a config is not built."""
+    if package not in DISTRIBUTIONS:
+        return None
     release = importlib.metadata.version(DISTRIBUTIONS[package])
     fault = FAULTS.get((package, release), {}).get(config)
-    return Finding(FAULTY, fault) if fault else finding
+    return Finding(FAULTY, fault) if fault else None
 
 
 class Worker:

@@ -45,6 +45,8 @@ def operators_of(model: nn.Module, settings: Mapping) -> set[str]:
     """
     roots = set()
     for module in model.modules():
+        if getattr(module, "voxel", True) is False:  # mmdet3d's preprocessor, which voxelizes only if it is told to
+            continue
         # Besides modules, a model consists of samplers, assigners and coders: plain objects, alone or in lists.
         parts = [item for value in vars(module).values() for item in (value if isinstance(value, list) else [value])]
         roots |= {kind for kind in map(type, (module, *parts)) if _is_read(kind)}

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
@@ -31,6 +32,7 @@ ABSENT = (
     r"pip install (?:-\w+ )*[\"']?git\+[^\s\"'`]*?/([\w-]+)(?:\.git)?(?:[@#\s\"'`,]|$)",
     r"pip install (?:-\w+ )*[\"']?([a-z](?:[\w./<>=!~-]|,(?=[<>=!~]))*)",
     r"install (\w+) (?:first|manually)",
+    r"`get_started.md` to install (\w+)",
     r"'(\w+)\.\w+ is not in the",
 )
 """How OpenMMLab's packages say that another package is absent, the most exact first; few raise ModuleNotFoundError."""
@@ -92,15 +94,23 @@ def examine(path: Path) -> Finding:
         if not cfg.get("model"):
             return Finding(NO_MODEL)
         scope = cfg.get("default_scope") or _package_of(path)
-        with _quiet(), _no_checkpoints(), DefaultScope.overwrite_default_scope(scope), Unfilled():
-            # Building changes the settings.
-            model = MODELS.build(ConfigDict(cfg.model.copy()))
+        with _quiet(), _no_checkpoints(), DefaultScope.overwrite_default_scope(scope):
+            model = _built(cfg)
             lacking = sorted(filter(is_missing, operators_of(model, cfg.model)))
     except (Exception, SystemExit) as error:  # a config is code, and so is what it builds
         finding = explain(error)
         scope = _absent_scope(path) if finding.status == FAILED else None
         return Finding(NEEDS, scope) if scope else finding
     return Finding(LACKS, ", ".join(lacking)) if lacking else Finding(BUILT)
+
+
+def _built(cfg: Config) -> torch.nn.Module:
+    """The model of a config."""
+    try:
+        with Unfilled():
+            return MODELS.build(ConfigDict(cfg.model.copy()))  # building changes the settings
+    except torch.linalg.LinAlgError:  # the model inverts a matrix, and arbitrary numbers may have no inverse
+        return MODELS.build(ConfigDict(cfg.model.copy()))
 
 
 def explain(error: BaseException) -> Finding:
@@ -129,7 +139,7 @@ def _absent_scope(path: Path) -> str | None:
     """The package that the model of a config comes from (`_scope_`), if it is not installed."""
     try:
         scope = _read(path).model.get("_scope_")
-    except Exception:  # the config itself cannot be read
+    except (Exception, SystemExit):  # the config itself cannot be read
         return None
     return scope if scope and not is_installed(scope) else None
 

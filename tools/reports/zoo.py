@@ -26,6 +26,8 @@ STATUSES = (BUILT, NEEDS, LACKS, FAULTY, FAILED, NO_MODEL)
 
 _WANTING = {"needs": NEEDS, "lacks": LACKS}
 MODELS = "distinct models"
+LISTED = 10
+"""How many packages or operators the notes list."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +80,35 @@ def table(rows: Sequence[results.Row]) -> tuple[tuple[str, ...], list[tuple[str,
     for package in dict.fromkeys(row.variant for row in rows):
         counts = {row.metric: int(row.p50) for row in rows if row.variant == package}
         statuses = [counts[status] for status in STATUSES[:-1]]
-        lines.append((package, *map(str, (sum(statuses), counts[MODELS], *statuses))))
+        lines.append((_named(package, rows), *map(str, (sum(statuses), counts[MODELS], *statuses))))
     return head, lines
 
 
 def notes(rows: Sequence[results.Row]) -> list[str]:
     """Sentences below the table: what the packages and operators are, and with which versions it was counted."""
     said = []
+    packages = list(dict.fromkeys(row.variant for row in rows))
     for verb, what in (("needs", "Packages needed"), ("lacks", "Operators lacking")):
-        names = Counter()
-        for row in rows:
-            if row.metric.startswith(f"{verb} ") and row.metric not in STATUSES:
-                names[row.metric.removeprefix(f"{verb} ")] += int(row.p50)
-        if names:
-            said.append(f"{what}: {', '.join(f'{name} ({n})' for name, n in names.most_common())}.")
+        for package in packages:
+            names = Counter()
+            for row in rows:
+                if row.variant == package and row.metric.startswith(f"{verb} ") and row.metric not in STATUSES:
+                    names[row.metric.removeprefix(f"{verb} ")] += int(row.p50)
+            if names:
+                listed = [f"{name} ({n})" for name, n in names.most_common(LISTED)]
+                more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+                by = f" {'by' if verb == 'needs' else 'in'} {package}" if len(packages) > 1 else ""
+                said.append(f"{what}{by}: {', '.join(listed)}{more}.")
     versions = sorted({part for row in rows for part in row.versions.split(", ")})
     said.append(f"Counted with {', '.join(versions)}.")
     return said
+
+
+def _named(package: str, rows: Sequence[results.Row]) -> str:
+    """A package with its version."""
+    versions = next(row.versions for row in rows if row.variant == package).split(", ")
+    own = f"{DISTRIBUTIONS.get(package)} "
+    return " ".join([package, *(version.removeprefix(own) for version in versions if version.startswith(own))])
 
 
 def _versions(package: str) -> str:

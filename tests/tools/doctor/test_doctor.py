@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import importlib.util
 import os
 
 import pytest
@@ -30,6 +31,9 @@ HEAD = 'default_scope = "mmdet"\n'
 RETINANET = """
 _base_ = ["mmdet::_base_/models/retinanet_r50_fpn.py"]
 """
+IMPORTING = """
+raise ImportError('Please run {}')
+"""
 CONFIGS = {
     "whole.py": HEAD + RETINANET,
     "same-model.py": HEAD + RETINANET + "max_epochs = 3\n",
@@ -45,7 +49,11 @@ model = dict(type="SparseConv2d", in_channels=2, out_channels=2, kernel_size=3)
     "leaving.py": "import sys\nsys.exit(3)\n",
     "dying.py": 'custom_imports = dict(imports=["dies_at_import"])\nmodel = dict(type="X")\n',
     "part.py": "data_root = 'data'\n",
+    "quoted.py": IMPORTING.format('pip install "no-such-package>=2,<3" to do this'),
+    "too-new.py": IMPORTING.format('`pip install "timm<0.5"` to do this'),
+    "from-git.py": IMPORTING.format("pip install git+https://example.org/people/No-Such-Clip.git"),
     "_base_/ignored.py": "model = dict(\n",
+    "_base_ignored.py": "model = dict(\n",
 }
 
 
@@ -81,6 +89,9 @@ def examined(tmp_path_factory, run):
         ("leaving.py", FAILED, "SystemExit: 3"),
         ("dying.py", FAILED, "the interpreter crashed"),
         ("part.py", NO_MODEL, ""),
+        ("quoted.py", NEEDS, "no-such-package>=2,<3"),
+        ("too-new.py", NEEDS, "timm<0.5"),
+        ("from-git.py", NEEDS, "no-such-clip"),
     ],
 )
 def test_every_way_to_end(examined, config, status, reason):
@@ -92,10 +103,13 @@ def test_every_way_to_end(examined, config, status, reason):
 def test_report(examined):
     result, rows = examined
     assert result.exit_code == 1
-    assert set(rows) == set(CONFIGS) - {"_base_/ignored.py"}
+    assert set(rows) == set(CONFIGS) - {"_base_/ignored.py", "_base_ignored.py"}
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert ["configs", "9", "4", "2", "2", "1", "0", "4"] in lines, result.stdout
-    assert "Packages needed: mmpretrain (1), no_such_package (1)." in result.stdout
+    assert ["configs", "12", "4", "2", "5", "1", "0", "4"] in lines, result.stdout
+    assert (
+        "Packages needed: mmpretrain (1), no-such-clip (1), no-such-package>=2,<3 (1), no_such_package (1)"
+        in result.stdout
+    )
     assert "mmcv operators provided" in result.stdout
     assert "nms" in result.stdout
 
@@ -144,12 +158,14 @@ def test_faults_are_of_configs_that_exist():
             assert all((folder / config).is_file() for config in faults)
 
 
-def test_only_that_release_is_excused():
+def test_only_that_release_is_excused(monkeypatch):
     (package, _), faults = next(iter(FAULTS.items()))
-    failure = Finding(FAILED, "TypeError")
-    assert doctor_openmmlab._judged(package, next(iter(faults)), failure).status == FAULTY
-    assert doctor_openmmlab._judged(package, "yolox/other.py", failure) == failure
-    assert doctor_openmmlab._judged("mine", next(iter(faults)), failure) == failure
+    config = next(iter(faults))
+    assert doctor_openmmlab._fault(package, config).status == FAULTY
+    assert doctor_openmmlab._fault(package, "yolox/other.py") is None
+    assert doctor_openmmlab._fault("mine", config) is None
+    monkeypatch.setattr(doctor_openmmlab.importlib.metadata, "version", lambda name: "99.0")
+    assert doctor_openmmlab._fault(package, config) is None
 
 
 def test_counts():
@@ -177,6 +193,8 @@ def test_counts():
 def test_stored_counts_are_of_a_whole_zoo_and_of_these_releases():
     rows = results.read(zoo_results.PATH)
     for package, distribution in DISTRIBUTIONS.items():
+        if importlib.util.find_spec(package) is None or package not in {row.variant for row in rows}:
+            continue
         counts = {row.metric: row.p50 for row in rows if row.variant == package}
         folder = doctor_openmmlab._folders(package, None)[package]
         paths = doctor_openmmlab._selected({package: folder}, None)
@@ -206,3 +224,17 @@ def test_unfilled_weights_have_shapes_and_nothing_else():
     assert layer.weight.shape == (1 << 15, 1 << 14)
     assert drawn.shape == (2, 3)
     assert torch.nn.Linear(4, 4).weight.abs().sum() > 0, "outside of the context weights are filled"
+
+
+def test_models_that_ask_for_weights_and_for_the_scope_of_an_absent_package(tmp_path):
+    from terrazzo.tools.doctor import zoo
+
+    with pytest.raises(zoo.NotLoaded) as asked:
+        zoo.NoWeights(state_dict=zoo.NoWeights())["state_dict"]["conv1.weight"]
+    closed = zoo.NetworkClosed("no network")
+    for error in (asked.value, closed, AssertionError("backbone. is not in the pretrained model")):
+        assert zoo.explain(error) == Finding(NEEDS, zoo.WEIGHTS)
+    assert zoo.explain(KeyError("conv1.weight")).status == FAILED
+    config = tmp_path / "scoped.py"
+    config.write_text('model = dict(_scope_="no_such_scope", type="Teacher")\n')
+    assert zoo.examine(config) == Finding(NEEDS, "no_such_scope")
