@@ -93,7 +93,9 @@ class Predictor:
         else:
             refuse_changes(str(getattr(model, "filename", model)), changes)
             if timm_only:
-                raise InputError("--pretrained and --num-classes are for timm models; a config takes only a checkpoint")
+                raise InputError(
+                    "pretrained weights and a number of classes are for timm models; a config takes only a checkpoint"
+                )
             self.engine = _of_config(model, checkpoint, where, min_score)
 
     engine: Engine
