@@ -4,10 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
-WORKERS ?= 3
-# For 2 cores: a worker more than cores, because tests also wait for processes that they start. Each worker has one thread,
-# because workers with more threads wait for one another. A file's tests stay together, because they share fixtures that
-# are costly to make. By default, files with many tests would come first and files with few
+WORKERS ?= 2
+# A file's tests stay together, because they share fixtures that are costly to make. Each worker has one thread, because
+# workers with more threads wait for one another. By default, files with many tests would come first and files with few
 # long tests last, and one worker would finish alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
