@@ -61,7 +61,7 @@ def test_a_new_file_is_found(tmp_path):
     """The folder also holds a file and a folder that are not families."""
     copy = tmp_path / "terrazzo"
     copy.mkdir()
-    for name in ("__init__.py", "_version.py", "errors.py"):
+    for name in ("__init__.py", "_timm_hook.py", "_version.py", "errors.py"):
         shutil.copy(ROOT / name, copy)
     for name in ("backbones", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
