@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -196,13 +195,15 @@ def _of_model(model: nn.Module, device: torch.device) -> Engine:
 
 def _of_config(model: Any, checkpoint: str | Path | None, device: torch.device, min_score: float) -> Engine:
     """The engine of a config, by name or in memory."""
+    from mmengine.config import Config
+
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools import mm
     from terrazzo.tools.predict.openmmlab import config_predictor
 
     if isinstance(model, (str, Path)):
         cfg = load_config(model)
-    elif isinstance(model, sys.modules["mmengine.config"].Config):
+    elif isinstance(model, Config):
         cfg = model
     else:
         raise InputError(f"a {type(model).__name__} is neither a model nor a config; give a name or a path")

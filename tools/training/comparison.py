@@ -8,6 +8,7 @@ from pathlib import Path
 
 from terrazzo._files import written_whole
 from terrazzo.tools import results
+from terrazzo.tools.training.curves import read_curves
 
 DONE = "final.json"
 """Written into the folder of a finished run: a second call of the command goes on with the other runs."""
@@ -39,24 +40,13 @@ def train(cfg, work_dir: Path, seed: int) -> dict:
     metrics = keeper.metrics or runner.val()  # a run that was interrupted during validation has nothing left to train
     final = {
         "metrics": {key: float(value) for key, value in metrics.items() if isinstance(value, numbers.Real)},
-        "losses": _losses(work_dir),
+        "losses": read_curves(work_dir).get("train", {}).get("loss", []),
         "parameters": sum(parameter.numel() for parameter in runner.model.backbone.parameters()),
         "iterations": runner.iter,
     }
     with written_whole(work_dir / DONE) as temporary:
         temporary.write_text(json.dumps(final, indent=1))
     return final
-
-
-def _losses(work_dir: Path) -> list[tuple[int, float]]:
-    """The losses that mmengine logged, in the order of iterations, over all parts of an interrupted run."""
-    found = {}
-    for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            if "loss" in entry:
-                found[entry.get("step", entry.get("iter"))] = entry["loss"]
-    return sorted(found.items())
 
 
 def rows_of(config: str, configs: dict, done: dict[str, list[dict]]) -> list:

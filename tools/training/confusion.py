@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 OVERLAP = 0.5
 """The least IoU of a found box with a true box that it stands for."""
@@ -46,12 +48,8 @@ def of_boxes(
 
 
 def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """IoU of each of M boxes with each of N, M x N."""
-    corner = np.maximum(one[:, None, :2], other[None, :, :2])
-    sides = np.clip(np.minimum(one[:, None, 2:], other[None, :, 2:]) - corner, 0, None)
-    shared = sides.prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (one, other)]
-    return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-9)
+    """IoU of each of M boxes with each of N, M x N; 0 for two boxes without area."""
+    return box_iou(*(torch.as_tensor(boxes, dtype=torch.float64) for boxes in (one, other))).nan_to_num().numpy()
 
 
 def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None:

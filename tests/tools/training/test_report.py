@@ -15,7 +15,8 @@ from support import tiny_data
 from terrazzo.openmmlab.config import load_config
 from terrazzo.tools import mm
 from terrazzo.tools.training import confusion
-from terrazzo.tools.training.report import ReportHook, draw_curves, read_curves
+from terrazzo.tools.training.curves import draw_curves, read_curves
+from terrazzo.tools.training.report import ReportHook
 
 CONFIG = "fpn_dinat-mini_floors"
 TINY = (

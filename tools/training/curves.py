@@ -1,0 +1,56 @@
+"""Curves of a training: the numbers that mmengine logged, and a picture of them."""
+
+import json
+from pathlib import Path
+
+_RATES = ("lr", "base_lr")
+
+
+def read_curves(work_dir: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The numbers that mmengine logged, over all parts of an interrupted run.
+
+    Returns:
+        "train" and "val", each with names and their pairs of step and value; steps are iterations, or epochs in the
+        validation of a training that counts epochs. Empty if nothing was logged.
+    """
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        for text in path.read_text().splitlines():
+            entry = json.loads(text)
+            step = entry.get("step", entry.get("iter"))
+            part = found.setdefault("train" if "loss" in entry else "val", {})
+            for key, value in entry.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and step is not None:
+                    part.setdefault(key, {})[step] = value
+    return {part: {key: sorted(values.items()) for key, values in keys.items()} for part, keys in found.items()}
+
+
+def draw_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], unit: str, path: Path) -> None:
+    """Losses, learning rate and metrics of a training in one picture.
+
+    Args:
+        curves: as from `read_curves`.
+        unit: what the validation counts: "epoch" or "iteration".
+        path: the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    train, val = curves.get("train", {}), curves.get("val", {})
+    losses = [key for key in train if "loss" in key]
+    other = ("step", "iter", "epoch", "time", "data_time", "memory")
+    metrics = [key for key in val if key not in other and "[" not in key and "precision" not in key]
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    parts = (
+        ("training loss", "iteration", train, losses),
+        ("learning rate", "iteration", train, [key for key in train if key in _RATES][:1]),
+        ("validation", unit, val, metrics),
+    )
+    for axes, (title, horizontal, values, keys) in zip(figure.subplots(1, 3), parts):
+        axes.set(title=title, xlabel=horizontal)
+        for key in keys[:8]:
+            # Points, too: a line through a single point would be invisible.
+            axes.plot(*zip(*values[key]), marker="." if len(values[key]) < 50 else None, label=key)
+        axes.grid(alpha=0.3)
+        if keys:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110, format="png")
