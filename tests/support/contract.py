@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import terrazzo
 from support.capabilities import CapabilityContract
 from support.module_contract import CHECKS
-from support.seeded import build, image, whole
+from support.seeded import bare, build, image, whole
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._weights import RECONSTRUCTED, _Uninitialised
 from terrazzo.errors import InputError
@@ -282,9 +282,9 @@ class BackboneContract(CapabilityContract):
             kept = pruned.prune_intermediate_layers([1], prune_norm=True)
             (tap,) = pruned.forward_intermediates(x, indices=kept, intermediates_only=True)
             torch.testing.assert_close(tap, maps[1])
-            wrapped = timm.create_model(name, features_only=True, out_indices=(0, 2))
+            wrapped = bare(name, features_only=True, out_indices=(0, 2))
             wrapped.model.load_state_dict(model.state_dict(), strict=False)
-            for found, wanted in zip(wrapped.eval()(x), (maps[0], maps[2])):
+            for found, wanted in zip(wrapped(x), (maps[0], maps[2])):
                 torch.testing.assert_close(found, wanted)
 
     def test_every_parameter_learns_and_checkpointing_changes_nothing(self, name):
@@ -406,7 +406,7 @@ class BackboneContract(CapabilityContract):
         wanted = model(x)
         assert torch.equal(copy.deepcopy(model)(x), wanted)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
-        again = timm.create_model(name, **self.shallow.get(name, {})).eval()
+        again = bare(name, **self.shallow.get(name, {}))
         again.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(again(x), wanted)
 
