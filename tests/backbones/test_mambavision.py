@@ -83,11 +83,14 @@ class TestOfficial:
                     limit = 1e-4 * case["logits_std"]
                     torch.testing.assert_close(model(x), pack.logits(case).float(), rtol=0, atol=limit)
 
+    @pytest.fixture(scope="class")
+    def official(self):
+        return Pack(next(path for path in packs("mambavision") if path.stem == "T")).weights()
+
     @pytest.mark.parametrize("prefix", ["backbone.", "model.", "module.", "encoder."])
-    def test_prefixes(self, prefix):
+    def test_prefixes(self, prefix, official):
         """Files of detectors, the hub's safetensors, parallel runs and larger networks load strictly."""
-        pack = Pack(next(path for path in packs("mambavision") if path.stem == "T"))
-        weights = {prefix + name: value for name, value in pack.weights().items()}
+        weights = {prefix + name: value for name, value in official.items()}
         if prefix in ("backbone.", "encoder."):
             weights["rpn_head.conv.weight"] = torch.zeros(1)
         model = timm.create_model("mambavision_t", device="meta")

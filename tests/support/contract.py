@@ -46,16 +46,15 @@ SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest size, an odd and non-squ
 MAX_SIDE = 96  # for costly checks
 MODEL_ROWS = results.read(cards.MODELS)
 SAMPLED = (
-    "test_arguments",
     "test_features_only",
     "test_group_matcher_covers_every_parameter_once",
     "test_configuration_names_what_fits_classes_and_channels",
-    "test_norm_outputs",
     "test_no_weight_decay_names_parameters",
 )
 """Checks of a variant's structure that run on the representatives and the largest variant; on others they are slow."""
-COUNTED = ("test_parameters_and_macs",)
-"""Checks that take longer for larger variants, and run on the representatives; on others they are slow."""
+COUNTED = ("test_arguments", "test_norm_outputs", "test_parameters_and_macs")
+"""Checks that take longer for larger variants, and run on the representatives; on others they are slow. The largest
+variant's forward pass is in `test_features_only`."""
 FIRST = ("test_compile", "test_hub", "test_autocast", "test_traced", "test_older_onnx_exporter", "test_poolings")
 """Costly checks that run on the first representative; on other models they are slow."""
 
