@@ -7,6 +7,7 @@ import timm
 import torch
 from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
+from support.seeded import bare
 
 from terrazzo.backbones import asvit
 from terrazzo.errors import InputError
@@ -66,7 +67,7 @@ class TestOfficial:
     @pytest.mark.parametrize("path", packs("asvit"), ids=lambda path: path.stem)
     def test_golden(self, path, form):
         pack = Pack(path)
-        model = timm.create_model(f"asvit_{pack.meta['variant']}", form=form).double().eval()
+        model = bare(f"asvit_{pack.meta['variant']}", form=form).double()
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         # The official run had float32 weights and images, and float64 arithmetic.
         weights = {name: value.float().double() for name, value in pack.weights().items()}

@@ -5,6 +5,7 @@ import timm
 import torch
 from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
+from support.seeded import bare
 from torch import nn
 
 from terrazzo.backbones import attnet
@@ -42,7 +43,7 @@ class TestOfficial:
     @pytest.mark.parametrize("path", packs("attnet"), ids=lambda path: path.stem)
     def test_golden(self, path):
         pack = Pack(path)
-        model = timm.create_model(f"attnet_{pack.meta['variant'].lower()}").double().eval()
+        model = bare(f"attnet_{pack.meta['variant'].lower()}").double()
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         weights = attnet.checkpoint_filter_fn({"model": pack.weights(), "epoch": 299}, model)
         counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}

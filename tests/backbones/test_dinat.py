@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract
 from support.golden_packs import Pack, packs
-from support.seeded import build, image
+from support.seeded import bare, build, image
 
 from terrazzo.backbones import dinat
 from terrazzo.errors import InputError
@@ -70,7 +70,7 @@ class TestOfficial:
         arguments = (
             {"num_classes": 0, "norm_outputs": True, "dilations": pack.meta["kwargs"]["dilations"]} if dense else {}
         )
-        model = timm.create_model(pack.meta["variant"], **arguments).double().eval()
+        model = bare(pack.meta["variant"], **arguments).double()
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         weights = dinat.checkpoint_filter_fn(pack.weights(), model)
         model.load_state_dict(weights, strict=True)
@@ -96,7 +96,7 @@ class TestOfficial:
         pack = Pack(next(path for path in packs("dinat") if path.stem == "dinat_mini.det"))
         weights = {f"backbone.{name}": value for name, value in pack.weights().items()}
         checkpoint = {"meta": {"epoch": 36}, "state_dict": {**weights, "rpn_head.conv.weight": torch.zeros(1)}}
-        model = timm.create_model("dinat_mini", num_classes=0, norm_outputs=True)
+        model = bare("dinat_mini", num_classes=0, norm_outputs=True)
         model.load_state_dict(dinat.checkpoint_filter_fn(checkpoint, model), strict=True)
 
     def test_hub_names(self):
@@ -147,7 +147,7 @@ class TestOfficial:
 class TestArchitecture:
     def test_dilation_one_is_nat(self):
         nat = build("nat_mini")
-        dilated = timm.create_model("dinat_mini", dilations=[[1] * 3, [1] * 4, [1] * 6, [1] * 5]).eval()
+        dilated = bare("dinat_mini", dilations=[[1] * 3, [1] * 4, [1] * 6, [1] * 5])
         dilated.load_state_dict(nat.state_dict(), strict=True)
         x = image((64, 96))
         torch.testing.assert_close(dilated(x), nat(x))
@@ -173,7 +173,7 @@ class TestArchitecture:
     def test_output_maps_are_normalised_copies(self):
         """The next stage reads the map before its norm."""
         model = build("dinat_mini", num_classes=0, norm_outputs=True)
-        plain = timm.create_model("dinat_mini", num_classes=0).eval()
+        plain = bare("dinat_mini", num_classes=0)
         plain.load_state_dict(model.state_dict(), strict=False)
         x = image((64, 64))
         for i, (normed, raw) in enumerate(

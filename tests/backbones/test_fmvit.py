@@ -7,6 +7,7 @@ import timm
 import torch
 from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
+from support.seeded import bare
 from torch import nn
 
 import terrazzo
@@ -143,7 +144,7 @@ class TestArchitecture:
     def test_golden(self, path):
         """A reconstruction from the same description, in float64, and its form for inference."""
         pack = Pack(path)
-        model = timm.create_model(path.stem).double().eval()
+        model = bare(path.stem).double()
         weights = fmvit.checkpoint_filter_fn(pack.weights(), model)
         model.load_state_dict(weights, strict=True)
         for deployed in (False, True):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract
 from support.golden_packs import Pack, normal, packs
-from support.seeded import build, image
+from support.seeded import bare, build, image
 from torch import nn
 
 from terrazzo.backbones import infvit
@@ -47,7 +47,7 @@ class TestOfficial:
         """Tokens, logits and gradients of the official network, with all tokens at once and in parts."""
         monkeypatch.setattr(infvit, "TOKENS", tokens)
         pack = Pack(path)
-        model = timm.create_model(LINEAR, **settings(pack)).double().eval()
+        model = bare(LINEAR, **settings(pack)).double()
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         weights = infvit.checkpoint_filter_fn(pack.weights(), model)
         model.load_state_dict(weights, strict=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract
 from support.golden_packs import Pack, packs
-from support.seeded import build, image
+from support.seeded import bare, build, image
 from torch import nn
 
 from terrazzo.backbones import mambavision
@@ -38,7 +38,7 @@ def golden_model(pack: Pack) -> nn.Module:
     """The model of a pack, with its weights; the dense flavour has the detection windows of the T variant."""
     dense = pack.meta["variant"].startswith("det_")
     arguments = dict(num_classes=0, norm_outputs=True, window_size=(112, 56)) if dense else {}
-    model = timm.create_model("mambavision_t", **arguments).eval()
+    model = bare("mambavision_t", **arguments)
     assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
     weights = mambavision.checkpoint_filter_fn({"state_dict": pack.weights()}, model)
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
@@ -83,11 +83,14 @@ class TestOfficial:
                     limit = 1e-4 * case["logits_std"]
                     torch.testing.assert_close(model(x), pack.logits(case).float(), rtol=0, atol=limit)
 
+    @pytest.fixture(scope="class")
+    def official(self):
+        return Pack(next(path for path in packs("mambavision") if path.stem == "T")).weights()
+
     @pytest.mark.parametrize("prefix", ["backbone.", "model.", "module.", "encoder."])
-    def test_prefixes(self, prefix):
+    def test_prefixes(self, prefix, official):
         """Files of detectors, the hub's safetensors, parallel runs and larger networks load strictly."""
-        pack = Pack(next(path for path in packs("mambavision") if path.stem == "T"))
-        weights = {prefix + name: value for name, value in pack.weights().items()}
+        weights = {prefix + name: value for name, value in official.items()}
         if prefix in ("backbone.", "encoder."):
             weights["rpn_head.conv.weight"] = torch.zeros(1)
         model = timm.create_model("mambavision_t", device="meta")

@@ -7,6 +7,7 @@ import timm
 import torch
 from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
+from support.seeded import bare
 
 from terrazzo.backbones import _place, _tokens, mctf
 from terrazzo.backbones._hosted import hosted
@@ -52,7 +53,7 @@ class TestOfficial:
         pack = Pack(path)
         options = pack.meta["options"][1].strip("[]").split(", ")
         name = "mctf_deit_tiny_fast" if float(options[0]) < 1 else TINY
-        model = timm.create_model(name, bidirectional=options[8] == "1").double().eval()
+        model = bare(name, bidirectional=options[8] == "1").double()
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         assert list(model.reducer.blocks) == eval(pack.meta["options"][2], {})
         checkpoint = {"model": pack.weights(), "epoch": 29}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
+from support.seeded import bare
 
 from terrazzo.backbones import medmamba
 from terrazzo.backbones._layers import on_maps
@@ -64,7 +65,7 @@ class TestOfficial:
     @pytest.mark.parametrize("path", packs("medmamba"), ids=lambda path: path.stem)
     def test_golden(self, path):
         pack = Pack(path)
-        model = timm.create_model(f"medmamba_{pack.meta['variant']}", num_classes=pack.meta["num_classes"]).eval()
+        model = bare(f"medmamba_{pack.meta['variant']}", num_classes=pack.meta["num_classes"])
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         weights = medmamba.checkpoint_filter_fn(pack.weights(), model)
         counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}

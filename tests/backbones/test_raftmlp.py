@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract
 from support.golden_packs import Pack, packs
-from support.seeded import build, image
+from support.seeded import bare, build, image
 from torch import nn
 
 from terrazzo.backbones import raftmlp
@@ -61,7 +61,7 @@ class TestOfficial:
     @pytest.mark.parametrize("path", PATHS)
     def test_golden(self, path):
         pack, dense = Pack(path), path.stem == "s.det"
-        model = timm.create_model("raftmlp_s", **PACKS[path.stem]).double().eval()
+        model = bare("raftmlp_s", **PACKS[path.stem]).double()
         if dense:
             model.prune_intermediate_layers([0, 1, 2, 3], prune_norm=True)
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract
 from support.golden_packs import Pack, packs
-from support.seeded import build, image
+from support.seeded import bare, build, image
 
 from terrazzo.backbones import roma
 from terrazzo.backbones._layers import bicubic
@@ -68,7 +68,7 @@ class TestOfficial:
     @pytest.mark.parametrize("path", packs("roma"), ids=lambda path: path.stem)
     def test_golden(self, path):
         pack = Pack(path)
-        model = timm.create_model("roma_tiny").eval()
+        model = bare("roma_tiny")
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         weights = roma.checkpoint_filter_fn({"model": pack.weights()}, model)
         model.load_state_dict(weights, strict=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract
 from support.golden_packs import Pack, packs
-from support.seeded import build, image
+from support.seeded import bare, build, image
 
 from terrazzo.backbones import soft
 from terrazzo.errors import InputError, WeightsError
@@ -38,7 +38,7 @@ class TestSOFT(BackboneContract):
 
 def model_of(pack, **options):
     name = pack.meta["variant"].replace("soft_norm", "softpp")
-    return timm.create_model(name, **options).double().eval()
+    return bare(name, **options).double()
 
 
 class TestOfficial:

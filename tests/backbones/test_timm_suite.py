@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 from support.families import kinds
+from support.processes import run_code
 
 from terrazzo.tools.models import registered_models
 
@@ -43,23 +44,10 @@ def suite():
 
 
 def run(suite: Path, models: tuple[str, ...], select: str) -> str:
-    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    environment = dict(os.environ, TERRAZZO_TIMM_MODELS=",".join(models), PYTHONPATH=path)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "support.timm_suite",
-        "-p",
-        "no:cacheprovider",
-        "-qrp",
-        "-W",
-        "ignore",
-    ]
-    done = subprocess.run(
-        [*command, "tests/test_models.py", "-k", select], cwd=suite, env=environment, capture_output=True, text=True
-    )
+    code = f"import sys, pytest; sys.path.insert(0, {str(TESTS)!r}); sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-p", "support.timm_suite", "-p", "no:cacheprovider", "-qrp", "-W", "ignore"]
+    environment = dict(os.environ, TERRAZZO_TIMM_MODELS=",".join(models))
+    done = run_code(code, *options, "tests/test_models.py", "-k", select, cwd=suite, env=environment, timeout=1800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 

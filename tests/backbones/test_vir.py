@@ -7,7 +7,7 @@ import timm
 import torch
 from support.contract import BackboneContract
 from support.golden_packs import Pack, packs, sampled
-from support.seeded import build, image
+from support.seeded import bare, build, image
 from timm.layers import resample_abs_pos_embed
 
 from terrazzo.backbones import vir
@@ -65,7 +65,7 @@ class TestOfficial:
         return Pack(request.param)
 
     def load(self, pack, **options):
-        model = timm.create_model("vir_small_patch16_224", **pack.meta["kwargs"], **options).double().eval()
+        model = bare("vir_small_patch16_224", **pack.meta["kwargs"], **options).double()
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         model.load_state_dict(vir.checkpoint_filter_fn({"model": pack.weights()}, model), strict=True)
         return model

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from support.contract import BackboneContract, build, image
 from support.golden_packs import Pack, packs
+from support.seeded import bare
 
 from terrazzo.backbones import _ss2d, vmamba
 from terrazzo.kernels.dispatch.operator import find
@@ -73,7 +74,7 @@ class TestOfficial:
         variant = pack.meta["variant"]
         dense = variant.startswith("det_")
         arguments = dict(num_classes=0, norm_outputs=True) if dense else {}
-        model = timm.create_model(f"vmamba_{variant.removeprefix('det_')}", **arguments).eval()
+        model = bare(f"vmamba_{variant.removeprefix('det_')}", **arguments)
         assert sum(p.numel() for p in model.parameters()) == pack.meta["parameters"]
         weights = {f"backbone.{name}": value for name, value in pack.weights().items()} if dense else pack.weights()
         checkpoint = {"state_dict" if dense else "model": weights, "epoch": 264}

@@ -67,6 +67,7 @@ SMALLER = {
     "mixer": dict(depths=(1, 1, 1, 1), dim=32),
     "vmamba": dict(depths=(1, 1, 1, 1), embed_dim=16),
     "mctf": dict(embed_dim=96, num_heads=3),
+    "raftmlp": dict(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128)),
     "vir": dict(embed_dim=48),
     "asvit": dict(embed_dim=96, num_heads=3),
     "infvit": dict(embed_dim=96, num_heads=3),
@@ -79,7 +80,7 @@ def _shrink_model(model):
     backbone.pretrained = False
     if backbone.name.startswith("roma"):  # a plain backbone stays plain, with two blocks
         backbone.update(depth=2, out_indices=(1,))
-    elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 10e6:
+    elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 9e6:
         family, indices = backbone.name.split("_")[0], backbone.get("out_indices", (0, 1, 2, 3))
         if family not in SMALLER or family == "dinat":
             for key in ("kernel_size", "img_size", "patch_size"):

@@ -3,19 +3,16 @@
 import json
 import math
 import multiprocessing
-import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
-from support.processes import run_code
+from support.processes import running_code
 
 from terrazzo.errors import NonFiniteError, SavingError
 from terrazzo.openmmlab.config import build_runner, load_config
@@ -91,31 +88,23 @@ def command(work_dir, root, *more):
     return [*arguments, "--work-dir", str(work_dir), *more, "--cfg-options", *options]
 
 
-def start(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([sys.executable, "-m", "terrazzo", *command(*arguments)], env=environment, **pipes)
-
-
-def finish(*arguments):
-    done = run_code("from terrazzo.tools.cli import main; main()", *command(*arguments))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-
-
 def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
     root = tiny_data("floors")
     build_runner(load_config(FLOORS, root, RANDOM), tmp_path / "unbroken", seed=5).train()
-    killed = start(tmp_path / "killed", root, "--seed", "5")
-    while max(logged_losses(tmp_path / "killed"), default=0) < 5:
-        assert killed.poll() is None, killed.communicate()[0][-3000:]
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    main = "from terrazzo.tools.cli import main; main()"
+    with running_code(main, *command(tmp_path / "killed", root, "--seed", "5")) as (process, said):
+        while max(logged_losses(tmp_path / "killed"), default=0) < 5:
+            assert process.exitcode is None, said()[1][-3000:]
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     reached = max(logged_losses(tmp_path / "killed"))
     (tmp_path / "killed" / "last_checkpoint").write_text("")  # as if killed between opening and writing that file
     saved = int(re.search(r"iter_(\d+)", find_latest_checkpoint(str(tmp_path / "killed"))).group(1))
     assert 4 <= saved <= reached < 9
-    finish(tmp_path / "killed", root, "--resume")  # the seed is the checkpoint's
+    # This process has drawn other numbers by now, and the seed is the checkpoint's.
+    build_runner(load_config(FLOORS, root, RANDOM), tmp_path / "killed", resume=True).train()
     expected, found = logged_losses(tmp_path / "unbroken"), logged_losses(tmp_path / "killed")
     assert sorted(expected) == sorted(found) == list(range(1, 10))
     np.testing.assert_allclose([found[step] for step in found], [expected[step] for step in found], rtol=1e-5)

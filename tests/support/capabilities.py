@@ -29,6 +29,14 @@ COMPILERS = ("aot_eager", "inductor")
 
 SIZE, ODD = (64, 96), (97, 70)
 
+SMALL_HEAD = {
+    "model.neck.out_channels": 32,
+    "model.bbox_head.in_channels": 32,
+    "model.bbox_head.feat_channels": 32,
+    "model.bbox_head.stacked_convs": 1,
+}
+"""Options of a detector: its training step is for the backbone."""
+
 CONFIG = """
 _base_ = ["{base}"]
 custom_imports = dict(imports=["terrazzo.openmmlab"])
@@ -170,7 +178,7 @@ class CapabilityContract:
 
         data = demo_mm_inputs(2, [(3, *SIZE)] * 2, [2, 3], num_classes=80)
         with capability:
-            train_step(example, "mmdet", "retinanet_r50_fpn", {}, data, tmp_path)
+            train_step(example, "mmdet", "retinanet_r50_fpn", SMALL_HEAD, data, tmp_path)
 
     def test_mmseg(self, example, capability, openmmlab, tmp_path):
         from support.tiny_data import segmentation_batch

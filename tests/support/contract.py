@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import terrazzo
 from support.capabilities import CapabilityContract
 from support.module_contract import CHECKS
-from support.seeded import build, image, whole
+from support.seeded import bare, build, image, whole
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._weights import RECONSTRUCTED, _Uninitialised
 from terrazzo.errors import InputError
@@ -46,16 +46,15 @@ SIZES = ((32, 32), (97, 131), (64, 96))  # the smallest size, an odd and non-squ
 MAX_SIDE = 96  # for costly checks
 MODEL_ROWS = results.read(cards.MODELS)
 SAMPLED = (
-    "test_arguments",
     "test_features_only",
     "test_group_matcher_covers_every_parameter_once",
     "test_configuration_names_what_fits_classes_and_channels",
-    "test_norm_outputs",
     "test_no_weight_decay_names_parameters",
 )
 """Checks of a variant's structure that run on the representatives and the largest variant; on others they are slow."""
-COUNTED = ("test_parameters_and_macs",)
-"""Checks that take longer for larger variants, and run on the representatives; on others they are slow."""
+COUNTED = ("test_arguments", "test_norm_outputs", "test_parameters_and_macs")
+"""Checks that take longer for larger variants, and run on the representatives; on others they are slow. The largest
+variant's forward pass is in `test_features_only`."""
 FIRST = ("test_compile", "test_hub", "test_autocast", "test_traced", "test_older_onnx_exporter", "test_poolings")
 """Costly checks that run on the first representative; on other models they are slow."""
 
@@ -282,9 +281,9 @@ class BackboneContract(CapabilityContract):
             kept = pruned.prune_intermediate_layers([1], prune_norm=True)
             (tap,) = pruned.forward_intermediates(x, indices=kept, intermediates_only=True)
             torch.testing.assert_close(tap, maps[1])
-            wrapped = timm.create_model(name, features_only=True, out_indices=(0, 2))
+            wrapped = bare(name, features_only=True, out_indices=(0, 2))
             wrapped.model.load_state_dict(model.state_dict(), strict=False)
-            for found, wanted in zip(wrapped.eval()(x), (maps[0], maps[2])):
+            for found, wanted in zip(wrapped(x), (maps[0], maps[2])):
                 torch.testing.assert_close(found, wanted)
 
     def test_every_parameter_learns_and_checkpointing_changes_nothing(self, name):
@@ -406,7 +405,7 @@ class BackboneContract(CapabilityContract):
         wanted = model(x)
         assert torch.equal(copy.deepcopy(model)(x), wanted)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
-        again = timm.create_model(name, **self.shallow.get(name, {})).eval()
+        again = bare(name, **self.shallow.get(name, {}))
         again.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(again(x), wanted)
 

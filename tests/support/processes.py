@@ -5,6 +5,7 @@ import of PyTorch or timm, or about a whole process, starts `sys.executable` ins
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import traceback
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PRELOADED = ["torch", "timm"]
@@ -31,21 +33,37 @@ def run_code(
         env: the environment; PyTorch keeps what it read from this process's environment.
         stdin: what the code can read from its standard input.
     """
+    with running_code(code, *arguments, cwd=cwd, env=env, stdin=stdin) as (process, said):
+        process.join(timeout)
+        if process.exitcode is None:
+            raise subprocess.TimeoutExpired(code, timeout)
+        return subprocess.CompletedProcess(["-c", *map(str, arguments)], process.exitcode, *said())
+
+
+@contextlib.contextmanager
+def running_code(
+    code: str,
+    *arguments: object,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    stdin: str = "",
+) -> Iterator[tuple[multiprocessing.process.BaseProcess, Callable[[], list[str]]]]:
+    """The process of `run_code` while it runs, and a function that gives its outputs so far; the end kills it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = ["-c", *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
         files[0].write_text(stdin)
-        process = context.Process(target=_run, args=(code, arguments, cwd, dict(env or os.environ), files))
+        environment = dict(env or os.environ)
+        arguments = ["-c", *map(str, arguments)]
+        process = context.Process(target=_run, args=(code, arguments, cwd, environment, files))
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(code, timeout)
-        output = [path.read_text() if path.exists() else "" for path in files[1:]]
-        return subprocess.CompletedProcess(arguments, process.exitcode, *output)
+        try:
+            yield process, lambda: [path.read_text() if path.exists() else "" for path in files[1:]]
+        finally:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
 
 
 def _run(code: str, arguments: list[str], cwd: Path | None, env: dict[str, str], files: list[Path]) -> None:

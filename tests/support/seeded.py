@@ -7,6 +7,7 @@ import timm
 import torch
 
 import terrazzo  # noqa: F401
+from terrazzo.backbones._weights import _Uninitialised
 
 
 def build(name: str, **kwargs) -> torch.nn.Module:
@@ -18,6 +19,12 @@ def build(name: str, **kwargs) -> torch.nn.Module:
             if parameter.dim() <= 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+def bare(name: str, **kwargs) -> torch.nn.Module:
+    """A model for weights that a test loads: its own are not drawn, which takes longer than many tests."""
+    with _Uninitialised():
+        return timm.create_model(name, **kwargs).eval()
 
 
 @functools.lru_cache(maxsize=3)

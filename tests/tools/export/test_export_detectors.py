@@ -105,12 +105,6 @@ def tiny(tmp_path):
         cfg.model.backbone = dict(type="TerrazzoBackbone", name="resnet10t", out_indices=indices)
         behind = next(cfg.model[key] for key in ("neck", "panoptic_head") if cfg.model.get(key))
         behind["in_channels"] = [(64, 128, 256, 512)[level] for level in levels]
-        # Transformers repeat a layer: two are enough, and three see the three levels of Mask2Former's maps.
-        if "num_queries" in cfg.model:
-            cfg.model.encoder.num_layers = cfg.model.decoder.num_layers = 2
-        elif "pixel_decoder" in cfg.model.get("panoptic_head", ()):
-            head = cfg.model.panoptic_head
-            head.pixel_decoder.encoder.num_layers, head.transformer_decoder.num_layers = 1, 3
         torch.manual_seed(0)
         detector = MODELS.build(copy.deepcopy(cfg.model)).eval()
         enliven(detector, name, SIZE)

@@ -23,11 +23,25 @@ def square(tmp_path_factory):
     return path
 
 
-def _both(run, tmp_path, runtime, suffix, model, checkpoint, picture, size, classes=(), options=()):
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """A function that exports a model to a file; a file is made once for each set of arguments."""
+    files = {}
+
+    def export(runtime, suffix, *arguments):
+        key = (runtime, *map(str, arguments))
+        if key not in files:
+            file = tmp_path_factory.mktemp("exported") / f"model.{suffix}"
+            result = run("export", *arguments, "--format", runtime, "--out", file)
+            assert result.exit_code == 0, result.output
+            files[key] = file
+        return files[key]
+
+    return export
+
+
+def _both(run, tmp_path, runtime, file, model, checkpoint, picture, classes=(), options=()):
     """Compare the drawings by PyTorch and by an exported file, and return both records."""
-    file = tmp_path / f"model.{suffix}"
-    result = run("export", model, checkpoint, *classes, "--format", runtime, "--size", *size, "--out", file)
-    assert result.exit_code == 0, result.output
     weights = ("--checkpoint", checkpoint, *classes)
     by_torch = run("infer", model, picture, *weights, *options, "--out", tmp_path / "torch")
     assert by_torch.exit_code == 0, by_torch.output
@@ -43,29 +57,29 @@ def _both(run, tmp_path, runtime, suffix, model, checkpoint, picture, size, clas
 
 
 @pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES + PYTORCH)
-def test_classifier(run, picture, tmp_path, runtime, suffix):
+def test_classifier(run, exported, picture, tmp_path, runtime, suffix):
     """Pictures are resized and cropped as in timm."""
     torch.manual_seed(0)
     checkpoint, classes = tmp_path / "weights.pth", ("--num-classes", 7)
     torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), checkpoint)
-    mine, theirs = _both(run, tmp_path, runtime, suffix, "resnet10t", checkpoint, picture, (176, 176), classes)
+    file = exported(runtime, suffix, "resnet10t", checkpoint, *classes, "--size", 176, 176)
+    mine, theirs = _both(run, tmp_path, runtime, file, "resnet10t", checkpoint, picture, classes)
     assert [entry["index"] for entry in mine["top"]] == [entry["index"] for entry in theirs["top"]]
     for one, other in zip(mine["top"], theirs["top"]):
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("runtime", "suffix"), [RUNTIMES[0], pytest.param(*RUNTIMES[1], marks=pytest.mark.slow)])
-def test_segmentor(run, trained, square, tmp_path, runtime, suffix):
-    mine, theirs = _both(run, tmp_path, runtime, suffix, *trained, square, (64, 64))
+def test_segmentor(run, exported, trained, square, tmp_path, runtime, suffix):
+    file = exported(runtime, suffix, *trained, "--size", 64, 64)
+    mine, theirs = _both(run, tmp_path, runtime, file, *trained, square)
     assert mine["classes"] == theirs["classes"]
     labels = [np.asarray(Image.open(tmp_path / name / "floor.labels.png")) for name in ("torch", "file")]
     assert (labels[0] != labels[1]).mean() < 1e-3
 
 
-def test_segmentor_on_a_picture_of_another_size(run, trained, picture, tmp_path):
-    config, checkpoint = trained
-    file = tmp_path / "model.onnx"
-    assert run("export", config, checkpoint, "--size", 64, 64, "--out", file).exit_code == 0
+def test_segmentor_on_a_picture_of_another_size(run, exported, trained, picture, tmp_path):
+    file = exported("onnx", "onnx", *trained, "--size", 64, 64)
     assert run("infer", "--runtime", "onnx", file, picture, "--out", tmp_path).exit_code == 0
     assert np.asarray(Image.open(tmp_path / "floor.labels.png")).shape == (67, 91)
 
@@ -74,8 +88,9 @@ def test_segmentor_on_a_picture_of_another_size(run, trained, picture, tmp_path)
     ("runtime", "suffix"),
     [RUNTIMES[0], *(pytest.param(name, "pt2", marks=pytest.mark.slow) for name in ("pt2", "aoti"))],
 )
-def test_detector(run, detector, square, tmp_path, runtime, suffix):
-    mine, theirs = _both(run, tmp_path, runtime, suffix, *detector, square, (64, 64), options=("--min-score", 0))
+def test_detector(run, exported, detector, square, tmp_path, runtime, suffix):
+    file = exported(runtime, suffix, *detector, "--size", 64, 64)
+    mine, theirs = _both(run, tmp_path, runtime, file, *detector, square, options=("--min-score", 0))
     assert len(mine["things"]) == len(theirs["things"]) > 0
     for one, other in zip(mine["things"], theirs["things"]):
         assert one["label"] == other["label"]
