@@ -85,3 +85,15 @@ def wholes(name: str, values: Any) -> tuple[int, ...]:
         InputError: `values` is not a sequence of whole numbers.
     """
     return tuple(whole(name, value) for value in _listed(name, values))
+
+
+def sides(name: str, value: Any) -> tuple[int, int]:
+    """The height and width of an image: of a number, both are the number; timm takes both forms, too.
+
+    Raises:
+        InputError: `value` is neither a whole number nor a pair of them, or a side is below 1.
+    """
+    found = wholes(name, value) if isinstance(value, (list, tuple)) else (whole(name, value),) * 2
+    if len(found) != 2 or min(found) < 1:
+        raise InputError(f"{name} must be a side of 1 or more, or height and width, got {value!r}")
+    return found

@@ -25,7 +25,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_p
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from terrazzo.backbones._checks import wholes
+from terrazzo.backbones._checks import sides
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import dimensioned, patch_conv
 from terrazzo.backbones._plain import Plain, TokenStem
@@ -249,7 +249,7 @@ class InfViT(Plain):
         if num_heads < 1 or embed_dim % num_heads:
             raise InputError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         factory = dict(device=device, dtype=dtype)
-        size = (img_size, img_size) if isinstance(img_size, int) else wholes("img_size", img_size)
+        size = sides("img_size", img_size)
         blocks = [
             Block(
                 KINDS[kind](embed_dim, num_heads, extra_proj, rho, rho_trainable, **factory), embed_dim, rate, **factory

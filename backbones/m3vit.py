@@ -33,7 +33,7 @@ from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import Block as PlainBlock
 from torch import nn
 
-from terrazzo.backbones._checks import check_image, whole
+from terrazzo.backbones._checks import check_image, sides, whole
 from terrazzo.backbones._deit import NAMES
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import init_linear, patch_conv
@@ -268,7 +268,7 @@ class M3ViT(Plain):
         router: str = "multi_gate",
         task_dim: int = 64,
         gate_input_ahead: bool = False,
-        img_size: tuple[int, int] = (480, 640),
+        img_size: int | tuple[int, int] = (480, 640),
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
@@ -286,7 +286,8 @@ class M3ViT(Plain):
             know the task, "task" for one router that also reads a learned vector of the task.
         task_dim: the length of that vector.
         gate_input_ahead: routers read the block's input, not the normalised input of the experts.
-        img_size: height and width of the images that the positions are made for; for other images they are resized.
+        img_size: height and width (or the side) of the images that the positions are made for; for others they are
+            resized.
 
         Raises:
             InputError: there is no task, or a name twice, or `router` or `top_k` is not one of the choices.
@@ -309,7 +310,7 @@ class M3ViT(Plain):
             TokenStem(
                 patch_conv(in_chans, embed_dim, PATCH, **factory),
                 embed_dim,
-                (-(-img_size[0] // PATCH), -(-img_size[1] // PATCH)),
+                tuple(-(-side // PATCH) for side in sides("img_size", img_size)),
                 **factory,
             ),
             [Block(embed_dim, num_heads, rates[i], mixture(i), gate_input_ahead, **factory) for i in range(depth)],

@@ -25,7 +25,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from terrazzo.backbones._bare import is_bare
-from terrazzo.backbones._checks import whole, wholes
+from terrazzo.backbones._checks import sides, whole, wholes
 from terrazzo.backbones._layers import resized
 from terrazzo.backbones._pyramid import Pyramid, Stage
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
@@ -203,7 +203,7 @@ class RaftMLP(Pyramid):
             kernels = [(p, 2 * p) for p in patch_sizes[:-1]] + [patch_sizes[-1:]]
         _check(depths, dims, patch_sizes, kernels, rafts, stride4)
         factory = dict(device=device, dtype=dtype)
-        grid = (img_size, img_size) if isinstance(img_size, int) else wholes("img_size", img_size)
+        grid = sides("img_size", img_size)
         stem, stages = None, []
         for i, (depth, dim, p) in enumerate(zip(depths, dims, patch_sizes)):
             grid = tuple(-(-side // p) for side in grid)
@@ -257,9 +257,9 @@ def _check(
         raise InputError(f"patch sizes after the first must be 2, got {tuple(patch_sizes)}")
     if rafts < 1 or any(dim % rafts for dim in dims):
         raise InputError(f"dims must be multiples of rafts, which is at least 1, got {tuple(dims)} and {rafts}")
-    for p, sides in zip(patch_sizes, kernels):
-        if not sides or any(side < p or (side - p) % 2 for side in sides):
-            raise InputError(f"kernels must be at least the patch size {p}, by an even number, got {tuple(sides)}")
+    for p, kernel in zip(patch_sizes, kernels):
+        if not kernel or any(side < p or (side - p) % 2 for side in kernel):
+            raise InputError(f"kernels must be at least the patch size {p}, by an even number, got {tuple(kernel)}")
 
 
 # From the authors' names to ours.

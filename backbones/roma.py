@@ -27,12 +27,14 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from terrazzo.backbones._bare import on_sequences, step_sizes
+from terrazzo.backbones._checks import sides
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import initial_step_bias, patch_conv, resized, whole_patches
 from terrazzo.backbones._plain import Plain
 from terrazzo.backbones._registration import imagenet_cfg, register_variants
 from terrazzo.backbones._states import Beside, needed
 from terrazzo.backbones._weights import LAST_PROJECTION, any_prefix, rename, take_old_names
+from terrazzo.errors import InputError
 from terrazzo.kernels import selective_scan
 
 __all__ = ["RoMA"]
@@ -270,7 +272,7 @@ class RoMA(Plain):
         embed_dim: int = 768,
         depth: int = 12,
         patch_size: int = 16,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
@@ -281,16 +283,19 @@ class RoMA(Plain):
         dtype: torch.dtype | None = None,
     ):
         """Args:
-        img_size: side of the images that the position embedding is made for; for other images it is resized.
+        img_size: side of the images, squares, that the position embedding is made for; for other images it is resized.
         global_pool: "token" for the class token; timm's other poolings take the patches.
         norm_outputs: see `Backbone`. The authors' segmentors have a single norm, for the last block's map.
         """
         factory = dict(device=device, dtype=dtype)
+        height, width = sides("img_size", img_size)
+        if height != width:
+            raise InputError(f"img_size must be a square, because positions are resized as squares, got {img_size}")
         # The authors shift the rates by one block, and so drop fewer paths than they state.
         rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
         options = dict(in_chans=in_chans, num_classes=num_classes, global_pool="avg", drop_rate=drop_rate)
         super().__init__(
-            Stem(in_chans, embed_dim, patch_size, img_size, **factory),
+            Stem(in_chans, embed_dim, patch_size, height, **factory),
             [Block(embed_dim, len(DIRECTIONS), rates[i], **factory) for i in range(depth)],
             embed_dim,
             patch_size,

@@ -26,6 +26,7 @@ from timm.layers import DropPath, LayerScale, Mlp, calculate_drop_path_rates, re
 from timm.models import generate_default_cfgs
 from torch import nn
 
+from terrazzo.backbones._checks import sides
 from terrazzo.backbones._head import TokenHead
 from terrazzo.backbones._layers import init_linear, patch_conv, resized, whole_patches
 from terrazzo.backbones._place import Place
@@ -135,10 +136,10 @@ class MapBlock(Block):
 class Stem(nn.Module):
     """Patches with position embeddings, then the class token, which has none: (B, in_chans, H, W) to (B, N + 1, C)."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, img_size: int, **factory):
+    def __init__(self, in_chans: int, dim: int, patch_size: int, img_size: tuple[int, int], **factory):
         super().__init__()
         self.patch_size = patch_size
-        self.grid = (-(-img_size // patch_size),) * 2
+        self.grid = tuple(-(-side // patch_size) for side in img_size)
         self.proj = patch_conv(in_chans, dim, patch_size, **factory)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], dim, **factory))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
@@ -191,7 +192,7 @@ class ViR(Plain):
         depth: int = 12,
         num_heads: int = 6,
         patch_size: int = 16,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         dims: int = 1,
         directions: int = 1,
         form: str = "chunked",
@@ -208,7 +209,8 @@ class ViR(Plain):
         dtype: torch.dtype | None = None,
     ):
         """Args:
-        img_size: Side of the images that the position embedding is made for; for other images it is resized.
+        img_size: Side of the images (or height and width) that the position embedding is made for; for other images it
+            is resized.
         dims, directions, form, chunk: Options of `terrazzo.backbones.mixers.retention.Retention`. The defaults are the
             authors' model. With `dims=1` and one direction, patches see only what comes before in raster order; for
             dense features take `dims=2, directions=4`. Weights fit all of them.
@@ -223,7 +225,7 @@ class ViR(Plain):
         retention = dict(dims=dims, directions=directions, form=form, chunk=chunk)
         options = dict(in_chans=in_chans, num_classes=num_classes, global_pool="avg", drop_rate=drop_rate)
         super().__init__(
-            Stem(in_chans, embed_dim, patch_size, img_size, **factory),
+            Stem(in_chans, embed_dim, patch_size, sides("img_size", img_size), **factory),
             [Block(embed_dim, num_heads, rate, parallel_softmax, init_values, retention, **factory) for rate in rates],
             embed_dim,
             patch_size,

@@ -1,5 +1,7 @@
 """Inputs that are not images or numbers are refused in one line; NumPy's numbers and scalar tensors are numbers."""
 
+import inspect
+
 import numpy as np
 import pytest
 import timm
@@ -91,3 +93,14 @@ def test_numbers(arguments, plain):
         torch.manual_seed(0)
         outputs.append(terrazzo.reduce(vit(), **given).eval()(image((64, 64))))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", smallest())
+def test_img_size_is_a_side_or_two(name):
+    if "img_size" not in inspect.signature(type(timm.create_model(name, device="meta"))).parameters:
+        return  # the family takes any image without being told
+    one, two = (timm.create_model(name, img_size=size, device="meta") for size in (96, (96, 96)))
+    assert [x.shape for x in one.parameters()] == [x.shape for x in two.parameters()]
+    for wrong in ("96", (96, 96, 96), 0):
+        with pytest.raises(InputError, match="img_size must be"):
+            timm.create_model(name, img_size=wrong, device="meta")
