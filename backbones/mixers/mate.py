@@ -28,6 +28,8 @@ class Mate(StateSpace):
     Source: arXiv 2601.01322 (M-MATE), arXiv 2412.09856 (MATE).
     """
 
+    local = ("relative_position_bias_table",)
+
     def __init__(
         self,
         host: Host,
