@@ -298,3 +298,10 @@ def test_pictures(tiny_data, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             Pictures(str(root), dict(input_size=32), **options)
+
+
+def test_no_division_among_processes(make):
+    from terrazzo.openmmlab.sharded import FullyShardedModel
+
+    with pytest.raises(InputError, match="leave --fsdp out"):
+        FullyShardedModel(make())
