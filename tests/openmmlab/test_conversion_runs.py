@@ -10,7 +10,6 @@ import torch
 from mmengine.registry import MODELS
 
 from terrazzo.backbones._hosts import record_of
-from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
 from terrazzo.tools.training.curves import draw_curves, read_curves
 
@@ -105,15 +104,6 @@ def test_configs_build(name, tmp_path):
     assert ("backbone.blocks.3.mlp.fc1.weight" in trained) == ("distil" in name)
     assert ("backbone.blocks.3.attn.proj.weight" in trained) == ("hidden" in name or "distil" in name)
     assert any(".mixer." in name for name in trained)
-
-
-def test_no_pictures(options, tmp_path):
-    (tmp_path / "train").mkdir()
-    with pytest.raises(InputError, match="train' holds no images"):
-        build_runner(
-            load_config("convert-hidden_vit-small-dinov2-hedgehog_1xb16-2k_unlabelled-224x224", tmp_path, options),
-            tmp_path / "work",
-        )
 
 
 @pytest.mark.slow  # three trainings, two of them of two processes
