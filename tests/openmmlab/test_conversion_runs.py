@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from mmengine.registry import MODELS
+from support import distributed_worker
 
 from terrazzo.backbones._hosts import record_of
 from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
@@ -91,14 +92,27 @@ def test_pictures_without_labels_and_two_branches(tiny_data, options, tmp_path):
         options["load_from"] = str(tmp_path / stage / "iter_2.pth")
 
 
+@pytest.fixture(scope="module")
+def whole_teacher(tmp_path_factory):
+    """A function from a teacher's settings to the same with a file of random weights, written once for each model."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def made(teacher):
+        file = folder / f"{teacher['name']}.pth"
+        teacher = {**teacher, "pretrained": False, "checkpoint": str(file)}
+        settings = {key: value for key, value in teacher.items() if key not in ("name", "checkpoint")}
+        if not file.exists():
+            torch.save(timm.create_model(teacher["name"], **settings).state_dict(), file)
+        return teacher
+
+    return made
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("convert")])
-def test_configs_build(name, tmp_path):
+def test_configs_build(name, whole_teacher):
     """Every config builds at full size, and trains what its stage trains."""
     cfg = load_config(name)
-    teacher = dict(cfg.model.teacher, pretrained=False, checkpoint=str(tmp_path / "teacher.pth"))
-    settings = {key: value for key, value in teacher.items() if key not in ("name", "checkpoint")}
-    torch.save(timm.create_model(teacher["name"], **settings).state_dict(), teacher["checkpoint"])
-    model = MODELS.build(dict(cfg.model, teacher=teacher))
+    model = MODELS.build(dict(cfg.model, teacher=whole_teacher(cfg.model.teacher)))
     assert model.layers == tuple(range(12))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert ("backbone.blocks.3.mlp.fc1.weight" in trained) == ("distil" in name)
@@ -110,7 +124,6 @@ def test_configs_build(name, tmp_path):
 @pytest.mark.parametrize("name", [HIDDEN, DISTIL])
 def test_two_processes_with_half_the_batch(name, tiny_data, options, tmp_path):
     """Two processes, and accumulated batches, give the losses of one process."""
-    from support import distributed_worker
     from test_distributed import forks
 
     more = {"train_dataloader.sampler": dict(type="DefaultSampler", shuffle=True)}
