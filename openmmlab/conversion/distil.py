@@ -1,0 +1,91 @@
+"""The stage that trains the whole student on the whole teacher."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from terrazzo.backbones._checks import number, wholes
+from terrazzo.backbones._states import run
+from terrazzo.errors import InputError
+from terrazzo.openmmlab.conversion.losses import cosines, divergence
+from terrazzo.openmmlab.conversion.stages import Stage
+
+if TYPE_CHECKING:
+    from terrazzo.openmmlab.conversion.model import AttentionConversion
+
+TAPS = 4  # how many blocks are compared if none are named
+
+
+class DistilStage(Stage):
+    """Trains the student on its own tokens: KL(teacher, student) of logits, cosines of tokens, and labels if given.
+
+    loss = KL + token_weight * sum over taps of (1 - mean cosine) + task_weight * cross-entropy
+
+    Without a head, KL is that of the normalised final tokens, softmax over channels, as a mean over tokens. The cosines
+    are those of tokens behind the tapped blocks after a LayerNorm without weights.
+
+    Source: MOHAWK, arXiv 2408.10189, weight transfer and knowledge distillation; cosines and weights are ours.
+
+    Args:
+        taps: The blocks whose tokens are compared; None for four blocks, evenly spaced, with the last among them.
+        token_weight: The weight of a tapped block.
+        task_weight: The weight of the labels' loss, where images have labels and the model has a head.
+        trained: "all", or "attention" for the converted attention layers alone.
+    """
+
+    def __init__(
+        self,
+        taps: Sequence[int] | None = None,
+        token_weight: float = 0.5,
+        task_weight: float = 0.1,
+        trained: str = "all",
+    ):
+        if trained not in ("all", "attention"):
+            raise InputError(f"trained must be 'all' or 'attention', got {trained!r}")
+        self.taps = None if taps is None else wholes("taps", taps)
+        self.token_weight, self.task_weight = number("token_weight", token_weight), number("task_weight", task_weight)
+        self.part = trained
+
+    def prepare(self, model: "AttentionConversion") -> None:
+        depth = len(model.backbone.blocks)
+        if self.taps is None:
+            count = min(TAPS, depth)
+            self.taps = tuple((i + 1) * depth // count - 1 for i in range(count))
+        if not all(0 <= tap < depth for tap in self.taps):
+            raise InputError(f"taps must be blocks from 0 to {depth - 1}, got {self.taps}")
+
+    def trained(self, model: "AttentionConversion") -> Iterator[nn.Parameter]:
+        if self.part == "all":
+            yield from model.backbone.parameters()
+        else:
+            for layer in model.layers:
+                yield from model.backbone.blocks[layer].attn.parameters()
+
+    def losses(
+        self, model: "AttentionConversion", images: Tensor, labels: Tensor | None, progress: float
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            wanted, wanted_tokens = passed(model.teacher, images, self.taps)
+        found, tokens = passed(model.backbone, images, self.taps)
+        cosine = torch.stack([cosines(own, other).mean() for own, other in zip(tokens, wanted_tokens)])
+        losses = {"loss_kl": divergence(found, wanted).mean()}
+        if self.taps:
+            losses["loss_tokens"] = self.token_weight * (1 - cosine).sum()
+        if labels is not None and found.dim() == 2 and self.task_weight:
+            losses["loss_task"] = self.task_weight * F.cross_entropy(found.float(), labels)
+        return losses | {f"cosine{tap}": value.detach() for tap, value in zip(self.taps, cosine)}
+
+
+def passed(model: Any, images: Tensor, taps: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """A host's logits (B, classes), or without a head its final tokens (B, N, C), and the tokens behind some blocks."""
+    x, state = model._begin(images, maps=model.global_pool not in ("token", ""))
+    tokens = {}
+    for layer, block in enumerate(model.blocks):
+        x = run(block, x, state, model.grad_checkpointing)
+        if layer in taps:
+            tokens[layer] = x
+    x = model._features(x, state)
+    return model.forward_head(x) if model.num_classes > 0 else x, [tokens[tap] for tap in taps]
