@@ -88,7 +88,7 @@ class SelectStage(DistilStage):
         return bool(sure.all()) and int((shares < 0.5).sum()) == self.target
 
     def report(self, model: "AttentionConversion") -> str:
-        every = ", ".join(f"{layer}: {share.item():.3f}" for layer, share in zip(model.layers, _parameters(model)))
+        every = ", ".join(f"{layer}: {share.clamp(0, 1).item():.3f}" for layer, share in zip(model.layers, _parameters(model)))
         sure = (
             "" if self.done(model, 1.0) else "; some r did not come near 0 or 1, so longer training may choose others"
         )
