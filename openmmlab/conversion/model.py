@@ -47,7 +47,7 @@ class AttentionConversion(BaseModel):
     Source: MOHAWK, arXiv 2408.10189; LinMU, arXiv 2601.01322.
 
     Args:
-        teacher: `name` of a plain ViT of timm, with `pretrained=True` or `checkpoint`, a file of weights; and other
+        teacher: `name` of a plain ViT of timm, with `checkpoint`, a file of weights, or `pretrained=True`; and other
             arguments of `timm.create_model`.
         convert: arguments of `terrazzo.convert_attention`, such as `dict(mixer="hedgehog", layers=[0, 1, 2])`; or
             several of these for different layers; or a checkpoint, whose record says it, such as the `student.pth`
@@ -186,7 +186,9 @@ def _teacher(settings: Mapping[str, Any]) -> nn.Module:
     name, checkpoint = options.pop("name", None), options.pop("checkpoint", None)
     if not isinstance(name, str):
         raise InputError(f"teacher is {options}; it needs the name of a plain ViT of timm")
-    if checkpoint is None and not options.get("pretrained"):
+    if checkpoint is not None:
+        options["pretrained"] = False
+    elif not options.get("pretrained"):
         raise InputError(f"teacher '{name}' has no weights: set pretrained=True, or name a file as checkpoint")
     if drops := {key: options[key] for key in DROPS if options.get(key)}:
         raise InputError(f"teacher '{name}' is compared without dropping anything: leave out {', '.join(drops)}")
