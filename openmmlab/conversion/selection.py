@@ -88,11 +88,10 @@ class SelectStage(DistilStage):
         return bool(sure.all()) and int((shares < 0.5).sum()) == self.target
 
     def report(self, model: "AttentionConversion") -> str:
-        every = ", ".join(f"{layer}: {share.clamp(0, 1).item():.3f}" for layer, share in zip(model.layers, _parameters(model)))
-        sure = (
-            "" if self.done(model, 1.0) else "; some r did not come near 0 or 1, so longer training may choose others"
-        )
-        return f"layers {list(self.chosen(model))} have the mixer, by the share of softmax attention ({every}){sure}"
+        shares = zip(model.layers, torch.cat(list(_parameters(model))).detach().clamp(0, 1).tolist())
+        text = f"layers {list(self.chosen(model))} have the mixer, by the share of softmax attention: "
+        text += ", ".join(f"{layer}: {share:.3f}" for layer, share in shares)
+        return text if self.done(model, 1.0) else f"{text}; not all are near 0 or 1, so a longer training may differ"
 
     def chosen(self, model: "AttentionConversion") -> tuple[int, ...]:
         """The layers that get the mixer: those with the lowest r."""

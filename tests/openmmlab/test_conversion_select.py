@@ -11,8 +11,9 @@ from PIL import Image
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab import AttentionConversion, TerrazzoBackbone
-from terrazzo.openmmlab.config import build_runner
+from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
 from terrazzo.openmmlab.conversion.selection import SHARE, count_error, doubt, schedule
+from terrazzo.openmmlab.conversion.stages import make_stage
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
 NAME = "vit_tiny_patch16_224"
@@ -268,3 +269,14 @@ def test_it_ends_early_and_the_next_stage_and_a_backbone_take_the_student(run, w
     assert list(again.model.stage.chosen(again.model)) == chosen
     with pytest.raises(InputError, match="no record of mixers"):
         AttentionConversion(dict(name=NAME, checkpoint=weights, **SMALL), convert=weights)
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_configs() if name.startswith("convert-select")])
+def test_configs(name):
+    """Schedules take half of the training, and mmengine's settings reach what the stage trains."""
+    cfg = load_config(name)
+    assert make_stage(cfg.model.stage).target == 6
+    (schedule,) = cfg.param_scheduler if isinstance(cfg.param_scheduler, list) else [cfg.param_scheduler]
+    assert (schedule["end"], schedule["eta_min_ratio"]) == (cfg.train_cfg.max_iters // 2, 0.1)
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys[SHARE] == dict(lr_mult=30.0, decay_mult=0.0)
+    assert dict(type="StudentHook") in cfg.custom_hooks
