@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, install_command
 
 ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 MLP = ("fc1", "fc1_g", "fc1_x", "fc2")
@@ -32,7 +32,7 @@ def add_adapters(student: Any, converted: Collection[int], rank: int, alpha: flo
         import peft
     except ImportError as error:
         raise InputError(
-            "trained='adapters' needs the package peft, which is not installed: pip install 'terrazzo[conversion]'"
+            f"trained='adapters' needs the package peft, which is not installed: {install_command('conversion')}"
         ) from error
     names = list(_adapted(student, converted))
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), student)

@@ -111,5 +111,5 @@ def test_bad_options(make, options):
 
 def test_without_peft(make, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(InputError, match=r"pip install 'terrazzo\[conversion\]'"):
+    with pytest.raises(InputError, match=r"needs the package peft, .*\[conversion\]"):
         make(trained="adapters")
