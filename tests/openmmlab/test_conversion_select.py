@@ -107,6 +107,15 @@ def test_it_trains_shares_and_mixers_and_keeps_shares_in_range(make):
     assert all(p.grad is None for p in model.teacher.parameters())
 
 
+def test_it_trains_in_bfloat16(make):
+    model = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = model(batch(), mode="loss")
+    sum(value for name, value in terms.items() if "loss" in name).backward()
+    grads = [getattr(model.backbone.blocks[layer].attn, SHARE).grad for layer in model.layers]
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+
+
 def test_in_evaluation_layers_have_one_branch(make):
     model, x = make(), batch()
     set_shares(model, 0.7, 0.2, 0.8, 0.3)
