@@ -43,7 +43,7 @@ OPTIMIZERS.register_module(module=Lamb, force=True)
 from terrazzo.necks import FinerLevel, PlainPyramid  # noqa: E402
 from terrazzo.openmmlab.backbone import TerrazzoBackbone  # noqa: E402
 from terrazzo.openmmlab.classifier import Classifier  # noqa: E402
-from terrazzo.openmmlab.conversion import AttentionConversion, Fidelity  # noqa: E402
+from terrazzo.openmmlab.conversion import AttentionConversion, Fidelity, StudentHook  # noqa: E402
 from terrazzo.openmmlab.datasets import ImageFolderDataset, Pictures, RotatedImages  # noqa: E402
 from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
@@ -81,6 +81,7 @@ __all__ = [
     "SeededDataset",
     "SeededSampler",
     "SeedingHook",
+    "StudentHook",
     "TaskBackbone",
     "TerrazzoBackbone",
     "ThroughputHook",

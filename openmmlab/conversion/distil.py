@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from terrazzo.backbones._checks import number, wholes
 from terrazzo.backbones._states import run
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.conversion.adapters import adapter_parameters, add_adapters, merged
 from terrazzo.openmmlab.conversion.losses import cosines, divergence
 from terrazzo.openmmlab.conversion.stages import Stage
 
 if TYPE_CHECKING:
     from terrazzo.openmmlab.conversion.model import AttentionConversion
 
+PARTS = ("all", "attention", "adapters")
 TAPS = 4  # how many blocks are compared if none are named
 
 
@@ -33,7 +35,10 @@ class DistilStage(Stage):
         taps: The blocks whose tokens are compared; None for four blocks, evenly spaced, with the last among them.
         token_weight: The weight of a tapped block.
         task_weight: The weight of the labels' loss, where images have labels and the model has a head.
-        trained: "all", or "attention" for the converted attention layers alone.
+        trained: "all"; "attention" for the converted attention layers alone; or "adapters" for these and low-rank
+            adapters (LoRA) around the linear layers of everything else. Adapters need the extra `conversion`, and
+            `StudentHook` writes the student with the adapters added to its weights.
+        rank, alpha: Of adapters: an adapter adds alpha / rank * B A to a weight, where A and B have the rank.
     """
 
     def __init__(
@@ -42,12 +47,14 @@ class DistilStage(Stage):
         token_weight: float = 0.5,
         task_weight: float = 0.1,
         trained: str = "all",
+        rank: int = 16,
+        alpha: float = 32.0,
     ):
-        if trained not in ("all", "attention"):
-            raise InputError(f"trained must be 'all' or 'attention', got {trained!r}")
+        if trained not in PARTS:
+            raise InputError(f"trained must be one of {', '.join(PARTS)}, got {trained!r}")
         self.taps = None if taps is None else wholes("taps", taps)
         self.token_weight, self.task_weight = number("token_weight", token_weight), number("task_weight", task_weight)
-        self.part = trained
+        self.part, self.rank, self.alpha = trained, rank, alpha
 
     def prepare(self, model: "AttentionConversion") -> None:
         depth = len(model.backbone.blocks)
@@ -56,6 +63,8 @@ class DistilStage(Stage):
             self.taps = tuple((i + 1) * depth // count - 1 for i in range(count))
         if not all(0 <= tap < depth for tap in self.taps):
             raise InputError(f"taps must be blocks from 0 to {depth - 1}, got {self.taps}")
+        if self.part == "adapters":
+            add_adapters(model.backbone, model.layers, self.rank, self.alpha)
 
     def trained(self, model: "AttentionConversion") -> Iterator[nn.Parameter]:
         if self.part == "all":
@@ -63,6 +72,11 @@ class DistilStage(Stage):
         else:
             for layer in model.layers:
                 yield from model.backbone.blocks[layer].attn.parameters()
+        if self.part == "adapters":
+            yield from adapter_parameters(model.backbone)
+
+    def finished(self, model: "AttentionConversion") -> nn.Module | None:
+        return merged(model.backbone) if self.part == "adapters" else None
 
     def losses(
         self, model: "AttentionConversion", images: Tensor, labels: Tensor | None, progress: float

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from terrazzo.backbones._convert import convert_attention
 from terrazzo.backbones._hosts import check_host, kind_of, make_host
+from terrazzo.checkpoints.files import load_file
 from terrazzo.checkpoints.loading import load_weights
+from terrazzo.checkpoints.records import recorded
 from terrazzo.errors import InputError
 from terrazzo.openmmlab._timm import create_model
 from terrazzo.openmmlab.conversion.forcing import forced
@@ -33,12 +35,14 @@ class AttentionConversion(BaseModel):
 
         matrix: matrices of mixers become like softmax attention's, layer by layer, at most 1024 tokens.
         hidden: outputs of attention layers become like the teacher's, layer by layer.
+        select: learns which of the converted layers keep softmax attention; `target` layers get the mixer.
         distil: logits (or features, without a head) and tokens of the whole student become like the teacher's.
 
     Stages but "distil" need no labels, and "distil" can do without. A checkpoint has the student alone, with the record
-    of its mixers. `TerrazzoBackbone(name=..., convert=...)` takes it as `checkpoint`. The log has `error0`, ...: for
-    each layer the relative error of the layer's tokens (of its matrix, in the stage "matrix"), and `front0`, ... the
-    same of the class token and registers alone.
+    of its mixers. `TerrazzoBackbone(name=..., convert=...)` takes it as `checkpoint`. Checkpoints of "select", and of
+    "distil" with adapters, have more than the student; there `StudentHook` writes the student as `student.pth`. The log
+    has `error0`, ...: for each layer the relative error of the layer's tokens (of its matrix, in the stage "matrix"),
+    and `front0`, ... the same of the class token and registers alone.
 
     Source: MOHAWK, arXiv 2408.10189; LinMU, arXiv 2601.01322.
 
@@ -46,8 +50,9 @@ class AttentionConversion(BaseModel):
         teacher: `name` of a plain ViT of timm, with `checkpoint`, a file of weights, or `pretrained=True`; and other
             arguments of `timm.create_model`.
         convert: arguments of `terrazzo.convert_attention`, such as `dict(mixer="hedgehog", layers=[0, 1, 2])`; or
-            several of these for different layers.
-        stage: "matrix", "hidden" or "distil"; or the name as `type` and the stage's options:
+            several of these for different layers; or a checkpoint, whose record says it, such as the `student.pth`
+            that the stage "select" leaves.
+        stage: "matrix", "hidden", "select" or "distil"; or the name as `type` and the stage's options:
             `dict(type="hidden", target="block")`.
         init: "attention" starts converted layers from the teacher's projections; "random" from random projections.
         data_preprocessor: mmengine's; by default it only moves the batch to the device.
@@ -67,7 +72,7 @@ class AttentionConversion(BaseModel):
     def __init__(
         self,
         teacher: Mapping[str, Any],
-        convert: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        convert: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str,
         stage: str | Mapping[str, Any] = "hidden",
         init: str = "attention",
         data_preprocessor: dict | None = None,
@@ -79,8 +84,7 @@ class AttentionConversion(BaseModel):
         self.stage = make_stage(stage)
         model = _teacher(teacher)
         self.backbone: Any = copy.deepcopy(model)
-        changes = [convert] if isinstance(convert, Mapping) else list(convert or ())
-        for change in changes:
+        for change in _changes(convert):
             try:
                 convert_attention(self.backbone, **{key: value for key, value in change.items() if key != "_scope_"})
             except TypeError as error:
@@ -197,6 +201,16 @@ def _teacher(settings: Mapping[str, Any]) -> nn.Module:
     if checkpoint is not None:
         load_weights(model, name, checkpoint)
     return model
+
+
+def _changes(convert: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str) -> list[Mapping[str, Any]]:
+    """Arguments of `convert_attention`, one call after another."""
+    if not isinstance(convert, str):
+        return [convert] if isinstance(convert, Mapping) else list(convert or ())
+    found = recorded(load_file(convert, "cpu"), convert).get("convert")
+    if not found:
+        raise InputError(f"convert names the file '{convert}', which has no record of mixers; name mixer and layers")
+    return [dict(mixer=entry["mixer"], layers=entry["layers"], **entry["options"]) for entry in found]
 
 
 def _begin_at_random(attention: nn.Module) -> None:

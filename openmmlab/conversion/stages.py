@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 STAGES = {
     "matrix": ("layerwise", "MatrixStage"),
     "hidden": ("layerwise", "HiddenStage"),
+    "select": ("selection", "SelectStage"),
     "distil": ("distil", "DistilStage"),
 }
 """For each stage its file in this folder and its class."""
@@ -54,6 +55,18 @@ class Stage:
             Terms whose names have "loss" in them, which add up to the loss, and other numbers for the log.
         """
         raise NotImplementedError
+
+    def done(self, model: "AttentionConversion", progress: float) -> bool:
+        """Whether the training may end before its last step; every process must give the same answer."""
+        return False
+
+    def finished(self, model: "AttentionConversion") -> nn.Module | None:
+        """A copy of the student as the stage leaves it; None if checkpoints have that student already."""
+        return None
+
+    def report(self, model: "AttentionConversion") -> str:
+        """What the log says about the finished student."""
+        return ""
 
 
 def make_stage(stage: str | Mapping[str, Any]) -> Stage:
