@@ -36,6 +36,8 @@ class Mechanism:
 
     def on(self, model: "nn.Module") -> "nn.Module":
         """A changed copy of a model, with the model's own weights; InputError if the change does not fit the model."""
+        from terrazzo.backbones._shared import shared_copy
+
         with self.blamed():
             return self.change(shared_copy(model)).eval()
 
@@ -50,12 +52,6 @@ class Mechanism:
 
 DENSE = Mechanism("dense", lambda model: model)
 """No change: PyTorch's softmax attention."""
-
-
-def shared_copy(model: "nn.Module") -> "nn.Module":
-    """A copy of a model that shares its parameters and buffers, so that many variants need the memory of one."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def on_meta(model: "nn.Module") -> "nn.Module":
@@ -73,6 +69,7 @@ def without_parameters(model: "nn.Module") -> list[str]:
         model: a model that `convert_attention` accepts; on the meta device it costs nothing.
     """
     from terrazzo.backbones._convert import convert_attention
+    from terrazzo.backbones._shared import shared_copy
     from terrazzo.backbones.mixers import mixers
 
     count = len(list(model.parameters()))

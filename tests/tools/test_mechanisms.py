@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 
+from terrazzo.backbones._shared import shared_copy
 from terrazzo.backbones.mixers import mixers
 from terrazzo.errors import InputError
-from terrazzo.tools.mechanisms import chosen, of_mixer, on_meta, shared_copy, without_parameters
+from terrazzo.tools.mechanisms import chosen, of_mixer, on_meta, without_parameters
 
 
 @pytest.fixture(scope="module")
