@@ -147,8 +147,8 @@ def measured(
     Args:
         together: Whether to measure cumulative divergences, even if no limit needs them.
     """
-    model = _checked(model, "converted")
-    mixers = _mixers(model, mixer, options)
+    mixers = candidates(model, mixer, options)
+    model = unwrapped(model)
     budget, max_kl = _limits(budget, max_kl, len(mixers))
     runs = _Runs(model, mixers, None if teacher is None else _checked(teacher, "a teacher"))
     batches = _Batches(images, next(model.parameters()))
@@ -173,8 +173,13 @@ def _checked(model: nn.Module, verb: str) -> Any:
     return model
 
 
-def _mixers(model: Any, mixer: str, options: Mapping[str, Any]) -> dict[int, Mixer]:
-    """A mixer for each layer that has attention or this mixer already."""
+def candidates(model: nn.Module, mixer: str, options: Mapping[str, Any]) -> dict[int, Mixer]:
+    """A mixer for each layer that a plan decides about: the layers that have attention, or this mixer already.
+
+    Raises:
+        InputError: the model cannot be planned, or the mixer or an option is not valid.
+    """
+    model = _checked(model, "converted")
     if mixer == "softmax":
         raise InputError("'softmax' replaces nothing: name another mechanism, or layers to restore")
     own = {layer: getattr(block.attn, "mixer", None) for layer, block in enumerate(model.blocks)}
@@ -340,7 +345,7 @@ class _Sums:
         self._squares("tokens", tokens, wanted.tokens)
         self.cosine += torch.cosine_similarity(tokens.double(), wanted.tokens.double(), dim=-1).sum().item()
         self.tokens += tokens.shape[:-1].numel()
-        apart = divergence(judged(runs.model, tokens), wanted.judged)
+        apart = divergence(judged(runs.model, tokens).double(), wanted.judged.double())
         self.divergence += apart.flatten(1).mean(1).sum().item() if apart.dim() > 1 else apart.sum().item()
         self.images += len(tokens)
 

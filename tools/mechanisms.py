@@ -208,9 +208,19 @@ def of_mixer(name: str, **options: Any) -> Mechanism:
     return Mechanism(_written(name, options), convert)
 
 
-def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
+def read_mixer(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """A mixer's name and options from the value NAME[,KEY=VALUE...] of a command's option.
+
+    Raises:
+        InputError: the value has another form.
+    """
     name, *pairs = _OPTION.split(text)
-    return of_mixer(name, **{**shared, **_pairs("--mixer", pairs, ("model", "mixer"))})
+    return name, _pairs(option, pairs, ("model", "mixer"))
+
+
+def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
+    name, options = read_mixer("--mixer", text)
+    return of_mixer(name, **{**shared, **options})
 
 
 def _reducer(text: str) -> Mechanism:
