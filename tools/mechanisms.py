@@ -36,6 +36,8 @@ class Mechanism:
 
     def on(self, model: "nn.Module") -> "nn.Module":
         """A changed copy of a model, with the model's own weights; InputError if the change does not fit the model."""
+        from terrazzo.backbones._shared import shared_copy
+
         with self.blamed():
             return self.change(shared_copy(model)).eval()
 
@@ -50,12 +52,6 @@ class Mechanism:
 
 DENSE = Mechanism("dense", lambda model: model)
 """No change: PyTorch's softmax attention."""
-
-
-def shared_copy(model: "nn.Module") -> "nn.Module":
-    """A copy of a model that shares its parameters and buffers, so that many variants need the memory of one."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def on_meta(model: "nn.Module") -> "nn.Module":
@@ -73,6 +69,7 @@ def without_parameters(model: "nn.Module") -> list[str]:
         model: a model that `convert_attention` accepts; on the meta device it costs nothing.
     """
     from terrazzo.backbones._convert import convert_attention
+    from terrazzo.backbones._shared import shared_copy
     from terrazzo.backbones.mixers import mixers
 
     count = len(list(model.parameters()))
@@ -231,9 +228,19 @@ def of_mixer(name: str, checkpoint: str | None = None, **options: Any) -> Mechan
     return Mechanism(_written(name, file | options), convert)
 
 
-def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
+def read_mixer(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """A mixer's name and options from the value NAME[,KEY=VALUE...] of a command's option.
+
+    Raises:
+        InputError: the value has another form.
+    """
     name, *pairs = _OPTION.split(text)
-    return of_mixer(name, **{**shared, **_pairs("--mixer", pairs, ("model", "mixer"))})
+    return name, _pairs(option, pairs, ("model", "mixer"))
+
+
+def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
+    name, options = read_mixer("--mixer", text)
+    return of_mixer(name, **{**shared, **options})
 
 
 def _reducer(text: str) -> Mechanism:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from terrazzo.backbones._checks import number, wholes
+from terrazzo.backbones._divergence import divergence, judged
 from terrazzo.backbones._states import run
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.conversion.adapters import adapter_parameters, add_adapters, merged
-from terrazzo.openmmlab.conversion.losses import cosines, divergence
+from terrazzo.openmmlab.conversion.losses import cosines
 from terrazzo.openmmlab.conversion.stages import Stage
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class DistilStage(Stage):
 
     loss = KL + token_weight * sum over taps of (1 - mean cosine) + task_weight * cross-entropy
 
-    Without a head, KL is that of the normalised final tokens, softmax over channels, as a mean over tokens. The cosines
+    Without a head, KL is that of the final tokens, normalised without weights, softmax over channels, as a mean over
+    tokens. The cosines
     are those of tokens behind the tapped blocks after a LayerNorm without weights.
 
     Source: MOHAWK, arXiv 2408.10189, weight transfer and knowledge distillation; cosines and weights are ours.
@@ -94,7 +96,7 @@ class DistilStage(Stage):
 
 
 def passed(model: Any, images: Tensor, taps: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """A host's logits (B, classes), or without a head its final tokens (B, N, C), and the tokens behind some blocks."""
+    """What a divergence compares of a host's output, and the tokens (B, N, C) behind some blocks."""
     x, state = model._begin(images, maps=model.global_pool not in ("token", ""))
     tokens = {}
     for layer, block in enumerate(model.blocks):
@@ -102,4 +104,4 @@ def passed(model: Any, images: Tensor, taps: Sequence[int]) -> tuple[Tensor, lis
         if layer in taps:
             tokens[layer] = x
     x = model._features(x, state)
-    return model.forward_head(x) if model.num_classes > 0 else x, [tokens[tap] for tap in taps]
+    return judged(model, x), [tokens[tap] for tap in taps]

@@ -19,12 +19,6 @@ def token_errors(found: Tensor, wanted: Tensor) -> Tensor:
     return _norms(found - wanted) / _norms(wanted)
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher, student) of logits (..., classes): (...)."""
-    student, teacher = (_wide(x).log_softmax(-1) for x in (student, teacher))
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-
-
 def cosines(student: Tensor, teacher: Tensor) -> Tensor:
     """Cosines of tokens (..., C), each token without its mean: (...)."""
     student, teacher = (F.layer_norm(_wide(x), x.shape[-1:]) for x in (student, teacher))

@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from terrazzo.backbones._convert import convert_attention
+from terrazzo.backbones._divergence import divergence, judged
 from terrazzo.backbones._hosts import check_host, kind_of, make_host
 from terrazzo.checkpoints.files import load_file
 from terrazzo.checkpoints.loading import load_weights
@@ -19,7 +20,7 @@ from terrazzo.checkpoints.records import recorded
 from terrazzo.errors import InputError
 from terrazzo.openmmlab._timm import create_model
 from terrazzo.openmmlab.conversion.forcing import forced
-from terrazzo.openmmlab.conversion.losses import cosines, divergence, token_errors
+from terrazzo.openmmlab.conversion.losses import cosines, token_errors
 from terrazzo.openmmlab.conversion.sharing import Aside, share, unshare
 from terrazzo.openmmlab.conversion.stages import make_stage
 
@@ -152,8 +153,7 @@ class AttentionConversion(BaseModel):
                     sample[f"front{given.layer}"] = tokens[: given.place.prefix].mean()
         own, wanted = (model.forward_features(images) for model in (self.backbone, self.teacher))
         cosine = cosines(own, wanted).mean(1)
-        if self.backbone.num_classes > 0:
-            own, wanted = self.backbone.forward_head(own), self.teacher.forward_head(wanted)
+        own, wanted = judged(self.backbone, own), judged(self.teacher, wanted)
         apart = divergence(own, wanted)
         apart = apart if apart.dim() == 1 else apart.mean(1)
         samples = [{"errors": e, "cosine": c, "kl": k} for e, c, k in zip(errors, cosine, apart)]

@@ -7,10 +7,11 @@ import timm
 import torch
 
 from terrazzo.backbones._hosts import record_of
+from terrazzo.backbones._shared import shared_copy
 from terrazzo.backbones.mixers import mixers
 from terrazzo.checkpoints.records import meta_of
 from terrazzo.errors import InputError
-from terrazzo.tools.mechanisms import chosen, of_mixer, on_meta, shared_copy, without_parameters
+from terrazzo.tools.mechanisms import chosen, of_mixer, on_meta, without_parameters
 
 
 @pytest.fixture(scope="module")
