@@ -6,7 +6,8 @@
     model = timm.create_model("dinat_mini", features_only=True)
 
 `terrazzo.reduce` makes a plain timm ViT merge or drop tokens; `terrazzo.convert_attention` gives its attention layers
-another mechanism, one of `terrazzo.mixers()`, and `terrazzo.calibrate` sets its thresholds from images.
+another mechanism, one of `terrazzo.mixers()`, `terrazzo.conversion_plan` measures which layers take it best, and
+`terrazzo.calibrate` sets its thresholds from images.
 `terrazzo.reparameterize` joins the layers of a trained model that are separate for training only.
 `terrazzo.feature_pyramid` makes maps of four strides from a plain model, and `terrazzo.register_pyramid` gives these
 maps a name in timm. `terrazzo.Predictor` runs a model on pictures, as `terrazzo infer` does.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from terrazzo.backbones._convert import convert_attention as convert_attention
     from terrazzo.backbones._feature_pyramid import feature_pyramid as feature_pyramid
     from terrazzo.backbones._feature_pyramid import register_pyramid as register_pyramid
+    from terrazzo.backbones._plan import conversion_plan as conversion_plan
     from terrazzo.backbones._reduce import reduce as reduce
     from terrazzo.backbones._reparameterize import reparameterize as reparameterize
     from terrazzo.backbones.mixers import mixers as mixers
@@ -41,6 +43,7 @@ _PACKAGES = ("backbones", "checkpoints", "kernels")
 _PLACES = {
     "Predictor": "terrazzo.tools.predict.predictor",
     "calibrate": "terrazzo.backbones._calibrate",
+    "conversion_plan": "terrazzo.backbones._plan",
     "convert_attention": "terrazzo.backbones._convert",
     "feature_pyramid": "terrazzo.backbones._feature_pyramid",
     "mixers": "terrazzo.backbones.mixers",

@@ -158,7 +158,17 @@ class _Hosted(nn.Module):
             raise InputError(f"attention with the mixer {self.mixer.name!r} takes no mask")
         return given
 
+    def matrix(self, x: torch.Tensor, rope: torch.Tensor | None, place: Place) -> torch.Tensor:
+        """The weights (B, heads, N, N) of the mixer for the module's input (B, N, C): see `Mixer.matrix`."""
+        return self.mixer.matrix(*self._for_mixer(x, rope, self._place(place)))
+
     def _mixed(self, x: torch.Tensor, rope: torch.Tensor | None, place: Place) -> torch.Tensor:
+        out = self.mixer(*self._for_mixer(x, rope, place)).transpose(1, 2).flatten(2)
+        return self._finished(out, x)
+
+    def _for_mixer(
+        self, x: torch.Tensor, rope: torch.Tensor | None, place: Place
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Place]:
         query, raw_key, value = self.projected(x)
         place = place._replace(
             x=x,
@@ -166,9 +176,7 @@ class _Hosted(nn.Module):
             keyed=lambda key, positions: self.turned(key, self.k_norm, rope, positions),
             projected=self._raw_keys_and_values,
         )
-        query, key = self._turned_pair(query, raw_key, rope)
-        out = self.mixer(query, key, self._spread(value), place).transpose(1, 2).flatten(2)
-        return self._finished(out, x)
+        return *self._turned_pair(query, raw_key, rope), self._spread(value), place
 
 
 class HostedAttention(_Hosted, Attention):

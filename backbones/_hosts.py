@@ -4,7 +4,7 @@
 blocks and their attention. Parameters, their names and all methods stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from terrazzo.backbones._record import Record, defaults, grouped
 from terrazzo.backbones._record import plain as plain_data
 from terrazzo.backbones._states import run
 from terrazzo.backbones._tokens import Reducer, State
+from terrazzo.backbones.mixers import Host, Mixer, create_mixer
 from terrazzo.errors import InputError
 
 ADDED = r"\.attn\.mixer\.|^reducer\."
@@ -201,6 +202,22 @@ def make_host(model: nn.Module) -> None:
         model.reducer = Reducer()
         model.restore, model.full_last, model.depth = "delta", 0, len(model.blocks)
         model.__class__ = _HOSTS[type(model)]
+
+
+def new_mixers(model: Any, mixer: str, layers: Iterable[int], options: Mapping[str, Any]) -> dict[int, Mixer]:
+    """A new mixer for each of some layers of a model that `check_host` accepts, which does not change.
+
+    Raises:
+        InputError: see `create_mixer`.
+    """
+    like = next(model.parameters())
+
+    def made(layer: int) -> Mixer:
+        attn = model.blocks[layer].attn
+        host = Host(model.embed_dim, attn.num_heads, attn.head_dim, layer, len(model.blocks))
+        return create_mixer(mixer, host, device=like.device, dtype=like.dtype, **options).train(model.training)
+
+    return {layer: made(layer) for layer in layers}
 
 
 def remember(model: nn.Module) -> None:

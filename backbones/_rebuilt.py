@@ -24,7 +24,12 @@ from terrazzo.backbones._weights import filter_of
 from terrazzo.errors import InputError, first_line
 
 
-def _changed(model: nn.Module, record: Record) -> None:
+def change(model: nn.Module, record: Record) -> None:
+    """Change a plain ViT of timm in place, as a record says.
+
+    Raises:
+        InputError: the record does not fit the model.
+    """
     for entry in record.get("convert", ()):
         convert_attention(model, entry["mixer"], entry["layers"], **entry["options"])
     if entry := record.get("reduce"):
@@ -84,7 +89,7 @@ def terrazzo_changed_vit(
         raise InputError(f"{where} its model_args do not fit {base}: {first_line(error)}") from error
     check_host(model, "rebuilt")
     try:
-        _changed(model, record)
+        change(model, record)
     except TypeError as error:
         raise InputError(f"{where} its changes do not fit this version: {first_line(error)}") from error
     if pretrained:

@@ -18,7 +18,7 @@ from terrazzo.backbones._hosts import host_in, record_of
 from terrazzo.backbones._record import Record, checked, defaults
 from terrazzo.backbones._reduce import METHODS, reduce
 from terrazzo.backbones._weights import MIXER
-from terrazzo.backbones.mixers import mixer_class, mixers
+from terrazzo.backbones.mixers import Mixer, mixer_class, mixers
 from terrazzo.errors import InputError
 
 KEY = "terrazzo.changes"
@@ -84,7 +84,15 @@ def check_changes(
     Raises:
         InputError: the model has other mixers or another reduction. The message names what to pass.
     """
-    if not record or host_in(model) is None:  # a model of another kind does not fit by its tensors
+    if host_in(model) is None:  # a model of another kind does not fit by its tensors, or has its own reduction
+        if "convert" in record and not any(isinstance(part, Mixer) for part in model.modules()):
+            # Without this, the mixers' tensors would be left out and all others taken.
+            raise InputError(
+                f"checkpoint '{filename}' is of a model with {advice(model, {'convert': record['convert']})}, and a "
+                f"{type(model).__name__} cannot have mixers: name a checkpoint of a model with attention"
+            )
+        return
+    if not record:
         return
     own = record_of(model)
     if any(key in record and of(record) != of(own) for key, of in (("convert", _mixers), ("reduce", _blocks))):
@@ -132,19 +140,19 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
-def _told(record: Record, depth: int) -> list[tuple[str, str, dict[str, Any]]]:
+def _told(record: Record, depth: int | None) -> list[tuple[str, str, dict[str, Any]]]:
     """For each change the option of commands, the mixer or method, and what is not a default."""
     found = []
     for entry in record.get("convert", ()):
         known = defaults(mixer_class(entry["mixer"])) if entry["mixer"] in mixers() else {}
         options = _without(entry["options"], known)
-        if entry["layers"] != list(range(depth)):
+        if depth is None or entry["layers"] != list(range(depth)):
             options["layers"] = entry["layers"]
         found.append(("mixer", entry["mixer"], options))
     if entry := record.get("reduce"):
         kind = METHODS.get(entry["method"])
         options = _without(entry["options"], defaults(reduce, kind) if kind else {})
-        if kind is None or entry["blocks"] != list(kind.default_blocks(depth)):
+        if kind is None or depth is None or entry["blocks"] != list(kind.default_blocks(depth)):
             options["blocks"] = entry["blocks"]
         found.append(("reduce", entry["method"], options))
     return found
@@ -154,8 +162,9 @@ def _without(options: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in known or known[key] != value}
 
 
-def _depth(model: nn.Module) -> int:
-    return len(host_in(model).blocks)
+def _depth(model: nn.Module) -> int | None:
+    host = host_in(model)
+    return None if host is None else len(host.blocks)
 
 
 def _mixers(record: Record) -> dict[int, str]:

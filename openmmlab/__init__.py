@@ -43,7 +43,8 @@ OPTIMIZERS.register_module(module=Lamb, force=True)
 from terrazzo.necks import FinerLevel, PlainPyramid  # noqa: E402
 from terrazzo.openmmlab.backbone import TerrazzoBackbone  # noqa: E402
 from terrazzo.openmmlab.classifier import Classifier  # noqa: E402
-from terrazzo.openmmlab.datasets import ImageFolderDataset, RotatedImages  # noqa: E402
+from terrazzo.openmmlab.conversion import AttentionConversion, Fidelity, StudentHook  # noqa: E402
+from terrazzo.openmmlab.datasets import ImageFolderDataset, Pictures, RotatedImages  # noqa: E402
 from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
@@ -59,10 +60,12 @@ from terrazzo.openmmlab.wandb_log import WandbLog  # noqa: E402
 from terrazzo.openmmlab.workers import WorkersHook  # noqa: E402
 
 __all__ = [
+    "AttentionConversion",
     "Bfloat16OptimWrapper",
     "ClassificationAccuracy",
     "Classifier",
     "DepthBeside",
+    "Fidelity",
     "FinerLevel",
     "FiniteLossHook",
     "ImageFolderDataset",
@@ -71,12 +74,14 @@ __all__ = [
     "M3ViTHead",
     "MonitoredMetricsHook",
     "MultiTask",
+    "Pictures",
     "PlainPyramid",
     "RoMAPretraining",
     "RotatedImages",
     "SeededDataset",
     "SeededSampler",
     "SeedingHook",
+    "StudentHook",
     "TaskBackbone",
     "TerrazzoBackbone",
     "ThroughputHook",

@@ -39,7 +39,8 @@ class TerrazzoBackbone(BaseModule):
         norm_outputs: whether each returned map goes through its own LayerNorm. None means yes if the model has these
             norms (terrazzo's models have them, like the detectors of their papers); True adds them to any other model.
         with_cp: whether to save memory by recomputing activations in the backward pass.
-        init_cfg: mmengine's; timm and `checkpoint` set the weights.
+        init_cfg: mmengine's `dict(type="Pretrained", checkpoint=FILE)`, which means `checkpoint=FILE`; anything else is
+            ignored, because timm sets the weights.
         reduce: arguments of `terrazzo.reduce`, for a plain ViT that merges or drops tokens:
             `dict(method="mctf", r=0.35)`.
         convert: arguments of `terrazzo.convert_attention`, for a plain ViT with another mechanism in place of softmax
@@ -78,6 +79,10 @@ class TerrazzoBackbone(BaseModule):
             raise InputError(
                 f"model '{name}' has no forward_intermediates, so it gives no feature maps; choose another"
             )
+        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+            if checkpoint is not None:
+                raise InputError("checkpoint and init_cfg both name weights of the backbone; give one of them")
+            checkpoint = init_cfg["checkpoint"]
         if checkpoint is not None:
             # The last norm is removed below, so a training with this wrapper does not save it.
             load_weights(model, name, checkpoint, optional=rf"^(fc_)?norm\d*\.|num_batches_tracked$|{ADDED}")

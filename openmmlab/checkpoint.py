@@ -7,7 +7,7 @@ import collections
 import io
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mmengine.runner
@@ -18,11 +18,14 @@ import torch
 from mmengine.fileio import get_file_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import HistoryBuffer, MessageHub, print_log
+from mmengine.model.weight_init import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from terrazzo.checkpoints import files
 from terrazzo.checkpoints._pickles import DEPTH, Refused, check_key
 from terrazzo.checkpoints.files import save_file
+from terrazzo.checkpoints.records import arguments, check_changes, recorded
 from terrazzo.errors import InputError
 
 HISTORY = "terrazzo.history"
@@ -127,6 +130,7 @@ def install() -> None:
     for module in (mmengine.runner, mmengine.runner.runner, mmengine.runner.checkpoint):
         module.save_checkpoint = save_checkpoint
     mmengine.runner.checkpoint.load_from_local = load_from_local
+    mmengine.runner.load_checkpoint = mmengine.runner.checkpoint.load_checkpoint = load_checkpoint
     CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
     if not hasattr(MessageHub.load_state_dict, "original"):
         MessageHub.load_state_dict = _reading_histories(MessageHub.load_state_dict)
@@ -135,6 +139,43 @@ def install() -> None:
 def load_from_local(filename: str, map_location: Any = None) -> Any:
     """mmengine's loader of files; see `load_file`."""
     return load_file(filename, map_location)
+
+
+def load_checkpoint(
+    model: torch.nn.Module,
+    filename: str,
+    map_location: Any = None,
+    strict: bool = False,
+    logger: Any = None,
+    revise_keys: Sequence[tuple[str, str]] = ((r"^module\.", ""),),
+) -> dict:
+    """mmengine's function, which loads what fits and only logs the rest; this also compares the record of mixers.
+
+    Raises:
+        InputError: the checkpoint is of a model with other mixers or another token reduction; see `check_changes`.
+    """
+    mm = mmengine.runner.checkpoint
+    checkpoint = mm._load_checkpoint(filename, map_location, logger)
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"checkpoint '{filename}' holds a {type(checkpoint).__name__}, and weights are in a dict")
+    check_changes(model, recorded(checkpoint, filename), filename, arguments)
+    return mm._load_checkpoint_to_model(model, checkpoint, strict, logger, list(revise_keys))
+
+
+@WEIGHT_INITIALIZERS.register_module(name="Pretrained", force=True)
+class CheckedPretrained(PretrainedInit):
+    """mmengine's `init_cfg=dict(type="Pretrained", checkpoint=FILE)`, which also compares the record of mixers."""
+
+    def __call__(self, module: torch.nn.Module) -> None:
+        """Loads the weights, or with a prefix a part of them, into a module.
+
+        Raises:
+            InputError: see `load_checkpoint`.
+        """
+        if self.prefix is not None:  # else mmengine calls `load_checkpoint`
+            saved = CheckpointLoader.load_checkpoint(self.checkpoint, self.map_location)
+            check_changes(module, recorded(saved, self.checkpoint), self.checkpoint, arguments)
+        super().__call__(module)
 
 
 def _history(value: Any) -> Any:

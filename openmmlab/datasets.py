@@ -92,6 +92,49 @@ class RotatedImages(Dataset):
         return {"inputs": rotated, "targets": image, "window": window, "img_path": str(self.files[index])}
 
 
+@DATASETS.register_module()
+class Pictures(Dataset):
+    """Images without labels, anywhere under one or several folders.
+
+    Args:
+        data_root: the folder that holds the others.
+        folders: folders in it, or absolute paths; "" for the whole folder.
+        transform: as in `ImageFolderDataset`.
+        most: at most this many images of each folder, evenly spaced in the order of their names; None for all. It keeps
+            a folder of many small images from outweighing the others.
+
+    Attributes:
+        files: the images.
+
+    Raises:
+        InputError: if a folder is missing or holds no images.
+    """
+
+    metainfo: dict = {}
+
+    def __init__(self, data_root: str, transform: dict, folders: str | Sequence[str] = "", most: int | None = None):
+        if most is not None and (type(most) is not int or most < 1):
+            raise InputError(f"most must be a number of images from 1, or None for all, got {most!r}")
+        self.files: list[Path] = []
+        for name in [folders] if isinstance(folders, str) else folders:
+            folder = Path(data_root) / name
+            found = sorted(path for path in folder.rglob("*") if is_picture(path))
+            if not found:
+                raise InputError(f"data folder '{folder}' holds no images; add images, or set data_root or folders")
+            count = len(found) if most is None else min(most, len(found))
+            self.files += [found[i * len(found) // count] for i in range(count)]
+        if not self.files:
+            raise InputError("folders is empty; name folders with images, or leave it out for all of data_root")
+        self.transform = _transform(transform)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        """The image as `inputs`, 3 H W and normalised, and its file as `img_path`."""
+        return {"inputs": self.transform(read_picture(self.files[index])), "img_path": str(self.files[index])}
+
+
 def _transform(arguments: dict) -> Callable:
     """timm's transform with these arguments, without mmengine's scope key."""
     transform = create_transform(**{key: value for key, value in arguments.items() if key != "_scope_"})

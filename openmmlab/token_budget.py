@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from terrazzo.backbones._deit import DeiT
+from terrazzo.backbones._divergence import divergence
 from terrazzo.backbones._lvvit import LVViT
 from terrazzo.backbones._plain import PlainViT
 from terrazzo.backbones._tokens import Reducer
@@ -153,9 +153,3 @@ class TokenBudget:
         for i, stage in enumerate(backbone.reducer.blocks):
             found[f"kept{i}"] = ((torch.as_tensor(tokens[stage]).detach() - state.prefix) / patches).mean()
         return found
-
-
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher, student) of logits (..., classes)."""
-    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

@@ -36,6 +36,8 @@ class Mechanism:
 
     def on(self, model: "nn.Module") -> "nn.Module":
         """A changed copy of a model, with the model's own weights; InputError if the change does not fit the model."""
+        from terrazzo.backbones._shared import shared_copy
+
         with self.blamed():
             return self.change(shared_copy(model)).eval()
 
@@ -50,12 +52,6 @@ class Mechanism:
 
 DENSE = Mechanism("dense", lambda model: model)
 """No change: PyTorch's softmax attention."""
-
-
-def shared_copy(model: "nn.Module") -> "nn.Module":
-    """A copy of a model that shares its parameters and buffers, so that many variants need the memory of one."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def on_meta(model: "nn.Module") -> "nn.Module":
@@ -73,6 +69,7 @@ def without_parameters(model: "nn.Module") -> list[str]:
         model: a model that `convert_attention` accepts; on the meta device it costs nothing.
     """
     from terrazzo.backbones._convert import convert_attention
+    from terrazzo.backbones._shared import shared_copy
     from terrazzo.backbones.mixers import mixers
 
     count = len(list(model.parameters()))
@@ -124,7 +121,8 @@ def mechanism_options(function: Callable) -> Callable:
             "names",
             multiple=True,
             metavar="NAME[,KEY=VALUE...]",
-            help="Another mechanism in place of softmax attention, with options or layers=(0,1,2); repeatable.",
+            help="Another mechanism in place of softmax attention, with options, layers=(0,1,2) or checkpoint=FILE, "
+            "its trained weights; repeatable.",
         ),
     ):
         function = decorate(function)
@@ -200,20 +198,49 @@ def chosen(names: Sequence[str], settings: Sequence[str], reducers: Sequence[str
     return list({mechanism.name: mechanism for mechanism in found}.values())
 
 
-def of_mixer(name: str, **options: Any) -> Mechanism:
-    """The mechanism that gives every attention layer a mixer."""
+def of_mixer(name: str, checkpoint: str | None = None, **options: Any) -> Mechanism:
+    """The mechanism that gives every attention layer, or `layers`, a mixer.
+
+    Args:
+        name: the mixer.
+        checkpoint: a file of weights of the model with these mixers, such as a conversion trained; None keeps the
+            model's own weights, and new weights of the mixers.
+        **options: of `convert_attention`.
+    """
 
     def convert(model: "nn.Module") -> "nn.Module":
         from terrazzo.backbones._convert import convert_attention
 
-        return convert_attention(model, name, **options)
+        if checkpoint is None:
+            return convert_attention(model, name, **options)
+        from terrazzo.backbones._hosts import KEPT
+        from terrazzo.checkpoints.loading import load_weights
+        from terrazzo.checkpoints.records import command
 
-    return Mechanism(_written(name, options), convert)
+        cfg = model.pretrained_cfg
+        base = cfg[KEPT]["base"] if KEPT in cfg else cfg["architecture"]
+        # The given model may share its weights with others.
+        model = convert_attention(copy.deepcopy(model), name, **options)
+        load_weights(model, base, str(checkpoint), advice=command)
+        return model
+
+    file = {} if checkpoint is None else {"checkpoint": checkpoint}
+    return Mechanism(_written(name, file | options), convert)
+
+
+def read_mixer(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """A mixer's name and options from the value NAME[,KEY=VALUE...] of a command's option.
+
+    Raises:
+        InputError: the value has another form.
+    """
+    name, *pairs = _OPTION.split(text)
+    return name, _pairs(option, pairs, ("model", "mixer"))
 
 
 def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
-    name, *pairs = _OPTION.split(text)
-    return of_mixer(name, **{**shared, **_pairs("--mixer", pairs, ("model", "mixer"))})
+    name, options = read_mixer("--mixer", text)
+    return of_mixer(name, **{**shared, **options})
 
 
 def _reducer(text: str) -> Mechanism:

@@ -259,8 +259,9 @@ def without_weights(settings: Any) -> Any:
             settings["checkpoint"] = None
         if isinstance(settings.get("init_cfg"), dict) and settings["init_cfg"].get("type") == "Pretrained":
             settings["init_cfg"] = None
-        for value in settings.values():
-            without_weights(value)
+        for key, value in settings.items():
+            if key != "teacher":  # a teacher is compared with, and no checkpoint has its weights
+                without_weights(value)
     elif isinstance(settings, (list, tuple)):
         for value in settings:
             without_weights(value)

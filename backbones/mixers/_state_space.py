@@ -41,12 +41,7 @@ class Direction(nn.Module):
         Args:
             step: (B, L, heads).
         """
-        weight, bias = (x.to(tokens.dtype) for x in (self.conv.weight, self.conv.bias))
-        ahead = (0, TAPS - 1) if reverse else (TAPS - 1, 0)
-        line = F.pad(tokens.flatten(2).transpose(1, 2), ahead)
-        line = F.conv1d(line, weight.flip(2) if reverse else weight, bias, groups=line.shape[1])
-        value, key, query = line.transpose(1, 2).unflatten(2, tokens.shape[2:]).unbind(2)
-        step = F.softplus(step + self.a_bias.to(step.dtype)).clamp(min=1e-12)  # nothing is divided by 0
+        value, key, query, step = self._convolved(tokens, step, reverse)
         chunk = 64 if value.shape[1] < 4096 else 128
         # The operator multiplies inputs by the step; here they are not.
         scanned = ssd(
@@ -56,6 +51,29 @@ class Direction(nn.Module):
         if reverse:
             skip = skip - (query * key).sum(3, keepdim=True)
         return scanned + skip * value
+
+    def weights(self, tokens: torch.Tensor, step: torch.Tensor, reverse: bool) -> torch.Tensor:
+        """The matrix of the scan (B, heads, L, L), for values behind their convolution."""
+        _, key, query, step = self._convolved(tokens, step, reverse)
+        query, key, step = query.transpose(1, 2), key.transpose(1, 2), step.transpose(1, 2)  # B heads L ...
+        passed = step.cumsum(2)
+        if reverse:  # from s back to t, the steps t to s - 1 forget
+            passed = step - passed
+        gone = (passed.unsqueeze(3) - passed.unsqueeze(2)).clamp(min=0)
+        seen = torch.ones_like(gone[0, 0], dtype=torch.bool)
+        seen = seen.triu(1) if reverse else seen.tril()
+        found = (query @ key.transpose(2, 3)) * torch.where(seen, (-gone).exp(), 0)
+        return found + torch.diag_embed(self.D.to(found.dtype)[:, None].expand(-1, found.shape[2]))
+
+    def _convolved(self, tokens: torch.Tensor, step: torch.Tensor, reverse: bool) -> tuple[torch.Tensor, ...]:
+        """Values, keys and queries (B, L, heads, D) behind their convolution, and positive steps (B, L, heads)."""
+        weight, bias = (x.to(tokens.dtype) for x in (self.conv.weight, self.conv.bias))
+        ahead = (0, TAPS - 1) if reverse else (TAPS - 1, 0)
+        line = F.pad(tokens.flatten(2).transpose(1, 2), ahead)
+        line = F.conv1d(line, weight.flip(2) if reverse else weight, bias, groups=line.shape[1])
+        value, key, query = line.transpose(1, 2).unflatten(2, tokens.shape[2:]).unbind(2)
+        step = F.softplus(step + self.a_bias.to(step.dtype)).clamp(min=1e-12)  # nothing is divided by 0
+        return value, key, query, step
 
 
 class StateSpace(Mixer):
@@ -91,17 +109,55 @@ class StateSpace(Mixer):
         gate, step = self.z_proj(place.x), self.a_proj(place.x)
         dtype = accumulator(query, key, value)
         with without_autocast(value):
-            query = query.to(dtype) * query.shape[-1] ** -0.5
-            tokens = torch.stack([value.to(dtype), key.to(dtype), query], 2).permute(0, 3, 2, 1, 4)  # B N 3 heads D
-            tokens, step, extra = self._ordered(tokens, step.to(dtype), place)
-            # Review tokens come first in the direction of the scan, in the same order for both directions.
-            ahead = [torch.cat(pair, 1) for pair in zip(extra, (tokens, step))]
-            behind = [torch.cat((own, first.flip(1)), 1) for own, first in zip((tokens, step), extra)]
-            out = self.fwd(*ahead, reverse=False)[:, extra[0].shape[1] :]
-            out = out + self.bwd(*behind, reverse=True)[:, : tokens.shape[1]]
+            ahead, behind = self._sequences(query.to(dtype), key.to(dtype), value.to(dtype), step.to(dtype), place)
+            count = value.shape[2]
+            out = self.fwd(*ahead, reverse=False)[:, -count:]
+            out = out + self.bwd(*behind, reverse=True)[:, :count]
             out = self._restored(out, place)
             gate = F.silu(gate.to(dtype)).unflatten(2, out.shape[2:])
             return (out * gate).transpose(1, 2)
+
+    def scan_weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        """The matrix of the global branch (B, heads, N, N): the scans, without convolution of values and without gate.
+
+        Review tokens are means of patches, so their weights are shared among their patches.
+        """
+        step = F.linear(place.x.to(query.dtype), *(x.to(query.dtype) for x in (self.a_proj.weight, self.a_proj.bias)))
+        ahead, behind = self._sequences(query, key, value, step, place)
+        count, shares = query.shape[2], self._shares(query, place)
+        forward = self.fwd.weights(*ahead, reverse=False)[:, :, -count:]
+        backward = self.bwd.weights(*behind, reverse=True)[:, :, :count]
+        found = forward[..., -count:] + backward[..., :count]
+        if shares is not None:
+            found = found + forward[..., :-count] @ shares + backward[..., count:] @ shares.flip(0)
+        order = torch.arange(count, device=query.device)[None, :, None, None]
+        order = self._restored(order, place).flatten()
+        return found[:, :, order][:, :, :, order]
+
+    def _sequences(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: torch.Tensor, place: Place
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """For each direction the tokens (B, L, 3, heads, D) and steps (B, L, heads), with review tokens."""
+        tokens = torch.stack([value, key, query * query.shape[-1] ** -0.5], 2).permute(0, 3, 2, 1, 4)  # B N 3 heads D
+        tokens, step, extra = self._ordered(tokens, step, place)
+        # Review tokens come first in the direction of the scan, in the same order for both directions.
+        ahead = [torch.cat(pair, 1) for pair in zip(extra, (tokens, step))]
+        behind = [torch.cat((own, first.flip(1)), 1) for own, first in zip((tokens, step), extra)]
+        return ahead, behind
+
+    def _cells(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of the review tokens of a map; None if it has none."""
+        review = grid[0] * grid[1] >= LONG if self.review is None else self.review
+        return tuple((side + CELL - 1) // CELL for side in grid) if review else None
+
+    def _shares(self, like: torch.Tensor, place: Place) -> torch.Tensor | None:
+        """What each token, in the order of the scan, adds to the review tokens: (review tokens, N)."""
+        grid = place.grid[::-1] if self._turned() else place.grid
+        cells = self._cells(grid)
+        if cells is None:
+            return None
+        patches = torch.eye(grid[0] * grid[1], dtype=like.dtype, device=like.device).unflatten(1, grid)
+        return F.pad(F.adaptive_avg_pool2d(patches, cells).flatten(1).T, (place.prefix, 0))
 
     def _turned(self) -> bool:
         """Whether patches are scanned by columns: in layers with odd numbers."""
@@ -113,9 +169,8 @@ class StateSpace(Mixer):
         front_step, patch_step = step.tensor_split([place.prefix], 1)
         maps = torch.cat([patches.flatten(2), patch_step], 2).transpose(1, 2).unflatten(2, place.grid)
         maps = maps.transpose(2, 3) if self._turned() else maps
-        review = maps.shape[2] * maps.shape[3] >= LONG if self.review is None else self.review
-        cells = [(side + CELL - 1) // CELL if review else 0 for side in maps.shape[2:]]
-        pooled = F.adaptive_avg_pool2d(maps, cells) if review else maps[:, :, :0, :0]
+        cells = self._cells(tuple(maps.shape[2:]))
+        pooled = maps[:, :, :0, :0] if cells is None else F.adaptive_avg_pool2d(maps, cells)
 
         def split(maps):
             flat = maps.flatten(2).transpose(1, 2)

@@ -72,17 +72,9 @@ class DyDiLA(Mixer):
         self.dwc = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **factory)
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
-        dtype = accumulator(query, key, value)
+        query, key = self._features(query, key, value, place)
         with without_autocast(value):
-            chosen = [router(place.x.to(dtype)) for router in (self.q_router, self.k_router)]
-        banks = (self.q_bank(place.x, chosen[0]), self.k_bank(place.x, chosen[1]))
-        other_query, other_key = (x.unflatten(2, (self.host.heads, -1)).transpose(1, 2) for x in banks)
-        with without_autocast(value):
-            streams = {"q": query, "k": key, "qp": other_query, "kp": other_key}
-            made = {part: self.kernel[part](x.to(dtype), self.positive) for part, x in streams.items()}
-            query = self.diff(made["q"], made["qp"], self.diff.q_router)
-            key = self.diff(made["k"], made["kp"], self.diff.k_router)
-            wide = value.to(dtype)
+            wide = value.to(query.dtype)
             out = query @ (key.transpose(2, 3) @ wide)
             if self.norm == "mean":
                 out = out / value.shape[2]
@@ -91,6 +83,31 @@ class DyDiLA(Mixer):
             else:
                 out = out / (query.abs() @ key.abs().sum(2).unsqueeze(3)).clamp(min=1e-8)
             return (out + depthwise(wide, place, self.dwc.weight, self.dwc.bias)).to(value.dtype)
+
+    def weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        query, key = self._features(query, key, value, place)
+        found = query @ key.transpose(2, 3)
+        if self.norm == "mean":
+            return found / key.shape[2]
+        if self.norm == "none":
+            return found * key.shape[3] ** -0.5
+        return found / (query.abs() @ key.abs().sum(2).unsqueeze(3)).clamp(min=1e-8)
+
+    def _features(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q and K, in float32 at least."""
+        dtype = accumulator(query, key, value)
+        with without_autocast(value):
+            chosen = [router(place.x.to(dtype)) for router in (self.q_router, self.k_router)]
+        banks = (self.q_bank(place.x, chosen[0]), self.k_bank(place.x, chosen[1]))
+        other_query, other_key = (x.unflatten(2, (self.host.heads, -1)).transpose(1, 2) for x in banks)
+        with without_autocast(value):
+            streams = {"q": query, "k": key, "qp": other_query, "kp": other_key}
+            made = {part: self.kernel[part](x.to(dtype), self.positive) for part, x in streams.items()}
+            return self.diff(made["q"], made["qp"], self.diff.q_router), self.diff(
+                made["k"], made["kp"], self.diff.k_router
+            )
 
 
 class Router(nn.Linear):

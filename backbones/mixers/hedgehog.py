@@ -37,6 +37,13 @@ class Hedgehog(Mixer):
         total = key.sum(2).unsqueeze(3)  # B heads 2D 1
         return ((query @ summed) / (query @ total)).to(value.dtype)
 
+    def weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        query, key = features(query, self.query_map), features(key, self.key_map)
+        if place.size is not None:
+            key = key * place.size[:, None, :, None].to(key.dtype)
+        found = query @ key.transpose(2, 3)
+        return found / found.sum(-1, keepdim=True)
+
 
 def features(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Hedgehog's feature map (B, heads, N, D) to (B, heads, N, 2D), in float32 at least; rows sum to 2."""

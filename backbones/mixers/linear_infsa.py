@@ -60,6 +60,11 @@ class LinearInfSA(InfiniteAttention):
                 out = out + depthwise(wide, place, self.dwc.weight, self.dwc.bias)
         return out.to(value.dtype)
 
+    def weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        size = None if place.size is None else place.size[:, None, :, None].to(query.dtype)
+        found = central(query, key, size) * self.rho(query.dtype)
+        return found.transpose(2, 3).expand(-1, -1, query.shape[2], -1)
+
 
 def central(query: torch.Tensor, key: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
     """How central tokens are, (B, heads, N, 1), with sum 1, or 0 if no key agrees with the mean query.

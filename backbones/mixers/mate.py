@@ -28,6 +28,8 @@ class Mate(StateSpace):
     Source: arXiv 2601.01322 (M-MATE), arXiv 2412.09856 (MATE).
     """
 
+    local = ("relative_position_bias_table",)
+
     def __init__(
         self,
         host: Host,
@@ -57,6 +59,17 @@ class Mate(StateSpace):
         windowed = self.windowed(*patches).flatten(2, 3)
         weight = self.mix_proj(place.x).to(scanned.dtype).sigmoid()[:, place.prefix :].transpose(1, 2).unsqueeze(3)
         return torch.cat([front, torch.lerp(windowed.to(scanned.dtype), scanned, weight)], 2).to(value.dtype)
+
+    def weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        scanned = self.scan_weights(query, key, value, place)
+        patches = [x[:, :, place.prefix :].unflatten(2, place.grid) for x in (query, key)]
+        count = place.grid[0] * place.grid[1]
+        own = torch.eye(count, dtype=query.dtype, device=query.device).unflatten(0, place.grid)
+        windowed = self.windowed(*patches, own.expand(*query.shape[:2], -1, -1, -1)).flatten(2, 3)
+        mix = (x.to(query.dtype) for x in (self.mix_proj.weight, self.mix_proj.bias))
+        weight = F.linear(place.x.to(query.dtype), *mix).sigmoid()[:, place.prefix :].transpose(1, 2).unsqueeze(3)
+        front, scanned = scanned.tensor_split([place.prefix], 2)
+        return torch.cat([front, torch.lerp(F.pad(windowed, (place.prefix, 0)), scanned, weight)], 2)
 
     def windowed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention within windows of maps (B, heads, H, W, D)."""

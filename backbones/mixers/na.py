@@ -62,15 +62,31 @@ class NeighborhoodAttention(Mixer):
         return None
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
-        kernel = tuple(min(self.kernel, side) for side in place.grid)
-        dilation = tuple(min(self.dilation, side // edge) for side, edge in zip(place.grid, kernel))
-        bias = self.rpb
-        if bias is not None:  # a shorter window has the middle of the table
-            rows, columns = (slice(self.kernel - edge, self.kernel - 1 + edge) for edge in kernel)
-            bias = bias[:, rows, columns].to(query.dtype)
+        kernel, dilation, bias = self._windows(query, place)
         if place.prefix == 0 and min(kernel) > 1:
             maps = (x.transpose(1, 2).unflatten(1, place.grid) for x in (query, key, value))  # B H W heads D
             return neighborhood_attention(*maps, kernel, dilation, bias).flatten(1, 2).transpose(1, 2)
+        return self._with_front(query, key, value, place)
+
+    def weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        own = torch.eye(query.shape[2], dtype=query.dtype, device=query.device)
+        return self._with_front(query, key, own.expand(*query.shape[:2], -1, -1), place)
+
+    def _windows(
+        self, query: torch.Tensor, place: Place
+    ) -> tuple[tuple[int, int], tuple[int, int], torch.Tensor | None]:
+        """Sides and dilation of windows on a map, and the bias for these windows."""
+        kernel = tuple(min(self.kernel, side) for side in place.grid)
+        dilation = tuple(min(self.dilation, side // edge) for side, edge in zip(place.grid, kernel))
+        if self.rpb is None:
+            return kernel, dilation, None
+        # A shorter window has the middle of the table.
+        rows, columns = (slice(self.kernel - edge, self.kernel - 1 + edge) for edge in kernel)
+        return kernel, dilation, self.rpb[:, rows, columns].to(query.dtype)
+
+    def _with_front(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        """Mix patches and tokens in front by PyTorch's attention; values (B, heads, N, E) may have any channels."""
+        kernel, dilation, bias = self._windows(query, place)
         axes = [_Axis(*given, query.device) for given in zip(place.grid, kernel, dilation)]
         return torch.cat(
             [

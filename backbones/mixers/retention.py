@@ -69,22 +69,29 @@ class Retention(Mixer):
         self.dims, self.form, self.directions, self.chunk = dims, form, directions, chunk
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
-        dtype, front = accumulator(query, key, value), place.prefix
+        dtype = accumulator(query, key, value)
         with without_autocast(value):
-            given = [x.to(dtype) for x in (query, key, value)]
-            if front:
-                given = [torch.cat([x[:, :, front:], x[:, :, :front].flip(2)], 2) for x in given]
-            given = [self._turned(x, place.grid) for x in given]
-            given[0] = given[0] * query.shape[-1] ** -0.5
-            decay = decays(self.host.heads, given[0])
-            if self.dims == 1:
-                out = retain_sequence(*given, decay, self.form, self.chunk)
-            else:
-                out = retain_map(*given, decay, place.grid, self.form, self.chunk)
-            out = self._turned(out, place.grid)
-            if front:
-                out = torch.cat([out[:, :, -front:].flip(2), out[:, :, :-front]], 2)
-            return out.to(value.dtype)
+            return self._retained(*(x.to(dtype) for x in (query, key, value)), place, self.form).to(value.dtype)
+
+    def weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        own = torch.eye(query.shape[2], dtype=query.dtype, device=query.device).expand(*query.shape[:2], -1, -1)
+        return self._retained(query, key, own, place, "parallel")
+
+    def _retained(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place, form: str
+    ) -> torch.Tensor:
+        given, front = [query, key, value], place.prefix
+        if front:
+            given = [torch.cat([x[:, :, front:], x[:, :, :front].flip(2)], 2) for x in given]
+        given = [self._turned(x, place.grid) for x in given]
+        given[0] = given[0] * query.shape[-1] ** -0.5
+        decay = decays(self.host.heads, given[0])
+        if self.dims == 1:
+            out = retain_sequence(*given, decay, form, self.chunk)
+        else:
+            out = retain_map(*given, decay, place.grid, form, self.chunk)
+        out = self._turned(out, place.grid)
+        return torch.cat([out[:, :, -front:].flip(2), out[:, :, :-front]], 2) if front else out
 
     def _turned(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Flip the patches of each head into its direction; a second time turns them back."""

@@ -32,3 +32,6 @@ class SSD(StateSpace):
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
         return self.scanned(query, key, value, place).to(value.dtype)
+
+    def weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place) -> torch.Tensor:
+        return self.scan_weights(query, key, value, place)

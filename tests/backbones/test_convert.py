@@ -148,6 +148,36 @@ def test_with_reduce():
     assert terrazzo.convert_attention(reduced, "hedgehog", layers=[2]).conversion
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [dict(mixer="na", kernel=7), dict(mixer="mate", window=4)], ids=lambda x: x["mixer"])
+def test_mixers_with_a_grid_refuse_merged_tokens(mixer):
+    """In either order of the calls; layers in front of the reduction may have them."""
+    x, options = image((128, 128)), dict(r=4, criteria=(1, 0, 40), blocks=(2,))
+    message = f"mixer '{mixer['mixer']}' needs tokens on a grid, and the reducer changes the tokens of layer 2"
+    model = terrazzo.convert_attention(build("vit_tiny_patch16_224", **SMALL, img_size=128), **mixer)
+    wanted, changes = model(x), model.changes
+    with pytest.raises(InputError, match=message):
+        terrazzo.reduce(model, **options)
+    assert torch.equal(model(x), wanted)
+    assert model.changes == changes
+    reduced = terrazzo.reduce(build("vit_tiny_patch16_224", **SMALL, img_size=128), **options)
+    with pytest.raises(InputError, match=message):
+        terrazzo.convert_attention(reduced, **mixer)
+    assert not reduced.conversion
+    terrazzo.convert_attention(reduced, layers=[0, 1], **mixer)
+    assert reduced.forward_features(x).shape[1] == 1 + 64 - 4
+
+
+@torch.no_grad()
+def test_neighborhoods_of_the_whole_map(named):
+    """Neighborhood attention whose window is the whole map is the model itself."""
+    name, vit = named
+    x = image((side(name), side(name)))
+    wanted = vit.forward_features(x)
+    terrazzo.convert_attention(vit, "na", kernel=8)
+    torch.testing.assert_close(vit.forward_features(x), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "arguments", "message"),
     [

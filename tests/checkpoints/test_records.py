@@ -5,18 +5,21 @@ import json
 import logging
 import shlex
 
+import mmengine.runner
 import pytest
 import timm
 import torch
+from mmengine.model import BaseModule, initialize
 from safetensors import safe_open
 
 import terrazzo
 from terrazzo.backbones._hosts import record_of
+from terrazzo.backbones._weights import weights_of
 from terrazzo.checkpoints.files import load_file, save_file
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.checkpoints.records import KEY, arguments, check_changes, command, meta_of, recorded
 from terrazzo.errors import InputError, WeightsError
-from terrazzo.openmmlab import TerrazzoBackbone
+from terrazzo.openmmlab import Classifier, TerrazzoBackbone
 from terrazzo.openmmlab.checkpoint import save_checkpoint
 from terrazzo.tools.mechanisms import changed, chosen
 
@@ -176,3 +179,68 @@ def test_a_mixer_of_another_version():
     assert record == {"convert": [{key: entry[key] for key in ("mixer", "options", "layers")}]}
     with pytest.raises(InputError, match=r"pass --mixer 'future,a=1\?,layers=\(0,\)'"):
         check_changes(build(), record, "x.pth", command)
+
+
+class Wrapped(BaseModule):
+    """A ViT inside a module of mmengine, as in a segmentor."""
+
+    def __init__(self, backbone, **options):
+        super().__init__(**options)
+        self.backbone = backbone
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_mmengine_compares_it_too(suffix, tmp_path):
+    """`load_checkpoint` and `init_cfg`, which load what fits and only log the rest."""
+    path = write(Wrapped(build(HEDGEHOG)), tmp_path / f"x{suffix}")
+    for options in (dict(checkpoint=path), dict(checkpoint=path, prefix="backbone")):
+        init_cfg = dict(type="Pretrained", **options)
+        part = Wrapped(build(), init_cfg=init_cfg)
+        if "prefix" in options:
+            part = part.backbone  # a part of the model gets a part of the weights
+        with pytest.raises(InputError, match=r"pass convert=dict\(mixer='hedgehog', layers=\[2\]\)$"):
+            initialize(part, init_cfg)
+        same = Wrapped(build(HEDGEHOG))
+        initialize(same.backbone if "prefix" in options else same, init_cfg)
+        saved = weights_of(load_file(path))
+        assert all(torch.equal(value, saved[name]) for name, value in same.state_dict().items())
+    with pytest.raises(InputError, match="other mixers"):
+        mmengine.runner.load_checkpoint(Wrapped(build()), path)
+    plain = write(Wrapped(build()), tmp_path / f"plain{suffix}")
+    mmengine.runner.load_checkpoint(Wrapped(build(HEDGEHOG)), plain)
+    mmengine.runner.load_checkpoint(Wrapped(torch.nn.Linear(2, 2)), plain)
+
+
+def test_backbones_take_weights_by_init_cfg(tmp_path):
+    """As by `checkpoint`; the prefix of the file does not matter."""
+    student = build(HEDGEHOG)
+    with torch.no_grad():
+        student.blocks[2].attn.mixer.query_map.mul_(3)
+    path = write(Wrapped(student), tmp_path / "x.pth")
+    init_cfg = dict(type="Pretrained", checkpoint=path)
+    backbone = TerrazzoBackbone(NAME, out_indices=(5,), convert=HEDGEHOG, init_cfg=init_cfg)
+    backbone.init_weights()
+    assert torch.equal(backbone.model.blocks[2].attn.mixer.query_map, student.blocks[2].attn.mixer.query_map)
+    assert torch.equal(backbone.model.cls_token, student.cls_token)
+    with pytest.raises(InputError, match="other mixers"):
+        TerrazzoBackbone(NAME, out_indices=(5,), init_cfg=init_cfg)
+    with pytest.raises(InputError, match="checkpoint and init_cfg both name weights"):
+        TerrazzoBackbone(NAME, out_indices=(5,), convert=HEDGEHOG, checkpoint=path, init_cfg=init_cfg)
+
+
+def test_models_that_cannot_have_mixers(tmp_path):
+    """The teacher of `TokenBudget` is a family's own ViT: it takes plain weights, and no student's."""
+    student = timm.create_model("deit_tiny_patch16_224", num_classes=7)
+    plain, path = write(student, tmp_path / "plain.pth"), tmp_path / "student.pth"
+    write(terrazzo.convert_attention(student, "hedgehog", layers=[1]), path)
+    settings = dict(name="asvit_deit_tiny", num_classes=7)
+    Classifier(settings, recipe=dict(type="TokenBudget", budget=0.5, teacher=plain))
+    reason = (
+        r"student.pth' is of a model with convert=dict\(mixer='hedgehog', layers=\[1\]\), and a .* cannot have mixers"
+    )
+    with pytest.raises(InputError, match=reason) as refusal:
+        Classifier(settings, recipe=dict(type="TokenBudget", budget=0.5, teacher=str(path)))
+    assert "\n" not in str(refusal.value)
+    # A model with mixers of its own fits by its tensors.
+    record = {"convert": [{"mixer": "hedgehog", "options": {}, "layers": [0]}]}
+    check_changes(timm.create_model("mixer_vit_tiny", mixer="hedgehog", device="meta"), record, "x.pth", arguments)

@@ -78,7 +78,7 @@ def _shrink_model(model):
     """Make a large backbone small, or swap it and adapt later channels, and reduce the number of regions."""
     backbone = model.backbone
     backbone.pretrained = False
-    if backbone.name.startswith("roma"):  # a plain backbone stays plain, with two blocks
+    if backbone.name.startswith(("roma", "vit_")):  # a plain backbone stays plain, with two blocks
         backbone.update(depth=2, out_indices=(1,))
     elif sum(p.numel() for p in timm.create_model(backbone.name, device="meta").parameters()) > 9e6:
         family, indices = backbone.name.split("_")[0], backbone.get("out_indices", (0, 1, 2, 3))

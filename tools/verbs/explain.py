@@ -7,6 +7,7 @@ import click
 import torch
 
 from terrazzo.kernels.dispatch import backend as backends
+from terrazzo.tools.inspect.conversion_options import Conversion, conversion_options
 from terrazzo.tools.inspect.costs import explain
 from terrazzo.tools.inspect.explanation import print_facts
 from terrazzo.tools.inspect.seats import seats
@@ -37,6 +38,7 @@ EXIT_REFUSED = 1
     help=f"The backend to ask for; auto follows {backends.ENVIRONMENT}.",
 )
 @change_options
+@conversion_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str,
@@ -46,6 +48,7 @@ def command(
     dtype: str,
     backend: str,
     changes: Sequence[Mechanism],
+    conversion: Conversion | None,
     as_json: bool,
 ) -> int:
     """Say which backend runs each operator of MODEL here, why the others do not, and what the model costs.
@@ -54,9 +57,18 @@ def command(
 
     Nothing is downloaded or computed: only shapes run through the model. The exit code is 1 if the requested backend
     cannot run.
+
+    With --convert it runs the pictures instead, and says which attention layers of MODEL, a plain timm ViT, this mixer
+    replaces with the least change of the output, and what each layer saves. --checkpoint may be of a model with this
+    mixer, whose weights are kept.
     """
     require_model(model)
     target = pick_device(device)
+    if conversion is not None:
+        facts = conversion.run(model, size, batch, target, dtype, backend, changes, quiet=as_json)
+        if as_json:
+            click.echo(json.dumps(facts, indent=2))
+        return 0
     channels, *default_size = pretrained_cfg(model).input_size
     size = image_size(size or tuple(default_size))
     built = changed(build_for(model, size), changes).to(getattr(torch, dtype))
