@@ -18,15 +18,19 @@ from terrazzo.tools.inspect.memory import PeakMemory
 from terrazzo.tools.inspect.timing import FORWARD, Quantiles, interleaved, quantiles, reason_of
 from terrazzo.tools.mechanisms import DENSE, Mechanism, calibrate_if_possible, on_meta
 
-ATTENTION, MEMORY, DENSITY, MASS, MAP = (
+ATTENTION, MIXING, MEMORY, DENSITY, MASS, MAP = (
     "attention",
+    "mixing",
     "peak memory",
     "density",
     "attention mass",
     "cosine of the map",
 )
-METRICS = {FORWARD: "ms", ATTENTION: "ms", MEMORY: "MiB", DENSITY: "1", MASS: "1", MAP: "1"}
-"""The metrics of a form at a size, and their units. Density and mass are missing where nothing is selected."""
+METRICS = {FORWARD: "ms", ATTENTION: "ms", MIXING: "ms", MEMORY: "MiB", DENSITY: "1", MASS: "1", MAP: "1"}
+"""The metrics of a form at a size, and their units. Density and mass are missing where nothing is selected.
+
+Mixing is attention without the linear layers of the host: queries, keys and values to the mixed values.
+"""
 _TURNS = 3
 
 Found = dict[tuple[str, str], Quantiles]
@@ -54,9 +58,12 @@ class MechanismBench:
         calibration: Sequence[Image.Image] = (),
     ):
         self.models = {mechanism.name: mechanism.on(dense) for mechanism in (DENSE, *mechanisms)}
-        self.clocks = {
-            name: AttentionClock([block.attn for block in model.blocks], device) for name, model in self.models.items()
-        }
+        self.clocks, self.projections = {}, {}
+        for name, model in self.models.items():
+            modules = [block.attn for block in model.blocks]
+            linear = [part for attn in modules for part in attn.children() if isinstance(part, nn.Linear)]
+            self.clocks[name] = AttentionClock(modules, device)
+            self.projections[name] = AttentionClock(linear, device)
         self.config, self.device, self.seconds, self.calibration = config, device, seconds, calibration
 
     def steps(self, pictures: int) -> int:
@@ -90,11 +97,17 @@ class MechanismBench:
         calls = {
             name: partial(last_map, model, images[0]) for name, model in self.models.items() if name not in reasons
         }
-        timer = AttentionTimer(self.device, {call: self.clocks[name] for name, call in calls.items()})
+        timer = AttentionTimer(
+            self.device,
+            {call: self.clocks[name] for name, call in calls.items()},
+            {call: self.projections[name] for name, call in calls.items()},
+        )
         times = interleaved(calls, self.seconds, timer, _TURNS)
         for name, call in calls.items():
-            for metric, seconds in ((FORWARD, times[name]), (ATTENTION, quantiles(timer.attention[call]))):
-                found[name, metric] = tuple(1e3 * second for second in seconds)
+            attention, linear = timer.attention[call], timer.projections[call]
+            mixing = [whole - part for whole, part in zip(attention, linear)]
+            of = {FORWARD: times[name], ATTENTION: quantiles(attention), MIXING: quantiles(mixing)}
+            found |= {(name, metric): tuple(1e3 * second for second in seconds) for metric, seconds in of.items()}
         done()
         return found, reasons
 

@@ -1,8 +1,10 @@
 """Models as one graph from raw pixels to results: normalisation in front, resizing and arg max behind."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from terrazzo.backbones._shared import shared_copy
 from terrazzo.errors import InputError
 
 
@@ -74,7 +76,7 @@ class RawSegmentor(nn.Module):
         preprocessor = segmentor.data_preprocessor
         # In a tuple it is not a submodule: this module has a copy of it, perhaps with other forms of some layers.
         self._original = (segmentor,)
-        self.segmentor = _fixed(segmentor)
+        self.segmentor = _with_open_sizes(_fixed(segmentor))
         self.swap = not preprocessor.channel_conversion
         self.normalise = bool(getattr(preprocessor, "_enable_normalize", False))
         if self.normalise:
@@ -101,6 +103,36 @@ class RawSegmentor(nn.Module):
         if logits.shape[1] == 1:
             return logits, (logits[:, 0].sigmoid() > segmentor.decode_head.threshold).long()
         return logits, logits.argmax(dim=1)
+
+
+class _Enlarged(nn.Module):
+    """mmseg's `Upsample` by a whole factor, which leaves height and width open: mmseg's sizes become constants."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.factor, self.mode, self.align_corners = int(layer.scale_factor), layer.mode, layer.align_corners
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [side * self.factor for side in x.shape[-2:]]
+        return F.interpolate(x, size, mode=self.mode, align_corners=self.align_corners)
+
+
+def _enlarges(part: nn.Module) -> bool:
+    if type(part).__module__ != "mmseg.models.utils.wrappers" or type(part).__name__ != "Upsample" or part.size:
+        return False
+    return isinstance(part.scale_factor, float) and part.scale_factor.is_integer()
+
+
+def _with_open_sizes(segmentor: nn.Module) -> nn.Module:
+    """The segmentor, or a copy with the same weights whose enlarging layers can be exported with open sizes."""
+    if not any(map(_enlarges, segmentor.modules())):
+        return segmentor
+    segmentor = shared_copy(segmentor)
+    for part in list(segmentor.modules()):
+        for name, child in part.named_children():
+            if _enlarges(child):
+                setattr(part, name, _Enlarged(child))
+    return segmentor
 
 
 def _fixed(segmentor: nn.Module) -> nn.Module:

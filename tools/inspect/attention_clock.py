@@ -50,18 +50,27 @@ class AttentionTimer:
 
     Args:
         clocks: by the function that calls the clock's model.
+        projections: by function, clocks of the linear layers inside of these modules.
 
     Attributes:
-        attention: seconds of each turn, by function.
+        attention, projections: seconds of each turn, by function.
     """
 
-    def __init__(self, device: torch.device, clocks: dict[Function, AttentionClock]):
+    def __init__(
+        self,
+        device: torch.device,
+        clocks: dict[Function, AttentionClock],
+        projections: dict[Function, AttentionClock],
+    ):
         self.timer = throughput_timer(device)
-        self.clocks = clocks
+        self.clocks, self.linear = clocks, projections
         self.attention: dict[Function, list[float]] = {function: [] for function in clocks}
+        self.projections: dict[Function, list[float]] = {function: [] for function in clocks}
 
     def __call__(self, function: Function) -> float:
         self.clocks[function].take()
+        self.linear[function].take()
         seconds = self.timer(function)
         self.attention[function].append(self.clocks[function].take())
+        self.projections[function].append(self.linear[function].take())
         return seconds

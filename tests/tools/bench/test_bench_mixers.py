@@ -8,7 +8,7 @@ from PIL import Image
 
 from terrazzo.errors import InputError
 from terrazzo.tools import results
-from terrazzo.tools.bench.mechanisms import ATTENTION, DENSITY, MAP, MASS, MEMORY, gain_of, table
+from terrazzo.tools.bench.mechanisms import ATTENTION, DENSITY, MAP, MASS, MEMORY, MIXING, gain_of, table
 from terrazzo.tools.bench.pareto import front
 from terrazzo.tools.inspect.timing import FORWARD
 
@@ -41,7 +41,7 @@ def test_rows(measured):
     found = {(row.shape, row.backend, row.metric): row.p50 for row in rows}
     for shape in ("1x3x64x96", "1x3x96x96"):
         for name in ("dense", "hedgehog", LLSA, "mctf,r=4"):
-            assert 0 < found[shape, name, ATTENTION] < found[shape, name, FORWARD]
+            assert 0 < found[shape, name, MIXING] < found[shape, name, ATTENTION] < found[shape, name, FORWARD]
             assert -1 <= found[shape, name, MAP] <= 1 + 1e-5
             assert found.get((shape, name, MEMORY), 0) >= 0
             assert name in output
