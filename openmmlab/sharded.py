@@ -42,6 +42,11 @@ class FullyShardedModel(nn.Module):
     """
 
     def __init__(self, module: nn.Module, min_parameters: int = 100_000, dtype: str | None = None):
+        if not getattr(module, "shardable", True):
+            raise InputError(
+                f"{type(module).__name__} runs parts of its model by themselves and cannot be divided among processes; "
+                "leave --fsdp out, so that each process has a copy"
+            )
         super().__init__()
         mesh = init_device_mesh(get_device(), (torch.distributed.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype)) if dtype else MixedPrecisionPolicy()

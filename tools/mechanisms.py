@@ -124,7 +124,8 @@ def mechanism_options(function: Callable) -> Callable:
             "names",
             multiple=True,
             metavar="NAME[,KEY=VALUE...]",
-            help="Another mechanism in place of softmax attention, with options or layers=(0,1,2); repeatable.",
+            help="Another mechanism in place of softmax attention, with options, layers=(0,1,2) or checkpoint=FILE, "
+            "its trained weights; repeatable.",
         ),
     ):
         function = decorate(function)
@@ -200,15 +201,34 @@ def chosen(names: Sequence[str], settings: Sequence[str], reducers: Sequence[str
     return list({mechanism.name: mechanism for mechanism in found}.values())
 
 
-def of_mixer(name: str, **options: Any) -> Mechanism:
-    """The mechanism that gives every attention layer a mixer."""
+def of_mixer(name: str, checkpoint: str | None = None, **options: Any) -> Mechanism:
+    """The mechanism that gives every attention layer, or `layers`, a mixer.
+
+    Args:
+        name: the mixer.
+        checkpoint: a file of weights of the model with these mixers, such as a conversion trained; None keeps the
+            model's own weights, and new weights of the mixers.
+        **options: of `convert_attention`.
+    """
 
     def convert(model: "nn.Module") -> "nn.Module":
         from terrazzo.backbones._convert import convert_attention
 
-        return convert_attention(model, name, **options)
+        if checkpoint is None:
+            return convert_attention(model, name, **options)
+        from terrazzo.backbones._hosts import KEPT
+        from terrazzo.checkpoints.loading import load_weights
+        from terrazzo.checkpoints.records import command
 
-    return Mechanism(_written(name, options), convert)
+        cfg = model.pretrained_cfg
+        base = cfg[KEPT]["base"] if KEPT in cfg else cfg["architecture"]
+        # The given model may share its weights with others.
+        model = convert_attention(copy.deepcopy(model), name, **options)
+        load_weights(model, base, str(checkpoint), advice=command)
+        return model
+
+    file = {} if checkpoint is None else {"checkpoint": checkpoint}
+    return Mechanism(_written(name, file | options), convert)
 
 
 def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:

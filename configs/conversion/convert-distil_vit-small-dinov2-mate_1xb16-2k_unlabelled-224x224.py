@@ -6,7 +6,7 @@ Set `load_from` to the file of the stage convert-hidden.
 
 _base_ = "convert-matrix_vit-small-dinov2-mate_1xb16-2k_unlabelled-224x224.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
-model = dict(stage="distil")
+model = dict(stage=dict(type="distil"))
 optim_wrapper = dict(
     constructor="LayerDecayOptimWrapperConstructor",
     optimizer=dict(lr=1e-4),

@@ -5,7 +5,7 @@ Set `load_from` to the file of convert-hidden_vit-tiny-hedgehog_1xb64-90_eurosat
 
 _base_ = "convert-matrix_vit-tiny-hedgehog_1xb64-30_eurosat64.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
-model = dict(stage="distil")
+model = dict(stage=dict(type="distil"))
 optim_wrapper = dict(
     constructor="LayerDecayOptimWrapperConstructor", optimizer=dict(lr=3e-4), paramwise_cfg=dict(layer_decay=0.9)
 )

@@ -5,4 +5,4 @@ Set `load_from` to the file of the stage convert-matrix, or leave it out.
 
 _base_ = "convert-matrix_vit-small-dinov2-mate_1xb16-2k_unlabelled-224x224.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
-model = dict(stage=dict(_delete_=True, type="hidden", branch="global"))
+model = dict(stage=dict(type="hidden", branch="global"))

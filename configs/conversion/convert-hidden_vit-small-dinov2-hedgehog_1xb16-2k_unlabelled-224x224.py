@@ -5,4 +5,4 @@ Set `load_from` to the file of the stage convert-matrix; without it, the stage s
 
 _base_ = "convert-matrix_vit-small-dinov2-hedgehog_1xb16-2k_unlabelled-224x224.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
-model = dict(stage="hidden")
+model = dict(stage=dict(type="hidden"))

@@ -9,5 +9,5 @@ model = dict(
     type="AttentionConversion",
     teacher=dict(name="vit_small_patch14_dinov2", pretrained=True, dynamic_img_size=True),
     convert=dict(mixer="hedgehog", layers="all"),
-    stage="matrix",
+    stage=dict(type="matrix"),
 )

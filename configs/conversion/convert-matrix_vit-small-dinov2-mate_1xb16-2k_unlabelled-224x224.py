@@ -10,6 +10,6 @@ model = dict(
     type="AttentionConversion",
     teacher=dict(name="vit_small_patch14_dinov2", pretrained=True, dynamic_img_size=True),
     convert=dict(mixer="mate", layers="all", window=8, scale=1 / 1024, review=False),
-    stage="matrix",
+    stage=dict(type="matrix"),
 )
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={".conv.": dict(lr_mult=0.1)}))

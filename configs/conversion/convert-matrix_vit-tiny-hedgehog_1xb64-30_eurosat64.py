@@ -16,7 +16,7 @@ model = dict(
         checkpoint="work_dirs/teacher_vit-tiny_1xb64-10e_eurosat64/epoch_10.pth",
     ),
     convert=dict(mixer="hedgehog", layers="all"),
-    stage="matrix",
+    stage=dict(type="matrix"),
 )
 train_dataloader = dict(sampler=dict(type="InfiniteSampler"))
 val_evaluator = [dict(type="Fidelity"), dict(type="ClassificationAccuracy")]

@@ -67,6 +67,8 @@ class AttentionConversion(BaseModel):
             option is not valid.
     """
 
+    shardable = False  # layers run by themselves, and the teacher shares memory with the student
+
     def __init__(
         self,
         teacher: Mapping[str, Any],

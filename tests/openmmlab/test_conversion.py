@@ -298,3 +298,25 @@ def test_pictures(tiny_data, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             Pictures(str(root), dict(input_size=32), **options)
+
+
+def test_no_division_among_processes(make):
+    from terrazzo.openmmlab.sharded import FullyShardedModel
+
+    with pytest.raises(InputError, match="leave --fsdp out"):
+        FullyShardedModel(make())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(make, dtype):
+    """Under autocast, gradients are near those of float32; float16 loses no small ones."""
+    model = make()
+    losses_of(model)["loss"].backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    with torch.autocast("cpu", dtype):
+        loss = losses_of(model)["loss"]
+    (loss / 2**10).backward()  # as a small factor of a gradient scaler or of accumulated batches
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found, wanted, 0) > 0.999

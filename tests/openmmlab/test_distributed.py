@@ -1,18 +1,15 @@
 """Two processes, accumulated batches and mixed precision give the losses of one process with one batch."""
 
-import concurrent.futures
 import json
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support import distributed_worker
-from support.processes import run_code
+from support.processes import forks
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import build_runner, load_config
@@ -47,21 +44,6 @@ def torchrun(settings, processes):
     command += [distributed_worker.__file__, str(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def forks(settings, processes):
-    """Start the processes with the variables that torchrun sets; they have PyTorch already, which takes seconds."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    code = Path(distributed_worker.__file__).read_text()
-    environments = [
-        {**os.environ, **address, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for rank in range(processes)
-    ]
-    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
-        for done in pool.map(lambda environment: run_code(code, settings, env=environment), environments):
-            assert done.returncode == 0, done.stderr[-3000:]
 
 
 def run(tiny_data, work_dir, processes=1, options=None, launch=torchrun, **arguments):

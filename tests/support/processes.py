@@ -5,8 +5,10 @@ import of PyTorch or timm, or about a whole process, starts `sys.executable` ins
 """
 
 import atexit
+import concurrent.futures
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -73,3 +75,18 @@ def _run(code: str, arguments: list[str], cwd: Path | None, env: dict[str, str],
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def forks(settings: Path, processes: int) -> None:
+    """Run `distributed_worker.py` in processes with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    code = Path(__file__).with_name("distributed_worker.py").read_text()
+    environments = [
+        {**os.environ, **address, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(processes)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        for done in pool.map(lambda environment: run_code(code, settings, env=environment), environments):
+            assert done.returncode == 0, done.stderr[-3000:]

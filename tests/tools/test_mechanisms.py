@@ -1,10 +1,14 @@
 """What --mixer and --reduce mean, and models that share weights."""
 
+import copy
+
 import pytest
 import timm
 import torch
 
+from terrazzo.backbones._hosts import record_of
 from terrazzo.backbones.mixers import mixers
+from terrazzo.checkpoints.records import meta_of
 from terrazzo.errors import InputError
 from terrazzo.tools.mechanisms import chosen, of_mixer, on_meta, shared_copy, without_parameters
 
@@ -35,6 +39,24 @@ def test_a_changed_model_shares_the_weights_and_leaves_the_model(model):
     assert not hasattr(model, "conversion")
     assert all(a is b for a, b in zip(changed.parameters(), model.parameters()))
     assert shared_copy(model).cls_token is model.cls_token
+
+
+def test_trained_weights_of_a_mixer(model, tmp_path):
+    """`checkpoint` names weights of the model with the mixer; they change no other model."""
+    (untrained,) = chosen(["hedgehog"], [], [])
+    trained = copy.deepcopy(untrained.on(model))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    torch.save({"state_dict": trained.state_dict(), "meta": meta_of(record_of(trained))}, tmp_path / "student.pth")
+    before = model.cls_token.clone()
+    (mechanism,) = chosen([f"hedgehog,checkpoint={tmp_path / 'student.pth'}"], [], [])
+    found = mechanism.on(model)
+    torch.testing.assert_close(found.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    assert torch.equal(model.cls_token, before)
+    (other,) = chosen([f"hedgehog,layers=(0,),checkpoint={tmp_path / 'student.pth'}"], [], [])
+    with pytest.raises(InputError, match=r"other mixers .*pass --mixer hedgehog"):
+        other.on(model)
 
 
 def test_a_copy_without_numbers(model):

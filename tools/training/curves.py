@@ -1,9 +1,12 @@
 """Curves of a training: the numbers that mmengine logged, and a picture of them."""
 
 import json
+import re
 from pathlib import Path
 
 _RATES = ("lr", "base_lr")
+_OF_LAYER = re.compile(r"(error|front)\d+$")
+"""Names of numbers that a training logs for each layer."""
 
 
 def read_curves(work_dir: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -26,7 +29,7 @@ def read_curves(work_dir: Path) -> dict[str, dict[str, list[tuple[float, float]]
 
 
 def draw_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], unit: str, path: Path) -> None:
-    """Losses, learning rate and metrics of a training in one picture.
+    """Losses, learning rate and metrics of a training in one picture; errors of layers, too, if it logs these.
 
     Args:
         curves: as from `read_curves`.
@@ -39,18 +42,22 @@ def draw_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], unit: s
     losses = [key for key in train if "loss" in key]
     other = ("step", "iter", "epoch", "time", "data_time", "memory")
     metrics = [key for key in val if key not in other and "[" not in key and "precision" not in key]
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    parts = (
+    metrics = [key for key in metrics if not _OF_LAYER.search(key)]
+    layers = [key for key in train if _OF_LAYER.match(key) and key.startswith("error")]
+    parts = [
         ("training loss", "iteration", train, losses),
         ("learning rate", "iteration", train, [key for key in train if key in _RATES][:1]),
         ("validation", unit, val, metrics),
-    )
-    for axes, (title, horizontal, values, keys) in zip(figure.subplots(1, 3), parts):
+    ]
+    if layers:
+        parts.append(("relative error of layers", "iteration", train, layers))
+    figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")
+    for axes, (title, horizontal, values, keys) in zip(figure.subplots(1, len(parts)), parts):
         axes.set(title=title, xlabel=horizontal)
-        for key in keys[:8]:
+        for key in keys if keys is layers else keys[:8]:
             # Points, too: a line through a single point would be invisible.
             axes.plot(*zip(*values[key]), marker="." if len(values[key]) < 50 else None, label=key)
         axes.grid(alpha=0.3)
         if keys:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", ncols=1 + len(axes.lines) // 9)
     figure.savefig(path, dpi=110, format="png")

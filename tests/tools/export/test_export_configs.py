@@ -26,7 +26,7 @@ def folder():
         yield Path(name)
 
 
-OTHERS = ("multitask", "pose", "pretraining", "rotated")
+OTHERS = ("conversion", "multitask", "pose", "pretraining", "rotated")
 
 
 @pytest.mark.slow
