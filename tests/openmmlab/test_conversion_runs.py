@@ -10,6 +10,7 @@ import timm
 import torch
 from mmengine.registry import MODELS
 from support import distributed_worker
+from support.processes import forks
 
 from terrazzo.backbones._hosts import record_of
 from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
@@ -129,7 +130,6 @@ def test_configs_build(name, whole_teacher):
 @pytest.mark.parametrize("name", [HIDDEN, DISTIL])
 def test_two_processes_with_half_the_batch(name, tiny_data, options, tmp_path):
     """Two processes, and accumulated batches, give the losses of one process."""
-    from test_distributed import forks
 
     more = {"train_dataloader.sampler": dict(type="DefaultSampler", shuffle=True)}
     more |= {"train_cfg.max_iters": 2, "train_cfg.val_interval": 9, "train_dataloader.batch_size": 10}
