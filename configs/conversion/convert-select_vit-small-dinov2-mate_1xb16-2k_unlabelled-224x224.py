@@ -5,7 +5,7 @@ Set `load_from` to the file of the stage convert-hidden with MATE. Then as with 
 
 _base_ = "convert-matrix_vit-small-dinov2-mate_1xb16-2k_unlabelled-224x224.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
-model = dict(stage=dict(_delete_=True, type="select", target=6))
+model = dict(stage=dict(type="select", target=6))
 # The numbers that decide learn 30 times faster than the mixers: from 3e-2 to 3e-3.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(softmax_share=dict(lr_mult=30.0, decay_mult=0.0))))
 param_scheduler = [dict(type="CosineAnnealingLR", eta_min_ratio=0.1, by_epoch=False, begin=0, end=1000)]

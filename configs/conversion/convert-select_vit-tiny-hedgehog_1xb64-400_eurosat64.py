@@ -7,7 +7,7 @@ convert-distil_vit-tiny-hedgehog_1xb64-60_eurosat64 to the `student.pth` that it
 
 _base_ = "convert-matrix_vit-tiny-hedgehog_1xb64-30_eurosat64.py"
 custom_imports = dict(imports=["terrazzo.openmmlab"])
-model = dict(stage=dict(_delete_=True, type="select", target=6))
+model = dict(stage=dict(type="select", target=6))
 # The numbers that decide learn 30 times faster than the mixers: from 3e-2 to 3e-3.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(softmax_share=dict(lr_mult=30.0, decay_mult=0.0))))
 param_scheduler = dict(eta_min=None, eta_min_ratio=0.1, end=200)
