@@ -133,7 +133,7 @@ def test_two_processes_with_half_the_batch(name, tiny_data, options, tmp_path):
 
     more = {"train_dataloader.sampler": dict(type="DefaultSampler", shuffle=True)}
     more |= {"train_cfg.max_iters": 2, "train_cfg.val_interval": 9, "train_dataloader.batch_size": 10}
-    more |= {"train_dataloader.dataset.transform": dict(input_size=64)}
+    more |= {"train_dataloader.dataset.transform": dict(input_size=64), "param_scheduler": None}
     root, losses = tiny_data("eurosat64"), []
     for folder, options_of, arguments in (
         ("one", {}, {}),
