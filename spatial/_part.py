@@ -55,7 +55,7 @@ class Part:
         for rank, ((start, end), known) in enumerate(zip(level.rows, self._known)):
             if end <= start:
                 raise InputError(
-                    f"{self.at} makes a map of {level}, and rank {rank} has no row of it: use fewer ranks, or larger tiles"
+                    f"{self.at} makes a map of {level}, and rank {rank} has no row of it: use fewer ranks or parts"
                 )
             other = known.setdefault((end - start, level.width), level)
             if other != level:
