@@ -35,10 +35,12 @@ class Replaced:
                 f"{self.name} was parallelized: call the whole model, or use `with part.entered():` (docs/spatial.md)"
             )
         before, part.at = part.at, self.name
+        part.depth += 1
         try:
             return self.entry.run(part, self.module, *arguments, **options)
         finally:
             part.at = before
+            part.depth -= 1
 
 
 class Whole:

@@ -28,6 +28,7 @@ class Part:
         group: The ranks; `group.rank` is the own number.
         image: The size of the image.
         at: The name of the module that runs, for messages.
+        depth: How many modules that were replaced run within each other.
     """
 
     def __init__(self, group: Group, height: int, width: int, stride: int = 32):
@@ -40,7 +41,7 @@ class Part:
         """
         self.group = group
         self.rank = group.rank
-        self.at = "the image"
+        self.at, self.depth = "the image", 0
         self._known: list[dict[tuple[int, int], Level]] = [{} for _ in range(group.size)]
         self.image = self.add(Level(width, rows(height, group.size, stride)))
 
@@ -103,12 +104,20 @@ class Part:
         Raises:
             InputError: No map of the image has this size.
         """
-        found = self._known[self.rank].get((x.shape[dim], x.shape[dim + 1]))
+        return self.of_size(x.shape[dim], x.shape[dim + 1])
+
+    def of_size(self, height: int, width: int) -> Level:
+        """The size of the whole map of which this rank has so many rows and columns.
+
+        Raises:
+            InputError: No map of the image has this size.
+        """
+        found = self._known[self.rank].get((height, width))
         if found is None:
             sizes = ", ".join(str(level) for level in dict.fromkeys(self._known[self.rank].values()))
             raise InputError(
-                f"{self.at} got {x.shape[dim]} rows and {x.shape[dim + 1]} columns on rank {self.rank}, a part of no "
-                f"map that is known here ({sizes}): the code that makes this map needs an entry (docs/spatial.md)"
+                f"{self.at} got {height} rows and {width} columns on rank {self.rank}, a part of no map that "
+                f"is known here ({sizes}): the code that makes this map needs an entry (docs/spatial.md)"
             )
         return found
 
@@ -165,7 +174,8 @@ class Part:
         found = self.group.swap(parts, shapes)
         if own is not None:
             found[rank] = own
-        return [piece for piece in found if piece.shape[dim]]
+        # Empty pieces stay: the backward pass of a rank that only sends must take part in the exchange, too.
+        return found
 
     def extended(
         self, x: torch.Tensor, dim: int, level: Level, needs: Needs, run: Callable[[torch.Tensor], torch.Tensor]
@@ -190,6 +200,48 @@ class Part:
         """The tensors of all ranks, which have one shape: (ranks, ...)."""
         others = self.group.swap([x] * self.group.size, [x.shape] * self.group.size)
         return torch.stack(list(others))
+
+    def joined(self, x: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
+        """The tensors of all ranks, one after another; `counts` are their lengths in dimension `dim`."""
+        shapes = [torch.Size([*x.shape[:dim], count, *x.shape[dim + 1 :]]) for count in counts]
+        return torch.cat(list(self.group.swap([x] * self.group.size, shapes)), dim)
+
+    def passed_on(self, x: torch.Tensor, dim: int, count: int) -> torch.Tensor:
+        """Give a tensor to the next rank, and take the tensor of the rank before.
+
+        Args:
+            count: The length of the other rank's tensor in dimension `dim`.
+        """
+        size = self.group.size
+        parts = [x if rank == (self.rank + 1) % size else x.narrow(dim, 0, 0) for rank in range(size)]
+        shapes = [
+            torch.Size([*x.shape[:dim], count if rank == (self.rank - 1) % size else 0, *x.shape[dim + 1 :]])
+            for rank in range(size)
+        ]
+        return self.group.swap(parts, shapes)[(self.rank - 1) % size]
+
+    def to_columns(self, x: torch.Tensor, level: Level) -> torch.Tensor:
+        """Exchange the own rows of a map (B, h, W, C) for own columns: (B, w, H, C).
+
+        Raises:
+            InputError: There are fewer columns than ranks.
+        """
+        columns = rows(level.width, self.group.size, 1)
+        first, last = columns[self.rank]
+        parts = [x[:, :, start:end] for start, end in columns]
+        shapes = [torch.Size([x.shape[0], end - start, last - first, x.shape[3]]) for start, end in level.rows]
+        return torch.cat(list(self.group.swap(parts, shapes)), 1).transpose(1, 2)
+
+    def to_rows(self, x: torch.Tensor, level: Level) -> torch.Tensor:
+        """The inverse of `to_columns`."""
+        x = x.transpose(1, 2)
+        start, end = level.rows[self.rank]
+        parts = [x[:, low:high] for low, high in level.rows]
+        shapes = [
+            torch.Size([x.shape[0], end - start, high - low, x.shape[3]])
+            for low, high in rows(level.width, self.group.size, 1)
+        ]
+        return torch.cat(list(self.group.swap(parts, shapes)), 2)
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks."""

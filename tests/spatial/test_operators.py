@@ -128,7 +128,6 @@ def test_a_missing_sum_over_ranks_is_found(name, monkeypatch):
         (nn.LayerNorm((3, 3)), "over positions"),
         (nn.MultiheadAttention(4, 2), "MultiheadAttention: no entry"),
         (nn.Sequential(nn.Identity(), nn.Softmax(1)), r"1 \(torch.nn.modules.activation.Softmax"),
-        (nn.SyncBatchNorm(4), "SyncBatchNorm"),
         (nn.Conv1d(4, 4, 3), "tokens"),
     ],
 )
@@ -136,6 +135,13 @@ def test_what_is_not_known_is_refused_by_name(module, words):
     with pytest.raises(InputError, match=words):
         replace(module, False)
     assert not any("forward" in vars(child) for child in module.modules())
+
+
+def test_a_synchronised_batch_norm_is_refused_in_training():
+    model = nn.SyncBatchNorm(4)
+    replace(model, False)
+    with pytest.raises(InputError, match="use BatchNorm2d"):
+        on_ranks(lambda part, x: model(x), torch.zeros(1, 4, 6, 9), 2, 3)
 
 
 def test_a_map_of_unknown_size_is_refused_by_the_name_of_its_reader():
