@@ -1,7 +1,7 @@
 """The table of modules: how each kind of module works on its rank's rows.
 
-The entries of a package's module `package.folder.name` are in the file `spatial/entries/package_name.py`, or else in
-`spatial/entries/package_others.py`. So a new family adds a file, and nothing else changes. A class of a user may have a
+The entries of a Python module `package.folder.more.name` are in `spatial/entries/package_name.py`, or else in
+`spatial/entries/package_folder.py`. So a new family adds a file, and nothing else changes. A class of a user may have a
 method `spatial_forward(self, part, ...)` instead.
 """
 
@@ -51,8 +51,9 @@ def find(kind: type, more: Mapping[type, Entry]) -> Entry | None:
 def _of(kind: type) -> Entry | None:
     if "spatial_forward" in vars(kind):
         return Entry(_by_method)
-    parts = kind.__module__.split(".")
-    for name in (f"{parts[0]}_{parts[-1].strip('_')}", f"{parts[0]}_others"):
+    package, *folders = kind.__module__.split(".")
+    for folder in folders[-1:] + folders[:1]:
+        name = f"{package}_{folder.strip('_')}"
         entry = _table(name).get(kind.__qualname__)
         if entry is not None:
             return entry

@@ -28,6 +28,7 @@ class Part:
         group: The ranks; `group.rank` is the own number.
         image: The size of the image.
         at: The name of the module that runs, for messages.
+        tokens: The size of the map whose pixels are tokens, after the stem of a plain model.
         depth: How many modules that were replaced run within each other.
     """
 
@@ -42,6 +43,7 @@ class Part:
         self.group = group
         self.rank = group.rank
         self.at, self.depth = "the image", 0
+        self.tokens: Level | None = None
         self._known: list[dict[tuple[int, int], Level]] = [{} for _ in range(group.size)]
         self.image = self.add(Level(width, rows(height, group.size, stride)))
 

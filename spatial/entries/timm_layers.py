@@ -1,4 +1,4 @@
-"""timm's layers, and its wrappers for features."""
+"""timm's layers."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from terrazzo.spatial._part import Part
 _OWN = (
     "DropPath Mlp GluMlp SwiGLU LayerScale LayerScale2d LayerNorm LayerNorm2d LayerNormFp32 LayerNorm2dFp32 RmsNorm "
     "RmsNorm2d GELU GELUTanh Swish Mish Sigmoid Tanh HardSwish HardSigmoid HardMish PReLU QuickGELU Format "
-    "SelectAdaptivePool2d ClassifierHead NormMlpClassifierHead FeatureListNet FeatureDictNet FeatureGetterNet"
+    "SelectAdaptivePool2d ClassifierHead NormMlpClassifierHead"
 )
 
 

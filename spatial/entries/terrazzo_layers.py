@@ -1,4 +1,4 @@
-"""The layers and bases that several families of the zoo share."""
+"""The layers that several families of the zoo share."""
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def _check_merge(module: nn.Module) -> str | None:
 
 
 ENTRIES = {
-    **dict.fromkeys(("Stage", "Head", "WideLayerNorm", "ConvDownsampler"), OWN),
+    **dict.fromkeys(("WideLayerNorm", "ConvDownsampler"), OWN),
     "PatchEmbed": Entry(_patches, kept=("proj",)),
     "PatchMerging": Entry(_merge, check=_check_merge),
 }
