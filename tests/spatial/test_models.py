@@ -70,7 +70,7 @@ def gradients(model, outs, x):
 
 
 def compare(
-    model: nn.Module, size: tuple[int, int, int], entries=None, shared_loss: bool = False, stride: int = 32
+    model: nn.Module, size: tuple[int, int, int], entries=None, shared_loss=False, stride=32, tolerance=1e-9
 ) -> None:
     """Compare outputs and gradients of one process and of virtual ranks, in float64."""
     height, width, ranks = size
