@@ -29,6 +29,7 @@ class Part:
         image: The size of the image.
         at: The name of the module that runs, for messages.
         tokens: The size of the map whose pixels are tokens, after the stem of a plain model.
+        prefix: The number of tokens in front of them, which all ranks have.
         depth: How many modules that were replaced run within each other.
     """
 
@@ -44,6 +45,7 @@ class Part:
         self.rank = group.rank
         self.at, self.depth = "the image", 0
         self.tokens: Level | None = None
+        self.prefix = 0
         self._known: list[dict[tuple[int, int], Level]] = [{} for _ in range(group.size)]
         self.image = self.add(Level(width, rows(height, group.size, stride)))
 
@@ -147,6 +149,8 @@ class Part:
             if count > 0:
                 shape[dim] = count
                 pieces.insert(at, x.new_full(shape, fill))
+        if not pieces:
+            return x.narrow(dim, 0, 0)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def _rows(self, x: torch.Tensor, dim: int, level: Level, inside: Needs) -> list[torch.Tensor]:
@@ -197,6 +201,20 @@ class Part:
     def gathered(self, x: torch.Tensor, dim: int, level: Level) -> torch.Tensor:
         """The whole map, on every rank."""
         return self.exchange(x, dim, level, [(0, level.height)] * self.group.size)
+
+    def rolled(self, x: torch.Tensor, dim: int, level: Level, shift: int) -> torch.Tensor:
+        """The own rows of `torch.roll(map, shift, dim)`, for shifts that are shorter than the map."""
+        height = level.height
+        inside, across = [], []
+        for start, end in level.rows:
+            low, high = start - shift, end - shift  # rows of the map, beyond its ends by the wrapped part
+            inside.append((max(0, min(low, height)), max(0, min(high, height))))
+            if shift > 0:
+                across.append((min(low, 0) + height, min(high, 0) + height))
+            else:
+                across.append((max(low, height) - height, max(high, height) - height))
+        pieces = [self.exchange(x, dim, level, needs) for needs in (inside, across)]
+        return torch.cat(pieces if shift < 0 else pieces[::-1], dim)
 
     def stacked(self, x: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, which have one shape: (ranks, ...)."""

@@ -10,11 +10,13 @@ from terrazzo.spatial._attention import attention
 from terrazzo.spatial._entries import OWN, Entry
 from terrazzo.spatial._operators import convolve
 from terrazzo.spatial._part import Part
+from terrazzo.spatial._tokens import begin, counted, counts
 
 
 def _stem(part: Part, stem: nn.Module, x: torch.Tensor, state: object = None) -> torch.Tensor:
     x = convolve(part, stem.patches, x, (stem.patch_size - 1,) * 2)
-    level = part.tokens = part.level(x)
+    begin(part, x, prefix=1)
+    level = part.level(x)
     if state is not None:
         state.grid = tuple(x.shape[2:])
     tokens = torch.cat([stem.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
@@ -31,18 +33,13 @@ def _stem(part: Part, stem: nn.Module, x: torch.Tensor, state: object = None) ->
     return tokens + torch.cat([stem.pos_embed[:, :1], own], 1)
 
 
-def _counted(part: Part, x: torch.Tensor) -> torch.Tensor:
-    """The tokens that this rank adds to sums: the first rank adds the class token."""
-    return x if part.rank == 0 else x[:, 1:]
-
-
 def _sums(part: Part, pairs: object) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = zip(*pairs)
     return part.total(sum(first[1:], first[0])), part.total(sum(second[1:], second[0]))
 
 
 def _linear(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    parts = parts_of(_counted(part, x))
+    parts = parts_of(counted(part, x))
     total, energy = _sums(part, (module._focus(piece) for piece in parts))
     context, weight = _sums(part, (module._context(piece, total / (energy + EPS)) for piece in parts))
     out = module.merged(module.rho(context.dtype) * context / (weight + EPS), x.dtype)
@@ -51,16 +48,9 @@ def _linear(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _softmax(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     query = module.by_head(module.q_proj(x), x.dtype)
-    counted = _counted(part, x)
-    key, value = (module.by_head(layer(counted), x.dtype) for layer in (module.k_proj, module.v_proj))
-    return module.merged(attention(part, query, key, value, _counts(part), None), value.dtype)
-
-
-def _counts(part: Part) -> list[int]:
-    """The number of keys of each rank."""
-    level = part.tokens
-    assert level is not None
-    return [(end - start) * level.width + (rank == 0) for rank, (start, end) in enumerate(level.rows)]
+    own = counted(part, x)
+    key, value = (module.by_head(layer(own), x.dtype) for layer in (module.k_proj, module.v_proj))
+    return module.merged(attention(part, query, key, value, counts(part), None), value.dtype)
 
 
 ENTRIES = {
