@@ -55,7 +55,7 @@ class Processes:
                 "there is no process group: start the program with torchrun and call "
                 "torch.distributed.init_process_group(), or pass a terrazzo.spatial.LocalGroup"
             )
-        self.group: dist.ProcessGroup = dist.group.WORLD if group is None else group
+        self.group: Any = dist.group.WORLD if group is None else group
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
 

@@ -34,6 +34,7 @@ class Replaced:
             raise InputError(
                 f"{self.name} was parallelized: call the whole model, or use `with part.entered():` (docs/spatial.md)"
             )
+        assert self.entry.run is not None
         before, part.at = part.at, self.name
         part.depth += 1
         try:
@@ -174,5 +175,6 @@ def parallelize(
     ranks: Any = group if hasattr(group, "swap") else Processes(group)  # type: ignore[arg-type]
     stride = largest_stride(model) if stride is None else stride
     replace(model, False, entries)
-    model.forward = Whole(model, vars(model).get("forward"), ranks, stride)
+    inner = vars(model).get("forward")
+    model.forward = Whole(model, None if isinstance(inner, Whole) else inner, ranks, stride)
     return model

@@ -95,7 +95,7 @@ def selective_scan(
         out, last = _with_states(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, initial_state, return_last_state
         )
-        return (out, last) if return_last_state else out
+        return out if last is None else (out, last)
 
     # Without annotations, because Dynamo of torch 2.8 fails at annotations with "|".
     # One group is an axis of size 1: `unflatten` would take several times as long for short sequences.

@@ -22,11 +22,17 @@ def _check_global(module: nn.AdaptiveMaxPool2d) -> str | None:
 
 def _adaptive(part: Part, module: nn.AdaptiveAvgPool2d, x: torch.Tensor) -> torch.Tensor:
     size = pair(module.output_size)
-    return part.mean(x) if size == (1, 1) else adaptive_average(part, x, size)
+    if size != (1, 1):
+        return adaptive_average(part, x, size)
+    found = part.mean(x)
+    part.whole(1, 1)
+    return found
 
 
 def _greatest(part: Part, module: nn.AdaptiveMaxPool2d, x: torch.Tensor) -> torch.Tensor:
-    return greatest(part, x)
+    found = greatest(part, x)
+    part.whole(1, 1)
+    return found
 
 
 def _max(part: Part, module: nn.MaxPool2d, x: torch.Tensor) -> torch.Tensor:

@@ -185,6 +185,31 @@ def test_a_stride_larger_than_the_backbones_is_asked_for():
         tiled(model, rows=32, entries={Detector: OWN})(torch.zeros(1, 3, 96, 64, dtype=torch.float64))
 
 
+@pytest.mark.slow
+def test_a_segmentor():
+    """UPerNet, whose head pools the whole map to several sizes, and resizes maps to others."""
+    pytest.importorskip("mmseg")
+    config = importlib.import_module("terrazzo.openmmlab.config")
+    MODELS = importlib.import_module("mmseg.registry").MODELS
+    model = config.load_config("upernet_dinat-mini_8xb2-160k_ade20k-512x512").model
+    model.backbone.update(embed_dim=8, num_heads=(1, 2, 2, 2), depths=(1, 1, 1, 1), dilations=[[2], [1], [1], [1]])
+    model.backbone.update(drop_path_rate=0.0, pretrained=False)
+    model.pretrained = None
+    for head in (model.decode_head, model.get("auxiliary_head")):
+        if head:
+            head.update(channels=8, num_classes=3, norm_cfg=dict(type="BN"))
+    model.decode_head.in_channels = [8, 16, 32, 64]
+    model.auxiliary_head.in_channels = 32
+    torch.manual_seed(0)
+    model = MODELS.build(model).double().eval()
+    x = torch.randn(1, 3, 390, 300, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+    assert_same(tiled(model, rows=128)(x), wanted, "logits", 1e-9)
+    with pytest.raises(InputError, match="no mode 'predict'"):
+        tiled(model, rows=128)(x, mode="predict")
+
+
 def test_tiled_equals_the_model_and_leaves_it_whole():
     model = make("dinat_mini", features_only=True).eval()
     x = torch.randn(1, 3, 150, 75, dtype=torch.float64)

@@ -53,6 +53,7 @@ GLOBAL = {
     "global average": lambda: nn.AdaptiveAvgPool2d(1),
     "adaptive average": lambda: nn.AdaptiveAvgPool2d((3, 2)),
     "global maximum": lambda: nn.AdaptiveMaxPool2d(1),
+    "pooled and normalised": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)),
     "pooled and convolved": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(4, 5, 3, padding=1)),
 }
 
