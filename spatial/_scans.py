@@ -5,7 +5,7 @@ states and how much their parts let a state decay. A rank computes from these th
 this state adds to its outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,23 @@ def selective_scan_2d(
         out = y if out is None else out + y
     assert out is not None
     return out
+
+
+def scans_along_rows(
+    part: Part, inputs: Callable[[], Sequence[torch.Tensor]], taken: list[int], reverse: list[bool]
+) -> torch.Tensor:
+    """Some of the scans of a map (B, h, W, D) whose rows ranks share: one forward and one reversed.
+
+    Args:
+        inputs: Makes u, delta, A, B, C, D and the bias of delta, which a softplus follows; of all scans. Nothing holds
+            them while this rank waits for others.
+        taken: The numbers of the scans.
+    """
+    u, delta, A, B, C, D, bias = inputs()
+    dtype = accumulator(u, delta, A, B, C)
+    delta = _steps(delta[:, :, :, taken], bias[taken], True, dtype)
+    B, C = (x[:, :, :, taken].to(dtype) for x in (B, C))
+    return _by_rows(part, u.to(dtype), delta, B, C, A[taken], D[taken], reverse, "auto")
 
 
 def _by_columns(part: Part, level: Level, maps: list[torch.Tensor]) -> list[torch.Tensor]:
