@@ -11,7 +11,8 @@ another mechanism, one of `terrazzo.mixers()`, `terrazzo.conversion_plan` measur
 `terrazzo.reparameterize` joins the layers of a trained model that are separate for training only.
 `terrazzo.feature_pyramid` makes maps of four strides from a plain model, and `terrazzo.register_pyramid` gives these
 maps a name in timm. `terrazzo.Predictor` runs a model on pictures, as `terrazzo infer` does.
-`terrazzo.torchvision_backbone` makes a backbone for torchvision's detectors.
+`terrazzo.torchvision_backbone` makes a backbone for torchvision's detectors. `terrazzo.spatial` has models compute one
+huge image on several ranks, or part after part on one device.
 
 The order of both imports does not matter. If terrazzo comes first, it registers its backbones when timm is imported
 (`_timm_hook`), and everything else of this module is imported at first use.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from terrazzo import backbones as backbones
     from terrazzo import checkpoints as checkpoints
     from terrazzo import kernels as kernels
+    from terrazzo import spatial as spatial
     from terrazzo.backbones._calibrate import calibrate as calibrate
     from terrazzo.backbones._convert import convert_attention as convert_attention
     from terrazzo.backbones._feature_pyramid import feature_pyramid as feature_pyramid
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from terrazzo.integrations.torchvision import torchvision_backbone as torchvision_backbone
     from terrazzo.tools.predict.predictor import Predictor as Predictor
 
-_PACKAGES = ("backbones", "checkpoints", "kernels")
+_PACKAGES = ("backbones", "checkpoints", "kernels", "spatial")
 _PLACES = {
     "Predictor": "terrazzo.tools.predict.predictor",
     "calibrate": "terrazzo.backbones._calibrate",

@@ -65,11 +65,15 @@ class SS2D(nn.Module):
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the four scans of (B, H, W, D), in float32 at least."""
+        return selective_scan_2d(*self.scan_inputs(x), delta_softplus=True)
+
+    def scan_inputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The arguments of the scans, from u to the bias of delta; each pixel's are computed from this pixel."""
         inputs = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (_SCANS, -1))
         steps, B, C = inputs.split(self.sizes, -1)  # B H W K R, B H W K N twice
         steps = steps.flatten(0, 2).transpose(0, 1) @ self.dt_projs_weight.transpose(1, 2)  # K BHW D
         decays = -torch.exp(self.A_logs.to(torch.promote_types(self.A_logs.dtype, torch.float32)))
-        return selective_scan_2d(
+        return (
             x,
             steps.transpose(0, 1).unflatten(0, x.shape[:3]),
             decays.unflatten(0, (_SCANS, -1)),
@@ -77,5 +81,4 @@ class SS2D(nn.Module):
             C,
             self.Ds.unflatten(0, (_SCANS, -1)),
             self.dt_projs_bias,
-            delta_softplus=True,
         )

@@ -176,12 +176,20 @@ class WindowStage(Stage):
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         x = on_few_positions(self.downsample, x.permute(0, 2, 3, 1))
+        return self.on_windows(x, tuple(x.shape[1:3])).permute(0, 3, 1, 2)
+
+    def on_windows(self, x: torch.Tensor, whole: tuple[int, int]) -> torch.Tensor:
+        """Run the blocks on the windows of (B, H, W, C).
+
+        Args:
+            whole: Height and width of the map; `x` may be some of its rows of windows.
+        """
         size = tuple(x.shape[1:3])
-        sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in size]
+        sides = [min(self.window_size, side) if self.fit_windows else self.window_size for side in whole]
         x = split_windows(x, sides)
         counts = x.shape[1:3]
         x = self.run(x.flatten(0, 2), Kept(height=size[0], width=size[1]))  # all windows of an image together
-        return join_windows(x.unflatten(0, (-1, *counts)), size).permute(0, 3, 1, 2)
+        return join_windows(x.unflatten(0, (-1, *counts)), size)
 
 
 def _downsampler(dim: int, **factory) -> nn.Conv2d:

@@ -12,7 +12,7 @@ import pytest
 from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("backbones", "checkpoints", "integrations", "kernels", "necks", "openmmlab", "configs", "tools")
+PACKAGES = ("backbones", "checkpoints", "integrations", "kernels", "necks", "openmmlab", "spatial", "configs", "tools")
 # Layer -> the layers of terrazzo that it may import.
 ARROWS = {
     "kernels": {"errors"},
@@ -21,8 +21,20 @@ ARROWS = {
     "integrations": {"errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
     "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "checkpoints", "necks"},
+    "spatial": {"errors", "kernels", "backbones"},
     "configs": {"openmmlab"},
-    "tools": {"_files", "_pictures", "errors", "_version", "kernels", "backbones", "checkpoints", "necks", "openmmlab"},
+    "tools": {
+        "_files",
+        "_pictures",
+        "errors",
+        "_version",
+        "kernels",
+        "backbones",
+        "checkpoints",
+        "necks",
+        "openmmlab",
+        "spatial",
+    },
 }
 # Packages of tools/ from the bottom up: a package imports only packages before it. "" means the files of tools/ itself.
 ROOMS = (
@@ -46,6 +58,7 @@ FOREIGN = {
     "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "integrations": {"detectron2", "mmengine", "mmcv", "onnx", "supervision", "torchvision", "ultralytics"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
+    "spatial": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
 }
 
 

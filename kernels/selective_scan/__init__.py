@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.states import STEP, entering
 from terrazzo.kernels.selective_scan import op
 from terrazzo.kernels.selective_scan.exported import without_loops
 from terrazzo.kernels.selective_scan.orders import BOTH, CROSS, codes
@@ -35,6 +36,7 @@ def selective_scan(
     reverse: bool = False,
     backend: str = "auto",
     return_last_state: bool = False,
+    initial_state: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Selective scan along a sequence, with the interface of mamba_ssm's `selective_scan_fn`.
 
@@ -55,6 +57,8 @@ def selective_scan(
         reverse: scan from the last position to the first.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
         return_last_state: whether to return the last state, too. It costs N more steps.
+        initial_state: (B, D, N), h before the first step scanned, or None for 0. It costs N more steps. If a sequence
+            is scanned in parts, it is the last state of the part before.
 
     Returns:
         (B, D, L) in the dtype of u. With `return_last_state`, a pair of this output and h after the last step scanned,
@@ -85,9 +89,13 @@ def selective_scan(
     _check_shape("z", z, tuple(u.shape))
     _check_shape("D", D, (channels,))
     _check_shape("delta_bias", delta_bias, (channels,))
+    _check_shape("initial_state", initial_state, (batch, *A.shape))
 
-    if return_last_state:
-        return _with_last_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
+    if return_last_state or initial_state is not None:
+        out, last = _with_states(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, initial_state, return_last_state
+        )
+        return out if last is None else (out, last)
 
     # Without annotations, because Dynamo of torch 2.8 fails at annotations with "|".
     # One group is an axis of size 1: `unflatten` would take several times as long for short sequences.
@@ -121,28 +129,44 @@ def selective_scan(
     return (out.squeeze(2) if groups == 1 else out.flatten(2)).transpose(1, 2)
 
 
-def _with_last_state(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`selective_scan` and its last state (B, D, N). N more steps of size 0 hold the state and read it out."""
+def _with_states(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, initial_state, return_last_state
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`selective_scan` from a state, and its last state (B, D, N) or None.
+
+    N more steps in front, each of which puts one number of a channel's state in place, make the first state. N more
+    steps of size 0 behind hold the last state and read it out.
+    """
     dtype, length, states = accumulator(u, delta, A, B, C), u.shape[2], A.shape[1]
     delta = delta.to(dtype)
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)[:, None]
     if delta_softplus:
         delta = F.softplus(delta)
-    behind = (states, 0) if reverse else (0, states)
-    readers = torch.eye(states, dtype=C.dtype, device=C.device).expand(*C.shape[:-1], -1)
-    C = torch.cat([readers, C] if reverse else [C, readers], -1)
-    held: Any = selective_scan(
-        F.pad(u.to(dtype), behind), F.pad(delta, behind), A, F.pad(B, behind), C, reverse=reverse, backend=backend
-    )
-    last, out = held.split([states, length], 2) if reverse else reversed(held.split([length, states], 2))
+    long = [u.to(dtype), delta, B, C]
+    single = torch.eye(states, dtype=B.dtype, device=B.device).expand(*B.shape[:-1], -1)
+    front: list[torch.Tensor] = []
+    if initial_state is not None:
+        values = entering(initial_state.to(dtype), A.to(dtype))  # B D N
+        front = [values, torch.full_like(values, STEP), single, torch.zeros_like(single)]
+        front = [x.flip(-1) for x in front] if reverse else front
+    behind: list[torch.Tensor] = []
+    if return_last_state:
+        zeros = delta.new_zeros(*delta.shape[:2], states)
+        behind = [zeros, zeros, torch.zeros_like(single), single.to(C.dtype)]
+    around = [list(x) for x in zip(*(part for part in (front, long, behind) if part))]
+    joined = [torch.cat(x[::-1] if reverse else x, -1) for x in around]
+    u_, delta_, B_, C_ = joined
+    held: Any = selective_scan(u_, delta_, A, B_, C_, reverse=reverse, backend=backend)
+    before, after = (states if front else 0), (states if behind else 0)
+    sizes = [after, length, before] if reverse else [before, length, after]
+    parts = held.split(sizes, 2)
+    out, last = parts[1], parts[0 if reverse else 2]
     if D is not None:
         out = out + D.to(dtype)[:, None] * u
     if z is not None:
         out = out * F.silu(z.to(dtype))
-    return out.to(u.dtype), last
+    return out.to(u.dtype), last if behind else None
 
 
 def selective_scan_2d(

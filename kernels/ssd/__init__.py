@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
 from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.states import STEP, entering
 from terrazzo.kernels.ssd import op
 
 __all__ = ["ssd"]
@@ -51,6 +52,7 @@ def ssd(
     chunk: int = 64,
     backend: str = "auto",
     return_final_states: bool = False,
+    initial_states: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Mamba-2's scan along a sequence, with the layout of mamba_ssm's `mamba_chunk_scan_combined`.
 
@@ -73,6 +75,7 @@ def ssd(
             memory grows with it, and with the square of L / chunk.
         backend: "auto", "fused", "portable" or "reference"; see `terrazzo.kernels.use_backend`.
         return_final_states: whether to return the last state, too, as mamba_ssm does.
+        initial_states: (B, H, P, N), h before the first step scanned, or None for 0. Each of both costs N more steps.
 
     Returns:
         (B, L, H, P) in the dtype of x. With `return_final_states`, a pair of this output and h after the last step
@@ -85,6 +88,10 @@ def ssd(
     Source: Mamba-2, arXiv 2405.21060.
     """
     _check(x, dt, A, B, C, D, z, dt_bias)
+    if initial_states is not None:
+        wanted = (x.shape[0], *x.shape[2:], B.shape[3])
+        if tuple(initial_states.shape) != wanted:
+            raise InputError(f"initial_states must be {wanted}, got {tuple(initial_states.shape)}")
     chunk = arguments.whole(chunk, "chunk", 1)
     dtype = accumulator(x, dt, A, B, C)
     dt = dt.to(dtype)
@@ -93,8 +100,10 @@ def ssd(
     if dt_softplus:
         dt = F.softplus(dt)
     final = None
-    if return_final_states:
-        y, final = _scan_with_states(x.to(dtype), dt, A, B, C, reverse, chunk, backend)
+    if return_final_states or initial_states is not None:
+        y, final = _scan_with_states(
+            x.to(dtype), dt, A, B, C, reverse, chunk, backend, initial_states, return_final_states
+        )
     else:
         y = op.run(x, dt, A, B, C, reverse, chunk, backend)
     if D is not None:
@@ -105,14 +114,29 @@ def ssd(
     return y if final is None else (y, final)
 
 
-def _scan_with_states(x, dt, A, B, C, reverse, chunk, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """`op.run`, and the last state (B, H, P, N). N more steps of size 0 hold the state and read it out."""
+def _scan_with_states(
+    x, dt, A, B, C, reverse, chunk, backend, initial, return_final
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`op.run` from a state, and the last state (B, H, P, N) or None.
+
+    N more steps in front, each of which puts one column of the state in place, make the first state. N more steps of
+    size 0 behind hold the last state and read it out.
+    """
     length, (groups, states) = x.shape[1], B.shape[2:]
-    behind = (0, states) if not reverse else (states, 0)
-    x, B = (F.pad(tensor, (0, 0, 0, 0, *behind)) for tensor in (x, B))
-    dt = F.pad(dt, (0, 0, *behind))
-    readers = torch.eye(states, dtype=C.dtype, device=C.device)[:, None].expand(C.shape[0], -1, groups, -1)
-    C = torch.cat([readers, C] if reverse else [C, readers], 1)
+    single = torch.eye(states, dtype=B.dtype, device=B.device)[:, None].expand(B.shape[0], -1, groups, -1)
+    front: list[torch.Tensor] = []
+    if initial is not None:
+        values = entering(initial.to(x.dtype), A.to(x.dtype)[:, None, None]).permute(0, 3, 1, 2)  # B N H P
+        steps = dt.new_full((dt.shape[0], states, dt.shape[2]), STEP)
+        front = [values, steps, single, torch.zeros_like(single)]
+        front = [part.flip(1) for part in front] if reverse else front
+    behind: list[torch.Tensor] = []
+    if return_final:
+        steps = dt.new_zeros(dt.shape[0], states, dt.shape[2])
+        behind = [x.new_zeros(x.shape[0], states, *x.shape[2:]), steps, torch.zeros_like(single), single.to(C.dtype)]
+    around = [list(parts) for parts in zip(*(part for part in (front, [x, dt, B, C], behind) if part))]
+    x, dt, B, C = (torch.cat(parts[::-1] if reverse else parts, 1) for parts in around)
     y = op.run(x, dt, A, B, C, reverse, chunk, backend)
-    final, y = y.split([states, length], 1) if reverse else reversed(y.split([length, states], 1))
-    return y, final.permute(0, 2, 3, 1)
+    before, after = (states if front else 0), (states if behind else 0)
+    parts = y.split([after, length, before] if reverse else [before, length, after], 1)
+    return parts[1], parts[0 if reverse else 2].permute(0, 2, 3, 1) if behind else None

@@ -481,3 +481,43 @@ class TestLastState:
         program = torch.export.export(Layer(), arguments, strict=strict)
         torch.testing.assert_close(program.module()(*arguments), Layer()(*arguments))
         assert not any("terrazzo" in str(node.target) for node in program.graph.nodes)
+
+
+class TestInitialState:
+    """A scan of a part of a sequence continues from the last state of the part before."""
+
+    @pytest.mark.parametrize("backend", ["portable", "reference"])
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_parts_are_the_whole(self, reverse, groups, backend):
+        u, delta, A, B, C, D, z, bias = (x.detach() for x in sequences(groups=groups, length=11))
+        A = A * torch.linspace(1, 1000, A.shape[1], dtype=A.dtype)  # also states that are gone after a step
+        options = dict(delta_softplus=True, reverse=reverse, backend=backend, return_last_state=True)
+        whole, wanted = selective_scan(u, delta, A, B, C, D, z, bias, **options)
+        state, outs = None, {}
+        for at in (slice(4), slice(4, 5), slice(5, None))[:: -1 if reverse else 1]:
+            parts = u[..., at], delta[..., at], A, B[..., at], C[..., at], D, z[..., at], bias
+            outs[at.start or 0], state = selective_scan(*parts, **options, initial_state=state)
+        torch.testing.assert_close(torch.cat([outs[key] for key in sorted(outs)], 2), whole)
+        torch.testing.assert_close(state, wanted)
+
+    def test_keeps_the_precision_of_the_computation(self):
+        arguments = [x.detach().float() for x in sequences()[:5]]
+        state = torch.randn(*arguments[0].shape[:2], arguments[2].shape[1])
+        found = selective_scan(*arguments, delta_softplus=True, initial_state=state)
+        wanted = selective_scan(*(x.double() for x in arguments), delta_softplus=True, initial_state=state.double())
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+    def test_gradients(self):
+        *tensors, state = *sequences(batch=1, length=3)[:5], None
+        state = torch.randn(1, *tensors[2].shape, dtype=torch.float64, requires_grad=True)
+
+        def run(*x):
+            return selective_scan(*x[:5], delta_softplus=True, return_last_state=True, initial_state=x[5])
+
+        assert torch.autograd.gradcheck(run, (*tensors, state), atol=1e-4)  # differences of numbers times 2 ** 20
+
+    def test_another_shape_is_refused(self):
+        u, *others = (x.detach() for x in sequences()[:5])
+        with pytest.raises(InputError, match="initial_state must be"):
+            selective_scan(u, *others, initial_state=torch.zeros(1, 2, 3))

@@ -197,6 +197,23 @@ class TestOperator:
 
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     @pytest.mark.parametrize("reverse", [False, True])
+    def test_parts_from_states_are_the_whole(self, reverse, backend):
+        x, dt, A, B, C = (tensor.detach() for tensor in inputs()[:5])
+        options = dict(dt_softplus=True, reverse=reverse, backend=backend, return_final_states=True)
+        whole, wanted = ssd(x, dt, A, B, C, **options)
+        state, outs = None, {}
+        for at in (slice(2), slice(2, 3), slice(3, None))[:: -1 if reverse else 1]:
+            parts = x[:, at], dt[:, at], A, B[:, at], C[:, at]
+            outs[at.start or 0], state = ssd(*parts, **options, initial_states=state)
+        torch.testing.assert_close(torch.cat([outs[key] for key in sorted(outs)], 1), whole)
+        torch.testing.assert_close(state, wanted)
+
+    def test_states_of_another_shape_are_refused(self):
+        with pytest.raises(InputError, match="initial_states must be"):
+            ssd(*(tensor.detach() for tensor in inputs()[:5]), initial_states=torch.zeros(1, 2, 3))
+
+    @pytest.mark.parametrize("backend", ["portable", "reference"])
+    @pytest.mark.parametrize("reverse", [False, True])
     def test_final_states(self, reverse, backend):
         """Final states have mamba_ssm's layout (B, H, P, N), and equal the recurrence's states."""
         x, dt, A, B, C = (tensor.detach() for tensor in inputs()[:5])

@@ -1,0 +1,5 @@
+"""What hierarchical backbones share."""
+
+from terrazzo.spatial._entries import OWN
+
+ENTRIES = {"Stage": OWN}

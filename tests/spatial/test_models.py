@@ -1,0 +1,231 @@
+"""Whole models over virtual ranks equal one process: outputs and gradients; and `tiled` equals the model."""
+
+import copy
+import importlib
+
+import pytest
+import timm
+import torch
+from support.shared_rows import assert_same
+from torch import nn
+
+from terrazzo.errors import InputError
+from terrazzo.spatial import OWN, LocalGroup, Part, tiled
+from terrazzo.spatial._parallelize import replace
+from terrazzo.spatial._tiled import joined
+
+DINAT = dict(embed_dim=8, num_heads=(1, 2, 2, 2), depths=(2, 1, 2, 1), dilations=[[1, 4], [2], [1, 3], [1]])
+VMAMBA = dict(embed_dim=8, depths=(1, 1, 1, 1), states=2)
+MAMBAVISION = dict(dim=8, stem_dim=4, depths=(1, 1, 2, 2), num_heads=(2, 4), window_size=(5, 3))
+CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
+S2AFORMER = dict(widths=(4, 8, 12, 16), depths=(1, 1, 1, 1), heads=(1, 2, 3, 4), stem_width=4)
+INFVIT = dict(depth=2, embed_dim=16, num_heads=2, img_size=(160, 80), patch_size=16)
+SWIN = dict(
+    embed_dim=8,
+    depths=(2, 2, 1, 2),
+    num_heads=(1, 2, 2, 4),
+    window_size=3,
+    img_size=(128, 64),
+    strict_img_size=False,
+    drop_path_rate=0.0,
+)
+VIT = dict(embed_dim=16, depth=2, num_heads=2, img_size=(144, 80), dynamic_img_size=True, dynamic_img_pad=True)
+MODELS = {
+    "swin_tiny_patch4_window7_224": SWIN,
+    "vit_tiny_patch16_224": VIT,
+    "vit_small_patch14_reg4_dinov2": {**VIT, "img_size": (154, 84), "patch_size": 14},
+    "s2aformer_t": S2AFORMER,
+    "infvit_linear_4l_patch16_224": INFVIT,
+    "infvit_pure_4l_patch16_224": {**INFVIT, "kind": "softmax"},
+    "dinat_mini": DINAT,
+    "dinat_s_tiny": DINAT,
+    "vmamba_tiny_s1l8": VMAMBA,
+    "vmamba_v0_tiny": VMAMBA,
+    "mambavision_t": MAMBAVISION,
+    "convnext_tiny": CONVNEXT,
+    "convnextv2_tiny": CONVNEXT,
+}
+TOLERANCES = {name: 1e-6 for name in MODELS if name.startswith(("infvit", "vit"))}
+"""timm resizes position embeddings in float32."""
+STRIDES = {"vit_small_patch14_reg4_dinov2": 14}
+SIZES = [(150, 75, 3), (97, 131, 3)]
+"""Rows, columns, ranks."""
+
+
+class Detector(nn.Module):
+    """A backbone and mmdet's FPN with the extra level of Faster R-CNN."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        importlib.import_module("terrazzo.openmmlab")
+        necks = importlib.import_module("mmdet.models.necks")
+        self.backbone = backbone
+        self.neck = necks.FPN(backbone.feature_info.channels(), 6, 5)
+
+    def forward(self, x):
+        return self.neck(self.backbone(x))
+
+
+def make(name: str, **options) -> nn.Module:
+    torch.manual_seed(0)
+    if name.startswith("vit") and "features_only" in options:
+        options["out_indices"] = (0, 1)
+    model = timm.create_model(name, **MODELS[name], **options).double()
+    for parameter in model.parameters():  # biases and scales that begin at 0 or 1e-6 would hide mistakes
+        nn.init.normal_(parameter, std=0.2) if parameter.dim() < 2 else None
+    return model
+
+
+def gradients(model, outs, x):
+    outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
+    loss = sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum() for y in outs)
+    loss.backward()
+    return {
+        **{f"output {i}": y.detach() for i, y in enumerate(outs)},
+        "gradients of the image": x.grad,
+        **{f"gradients of {name}": p.grad for name, p in model.named_parameters()},
+    }
+
+
+def compare(
+    model: nn.Module,
+    size: tuple[int, int, int],
+    entries=None,
+    shared_loss=False,
+    stride=32,
+    tolerance=1e-9,
+    layout=None,
+) -> None:
+    """Compare outputs and gradients of one process and of virtual ranks, in float64."""
+    height, width, ranks = size
+    shared = copy.deepcopy(model)
+    replace(shared, False, entries)
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = gradients(model, model(leaf := x.clone().requires_grad_()), leaf)
+    leaf = x.clone().requires_grad_()
+
+    def run(group):
+        with Part(group, height, width, stride).entered() as part:
+            return shared(part.scatter(leaf)), part.levels()
+
+    found = LocalGroup(ranks).run(run)
+    outs = [out for out, _ in found]
+    outs = sum(outs) / ranks if shared_loss else joined(outs, found[0][1], layout)
+    found = gradients(shared, outs, leaf)
+    for name, value in wanted.items():
+        if value is None:
+            assert found[name] is None
+            continue
+        scale = value.abs().max().clamp(min=0.1)  # before a batch norm, gradients of biases are 0
+        assert_same(found[name] / scale, value / scale, name, tolerance)
+
+
+def compare_features(name, size):
+    if name.startswith("swin"):  # timm's takes whole patches only
+        size = (size[0] // 4 * 4, size[1] // 4 * 4, size[2])
+    model = make(name, features_only=True)
+    layout = "NHWC" if name.startswith("swin") else "NCHW"
+    compare(model, size, stride=STRIDES.get(name, 32), tolerance=TOLERANCES.get(name, 1e-9), layout=layout)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features(name):
+    compare_features(name, SIZES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_features_of_thin_parts(name):
+    compare_features(name, SIZES[1])
+
+
+def _less(needs):
+    """The rows that a function says, without one row beyond each rank's own rows."""
+
+    def less(level, *rest):
+        return [
+            (low + (low < start), high - (high > end))
+            for (low, high), (start, end) in zip(needs(level, *rest), level.rows)
+        ]
+
+    return less
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("dinat_mini", "terrazzo_dinat.neighborhoods"), ("mambavision_t", "terrazzo_mambavision.windows")],
+)
+def test_rows_that_are_missing_are_found(name, place, monkeypatch):
+    module, function = place.split(".")
+    module = importlib.import_module(f"terrazzo.spatial.entries.{module}")
+    needs = getattr(module, function)
+    monkeypatch.setattr(module, function, _less(needs))
+    with pytest.raises(AssertionError, match="differ"):
+        compare(make(name, features_only=True), SIZES[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["dinat_mini", "mambavision_t", "convnext_tiny", "vit_tiny_patch16_224", "infvit_linear_4l_patch16_224"]
+)
+def test_classifiers(name):
+    tolerance = TOLERANCES.get(name, 1e-9)
+    compare(make(name, num_classes=5), SIZES[0], shared_loss=True, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("size", [(128, 64, 2), (200, 75, 3)], ids=str)
+def test_a_detectors_pyramid(size):
+    pytest.importorskip("mmdet")
+    compare(Detector(make("dinat_mini", features_only=True)).double(), size, {Detector: OWN}, stride=64)
+
+
+def test_a_stride_larger_than_the_backbones_is_asked_for():
+    pytest.importorskip("mmdet")
+    model = Detector(make("dinat_mini", features_only=True)).double()
+    with pytest.raises(InputError, match=r"neck has stride 2, and rank 1 begins at row 1 of 3: pass a larger `stride`"):
+        tiled(model, rows=32, entries={Detector: OWN})(torch.zeros(1, 3, 96, 64, dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_a_segmentor():
+    """UPerNet, whose head pools the whole map to several sizes, and resizes maps to others."""
+    pytest.importorskip("mmseg")
+    config = importlib.import_module("terrazzo.openmmlab.config")
+    MODELS = importlib.import_module("mmseg.registry").MODELS
+    model = config.load_config("upernet_dinat-mini_8xb2-160k_ade20k-512x512").model
+    model.backbone.update(embed_dim=8, num_heads=(1, 2, 2, 2), depths=(1, 1, 1, 1), dilations=[[2], [1], [1], [1]])
+    model.backbone.update(drop_path_rate=0.0, pretrained=False)
+    model.pretrained = None
+    for head in (model.decode_head, model.get("auxiliary_head")):
+        if head:
+            head.update(channels=8, num_classes=3, norm_cfg=dict(type="BN"))
+    model.decode_head.in_channels = [8, 16, 32, 64]
+    model.auxiliary_head.in_channels = 32
+    torch.manual_seed(0)
+    model = MODELS.build(model).double().eval()
+    x = torch.randn(1, 3, 390, 300, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+    assert_same(tiled(model, rows=128)(x), wanted, "logits", 1e-9)
+    with pytest.raises(InputError, match="no mode 'predict'"):
+        tiled(model, rows=128)(x, mode="predict")
+
+
+def test_tiled_equals_the_model_and_leaves_it_whole():
+    model = make("dinat_mini", features_only=True).eval()
+    x = torch.randn(1, 3, 150, 75, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+    over_parts = tiled(model, rows=32)
+    for found, want in zip(over_parts(x), wanted):
+        assert not found.requires_grad
+        assert_same(found, want, "maps")
+    for found, want in zip(model(x), wanted):  # the model alone
+        assert_same(found, want, "maps")
+    torch.testing.assert_close(tiled(make("dinat_mini"), rows=64)(x), make("dinat_mini")(x))
+
+
+def test_what_is_refused():
+    with pytest.raises(InputError, match="rows must be at least the model's stride, 32, got 31"):
+        tiled(make("dinat_mini"), rows=31)
+    with pytest.raises(InputError, match=r"VisionTransformer: pools all tokens \('avg'\)"):
+        tiled(timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg"), rows=64)
