@@ -1,7 +1,7 @@
 """The exchanges between processes, with gradients, on PyTorch's functional collectives.
 
 The module `torch.distributed._functional_collectives` has a leading underscore, so PyTorch may change it. No other file
-imports it, and a test runs these functions with the installed version. Versions 2.8 to 2.14 have been read.
+imports it, and a test runs these functions with the installed version. Version 2.14.1 has been read.
 """
 
 from collections.abc import Sequence
