@@ -66,8 +66,9 @@ def test_a_new_file_is_found(tmp_path):
     for name in ("backbones", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "backbones" / "toy.py").write_text(TOY)
-    for shared in ("_shared.py", "shared/__init__.py"):
+    for shared in ("_no_family.py", "no_family/__init__.py"):
         path = copy / "backbones" / shared
+        assert not path.exists()
         path.parent.mkdir(exist_ok=True)
         path.write_text("raise AssertionError('this is no family')")
     code = """

@@ -36,6 +36,7 @@ def draw_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], unit: s
         unit: what the validation counts: "epoch" or "iteration".
         path: the PNG file.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     train, val = curves.get("train", {}), curves.get("val", {})
@@ -54,6 +55,8 @@ def draw_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], unit: s
     figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")
     for axes, (title, horizontal, values, keys) in zip(figure.subplots(1, len(parts)), parts):
         axes.set(title=title, xlabel=horizontal)
+        if keys is layers:  # colours by depth, because there are more layers than colours in matplotlib's cycle
+            axes.set_prop_cycle(color=colormaps["viridis"].resampled(len(layers)).colors)
         for key in keys if keys is layers else keys[:8]:
             # Points, too: a line through a single point would be invisible.
             axes.plot(*zip(*values[key]), marker="." if len(values[key]) < 50 else None, label=key)
