@@ -223,7 +223,7 @@ def run(weights, pictures, tmp_path):
             train_cfg=dict(type="IterBasedTrainLoop", max_iters=steps),
             optim_wrapper=dict(type="OptimWrapper", optimizer=optimizer, paramwise_cfg=dict(custom_keys=shares)),
             param_scheduler=[dict(type="CosineAnnealingLR", eta_min_ratio=0.1, by_epoch=False, end=steps // 2)],
-            default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=3)),
+            default_hooks=dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max(3, steps // 3))),
             custom_hooks=[dict(type="StudentHook")],
             log_processor=dict(by_epoch=False),
         )

@@ -28,7 +28,11 @@ def test_a_training_ends_at_once(floors, tmp_path, number, code, word):
     command = [sys.executable, "-m", "terrazzo", "train", "fpn_dinat-mini_floors", "--data-root", str(floors)]
     command += ["--work-dir", str(work), *OPTIONS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+
+    def listen():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets background jobs, maybe these tests, ignore Ctrl-C
+
+    with subprocess.Popen(command, start_new_session=True, preexec_fn=listen, **pipes) as process:
         for line in process.stdout:
             if "Iter(train)" in line:
                 break
