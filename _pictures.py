@@ -14,15 +14,17 @@ import contextlib
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from terrazzo.errors import InputError, first_line
 from terrazzo.errors import PictureWarning as PictureWarning
+
+P = TypeVar("P")
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The lower-case suffixes of pictures, for searching a folder."""
@@ -85,6 +87,12 @@ def upright_size(file: str | Path | BinaryIO) -> tuple[int, int]:
 def is_picture(path: str | Path) -> bool:
     """Whether a path ends as pictures do; see `SUFFIXES`."""
     return Path(path).suffix.lower() in SUFFIXES
+
+
+def spread(pictures: Sequence[P], count: int) -> list[P]:
+    """At most `count` of the pictures, evenly spread: neighbours in a folder are often alike."""
+    count = min(count, len(pictures))
+    return [pictures[i * len(pictures) // count] for i in range(count)]
 
 
 def is_plain(file: BinaryIO) -> bool:

@@ -11,7 +11,7 @@ from timm.data import auto_augment, create_transform
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from terrazzo._pictures import is_picture, read_picture
+from terrazzo._pictures import is_picture, read_picture, spread
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.adaptive_rotation import AdaptiveRotation
 
@@ -121,8 +121,7 @@ class Pictures(Dataset):
             found = sorted(path for path in folder.rglob("*") if is_picture(path))
             if not found:
                 raise InputError(f"data folder '{folder}' holds no images; add images, or set data_root or folders")
-            count = len(found) if most is None else min(most, len(found))
-            self.files += [found[i * len(found) // count] for i in range(count)]
+            self.files += found if most is None else spread(found, most)
         if not self.files:
             raise InputError("folders is empty; name folders with images, or leave it out for all of data_root")
         self.transform = _transform(transform)

@@ -20,6 +20,7 @@ from terrazzo.spatial._entries import Entry as Entry
 from terrazzo.spatial._groups import Group as Group
 from terrazzo.spatial._groups import LocalGroup as LocalGroup
 from terrazzo.spatial._groups import Processes as Processes
+from terrazzo.spatial._groups import as_group
 from terrazzo.spatial._parallelize import parallelize as parallelize
 from terrazzo.spatial._parallelize import restore as restore
 from terrazzo.spatial._part import Part as Part
@@ -48,10 +49,6 @@ __all__ = [
 ]
 
 
-def _group(group: "dist.ProcessGroup | Group | None") -> Group:
-    return group if hasattr(group, "swap") else Processes(group)  # type: ignore[arg-type, return-value]
-
-
 def scatter(image: torch.Tensor, group: "dist.ProcessGroup | Group | None" = None, stride: int = 32) -> torch.Tensor:
     """The own rows of an image (B, C, H, W) that each rank has as a whole.
 
@@ -62,7 +59,7 @@ def scatter(image: torch.Tensor, group: "dist.ProcessGroup | Group | None" = Non
     Raises:
         InputError: The image has too few rows for the group.
     """
-    ranks = _group(group)
+    ranks = as_group(group)
     start, end = rows(image.shape[2], ranks.size, stride)[ranks.rank]
     return image[:, :, start:end]
 
@@ -76,7 +73,7 @@ def gather(y: torch.Tensor, group: "dist.ProcessGroup | Group | None" = None, di
     Raises:
         InputError: The ranks' tensors differ in another dimension.
     """
-    ranks = _group(group)
+    ranks = as_group(group)
     shapes = [torch.Size(shape) for shape in ranks.objects(tuple(y.shape))]
     if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1:
         raise InputError(f"the ranks' maps differ in more than dimension {dim}: {[tuple(shape) for shape in shapes]}")
@@ -102,7 +99,7 @@ def image(
     Raises:
         InputError: The image has too few rows for the group.
     """
-    with Part(_group(group), height, width, stride).entered() as part:
+    with Part(as_group(group), height, width, stride).entered() as part:
         yield part
 
 
@@ -114,7 +111,7 @@ def sum_gradients(model: nn.Module, group: "dist.ProcessGroup | Group | None" = 
     ranks' pixels. A loss that each rank computes as a whole, for example from pooled features, is divided by the number
     of ranks.
     """
-    ranks = _group(group)
+    ranks = as_group(group)
     for parameter in model.parameters():
         if parameter.requires_grad:
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -78,6 +78,11 @@ class Processes:
         return found
 
 
+def as_group(group: "dist.ProcessGroup | Group | None") -> Group:
+    """A group of this module as it is; a process group of PyTorch, or None for all processes, as `Processes`."""
+    return group if hasattr(group, "swap") else Processes(group)  # type: ignore[arg-type, return-value]
+
+
 class Stopped(BaseException):
     """Ends the threads of the other ranks when a rank has failed; it never leaves this module."""
 

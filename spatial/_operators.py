@@ -172,12 +172,11 @@ def average_pool(part: Part, module: nn.AvgPool2d, x: torch.Tensor) -> torch.Ten
 def adaptive_average(part: Part, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Adaptive average pooling of (B, C, H, W) to a small map, which every rank gets as a whole."""
     level = part.level(x)
-    out = part.whole(*size)
+    part.whole(*size)
     if level.whole:
         return F.adaptive_avg_pool2d(x, size)
     rows, columns = (_cells(count, length, x) for count, length in zip(size, (level.height, level.width)))
     start, end = level.rows[part.rank]
-    del out
     return part.total(rows[:, start:end] @ (x @ columns.T))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from terrazzo.errors import InputError
 from terrazzo.spatial._cuts import rows
 from terrazzo.spatial._entries import Entry, find
-from terrazzo.spatial._groups import Group, LocalGroup, Processes
+from terrazzo.spatial._groups import Group, LocalGroup, as_group
 from terrazzo.spatial._part import Part, active
 
 
@@ -172,7 +172,7 @@ def parallelize(
         raise InputError(f"axis must be 'rows', got {axis!r}")
     if isinstance(group, LocalGroup):
         raise InputError("a LocalGroup runs inside of terrazzo.spatial.tiled: call tiled(model, rows=...)")
-    ranks: Any = group if hasattr(group, "swap") else Processes(group)  # type: ignore[arg-type]
+    ranks = as_group(group)
     stride = largest_stride(model) if stride is None else stride
     replace(model, False, entries)
     inner = vars(model).get("forward")

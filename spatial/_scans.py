@@ -145,7 +145,6 @@ def selective_scan_2d(
         raise InputError(f"orders must differ where ranks share a map, got {tuple(orders)}")
     dtype = accumulator(u, delta, A, B, C)
     delta = _steps(delta, delta_bias, delta_softplus, dtype)
-    skip = None if D is None else D
     out: torch.Tensor | None = None
     for columns in (False, True):
         taken = [k for k, code in enumerate(numbers) if by_columns(code) == columns]
@@ -155,7 +154,7 @@ def selective_scan_2d(
         maps = [x.to(dtype) for x in maps]
         if columns:
             maps = _by_columns(part, level, maps)
-        own = None if skip is None else skip[taken]
+        own = None if D is None else D[taken]
         y = _by_rows(part, *maps, A[taken], own, [is_reversed(numbers[k]) for k in taken], backend)
         if columns:
             y = part.to_rows(y, level)

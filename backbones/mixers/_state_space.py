@@ -122,7 +122,7 @@ class StateSpace(Mixer):
 
         Review tokens are means of patches, so their weights are shared among their patches.
         """
-        step = F.linear(place.x.to(query.dtype), *(x.to(query.dtype) for x in (self.a_proj.weight, self.a_proj.bias)))
+        step = self.a_proj(place.x.to(self.a_proj.weight.dtype)).to(query.dtype)
         ahead, behind = self._sequences(query, key, value, step, place)
         count, shares = query.shape[2], self._shares(query, place)
         forward = self.fwd.weights(*ahead, reverse=False)[:, :, -count:]

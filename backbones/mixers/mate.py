@@ -66,8 +66,8 @@ class Mate(StateSpace):
         count = place.grid[0] * place.grid[1]
         own = torch.eye(count, dtype=query.dtype, device=query.device).unflatten(0, place.grid)
         windowed = self.windowed(*patches, own.expand(*query.shape[:2], -1, -1, -1)).flatten(2, 3)
-        mix = (x.to(query.dtype) for x in (self.mix_proj.weight, self.mix_proj.bias))
-        weight = F.linear(place.x.to(query.dtype), *mix).sigmoid()[:, place.prefix :].transpose(1, 2).unsqueeze(3)
+        weight = self.mix_proj(place.x.to(self.mix_proj.weight.dtype)).to(query.dtype).sigmoid()
+        weight = weight[:, place.prefix :].transpose(1, 2).unsqueeze(3)
         front, scanned = scanned.tensor_split([place.prefix], 2)
         return torch.cat([front, torch.lerp(F.pad(windowed, (place.prefix, 0)), scanned, weight)], 2)
 

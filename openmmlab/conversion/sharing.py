@@ -1,6 +1,6 @@
 """Memory that student and teacher share, and a teacher that is not a part of the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,16 +49,10 @@ def share(teacher: nn.Module, student: nn.Module) -> int:
         How many numbers are in common.
     """
     count = 0
-    for name, module in teacher.named_modules():
-        try:
-            other = student.get_submodule(name)
-        except AttributeError:
-            continue
-        for own, theirs in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
-            for key, value in own.items():
-                if _same(value, theirs.get(key)):
-                    own[key] = theirs[key]
-                    count += value.numel()
+    for _, key, own, theirs in _places(teacher, student):
+        if _same(own[key], theirs.get(key)):
+            own[key] = theirs[key]
+            count += own[key].numel()
     return count
 
 
@@ -74,21 +68,26 @@ def unshare(teacher: nn.Module, student: nn.Module, state: Mapping[str, Tensor],
         How many tensors the teacher got.
     """
     count = 0
+    for name, key, own, theirs in _places(teacher, student):
+        value, loaded = own[key], state.get(prefix + name)
+        if value is None or value is not theirs.get(key) or loaded is None or loaded.shape != value.shape:
+            continue
+        if not torch.equal(loaded.to(value), value):
+            copied = value.detach().clone()
+            own[key] = nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
+            count += 1
+    return count
+
+
+def _places(teacher: nn.Module, student: nn.Module) -> Iterator[tuple[str, str, dict, dict]]:
+    """The teacher's tensors in modules that both have: the whole name, the key, and both modules' dicts of tensors."""
+    others = dict(student.named_modules())
     for name, module in teacher.named_modules():
-        try:
-            other = student.get_submodule(name)
-        except AttributeError:
+        if (other := others.get(name)) is None:
             continue
         for own, theirs in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
-            for key, value in own.items():
-                loaded = state.get(f"{prefix}{name}.{key}" if name else f"{prefix}{key}")
-                if value is None or value is not theirs.get(key) or loaded is None or loaded.shape != value.shape:
-                    continue
-                if not torch.equal(loaded.to(value), value):
-                    copied = value.detach().clone()
-                    own[key] = nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
-                    count += 1
-    return count
+            for key in own:
+                yield f"{name}.{key}" if name else key, key, own, theirs
 
 
 def _same(value: Tensor | None, other: Tensor | None) -> bool:

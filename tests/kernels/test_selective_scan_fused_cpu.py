@@ -208,6 +208,19 @@ class _Predictions(torch.utils.data.Dataset):
 
 
 class TestOperator:
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_a_first_state(self, reverse):
+        draw = torch.Generator().manual_seed(0)
+        u, delta, state = (torch.randn(2, 9, n, generator=draw) for n in (40, 40, 5))
+        B, C = (torch.randn(2, 5, 40, generator=draw) for _ in range(2))
+        arguments = u, delta, -torch.rand(9, 5, generator=draw) - 0.5, B, C
+        options = dict(delta_softplus=True, reverse=reverse, return_last_state=True)
+        found = selective_scan(*arguments, **options, initial_state=state, backend="fused")
+        wide = (x.double() for x in arguments)
+        wanted = selective_scan(*wide, **options, initial_state=state.double(), backend="reference")
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
     def test_auto_takes_it(self):
         x = torch.zeros(1, 9, 1, 4)
         choice = OPERATOR.why("auto", x, x, torch.zeros(1, 4, 2), torch.zeros(1, 9, 1, 2), torch.zeros(1, 9, 1, 2))

@@ -127,6 +127,19 @@ class TestMutations:
 
 
 class TestOperator:
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_a_first_state(self, reverse):
+        draw = torch.Generator().manual_seed(0)
+        x, state = torch.randn(2, 70, 4, 8, generator=draw), torch.randn(2, 4, 8, 5, generator=draw)
+        B, C = (torch.randn(2, 70, 2, 5, generator=draw) for _ in range(2))
+        arguments = x, torch.randn(2, 70, 4, generator=draw), -torch.rand(4, generator=draw) - 0.5, B, C
+        options = dict(dt_softplus=True, reverse=reverse, return_final_states=True)
+        found = ssd(*arguments, **options, initial_states=state, backend="fused")
+        wide = (x.double() for x in arguments)
+        wanted = ssd(*wide, **options, initial_states=state.double(), backend="reference")
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
     def test_auto_takes_it(self):
         arguments = [x if x is None else x.detach() for x in triton_ssd.inputs(1, 9, 2, 72, 1, 72)]
         assert OPERATOR.why("auto", *arguments[:5]).name == "fused"

@@ -4,9 +4,9 @@ import copy
 import weakref
 
 import pytest
-import timm
 import torch
 from mmengine.registry import MODELS
+from support.teachers import teacher_file
 
 from terrazzo.backbones._hosts import record_of
 from terrazzo.checkpoints.records import meta_of
@@ -20,16 +20,7 @@ NAME = "vit_tiny_patch16_224"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of a small teacher's weights, with attention that is not flat."""
-    torch.manual_seed(0)
-    model = timm.create_model(NAME, **SMALL)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight.mul_(8)
-            block.attn.proj.weight.mul_(12)
-    file = tmp_path_factory.mktemp("teacher") / "teacher.pth"
-    torch.save(model.state_dict(), file)
-    return str(file)
+    return teacher_file(tmp_path_factory.mktemp("teacher"), NAME, 8, **SMALL)
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-import timm
 import torch
+from support.teachers import teacher_file
 
 from terrazzo.backbones._hosts import record_of
 from terrazzo.errors import InputError
@@ -18,10 +18,7 @@ NAME = "vit_tiny_patch16_224"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("teacher") / "teacher.pth"
-    torch.save(timm.create_model(NAME, **SMALL).state_dict(), file)
-    return str(file)
+    return teacher_file(tmp_path_factory.mktemp("teacher"), NAME, **SMALL)
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import copy
 
 import numpy as np
 import pytest
-import timm
 import torch
 from mmengine.config import Config
 from PIL import Image
+from support.teachers import teacher_file
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab import AttentionConversion, TerrazzoBackbone
@@ -24,16 +24,7 @@ ADAPTERS = dict(type="distil", trained="adapters", rank=4)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of a small teacher's weights, with attention that is not flat."""
-    torch.manual_seed(0)
-    model = timm.create_model(NAME, **SMALL)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight.mul_(12)
-            block.attn.proj.weight.mul_(12)
-    file = tmp_path_factory.mktemp("teacher") / "teacher.pth"
-    torch.save(model.state_dict(), file)
-    return str(file)
+    return teacher_file(tmp_path_factory.mktemp("teacher"), NAME, 12, **SMALL)
 
 
 @pytest.fixture
@@ -216,7 +207,7 @@ def run(weights, pictures, tmp_path):
                 batch_size=2,
                 num_workers=0,
                 drop_last=True,
-                sampler=dict(type="DefaultSampler", shuffle=True),
+                sampler=dict(type="InfiniteSampler", shuffle=True),
                 collate_fn=dict(type="default_collate"),
                 dataset=dict(type="Pictures", data_root=str(pictures), transform=dict(input_size=32)),
             ),

@@ -79,12 +79,6 @@ class Prepared:
             self.done(len(taken))
 
 
-def spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
-    """At most `count` of the pictures, evenly spread: neighbours in a folder are often alike."""
-    count = min(count, len(pictures))
-    return [pictures[i * len(pictures) // count] for i in range(count)]
-
-
 def savings(
     model: nn.Module, name: str, mixer: str, size: tuple[int, int], options: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import torch
 
+from terrazzo._pictures import spread
 from terrazzo.errors import InputError
 from terrazzo.tools.mechanisms import Mechanism, read_mixer
 from terrazzo.tools.options import UserPath
@@ -116,7 +117,7 @@ class Conversion:
             teacher = teacher.to(device, getattr(torch, dtype))
         model = model.to(device, getattr(torch, dtype))
         counts = conversion.savings(model, name, mixer, size, options)
-        pictures = conversion.spread(find_pictures(self.places), self.count or COUNT)
+        pictures = spread(find_pictures(self.places), self.count or COUNT)
         sweeps = (self.budget or len(counts["saved"])) if self.greedy else 2
         config = resolve_model_data_config(model)
         with progress("pictures", sweeps * len(pictures)) as bar, taking(name, size), use_backend(backend):

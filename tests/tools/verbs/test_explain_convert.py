@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import terrazzo
+from terrazzo._pictures import spread
 from terrazzo.tools.data.pictures import find_pictures
-from terrazzo.tools.inspect.conversion import Prepared, spread
+from terrazzo.tools.inspect.conversion import Prepared
 
 NAME = "test_vit"  # 10 x 10 patches of 16 pixels and a class token; 6 layers
 
