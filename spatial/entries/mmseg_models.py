@@ -5,12 +5,13 @@ Its other modes resize logits to whole images, and its losses are means over a r
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from terrazzo.errors import InputError
 from terrazzo.spatial._entries import OWN, Entry
 from terrazzo.spatial._functions import through
-from terrazzo.spatial._operators import own
+from terrazzo.spatial._operators import own, resize
 from terrazzo.spatial._part import Part
 
 
@@ -27,7 +28,19 @@ def _segment(part: Part, model: nn.Module, inputs: Any, data_samples: Any = None
     return own(model, inputs, data_samples, mode)
 
 
+def _check_enlarging(layer: nn.Module) -> str | None:
+    return None if not layer.size else "a fixed size; give a scale_factor"
+
+
+def _enlarge(part: Part, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """mmsegmentation's `Upsample`, which turns its factor into a size."""
+    level = part.level(x)
+    rows, columns = layer.scale_factor if isinstance(layer.scale_factor, tuple) else (layer.scale_factor,) * 2
+    return resize(part, x, (int(level.height * rows), int(level.width * columns)), layer.mode, layer.align_corners)
+
+
 ENTRIES = {
+    "Upsample": Entry(_enlarge, check=_check_enlarging),
     "EncoderDecoder": Entry(_segment),
     "SegDataPreProcessor": OWN,
     **{name: Entry(through) for name in ("FCNHead", "UPerHead", "PPM", "FPNHead")},

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -174,35 +175,43 @@ def test_classifiers(name):
 
 @pytest.mark.parametrize("size", [(128, 64, 2), (200, 75, 3)], ids=str)
 def test_a_detectors_pyramid(size):
-    pytest.importorskip("mmdet")
+    pytest.importorskip("mmdet", reason="needs the extra 'openmmlab'")
     compare(Detector(make("dinat_mini", features_only=True)).double(), size, {Detector: OWN}, stride=64)
 
 
 def test_a_stride_larger_than_the_backbones_is_asked_for():
-    pytest.importorskip("mmdet")
+    pytest.importorskip("mmdet", reason="needs the extra 'openmmlab'")
     model = Detector(make("dinat_mini", features_only=True)).double()
     with pytest.raises(InputError, match=r"neck has stride 2, and rank 1 begins at row 1 of 3: pass a larger `stride`"):
         tiled(model, rows=32, entries={Detector: OWN})(torch.zeros(1, 3, 96, 64, dtype=torch.float64))
 
 
 @pytest.mark.slow
-def test_a_segmentor():
-    """UPerNet, whose head pools the whole map to several sizes, and resizes maps to others."""
-    pytest.importorskip("mmseg")
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("upernet_dinat-mini_8xb2-160k_ade20k-512x512", (390, 300)), ("fpn_dinat-mini_floors", (384, 288))],
+)
+def test_a_segmentor(name, size):
+    """UPerNet's head pools the whole map to several sizes; FPN and its head resize maps, the head by a factor."""
+    pytest.importorskip("mmseg", reason="needs the extra 'openmmlab'")
     config = importlib.import_module("terrazzo.openmmlab.config")
     MODELS = importlib.import_module("mmseg.registry").MODELS
-    model = config.load_config("upernet_dinat-mini_8xb2-160k_ade20k-512x512").model
+    model = config.load_config(name).model
     model.backbone.update(embed_dim=8, num_heads=(1, 2, 2, 2), depths=(1, 1, 1, 1), dilations=[[2], [1], [1], [1]])
     model.backbone.update(drop_path_rate=0.0, pretrained=False)
     model.pretrained = None
     for head in (model.decode_head, model.get("auxiliary_head")):
         if head:
             head.update(channels=8, num_classes=3, norm_cfg=dict(type="BN"))
-    model.decode_head.in_channels = [8, 16, 32, 64]
-    model.auxiliary_head.in_channels = 32
+    if "neck" in model:
+        model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
+        model.decode_head.in_channels = [8] * 4
+    else:
+        model.decode_head.in_channels = [8, 16, 32, 64]
+        model.auxiliary_head.in_channels = 32
     torch.manual_seed(0)
     model = MODELS.build(model).double().eval()
-    x = torch.randn(1, 3, 390, 300, dtype=torch.float64)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
     assert_same(tiled(model, rows=128)(x), wanted, "logits", 1e-9)
@@ -222,6 +231,14 @@ def test_tiled_equals_the_model_and_leaves_it_whole():
     for found, want in zip(model(x), wanted):  # the model alone
         assert_same(found, want, "maps")
     torch.testing.assert_close(tiled(make("dinat_mini"), rows=64)(x), make("dinat_mini")(x))
+
+
+def test_deformable_attention_is_refused_by_name():
+    pytest.importorskip("mmdet", reason="needs the extra 'openmmlab'")
+    importlib.import_module("terrazzo.openmmlab")
+    layer = importlib.import_module("mmcv.ops").MultiScaleDeformableAttention(embed_dims=16, num_heads=2)
+    with pytest.raises(InputError, match=r"neck \(\S+\.MultiScaleDeformableAttention: no entry\)"):
+        replace(nn.Sequential(OrderedDict(neck=layer)), False)
 
 
 def test_what_is_refused():
