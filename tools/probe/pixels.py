@@ -57,20 +57,19 @@ class PixelProbing:
         images = [self._image(picture).to(self.device) for picture in self.data.train.pictures[:count]]
         return [mechanism.name for mechanism, model in models.items() if calibrate_if_possible(model, images)]
 
-    def run(self, dense: nn.Module, models: Mapping[Mechanism, nn.Module], fits: Sequence[str]) -> list[Outcome]:
-        """The outcomes: the dense model's, then each mechanism's for each of `fits`."""
+    def run(self, dense: nn.Module, models: Mapping[Mechanism, nn.Module], fits: Sequence[str]) -> Iterator[Outcome]:
+        """The outcomes, as they are found: the dense model's, then each mechanism's for each of `fits`."""
         name = DENSE.name
         shared = self._fit(name, self._maps(name, dense, self.data.train))
         val = self._maps(name, dense, self.data.val)
-        found = [self._outcome(name, shared, val, val)]
+        yield self._outcome(name, shared, val, val)
         for mechanism, model in models.items():
             own = self._maps(mechanism.name, model, self.data.val)
             for kind in fits:
                 probe = shared
                 if kind == "own":
                     probe = self._fit(mechanism.name, self._maps(mechanism.name, model, self.data.train))
-                found.append(self._outcome(mechanism.name + FITS[kind], probe, own, val))
-        return found
+                yield self._outcome(mechanism.name + FITS[kind], probe, own, val)
 
     def _image(self, picture: Picture) -> torch.Tensor:
         return to_tensor(picture.read(), self.size, self.config["mean"], self.config["std"])

@@ -45,7 +45,7 @@ from terrazzo.tools.targets import load_timm_model, pick_device
 @click.option("--steps", type=click.IntRange(min=1), default=Recipe.steps, show_default=True, help="Steps of training.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe's weights and of the batches.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
-@click.option("--out", type=UserPath(), metavar="DIR", help="Write segmentation.csv and segmentation.png.")
+@click.option("--out", type=UserPath(), metavar="DIR", help="Write segmentation.csv and segmentation.png, anew after each result.")
 def command(
     model: str,
     checkpoint: Path | None,
@@ -82,17 +82,19 @@ def command(
     if calibrated:
         for name in probing.calibrate(models, calibrated):
             click.echo(f"{name}: calibrated on {min(calibrated, len(data.train.pictures))} training pictures", err=True)
-    outcomes = probing.run(whole, models, tuple(FITS) if fits == "both" else (fits,))
-    head, lines = table(outcomes)
-    print_table(lines, head, right=tuple(range(1, len(head))))
     about = results.about(where, "timm", "torchmetrics")
-    counts = f"{len(data.train.pictures)} pictures to train on, {len(data.val.pictures)} to validate on"
-    click.echo(f"{data_root.resolve().name}, {counts}, {steps} steps; {about[0]}; {about[1]}")
-    if out is None:
-        return
     what = f"segmentation probe, {data_root.resolve().name}, {steps} steps"
     shape = f"{len(data.train.pictures)}+{len(data.val.pictures)}x3x{size[0]}x{size[1]}"
-    results.write(out / "segmentation.csv", rows_of(what, model, shape, outcomes, about))
-    with written_whole(out / "segmentation.png") as temporary:
-        draw(data, outcomes).save(temporary)
-    click.echo(f"wrote {out / 'segmentation.csv'} and {out / 'segmentation.png'}")
+    outcomes = []
+    for outcome in probing.run(whole, models, tuple(FITS) if fits == "both" else (fits,)):
+        outcomes.append(outcome)
+        if out is not None:  # now, because a run with many mechanisms takes hours, and the next one may fail
+            results.write(out / "segmentation.csv", rows_of(what, model, shape, outcomes, about))
+            with written_whole(out / "segmentation.png") as temporary:
+                draw(data, outcomes).save(temporary)
+    head, lines = table(outcomes)
+    print_table(lines, head, right=tuple(range(1, len(head))))
+    counts = f"{len(data.train.pictures)} pictures to train on, {len(data.val.pictures)} to validate on"
+    click.echo(f"{data_root.resolve().name}, {counts}, {steps} steps; {about[0]}; {about[1]}")
+    if out is not None:
+        click.echo(f"wrote {out / 'segmentation.csv'} and {out / 'segmentation.png'}")
