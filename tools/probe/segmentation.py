@@ -45,7 +45,9 @@ from terrazzo.tools.targets import load_timm_model, pick_device
 @click.option("--steps", type=click.IntRange(min=1), default=Recipe.steps, show_default=True, help="Steps of training.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe's weights and of the batches.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
-@click.option("--out", type=UserPath(), metavar="DIR", help="Write segmentation.csv and segmentation.png, anew after each result.")
+@click.option(
+    "--out", type=UserPath(), metavar="DIR", help="Write segmentation.csv and segmentation.png, anew after each result."
+)
 def command(
     model: str,
     checkpoint: Path | None,

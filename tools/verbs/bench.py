@@ -15,8 +15,8 @@ _PASSES = {"forward": ("forward",), "training": ("forward+backward",), "both": (
 _SECONDS = {"cuda": 0.3}
 
 
-_COMMANDS = {"reduce": "reduction", "mixers": "mixers"}
-"""Benchmarks of a model that a user names, and their modules in `terrazzo.tools.bench`."""
+_COMMANDS = {"reduce": "reduction", "mixers": "mixers", "scaling": "scaling"}
+"""Benchmarks of models that a user names, and their modules in `terrazzo.tools.bench`."""
 
 
 class _Benchmarks(click.Command):
@@ -84,7 +84,8 @@ def command(
     """Measure the operator or family NAME against its peers on this machine, or a family's runtimes as FAMILY_runtimes.
 
     `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by merging tokens, and `terrazzo bench
-    mixers MODEL` what it gains and loses by other mixers: see their --help.
+    mixers MODEL` what it gains and loses by other mixers. `terrazzo bench scaling` measures how the time of models
+    grows with the image. See their --help.
     """
     module = module_of(name)
     if out is not None and not out.parent.is_dir():

@@ -1,0 +1,205 @@
+"""`terrazzo bench scaling`: how the time of backbones grows with the pixels of an image."""
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+
+from terrazzo import backbones
+from terrazzo._files import written_whole
+from terrazzo.errors import InputError
+from terrazzo.tools import results
+from terrazzo.tools.bench import exponents
+from terrazzo.tools.bench.exponents import MACS, WHAT
+from terrazzo.tools.bench.families import FAMILIES
+from terrazzo.tools.console import print_table, progress
+from terrazzo.tools.files import check_output_file
+from terrazzo.tools.inspect.maps import last_map
+from terrazzo.tools.inspect.measure import measure
+from terrazzo.tools.inspect.timing import (
+    FORWARD,
+    Function,
+    Late,
+    Quantiles,
+    attempt,
+    interleaved,
+    reason_of,
+    throughput_timer,
+)
+from terrazzo.tools.models import build_on_meta, options_for, registered_models
+from terrazzo.tools.options import UserPath
+from terrazzo.tools.targets import load_timm_model, pick_device, require_model
+
+SIDES = (224, 320, 448, 640, 896, 1280, 1792, 2048)
+PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_tiny_patch16_224")
+_PICTURES = (".png", ".svg", ".pdf")
+_STEEPEST = 2.0
+
+
+@dataclass
+class _Found:
+    """The figures of a model by side, and why larger sides have none."""
+
+    times: dict[int, Quantiles]
+    macs: dict[int, float]
+    reason: str | None = None
+
+
+@click.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option(
+    "--side",
+    "sides",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=SIDES,
+    show_default=True,
+    help="Height and width of an image; repeatable, at least twice.",
+)
+@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Time for each model and side; there are at least three turns.",
+)
+@click.option(
+    "--most",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Leave out sides at which one call would take more than this many seconds.",
+)
+@click.option("--out", type=UserPath(), metavar="FILE.csv", help="Write the rows as CSV, after every model.")
+@click.option("--picture", type=UserPath(), metavar="FILE.png", help="Draw the times over the pixels.")
+def command(
+    models: tuple[str, ...],
+    sides: Sequence[int],
+    device: str | None,
+    seconds: float,
+    most: float,
+    out: Path | None,
+    picture: Path | None,
+) -> None:
+    """Time each MODEL, of timm or of the zoo, on images of several sizes, and fit the exponent of its growth.
+
+    Without MODEL, these are a small model of every family, and Swin, ConvNeXt and DeiT. Time and multiply-adds are
+    those of one image up to the last feature map, with random weights. An exponent of 1 means that twice the pixels
+    take twice the time; softmax attention to all tokens tends to 2.
+    """
+    sides = tuple(sorted(set(sides)))
+    if len(sides) < 2:
+        raise InputError("an exponent needs at least two sides: give --side twice")
+    models = tuple(dict.fromkeys(models)) or (*_smallest(), *PEERS)
+    for name in models:
+        require_model(name)
+    where = pick_device(device)
+    for path in filter(None, (out, picture)):
+        check_output_file(path)
+    if picture is not None and picture.suffix.lower() not in _PICTURES:
+        raise InputError(f"{picture.name} must end in {', '.join(_PICTURES)}")
+    about = results.about(where, "timm")
+    rows: list[results.Row] = []
+    reasons: dict[str, str] = {}
+    with progress("scaling", len(models) * len(sides)) as bar:
+        for name in models:
+            bar.update(bar.task_ids[0], description=name)
+            found = _measure(name, sides, where, seconds, most, lambda: bar.advance(bar.task_ids[0]))
+            if found.reason is not None:
+                reasons[name] = found.reason
+            for side, times in found.times.items():
+                figures = ((FORWARD, "ms", tuple(1e3 * time for time in times)), (MACS, "1", (found.macs[side],) * 3))
+                rows += [
+                    results.Row(WHAT, name, f"1x3x{side}x{side}", "float32", "eager", metric, unit, *values, *about)
+                    for metric, unit, values in figures
+                ]
+            if out is not None:
+                results.write(out, rows)
+    head, lines = exponents.table(rows)
+    print_table(lines, head, right=tuple(range(1, len(head))))
+    click.echo(f"{about[0]}; {about[1]}; median times; the sides of a model were measured in turns")
+    for name, reason in reasons.items():
+        click.echo(f"not run: {name}: {reason}")
+    if picture is not None:
+        with written_whole(picture) as temporary:
+            exponents.draw(rows, temporary)
+        click.echo(f"wrote {picture}")
+    if out is not None:
+        click.echo(f"wrote {out}")
+
+
+def _smallest() -> list[str]:
+    """The model of each family that its benchmark measures; families under two names count once."""
+    ours = registered_models()
+    found = (FAMILIES[name].model for name in backbones.FAMILIES if name in FAMILIES)
+    return [name for name in found if name in ours]
+
+
+def _measure(
+    name: str,
+    sides: Sequence[int],
+    device: torch.device,
+    seconds: float,
+    most: float,
+    done: Callable[[], None],
+) -> _Found:
+    """Warm a model at one side after another while a call stays short enough, then time the sides in turns."""
+    timer = throughput_timer(device)
+    functions: dict[int, Function] = {}
+    macs: dict[int, float] = {}
+    warm: list[tuple[int, float]] = []
+    reason = None
+    for side in sides:
+        if reason is not None:
+            done()
+            continue
+        if warm and (guess := _extrapolated(warm, side)) > most:
+            reason = f"from side {side} on a call would take about {guess:.0f} s; see --most"
+        else:
+            reason, function = _prepared(name, side, device)
+            if function is not None:
+                functions[side] = function
+                macs[side] = _macs(name, side)
+                warm.append((side, timer(function)))
+        done()
+    return _Found(interleaved(functions, seconds, timer, turns=3), macs, reason)
+
+
+def _prepared(name: str, side: int, device: torch.device) -> tuple[str | None, Function | None]:
+    """A function that is warm, or the reason why there is none."""
+    function = Late(partial(_function, name, side, device))
+    made, reasons = attempt({name: function})
+    if not made:
+        gc.collect()
+        return f"at side {side}: {reasons[name]}", None
+    return None, function
+
+
+def _function(name: str, side: int, device: torch.device) -> Function:
+    model = load_timm_model(name, size=(side, side)).eval().to(device)
+    return partial(last_map, model, torch.randn(1, 3, side, side, device=device))
+
+
+def _macs(name: str, side: int) -> float:
+    try:
+        # Without the classifier, whose cost does not depend on the image.
+        return float(measure(build_on_meta(name, num_classes=0, **options_for(name, (side, side))), side).macs)
+    except Exception as error:  # a model of timm may do what cannot be counted; its time is measured all the same
+        click.echo(f"note: the multiply-adds of {name} cannot be counted: {reason_of(error)}", err=True)
+        return math.nan
+
+
+def _extrapolated(warm: Sequence[tuple[int, float]], side: int) -> float:
+    """Seconds at a side, by the last two sides; by the steepest growth after the first."""
+    (last, time) = warm[-1]
+    power = _STEEPEST
+    if len(warm) > 1:
+        (before, less) = warm[-2]
+        power = min(_STEEPEST, max(1.0, math.log(time / less) / (2 * math.log(last / before))))
+    return time * (side / last) ** (2 * power)
