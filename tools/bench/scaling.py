@@ -36,7 +36,7 @@ from terrazzo.tools.options import UserPath
 from terrazzo.tools.targets import load_timm_model, pick_device, require_model
 
 SIDES = (224, 320, 448, 640, 896, 1280, 1792, 2048)
-PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_tiny_patch16_224")
+_PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_tiny_patch16_224")
 _PICTURES = (".png", ".svg", ".pdf")
 _STEEPEST = 2.0
 
@@ -96,7 +96,7 @@ def command(
     sides = tuple(sorted(set(sides)))
     if len(sides) < 2:
         raise InputError("an exponent needs at least two sides: give --side twice")
-    models = tuple(dict.fromkeys(models)) or (*_smallest(), *PEERS)
+    models = tuple(dict.fromkeys(models)) or representatives()
     for name in models:
         require_model(name)
     where = pick_device(device)
@@ -134,11 +134,11 @@ def command(
         click.echo(f"wrote {out}")
 
 
-def _smallest() -> list[str]:
-    """The model of each family that its benchmark measures; families under two names count once."""
+def representatives() -> tuple[str, ...]:
+    """The model of each family that its benchmark measures, and peers of timm."""
     ours = registered_models()
     found = (FAMILIES[name].model for name in backbones.FAMILIES if name in FAMILIES)
-    return [name for name in found if name in ours]
+    return (*(name for name in found if name in ours), *_PEERS)
 
 
 def _measure(

@@ -4,7 +4,10 @@ import importlib
 
 import click
 
-KINDS = {"segmentation": "A linear probe on the last map: mIoU with and without a change of the model."}
+KINDS = {
+    "field": "Which pixels a position of a map depends on, as a picture and as radii.",
+    "segmentation": "A linear probe on the last map: mIoU with and without a change of the model.",
+}
 
 
 class _Kinds(click.Group):

@@ -5,11 +5,12 @@ import math
 import pytest
 from PIL import Image
 
+from terrazzo import backbones
 from terrazzo.tools import results
 from terrazzo.tools.bench import scaling
 from terrazzo.tools.bench.exponents import MACS, by_model, exponent, table, upper
 from terrazzo.tools.inspect.timing import FORWARD
-from terrazzo.tools.models import registered_models
+from terrazzo.tools.models import family_of, registered_models
 
 SIDES = ("--side", 64, "--side", 32)
 
@@ -61,9 +62,10 @@ def test_sides_that_a_model_cannot_take(run):
 
 
 def test_a_model_of_every_family():
-    ours = set(scaling._smallest())
-    assert ours <= set(registered_models())
-    assert {"dinat_tiny", "vmamba_tiny_s1l8", "mambavision_t"} <= ours
+    found = set(scaling.representatives())
+    assert {"dinat_tiny", "vmamba_tiny_s1l8", "mambavision_t"} <= found & set(registered_models())
+    assert {family_of(name) for name in found & set(registered_models())} == set(backbones.FAMILIES)
+    assert "convnext_tiny" in found
 
 
 @pytest.mark.parametrize(
