@@ -7,7 +7,7 @@ from torch import nn
 
 from terrazzo.backbones._checks import wholes
 from terrazzo.backbones._hosts import check_host, kind_of, make_host, new_mixers, remember, unmake_host, unwrapped
-from terrazzo.backbones._plan import Batches, measured
+from terrazzo.backbones._plan import Batches, Plan, candidates, measured
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._windows import Windows
 from terrazzo.backbones.mixers import Mixer
@@ -50,7 +50,7 @@ def check_together(model: Any, reducer: Reducer) -> None:
 def convert_attention(
     model: nn.Module,
     mixer: str,
-    layers: str | Sequence[int] = "all",
+    layers: str | Sequence[int] | Plan = "all",
     *,
     budget: int | None = None,
     max_kl: float | None = None,
@@ -74,17 +74,22 @@ def convert_attention(
 
         model = terrazzo.convert_attention(model, "hedgehog", layers="auto", budget=6, images=batches)
 
+    A plan that was made before does the same without measuring again.
+
+        plan = terrazzo.conversion_plan(model, "hedgehog", batches, budget=6)
+        model = terrazzo.convert_attention(model, "hedgehog", layers=plan)
+
     Args:
         model: timm's VisionTransformer, VisionTransformerDistilled or Eva (with rotary positions) with timm's plain
             blocks, or its wrapper for `features_only=True`; also a model that `terrazzo.reduce` changed, where the
             mechanism needs no grid.
         mixer: The mechanism, one of `terrazzo.mixers()`.
-        layers: "all", the indices of layers from 0, "auto" or "greedy".
+        layers: "all", the indices of layers from 0, "auto", "greedy", or a plan of `terrazzo.conversion_plan`.
         budget: With "auto" and "greedy": the number of layers to convert.
         max_kl: With "auto" and "greedy": the largest divergence of the output to accept; with `budget`, both limit.
         images: With "auto" and "greedy": batches (B, 3, H, W), or one batch.
-        teacher: With "auto" and "greedy": the model before training, if training changed more than the mixers' own
-            weights. Layers that are not chosen get its attention's weights, too.
+        teacher: With "auto", "greedy" and a plan: the model before training, if training changed more than the
+            mixers' own weights. Layers that are not chosen get its attention's weights, too.
         **options: Options of the mechanism: see the classes in `terrazzo.backbones.mixers`.
 
     Raises:
@@ -93,7 +98,9 @@ def convert_attention(
     """
     given, model = model, unwrapped(model)
     check_host(model, "converted")
-    if isinstance(layers, str) and layers in PLANNED:
+    if isinstance(layers, Plan):
+        made = _chosen(model, mixer, layers, dict(budget=budget, max_kl=max_kl, images=images), options)
+    elif isinstance(layers, str) and layers in PLANNED:
         made = _planned(model, mixer, layers == "greedy", images, budget, max_kl, teacher, options)
     else:
         needless = dict(budget=budget, max_kl=max_kl, images=images, teacher=teacher)
@@ -139,6 +146,20 @@ def _planned(
             "budget=N or max_kl=X"
         )
     plan, mixers = measured(model, mixer, images, budget, max_kl, greedy, teacher, options, together=False)
+    return {layer: found if layer in plan.layers else None for layer, found in mixers.items()}
+
+
+def _chosen(
+    model: Any, mixer: str, plan: Plan, needless: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[int, Mixer | None]:
+    """The mixer of each layer about which a plan was made before; None for attention."""
+    if given := [name for name, value in needless.items() if value is not None]:
+        raise InputError(f"layers is a plan that was measured before: leave {' and '.join(given)} out")
+    if mixer != plan.mixer:
+        raise InputError(f"the plan is for the mixer '{plan.mixer}', and not for '{mixer}'")
+    mixers = candidates(model, mixer, options)
+    if other := sorted(set(plan.layers) - mixers.keys()):
+        raise InputError(f"the plan chose the layers {other}, which this model lacks or which have another mixer")
     return {layer: found if layer in plan.layers else None for layer, found in mixers.items()}
 
 

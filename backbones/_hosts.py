@@ -199,7 +199,7 @@ def make_host(model: nn.Module) -> None:
     for block in model.blocks:
         hosted(block)
     if type(model) in _HOSTS:
-        model.reducer = Reducer()
+        model.reducer = Reducer().train(model.training)
         model.restore, model.full_last, model.depth = "delta", 0, len(model.blocks)
         model.__class__ = _HOSTS[type(model)]
 

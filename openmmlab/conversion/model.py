@@ -166,7 +166,13 @@ class AttentionConversion(BaseModel):
         return samples
 
     def _keep_teacher(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Called before weights are loaded: the teacher keeps its own where the student gets others."""
+        """Called before weights are loaded: the teacher keeps its own where the student gets others.
+
+        A file with the names of the ViT alone is taken, too, such as `terrazzo explain --save` writes.
+        """
+        if not any(key.startswith(f"{prefix}backbone.") for key in state):
+            for key in [key for key in state if key.startswith(prefix)]:
+                state[f"{prefix}backbone.{key.removeprefix(prefix)}"] = state.pop(key)
         count = unshare(self.teacher, self.backbone, state, f"{prefix}backbone.")
         if count:
             print_log(

@@ -1,6 +1,7 @@
 """`terrazzo.conversion_plan`, and `terrazzo.convert_attention` with layers that it chooses."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -204,9 +205,26 @@ def test_teacher():
     target, logs = (output(x, BATCH)[1] for x in (teacher, by_hand))
     kl = (target.exp() * (target - logs)).sum(-1).mean().item()
     assert plan.rows[0].divergence == pytest.approx(kl, rel=1e-2)
+    same, one = copy.deepcopy(model), dataclasses.replace(plan, layers=plan.layers[:1])
     terrazzo.convert_attention(model, "hedgehog", layers="auto", budget=1, images=BATCH, teacher=teacher)
-    torch.testing.assert_close(model(BATCH), by_hand(BATCH))
-    assert set(model.conversion) == set(plan.layers[:1])
+    terrazzo.convert_attention(same, "hedgehog", layers=one, teacher=teacher)
+    for found in (model, same):
+        torch.testing.assert_close(found(BATCH), by_hand(BATCH))
+        assert set(found.conversion) == set(plan.layers[:1])
+
+
+def test_a_plan_for_another_model():
+    plan = terrazzo.conversion_plan(sharp(), "hedgehog", BATCH, budget=2)
+    others = terrazzo.convert_attention(sharp(), "linear_infsa", layers=plan.layers)
+    for model, arguments, message in (
+        (sharp(), dict(mixer="linear_infsa", layers=plan), "for the mixer 'hedgehog', and not for 'linear_infsa'"),
+        (sharp(), dict(mixer="hedgehog", layers=plan, budget=1), "was measured before: leave budget out"),
+        (others, dict(mixer="hedgehog", layers=plan), "which this model lacks or which have another mixer"),
+    ):
+        before = state_of(model)
+        with pytest.raises(InputError, match=message):
+            terrazzo.convert_attention(model, **arguments)
+        assert_same(model, before)
 
 
 @torch.no_grad()

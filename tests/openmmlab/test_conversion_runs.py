@@ -12,7 +12,10 @@ from mmengine.registry import MODELS
 from support import distributed_worker
 from support.processes import forks
 
+import terrazzo
 from terrazzo.backbones._hosts import record_of
+from terrazzo.checkpoints.files import save_file
+from terrazzo.checkpoints.records import meta_of
 from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
 from terrazzo.tools.training.curves import draw_curves, read_curves
 
@@ -68,6 +71,27 @@ def test_stages_follow_each_other(tiny_data, options, tmp_path):
     backbone.pop("num_classes")
     backbone = MODELS.build(dict(type="TerrazzoBackbone", out_indices=(1,), **backbone))
     assert torch.equal(backbone.model.blocks[1].attn.qkv.weight, unbroken["backbone.blocks.1.attn.qkv.weight"])
+
+
+def test_a_plan_of_a_student_begins_a_training(tiny_data, options, tmp_path):
+    """All layers learn, a plan keeps some, and the file of that model, with timm's names, begins the next stage."""
+    root = tiny_data("eurosat64")
+    cfg = load_config(HIDDEN, root, options)
+    student = MODELS.build(cfg.model).backbone
+    with torch.no_grad():
+        for block in student.blocks:
+            block.attn.mixer.query_map.mul_(0.5)
+    plan = terrazzo.conversion_plan(student, "hedgehog", torch.randn(2, 3, *student.patch_embed.img_size), budget=1)
+    (kept,) = plan.layers
+    terrazzo.convert_attention(student, "hedgehog", layers=plan)
+    file = tmp_path / "planned.pth"
+    save_file({"state_dict": student.state_dict(), "meta": meta_of(record_of(student))}, file)
+    chosen = options | {"load_from": str(file), "model.convert.layers": [kept], "train_cfg.max_iters": 1}
+    runner = build_runner(load_config(DISTIL, root, chosen), tmp_path / "distil", seed=0)
+    assert runner.model.layers == (kept,)
+    runner.load_or_resume()
+    for name, value in student.state_dict().items():
+        assert torch.equal(runner.model.backbone.state_dict()[name], value), name
 
 
 def test_pictures_without_labels_and_two_branches(tiny_data, options, tmp_path):

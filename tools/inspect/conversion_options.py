@@ -10,6 +10,7 @@ import torch
 
 from terrazzo._pictures import spread
 from terrazzo.errors import InputError
+from terrazzo.tools.files import check_output_file
 from terrazzo.tools.mechanisms import Mechanism, read_mixer
 from terrazzo.tools.options import UserPath
 
@@ -56,6 +57,12 @@ _OPTIONS = (
         help="With --convert: the largest KL of all chosen layers together.",
     ),
     click.option(
+        "--save",
+        type=UserPath(),
+        metavar="FILE",
+        help="With --convert and a limit: write the model with the chosen layers converted, as .pth or .safetensors.",
+    ),
+    click.option(
         "--greedy", is_flag=True, help="With --convert: try all remaining layers for each choice; this costs more."
     ),
 )
@@ -74,6 +81,7 @@ class Conversion:
     teacher: Path | None
     budget: int | None
     max_kl: float | None
+    save: Path | None
     greedy: bool
 
     def run(
@@ -94,7 +102,11 @@ class Conversion:
         """
         from timm.data import resolve_model_data_config
 
+        from terrazzo.backbones._convert import convert_attention
+        from terrazzo.backbones._hosts import record_of
         from terrazzo.backbones._plan import conversion_plan
+        from terrazzo.checkpoints.files import save_file
+        from terrazzo.checkpoints.records import meta_of
         from terrazzo.kernels import use_backend
         from terrazzo.tools.console import progress
         from terrazzo.tools.data.pictures import find_pictures
@@ -105,6 +117,12 @@ class Conversion:
 
         if not self.places:
             raise InputError("--convert measures on pictures: name some, or a folder of them, with --pictures PLACE")
+        if self.save is not None:
+            if self.budget is None and self.max_kl is None:
+                raise InputError("--save writes a model with the chosen layers: give a limit, --budget N or --max-kl X")
+            if self.save.suffix not in (".pth", ".safetensors"):
+                raise InputError(f"{self.save.name} ends in neither .safetensors nor .pth; name a file that does")
+            check_output_file(self.save)
         mixer, options = read_mixer("--convert", self.convert)
         size = image_size(size or tuple(pretrained_cfg(name).input_size[1:]))
         if self.checkpoint is not None and not self.pretrained and not changes:
@@ -132,6 +150,11 @@ class Conversion:
         facts |= {"changes": [change.name for change in changes]} | conversion.facts_of(plan, counts)
         if not quiet:
             conversion.print_plan(facts, plan, self.convert)
+        if self.save is not None:
+            convert_attention(model, mixer, plan, teacher=teacher, **options)
+            self.save.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"state_dict": model.state_dict(), "meta": meta_of(record_of(model))}, self.save)
+            click.echo(f"wrote {self.save}", err=quiet)
         return facts
 
 

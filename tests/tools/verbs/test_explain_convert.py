@@ -11,7 +11,7 @@ from PIL import Image
 import terrazzo
 from terrazzo._pictures import spread
 from terrazzo.tools.data.pictures import find_pictures
-from terrazzo.tools.inspect.conversion import Prepared
+from terrazzo.tools.inspect.conversion import Prepared, load_student
 
 NAME = "test_vit"  # 10 x 10 patches of 16 pixels and a class token; 6 layers
 
@@ -132,6 +132,23 @@ def test_a_student_with_its_teacher(facts, tmp_path, weights, pictures):
     assert found["layers"][0]["divergence"] == pytest.approx(plan.rows[0].divergence, rel=1e-3)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_chosen_layers_are_written(run, facts, tmp_path, weights, suffix):
+    """A student of all layers becomes a model with two, the others with the teacher's attention."""
+    model, path, out = student([0, 1, 2, 3, 4, 5]), tmp_path / "student.pth", tmp_path / "new" / f"two{suffix}"
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.mul_(1.5)
+    torch.save({"state_dict": model.state_dict(), "meta": {"terrazzo.changes": model.changes}}, path)
+    chosen = facts("--teacher", weights, "--budget", 2, "--count", 1, "--save", out, checkpoint=path)["chosen"]
+    saved = load_student(NAME, out, (160, 160), None)
+    assert sorted(saved.conversion) == sorted(chosen)
+    teacher = sharp()
+    for layer, block in enumerate(saved.blocks):
+        of = model if layer in chosen else teacher
+        assert torch.equal(block.attn.proj.weight, of.blocks[layer].attn.proj.weight)
+
+
 def test_pictures_are_spread(pictures):
     found = find_pictures([pictures])
     assert [picture.name for picture in spread(found, 2)] == ["0", "2"]
@@ -152,6 +169,14 @@ def test_pictures_are_spread(pictures):
         (("--convert", "softmax", "--pictures", "PICTURES"), "'softmax' replaces nothing"),
         (("--convert", "llsa", "--pictures", "PICTURES"), "computes softmax attention on images so small"),
         (("--convert", "hedgehog", "--pictures", "PICTURES", "--budget", 7), "budget must be 1 to 6"),
+        (
+            ("--convert", "hedgehog", "--pictures", "PICTURES", "--save", "x.pth"),
+            "--save writes a model with the chosen",
+        ),
+        (
+            ("--convert", "hedgehog", "--pictures", "PICTURES", "--save", "x.onnx", "--budget", 2),
+            "x.onnx ends in neither",
+        ),
         (("--convert", "hedgehog", "--pictures", "PICTURES", "--size", 100, 160), "cannot take 100x160 images"),
         (("--convert", "hedgehog", "--pictures", "PICTURES", "--checkpoint", "no.pth"), "no.pth"),
         (("--convert", "hedgehog", "--pictures", "PICTURES", "--reduce", "mctf,r=8"), "plan first"),
