@@ -1,7 +1,8 @@
 """What the verbs print with: rich on a terminal, plain text in a pipe or a file."""
 
+import contextlib
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import click
 from rich import box
@@ -80,6 +81,13 @@ def progress(what: str, total: int | None = None) -> Progress:
     )
     bar.add_task(what, total=total)
     return bar
+
+
+@contextlib.contextmanager
+def steps(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar; the value is to be called after each step."""
+    with progress(what, total) as bar:
+        yield lambda: bar.advance(bar.task_ids[0])
 
 
 def human(count: int | float) -> str:

@@ -1,7 +1,6 @@
 """Linear probes of several forms of one model, on pixels: the dense model's maps are computed once for all."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from terrazzo.tools.console import progress
+from terrazzo.tools.console import steps
 from terrazzo.tools.data.labelled import LabelledPictures, Split
 from terrazzo.tools.data.pictures import Picture, to_tensor
 from terrazzo.tools.inspect.maps import last_map, map_cosine
@@ -76,7 +75,7 @@ class PixelProbing:
 
     def _maps(self, name: str, model: nn.Module, split: Split) -> Maps:
         images = map(self._image, split.pictures)
-        with _bar(f"{name}: maps", len(split.pictures)) as done:
+        with steps(f"{name}: maps", len(split.pictures)) as done:
             return maps_of(model, images, len(split.pictures), self.device, done)
 
     def _fit(self, name: str, maps: Maps) -> LinearProbe:
@@ -86,7 +85,7 @@ class PixelProbing:
             for labels in self.data.train.labels
         ]
         labels = torch.from_numpy(np.stack(small))
-        with _bar(f"{name}: probe", self.recipe.steps) as done:
+        with steps(f"{name}: probe", self.recipe.steps) as done:
             return fit(maps, labels, len(self.data.classes), self.data.ignored, self.recipe, self.device, done)
 
     def _outcome(self, name: str, probe: LinearProbe, maps: Maps, dense: Maps) -> Outcome:
@@ -94,7 +93,7 @@ class PixelProbing:
         scores = Scores(len(self.data.classes), self.data.ignored)
         drawn = {round(i * (count - 1) / max(1, _DRAWN - 1)) for i in range(_DRAWN)}
         kept, cosines = {}, []
-        with _bar(f"{name}: scores", count) as done:
+        with steps(f"{name}: scores", count) as done:
             for index, labels in enumerate(self.data.val.labels):
                 predicted = predict(probe, maps[index].to(self.device), labels.shape)
                 scores.add(predicted, torch.from_numpy(labels).long())
@@ -103,10 +102,3 @@ class PixelProbing:
                     kept[index] = predicted.numpy().astype(np.uint8)
                 done()
         return Outcome(name, *scores.percent(), sum(cosines) / count, kept)
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar; the value is to be called after each step."""
-    with progress(what, total) as bar:
-        yield lambda: bar.advance(bar.task_ids[0])

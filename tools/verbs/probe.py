@@ -5,6 +5,7 @@ import importlib
 import click
 
 KINDS = {
+    "binding": "Whether the features of two positions tell that both belong to one object, beside controls.",
     "field": "Which pixels a position of a map depends on, as a picture and as radii.",
     "segmentation": "A linear probe on the last map: mIoU with and without a change of the model.",
 }

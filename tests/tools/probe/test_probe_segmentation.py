@@ -136,7 +136,7 @@ def test_refusals(refused, root, monkeypatch, arguments, words):
 
 
 def test_unknown_probe(refused):
-    assert "the probes are: segmentation" in refused("probe", "colours")
+    assert "the probes are: binding, field, segmentation" in refused("probe", "colours")
 
 
 def test_help_names_the_probes(run):
