@@ -24,9 +24,7 @@ from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.timing import (
     FORWARD,
     Function,
-    Late,
     Quantiles,
-    attempt,
     interleaved,
     reason_of,
     throughput_timer,
@@ -67,7 +65,10 @@ class _Found:
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Time for each model and side; there are at least three turns.",
+    help="Time for each model and side.",
+)
+@click.option(
+    "--turns", type=click.IntRange(min=2), default=3, show_default=True, help="Turns of each model and side, at least."
 )
 @click.option(
     "--most",
@@ -83,6 +84,7 @@ def command(
     sides: Sequence[int],
     device: str | None,
     seconds: float,
+    turns: int,
     most: float,
     out: Path | None,
     picture: Path | None,
@@ -110,7 +112,7 @@ def command(
     with progress("scaling", len(models) * len(sides)) as bar:
         for name in models:
             bar.update(bar.task_ids[0], description=name)
-            found = _measure(name, sides, where, seconds, most, lambda: bar.advance(bar.task_ids[0]))
+            found = _measure(name, sides, where, seconds, turns, most, lambda: bar.advance(bar.task_ids[0]))
             if found.reason is not None:
                 reasons[name] = found.reason
             for side, times in found.times.items():
@@ -146,6 +148,7 @@ def _measure(
     sides: Sequence[int],
     device: torch.device,
     seconds: float,
+    turns: int,
     most: float,
     done: Callable[[], None],
 ) -> _Found:
@@ -156,29 +159,20 @@ def _measure(
     warm: list[tuple[int, float]] = []
     reason = None
     for side in sides:
-        if reason is not None:
-            done()
-            continue
-        if warm and (guess := _extrapolated(warm, side)) > most:
+        if reason is None and warm and (guess := _extrapolated(warm, side)) > most:
             reason = f"from side {side} on a call would take about {guess:.0f} s; see --most"
-        else:
-            reason, function = _prepared(name, side, device)
-            if function is not None:
-                functions[side] = function
-                macs[side] = _macs(name, side)
+        if reason is None:
+            try:
+                function = _function(name, side, device)
+                if not warm:
+                    function()  # the first call of all may compile kernels
                 warm.append((side, timer(function)))
+                functions[side], macs[side] = function, _macs(name, side)
+            except Exception as error:  # whatever goes wrong, other models are measured
+                reason = f"at side {side}: {reason_of(error)}"
+                gc.collect()
         done()
-    return _Found(interleaved(functions, seconds, timer, turns=3), macs, reason)
-
-
-def _prepared(name: str, side: int, device: torch.device) -> tuple[str | None, Function | None]:
-    """A function that is warm, or the reason why there is none."""
-    function = Late(partial(_function, name, side, device))
-    made, reasons = attempt({name: function})
-    if not made:
-        gc.collect()
-        return f"at side {side}: {reasons[name]}", None
-    return None, function
+    return _Found(interleaved(functions, seconds, timer, turns), macs, reason)
 
 
 def _function(name: str, side: int, device: torch.device) -> Function:
