@@ -1,6 +1,6 @@
 """`terrazzo probe field`: which pixels a position of a map depends on, as a picture and as numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -20,10 +20,11 @@ from terrazzo.tools.files import check_folder
 from terrazzo.tools.inspect.timing import reason_of
 from terrazzo.tools.options import UserPath
 from terrazzo.tools.predict.draw import panels
-from terrazzo.tools.probe.receptive import Field, receptive_field, table
+from terrazzo.tools.probe.receptive import SHARES, Field, receptive_field, table
 from terrazzo.tools.targets import load_timm_model, pick_device, require_model
 
-RADIUS = "radius"
+WHAT = "receptive field"
+_RADIUS = "radius of {:.0%}"
 _WIDTH = 320
 _DECADES = 6
 """The picture's scale: black is 10^-6 of the largest energy."""
@@ -102,7 +103,8 @@ def command(
                 if len(models) == 1:
                     raise
                 reasons[title] = str(error) if isinstance(error, InputError) else reason_of(error)
-    print_table(*reversed(table(fields)), right=(1, 2, 3, 4))
+    head, lines = table({name: field.radii() for name, field in fields.items()})
+    print_table(lines, head, right=tuple(range(1, len(head))))
     about = results.about(where, "timm")
     on = f"{len(pictures)} pictures" if pictures else f"{count} images of noise"
     click.echo(f"{size[0]}x{size[1]}, level {level}, {on}; {about[1]}")
@@ -112,10 +114,10 @@ def command(
         shape = f"{len(pictures) or count}x3x{size[0]}x{size[1]}"
         rows = [
             results.Row(
-                "receptive field", name, shape, "float32", f"level {level}", metric, "px", *(radius,) * 3, *about
+                WHAT, name, shape, "float32", f"level {level}", _RADIUS.format(share), "px", *(radius,) * 3, *about
             )
             for name, field in fields.items()
-            for metric, radius in ((f"{RADIUS} of {share:.0%}", radius) for share, radius in field.radii().items())
+            for share, radius in field.radii().items()
         ]
         results.write(out / "field.csv", rows)
         with written_whole(out / "field.png") as temporary:
@@ -131,13 +133,22 @@ def _said(checkpoint: Path | None, pretrained: bool) -> str:
 
 def _images(
     model: nn.Module, pictures: list[Picture], count: int, size: tuple[int, int], seed: int, device: torch.device
-):
+) -> Iterator[torch.Tensor]:
     """Prepared pictures, or noise of mean 0 and variance 1."""
     if not pictures:
         noise = torch.Generator().manual_seed(seed)
         return (torch.randn(1, 3, *size, generator=noise).to(device) for _ in range(count))
     config = resolve_model_data_config(model)
     return (to_tensor(picture.read(), size, config["mean"], config["std"]).to(device) for picture in pictures)
+
+
+def radii_of(rows: Sequence[results.Row]) -> dict[str, dict[float, float]]:
+    """The radii that the command wrote as rows, by model and share."""
+    shares = {_RADIUS.format(share): share for share in SHARES}
+    found: dict[str, dict[float, float]] = {}
+    for row in rows:
+        found.setdefault(row.variant, {})[shares[row.metric]] = row.p50
+    return found
 
 
 def draw(fields: Mapping[str, Field]) -> Image.Image:

@@ -95,11 +95,8 @@ def receptive_field(
     return Field(total / total.sum(), total.shape[0] / height)
 
 
-def table(fields: Mapping[str, Field]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and lines: radii in pixels, a line for each model."""
-    head = ("model", "stride", *(f"{share:.0%} of the energy, px" for share in SHARES))
-    lines = [
-        (name, f"{field.stride:.0f}", *(f"{radius:.0f}" for radius in field.radii().values()))
-        for name, field in fields.items()
-    ]
-    return head, lines
+def table(fields: Mapping[str, Mapping[float, float]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines: `Field.radii` of each model, the smallest field first."""
+    head = ("model", *(f"{share:.0%} of the energy, px" for share in SHARES))
+    names = sorted(fields, key=lambda name: fields[name][SHARES[1]])
+    return head, [(name, *(f"{fields[name][share]:.0f}" for share in SHARES)) for name in names]

@@ -23,6 +23,7 @@ CARDS = results.FOLDER.parent
 
 
 MODELS = results.FOLDER / "models.csv"
+_SCALING = "scaling_cpu.csv"
 
 
 def measure_models() -> list[results.Row]:
@@ -98,6 +99,7 @@ def _families(_: None) -> str:
     for name, found in _counts().items():
         models.setdefault(found["family"], {})[name] = found
     lines = []
+    growth = _growth()
     for family, members in sorted(models.items()):
         title = (CARDS / f"{family}.md").read_text().split("\n", 1)[0].removeprefix("# ")
         cfgs = [pretrained_cfg(name) for name in members]
@@ -108,10 +110,12 @@ def _families(_: None) -> str:
                 _range([found["parameters"] / 1e6 for found in members.values()]),
                 _range([found["multiply-adds"] / 1e9 for found in members.values()]),
                 _range([top1 for cfg in cfgs if (top1 := published_top1(cfg)) is not None]),
+                next((f"{growth[name]:.2f}" for name in members if name in growth), "-"),
                 ", ".join(sorted({cfg.license or NO_WEIGHTS for cfg in cfgs})),
             )
         )
-    return _markdown(("family", "models", "params, M", "MACs, G", "published top-1, %", "weights' licence"), lines)
+    head = ("family", "models", "params, M", "MACs, G", "published top-1, %", "growth of time", "weights' licence")
+    return _markdown(head, lines)
 
 
 def _range(values: list[float]) -> str:
@@ -228,13 +232,49 @@ def _probe(name: str) -> str:
     return _measured(f"probe_{name}.csv", lambda rows: table(outcomes_of(rows)), command)
 
 
+def _scaling(_: None) -> str:
+    """What `terrazzo bench scaling` found."""
+    from terrazzo.tools.bench.exponents import table
+
+    return _measured(_SCALING, table, "terrazzo bench scaling --out FILE")
+
+
+def _field(name: str) -> str:
+    """What `terrazzo probe field` found, from field_NAME.csv."""
+    from terrazzo.tools.probe.field import radii_of
+    from terrazzo.tools.probe.receptive import table
+
+    return _measured(f"field_{name}.csv", lambda rows: table(radii_of(rows)), "terrazzo probe field --out DIR")
+
+
+def _binding(name: str) -> str:
+    """What `terrazzo probe binding` found, from binding_NAME.csv."""
+    from terrazzo.tools.probe.objects.outcomes import outcomes_of, table
+
+    command = "terrazzo probe binding MODEL --data-root DIR --out DIR"
+    return _measured(f"binding_{name}.csv", lambda rows: table(outcomes_of(rows)), command)
+
+
+def _growth() -> dict[str, float]:
+    """The exponent with which the time of a model grows with pixels, by model, as far as measured."""
+    from terrazzo.tools.bench.exponents import by_model, exponent
+    from terrazzo.tools.inspect.timing import FORWARD
+
+    path = results.FOLDER / _SCALING
+    rows = results.read(path) if path.exists() else []
+    return {name: exponent(times) for name, times in by_model(rows, FORWARD).items()}
+
+
 def _measured(name: str, table: Callable, command: str) -> str:
     """A table of a result file; a sentence if nobody has measured yet."""
     path = results.FOLDER / name
     if not path.exists():
         return f"Not measured yet: `{command}` writes the rows of `model_cards/results/{name}`.\n"
     rows = results.read(path)
-    what = f"{rows[0].variant}, {rows[0].what}; " if rows[0].what != "mixers" else f"{rows[0].variant}; "
+    models = {row.variant for row in rows}
+    what = f"{rows[0].variant}; " if len(models) == 1 else ""
+    if rows[0].what.startswith("segmentation probe"):
+        what = f"{rows[0].variant}, {rows[0].what}; "
     return _markdown(*table(rows)) + f"\n{what}{_machines(rows)}, {rows[0].versions}.\n"
 
 
@@ -266,6 +306,9 @@ TABLES: dict[str, Callable[[str | None], str]] = {
     "mixers": _mixers,
     "mixer_speed": _mixer_speed,
     "probe": _probe,
+    "scaling": _scaling,
+    "field": _field,
+    "binding": _binding,
 }
 
 

@@ -14,6 +14,7 @@ from terrazzo.tools.data.instances import read_instances
 from terrazzo.tools.probe.objects.ablation import Subspace, changed_block, inject, random_like, shuffle, zero
 from terrazzo.tools.probe.objects.cells import UNUSED, cells, filled_up, on_grid, sample
 from terrazzo.tools.probe.objects.collect import Cells, Sampling, of_pixels, of_place
+from terrazzo.tools.probe.objects.outcomes import outcomes_of, table
 from terrazzo.tools.probe.objects.readouts import READOUTS, Linear, LowRank, Quadratic, Training, fit
 from terrazzo.tools.probe.objects.scores import AUC, INSIDE, PRIOR, SHARE, scores
 
@@ -265,6 +266,13 @@ def test_rows_curves_and_pictures(run, root, tmp_path):
         f"{name}, 4x6, quad-16, seed 0" for name in ("position alone", "pixels", "dense, level 5", "mctf,r=4, level 5")
     }
     assert all(0 <= row.p50 <= 100 for row in rows)
+    again = outcomes_of(rows)
+    assert [(x.form, x.level, x.grid) for x in again][1:] == [
+        ("pixels", None, (4, 6)),
+        ("dense", 5, (4, 6)),
+        ("mctf,r=4", 5, (4, 6)),
+    ]
+    assert all(line[0] in done.output and line[-1] in done.output for line in table(again)[1])
     assert "block 2" in done.output
     assert "inject, alpha 0.5" in done.output
     assert sorted(path.name for path in out.iterdir()) == ["binding.csv", "binding.png", "objects.png"]

@@ -8,6 +8,7 @@ from torch import nn
 
 from terrazzo.errors import InputError
 from terrazzo.tools import results
+from terrazzo.tools.probe.field import radii_of
 from terrazzo.tools.probe.receptive import Field, receptive_field
 
 
@@ -83,10 +84,10 @@ def test_rows_and_page(run, tmp_path):
     given = ("--size", 64, 64, "--count", 1, "--device", "cpu", "--out", out)
     done = run("probe", "field", "resnet10t", "test_vit", *given, "--level", 1)
     assert done.exit_code == 0, done.output
-    found = {(row.variant, row.metric): row.p50 for row in results.read(out / "field.csv")}
-    assert {name for name, _ in found} == {"resnet10t", "test_vit"}
-    for name in ("resnet10t", "test_vit"):
-        assert 0 < found[name, "radius of 50%"] <= found[name, "radius of 90%"] <= found[name, "radius of 99%"] < 46
+    found = radii_of(results.read(out / "field.csv"))
+    assert list(found) == ["resnet10t", "test_vit"]
+    for radii in found.values():
+        assert 0 < radii[0.5] <= radii[0.9] <= radii[0.99] < 46
     assert Image.open(out / "field.png").width > 2 * 320
 
 

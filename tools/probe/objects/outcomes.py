@@ -1,7 +1,7 @@
 """What the readouts found, as a table, as rows and as curves over depth."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from terrazzo.tools import results
@@ -78,6 +78,21 @@ def rows_of(
         for metric, value in outcome.metrics.items():
             rows.append(results.Row(WHAT, model, shape, "float32", where, metric, "%", value, value, value, *about))
     return rows
+
+
+def outcomes_of(rows: Sequence[results.Row]) -> list[Outcome]:
+    """The outcomes that `rows_of` made rows of; depths are relative to the highest level that was measured."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row.backend, {})[row.metric] = row.p50
+    outcomes = []
+    for where, metrics in found.items():
+        *form, grid, readout, _ = where.split(", ")
+        level = int(form.pop().removeprefix("level ")) if form[-1].startswith("level ") else None
+        height, width = (int(side) for side in grid.split("x"))
+        outcomes.append(Outcome(", ".join(form), level, 0.0, (height, width), readout, metrics))
+    count = 1 + max((x.level for x in outcomes if x.level is not None), default=0)
+    return [replace(x, depth=0 if x.level is None else (x.level + 1) / count) for x in outcomes]
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
