@@ -1,0 +1,207 @@
+"""TIFF and JPEG 2000 by windows, through rasterio (GDAL).
+
+The rules for other types of samples are those of `terrazzo._pictures`. Where the values of the whole picture decide how
+they become 8 bits (floats, signed and 32-bit integers), the file is read once when it is opened, block by block: the
+values of a single window must not decide, because its neighbours would differ.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import rasterio
+from affine import Affine
+from PIL import Image, TiffImagePlugin
+from rasterio.enums import ColorInterp
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+from terrazzo._pictures import conversion_by_range, note, read_from_start, turned
+from terrazzo._pixel_limit import check_pixels
+from terrazzo.errors import InputError, first_line
+from terrazzo.tools.data.windows import Windows
+
+_CACHE_MIB = 128
+"""Memory for decoded blocks. Neighbouring windows share blocks; GDAL's own choice is a twentieth of the memory."""
+_ORIENTATION = 274
+_HEADERS = 2**20
+"""Bytes in which a JPEG 2000 file has its headers: metadata, and only then the codestream."""
+_SIZ = b"\xff\x4f\xff\x51"
+_COLOURS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Where the pixels of a picture lie on the earth.
+
+    Attributes:
+        crs: the coordinate reference system (`rasterio.crs.CRS`), or None.
+        transform: from (column, row) of the upright picture to coordinates.
+    """
+
+    crs: Any
+    transform: Affine
+
+
+class RasterWindows(Windows):
+    """A TIFF or JPEG 2000 picture on disk.
+
+    Args:
+        file: a path, or a file open for reading bytes.
+        driver: GDAL's name of the format. No other is tried, since some formats of GDAL name further files.
+        name: what messages call the picture.
+
+    Raises:
+        InputError: the file cannot be read, holds samples of an unknown range, or has tiles or strips of too many
+            pixels.
+    """
+
+    def __init__(self, file: str | Path | BinaryIO, driver: str, name: object):
+        with read_from_start(file) as stream:
+            if driver == "GTiff":
+                turn = _orientation(stream)
+            else:
+                turn = 1
+                check_pixels(f"a tile of picture {name}", *_tile_of_jpeg2000(stream, name))
+        with _refusals(name):
+            self._source = _open(file, driver)
+        try:
+            width, height = self._source.width, self._source.height
+            rows, columns = self._source.block_shapes[0]
+            check_pixels(f"a tile or strip of picture {name}", min(columns, width), min(rows, height))
+            super().__init__(name, *((height, width) if turn >= 5 else (width, height)))
+            self._turn, self._stored = turn, _to_stored(turn, self.width, self.height)
+            self.georeference = self._georeference()
+            self._bands = self._choose_bands()
+            with _refusals(name):
+                self._convert = self._conversion()
+        except BaseException:
+            self._source.close()
+            raise
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _read(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
+        corners = [self._stored * (left, top), self._stored * (right, bottom)]
+        (x0, x1), (y0, y1) = (sorted(round(value) for value in values) for values in zip(*corners))
+        with _refusals(self.name):
+            samples = self._source.read(self._bands, window=Window(x0, y0, x1 - x0, y1 - y0))  # C H W
+        pixels = np.moveaxis(self._convert(samples), 0, -1)  # H W C
+        return Image.fromarray(turned(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels, self._turn)).convert("RGB")
+
+    def _georeference(self) -> Georeference | None:
+        crs, transform = self._source.crs, self._source.transform
+        return None if crs is None and transform.is_identity else Georeference(crs, transform * self._stored)
+
+    def _choose_bands(self) -> list[int]:
+        """The bands of red, green and blue, or the grey band, counted from 1."""
+        if self._source.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE") == "CIELAB":
+            raise InputError(f"picture {self.name} has CIELAB colours; save it in RGB")  # GDAL's differ from Pillow's
+        meanings = self._source.colorinterp
+        if all(colour in meanings for colour in _COLOURS):
+            return [meanings.index(colour) + 1 for colour in _COLOURS]
+        others = [band for band, meaning in enumerate(meanings, 1) if meaning != ColorInterp.alpha]
+        chosen = others[:3] if len(others) >= 3 else others[:1]
+        if len(others) not in (1, 3):
+            note(f"{len(others)} bands without colours are shown by the first {len(chosen)}", self.name)
+        return chosen
+
+    def _conversion(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Stored samples (C, H, W) to uint8 (C or 3, H, W)."""
+        source, band = self._source, self._bands[0]
+        if source.colorinterp[band - 1] == ColorInterp.palette:
+            colours = source.colormap(band)
+            table = np.zeros((3, max(colours) + 1), np.uint8)
+            for index, colour in colours.items():
+                table[:, index] = colour[:3]
+            return lambda samples: table[:, samples[0]]
+        convert = self._to_8_bits(np.dtype(source.dtypes[band - 1]))
+        if len(self._bands) == 1 and source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+            return lambda samples: 255 - convert(samples)
+        return convert
+
+    def _to_8_bits(self, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+        bits = int(self._source.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS", dtype.itemsize * 8))
+        if dtype == np.uint8 and bits == 8:
+            return lambda samples: samples
+        if dtype == np.uint8:
+            return lambda samples: np.rint(samples * (255 / (2**bits - 1))).astype(np.uint8)
+        if dtype == np.uint16:
+            return lambda samples: (samples >> max(bits - 8, 0)).astype(np.uint8)
+        if dtype.kind not in "iuf":
+            raise InputError(f"picture {self.name} holds samples of {dtype}; save it with 8 or 16 bits per channel")
+        kind = "floats" if dtype.kind == "f" else f"{'signed ' if dtype.kind == 'i' else ''}{bits}-bit integers"
+        return conversion_by_range(kind, *self._extremes(), self.name)
+
+    def _extremes(self) -> tuple[float, float]:
+        """The lowest and the highest sample, NaN if any sample is."""
+        lowest, highest = np.inf, -np.inf
+        for _, window in self._source.block_windows(self._bands[0]):
+            samples = self._source.read(self._bands, window=window)
+            lowest, highest = np.minimum(lowest, samples.min()), np.maximum(highest, samples.max())
+        return lowest, highest
+
+
+def _open(file: str | Path | BinaryIO, driver: str) -> rasterio.DatasetReader:
+    # As a Path, a name with "://" or "!" in it stays the name of a file.
+    if isinstance(file, (str, Path)):
+        place = Path(file)
+    else:
+        with read_from_start(file) as stream:
+            place = io.BytesIO(stream.read())
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=_CACHE_MIB):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(place, driver=driver)
+
+
+@contextmanager
+def _refusals(name: object) -> Iterator[None]:
+    """GDAL's errors as InputError."""
+    try:
+        yield
+    except RasterioError as error:
+        raise InputError(f"picture {name} is damaged or of a kind that cannot be read: {first_line(error)}") from error
+
+
+def _orientation(stream: BinaryIO) -> int:
+    """The orientation in the first directory of a TIFF, 1 if there is none; GDAL does not tell it."""
+    head = stream.read(8)
+    if 43 in head[2:4]:  # BigTIFF
+        head += stream.read(8)
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+        stream.seek(directory.next)
+        directory.load(stream)
+        value = directory.get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, struct.error, KeyError, TypeError, OSError):  # as for EXIF data
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _tile_of_jpeg2000(stream: BinaryIO, name: object) -> tuple[int, int]:
+    """Width and height of a tile by the codestream's SIZ marker (ISO/IEC 15444-1, A.5.1)."""
+    head = stream.read(_HEADERS)
+    place = head.find(_SIZ)
+    if place < 0 or len(head) < place + 32:
+        raise InputError(f"picture {name} is damaged: no JPEG 2000 codestream begins in its first {_HEADERS} bytes")
+    width, height, left, top, *tile = struct.unpack_from(">6I", head, place + 8)
+    return min(tile[0], width - left), min(tile[1], height - top)
+
+
+def _to_stored(turn: int, width: int, height: int) -> Affine:
+    """From points of the upright picture of this size to points of the stored picture; the inverse of `turned`."""
+    stored = Affine.identity()
+    if turn >= 5:
+        stored *= Affine(0, 1, 0, 1, 0, 0)
+    if turn in (2, 3, 6, 7):
+        stored *= Affine(-1, 0, width, 0, 1, 0)
+    if turn in (3, 4, 7, 8):
+        stored *= Affine(1, 0, 0, 0, -1, height)
+    return stored
