@@ -8,7 +8,7 @@ values of a single window must not decide, because its neighbours would differ.
 import io
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ _ORIENTATION = 274
 _HEADERS = 2**20
 """Bytes in which a JPEG 2000 file has its headers: metadata, and only then the codestream."""
 _SIZ = b"\xff\x4f\xff\x51"
+BAD_DIRECTORY = (SyntaxError, ValueError, struct.error, KeyError, TypeError, OSError)
+"""What reading the tags of a damaged TIFF raises."""
 _COLOURS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 
 
@@ -149,6 +151,14 @@ class RasterWindows(Windows):
         return lowest, highest
 
 
+@contextmanager
+def raster_environment() -> Iterator[None]:
+    """In which files are opened: memory for blocks is bounded, and ordinary pictures are not on the earth."""
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=_CACHE_MIB):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
 def _open(file: str | Path | BinaryIO, driver: str) -> rasterio.DatasetReader:
     # As a Path, a name with "://" or "!" in it stays the name of a file.
     if isinstance(file, (str, Path)):
@@ -156,8 +166,7 @@ def _open(file: str | Path | BinaryIO, driver: str) -> rasterio.DatasetReader:
     else:
         with read_from_start(file) as stream:
             place = io.BytesIO(stream.read())
-    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=_CACHE_MIB):
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with raster_environment():
         return rasterio.open(place, driver=driver)
 
 
@@ -167,20 +176,30 @@ def _refusals(name: object) -> Iterator[None]:
     try:
         yield
     except RasterioError as error:
-        raise InputError(f"picture {name} is damaged or of a kind that cannot be read: {first_line(error)}") from error
+        raise InputError(f"picture {name} is damaged or of a kind that cannot be read: {reason(error)}") from error
 
 
-def _orientation(stream: BinaryIO) -> int:
-    """The orientation in the first directory of a TIFF, 1 if there is none; GDAL does not tell it."""
+def reason(error: RasterioError) -> str:
+    """What GDAL said; rasterio's own words may only point to it."""
+    return first_line(error.__cause__ or error)
+
+
+def read_directory(stream: BinaryIO) -> Mapping[int, Any]:
+    """The tags of a TIFF's first picture; GDAL does not tell all of them."""
     head = stream.read(8)
     if 43 in head[2:4]:  # BigTIFF
         head += stream.read(8)
+    directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+    stream.seek(directory.next)
+    directory.load(stream)
+    return directory
+
+
+def _orientation(stream: BinaryIO) -> int:
+    """The orientation of a TIFF, 1 (upright) to 8; 1 if its tags make no sense."""
     try:
-        directory = TiffImagePlugin.ImageFileDirectory_v2(head)
-        stream.seek(directory.next)
-        directory.load(stream)
-        value = directory.get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, struct.error, KeyError, TypeError, OSError):  # as for EXIF data
+        value = read_directory(stream).get(_ORIENTATION, 1)
+    except BAD_DIRECTORY:
         return 1
     return value if value in range(1, 9) else 1
 
