@@ -65,11 +65,8 @@ class RasterWindows(Windows):
     """
 
     def __init__(self, file: str | Path | BinaryIO, driver: str, name: object):
-        with read_from_start(file) as stream:
-            if driver == "GTiff":
-                turn = _orientation(stream)
-            else:
-                turn = 1
+        if driver != "GTiff":
+            with read_from_start(file) as stream:
                 check_pixels(f"a tile of picture {name}", *_tile_of_jpeg2000(stream, name))
         with _refusals(name):
             self._source = _open(file, driver)
@@ -77,6 +74,8 @@ class RasterWindows(Windows):
             width, height = self._source.width, self._source.height
             rows, columns = self._source.block_shapes[0]
             check_pixels(f"a tile or strip of picture {name}", min(columns, width), min(rows, height))
+            with read_from_start(file) as stream:
+                turn = _orientation(stream) if driver == "GTiff" else 1
             super().__init__(name, *((height, width) if turn >= 5 else (width, height)))
             self._turn, self._stored = turn, _to_stored(turn, self.width, self.height)
             self.georeference = self._georeference()
@@ -91,8 +90,7 @@ class RasterWindows(Windows):
         self._source.close()
 
     def _read(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
-        corners = [self._stored * (left, top), self._stored * (right, bottom)]
-        (x0, x1), (y0, y1) = (sorted(round(value) for value in values) for values in zip(*corners))
+        (x0, x1), (y0, y1) = np.sort(self._stored[:2] @ [(left, right), (top, bottom), (1, 1)]).tolist()
         with _refusals(self.name):
             samples = self._source.read(self._bands, window=Window(x0, y0, x1 - x0, y1 - y0))  # C H W
         pixels = np.moveaxis(self._convert(samples), 0, -1)  # H W C
@@ -100,7 +98,9 @@ class RasterWindows(Windows):
 
     def _georeference(self) -> Georeference | None:
         crs, transform = self._source.crs, self._source.transform
-        return None if crs is None and transform.is_identity else Georeference(crs, transform * self._stored)
+        if crs is None and transform.is_identity:
+            return None
+        return Georeference(crs, Affine(*(np.reshape(transform, (3, 3)) @ self._stored)[:2].ravel().tolist()))
 
     def _choose_bands(self) -> list[int]:
         """The bands of red, green and blue, or the grey band, counted from 1."""
@@ -214,13 +214,16 @@ def _tile_of_jpeg2000(stream: BinaryIO, name: object) -> tuple[int, int]:
     return min(tile[0], width - left), min(tile[1], height - top)
 
 
-def _to_stored(turn: int, width: int, height: int) -> Affine:
-    """From points of the upright picture of this size to points of the stored picture; the inverse of `turned`."""
-    stored = Affine.identity()
+def _to_stored(turn: int, width: int, height: int) -> np.ndarray:
+    """From points (x, y, 1) of the upright picture of this size to those of the stored picture, as a matrix (3, 3).
+
+    It inverts `turned`.
+    """
+    stored = np.eye(3, dtype=int)
     if turn >= 5:
-        stored *= Affine(0, 1, 0, 1, 0, 0)
+        stored = stored @ [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
     if turn in (2, 3, 6, 7):
-        stored *= Affine(-1, 0, width, 0, 1, 0)
+        stored = stored @ [[-1, 0, width], [0, 1, 0], [0, 0, 1]]
     if turn in (3, 4, 7, 8):
-        stored *= Affine(1, 0, 0, 0, -1, height)
+        stored = stored @ [[1, 0, 0], [0, -1, height], [0, 0, 1]]
     return stored
