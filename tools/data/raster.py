@@ -27,8 +27,11 @@ from terrazzo._pixel_limit import check_pixels
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools.data.windows import Windows
 
-_CACHE_MIB = 128
-"""Memory for decoded blocks. Neighbouring windows share blocks; GDAL's own choice is a twentieth of the memory."""
+_CACHE_BYTES = 128 * 2**20
+"""Memory for decoded blocks, which neighbouring windows share: two rows of windows of 1024 rows, each 20000 pixels wide.
+
+GDAL's own choice is a twentieth of the machine's memory. rasterio gives the number on as bytes.
+"""
 _ORIENTATION = 274
 _HEADERS = 2**20
 """Bytes in which a JPEG 2000 file has its headers: metadata, and only then the codestream."""
@@ -156,7 +159,7 @@ def gdal(failure: str) -> Iterator[None]:
         failure: how the InputError begins that GDAL's errors become.
     """
     try:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MIB):
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES):
             yield
     except RasterioError as error:  # rasterio's own words may only point to those of GDAL
         raise InputError(f"{failure}: {first_line(error.__cause__ or error)}") from error
