@@ -11,7 +11,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import Mechanism, change_options
-from terrazzo.tools.options import UserPath, UserPlace
+from terrazzo.tools.options import UserPath, UserPlace, max_megapixels_option
 
 if TYPE_CHECKING:
     from terrazzo.tools.data.clips import Clip
@@ -41,6 +41,7 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per run.")
 @click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Take every N-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Frames of a video, at most [default: all].")
+@max_megapixels_option
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="torch", show_default=True, help="Who runs it.")
 @click.option(
     "--show-tokens", is_flag=True, help="Draw which patches MCTF or AS-ViT merged or dropped, block by block."
