@@ -19,13 +19,13 @@ from terrazzo.tools.mechanisms import DENSE, chosen, mechanism_options
 from terrazzo.tools.options import UserPath
 from terrazzo.tools.probe.objects.collect import Cells, Grid, Key, Sampling, levels_of, of_model, of_pixels, of_place
 from terrazzo.tools.probe.objects.effects import Effects
-from terrazzo.tools.probe.objects.outcomes import TRAIN, Outcome, draw, rows_of, table
+from terrazzo.tools.probe.objects.outcomes import RANDOM, TRAIN, Outcome, draw, rows_of, table
 from terrazzo.tools.probe.objects.pictures import similarity
 from terrazzo.tools.probe.objects.readouts import READOUTS, Sampled, Training, fit
 from terrazzo.tools.probe.objects.scores import AUC, scores
 from terrazzo.tools.targets import load_timm_model, pick_device
 
-RANDOM, PLACE, PIXELS = "random weights", "position alone", "pixels"
+PLACE, PIXELS = "position alone", "pixels"
 _DRAWN = 4
 
 

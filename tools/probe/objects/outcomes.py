@@ -9,6 +9,8 @@ from terrazzo.tools.probe.objects.scores import ACCURACY, AUC, BALANCED, INSIDE
 
 WHAT = "object binding"
 TRAIN = "AUC on train"
+RANDOM = "random weights"
+_SHOWN = (AUC, TRAIN, INSIDE, BALANCED, ACCURACY)
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,50 @@ class Outcome:
 
 
 def gain(outcome: Outcome, outcomes: Sequence[Outcome]) -> float | None:
-    """The AUC above that of the best control with the same readout and grid; None for controls."""
-    if outcome.level is None or outcome.form.startswith("random"):
+    """The AUC above that of the best control on the same grid, with any readout; None for controls."""
+    if _is_control(outcome):
         return None
-    alike = [
-        other
-        for other in outcomes
-        if (other.readout, other.grid) == (outcome.readout, outcome.grid)
-        and (other.level is None or (other.form.startswith("random") and other.level == outcome.level))
-    ]
-    return outcome.metrics[AUC] - max((other.metrics[AUC] for other in alike), default=50.0)
+    controls = [x.metrics[AUC] for x in outcomes if x.grid == outcome.grid and _is_control(x)]
+    return outcome.metrics[AUC] - max(controls, default=50.0)
 
 
-def table(outcomes: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and lines, in the order of the outcomes."""
-    lines = []
+def _is_control(outcome: Outcome) -> bool:
+    return outcome.level is None or outcome.form == RANDOM
+
+
+def best(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Of each form and readout on each grid, the level with the highest AUC."""
+    found: dict[tuple[str, str, tuple[int, int]], Outcome] = {}
     for outcome in outcomes:
-        found = gain(outcome, outcomes)
+        key = (outcome.form, outcome.readout, outcome.grid)
+        if key not in found or outcome.metrics[AUC] > found[key].metrics[AUC]:
+            found[key] = outcome
+    return list(found.values())
+
+
+def table(
+    shown: Sequence[Outcome], outcomes: Sequence[Outcome] | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines.
+
+    Args:
+        shown: the outcomes to show.
+        outcomes: all, among which the controls are; by default those that are shown.
+    """
+    lines = []
+    for outcome in shown:
+        found = gain(outcome, shown if outcomes is None else outcomes)
         lines.append(
             (
                 outcome.form,
                 "" if outcome.level is None else str(outcome.level),
                 "x".join(map(str, outcome.grid)),
                 outcome.readout,
-                *(
-                    f"{outcome.metrics[m]:.1f}" if m in outcome.metrics else ""
-                    for m in (AUC, INSIDE, BALANCED, ACCURACY)
-                ),
+                *(f"{outcome.metrics[metric]:.1f}" if metric in outcome.metrics else "" for metric in _SHOWN),
                 "" if found is None else f"{found:+.1f}",
             )
         )
-    head = ("features", "level", "grid", "readout", AUC, INSIDE, BALANCED, ACCURACY, "AUC to best control")
-    return head, lines
+    return ("features", "level", "grid", "readout", *_SHOWN, "AUC to best control"), lines
 
 
 def rows_of(
