@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from terrazzo.backbones._checks import numbers, wholes
+from terrazzo.backbones._checks import number, numbers, wholes
 from terrazzo.backbones._tokens import TokenState
 from terrazzo.backbones.reducers._between import Between
 from terrazzo.backbones.reducers._dropping import drop, sizes
@@ -34,17 +34,24 @@ DEIT_SMALL = (
 )
 """Tokens of 197 that the blocks of DeiT-S leave after dropping and after merging, at 2.3 G multiply-adds (authors)."""
 
+SMALLEST = 1e-4  # part of the tokens; at least one patch stays
+
 LEAST = 0.25  # part of the tokens that is left where maps are needed; the last block of DEIT_SMALL leaves 3 tokens
 
 
-def schedule(count: int) -> tuple[tuple[float, float], ...]:
-    """DEIT_SMALL for another number of blocks, as parts of the tokens; between its blocks by straight lines."""
+def schedule(count: int, rate: float = 1.0) -> tuple[tuple[float, float], ...]:
+    """DEIT_SMALL for another number of blocks, as parts of the tokens; between its blocks by straight lines.
+
+    Args:
+        rate: what is removed is multiplied by this number.
+    """
     found = []
     for block in range(count):
         at = block * (len(DEIT_SMALL) - 1) / max(count - 1, 1)
         below = min(int(at), len(DEIT_SMALL) - 2)
-        pair_ = zip(DEIT_SMALL[below], DEIT_SMALL[below + 1])
-        found.append(tuple((one + (other - one) * (at - below)) / DEIT_SMALL[0][0] for one, other in pair_))
+        both = zip(DEIT_SMALL[below], DEIT_SMALL[below + 1])
+        parts = ((one + (other - one) * (at - below)) / DEIT_SMALL[0][0] for one, other in both)
+        found.append(tuple(max(SMALLEST, 1 - rate * (1 - part)) for part in parts))
     return tuple(found)
 
 
@@ -62,20 +69,24 @@ class DiffRate(Between):
     by_class_token = True
     full_last = 1
 
-    def __init__(self, blocks: Sequence[int], keep: Sequence[Sequence[float]] | None = None):
+    def __init__(self, blocks: Sequence[int], keep: Sequence[Sequence[float]] | None = None, rate: float = 1.0):
         """Args:
         blocks: Blocks that reduce, counted from 0.
         keep: For each block, the tokens that are left after dropping and after merging, those in front included, as
             published; up to 1, the part of the image's tokens. None for the authors' schedule of DeiT-S. Where maps
             are needed, at least a quarter of the tokens stays.
+        rate: Without `keep`: what the schedule removes is multiplied by this number; 0 removes nothing.
 
         Raises:
-            InputError: `keep` does not fit `blocks`, or holds a number that is not positive or a second number that is
-                larger than the first.
+            InputError: `keep` does not fit `blocks` or holds a number that is not valid, or `rate` is less than 0 or
+                stands beside `keep`.
         """
         super().__init__()
         self.blocks = wholes("blocks", blocks)
-        given = schedule(len(self.blocks)) if keep is None else keep
+        rate = number("rate", rate)
+        if rate < 0 or (keep is not None and rate != 1):
+            raise InputError(f"rate must be at least 0, and belongs to the schedule, so not beside keep, got {rate}")
+        given = schedule(len(self.blocks), rate) if keep is None else keep
         if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(self.blocks):
             raise InputError(f"keep must hold two numbers for each of {len(self.blocks)} blocks, got {keep}")
         self.keep = tuple(numbers("keep", both) for both in given)
@@ -89,12 +100,7 @@ class DiffRate(Between):
 
     @staticmethod
     def of_strength(strength: float, depth: int) -> dict[str, Any]:
-        """Half of the strength is the authors' schedule; less is between it and all tokens."""
-        if strength <= 0.5:
-            parts = [[1 - 2 * strength * (1 - part) for part in both] for both in schedule(depth)]
-        else:
-            parts = [[part * (1 - 1.98 * (strength - 0.5)) for part in both] for both in schedule(depth)]
-        return dict(keep=tuple(tuple(both) for both in parts))
+        return dict(rate=2 * strength)
 
     def counts(self, tokens: int, place: int, state: TokenState) -> tuple[int, int]:
         """The number of patches that are left after dropping and after merging."""

@@ -4,6 +4,7 @@ Paper: Token Merging: Your ViT But Faster, ICLR 2023, arXiv 2210.09461. Official
 CC-BY-NC 4.0, so nothing of it is used here; this is written from the paper.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from terrazzo.backbones._checks import wholes
 from terrazzo.backbones._tokens import TokenState
 from terrazzo.backbones.reducers._between import Between
 from terrazzo.backbones.reducers._counts import for_blocks
+from terrazzo.backbones.reducers.diffrate import schedule
 from terrazzo.kernels.token_reduction import merge, plan
 
 
@@ -24,17 +26,21 @@ class ToMe(Between):
     Source: arXiv 2210.09461, section 3.
     """
 
-    def __init__(self, blocks: Sequence[int], r: float | Sequence[float] = 13):
+    def __init__(self, blocks: Sequence[int], r: float | Sequence[float] | str = 13):
         """Args:
         blocks: Blocks that merge, counted from 0.
         r: Number of patches that each block merges, at most half of them; below 1, the part of the patches. One number,
-            or one for each block.
+            or one for each block; "diffrate" for the parts that the schedule of DiffRate's authors for DeiT-S merges or
+            drops in each block.
 
         Raises:
             InputError: r is less than 0, or not a whole number, or does not fit `blocks`.
         """
         super().__init__()
         self.blocks = wholes("blocks", blocks)
+        if r == "diffrate":
+            left = [1.0, *(merged for _, merged in schedule(len(self.blocks)))]
+            r = [min(0.5, 1 - after / before) for before, after in itertools.pairwise(left)]
         what = "a part below 1, or a whole number of tokens"
         self.r = for_blocks("r", r, self.blocks, lambda r: 0 <= r < 1 or (r >= 1 and int(r) == r), what)
 

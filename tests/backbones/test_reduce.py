@@ -174,6 +174,8 @@ def test_errors(name, options, reduction, message):
         ("mctf", dict(r=1, blocks=(1,), window=3, global_blocks=(2,))),
         ("asvit", dict(blocks=(1, 2), thresholds=(0.04, 0.06))),
         ("asvit", dict(blocks=(1, 2), form="fixed", keep=(0.7, 0.5))),
+        ("tome", dict(r=3)),
+        ("diffrate", dict(keep=((1, 1), (0.8, 0.7), (0.5, 0.5)))),
     ],
 )
 def test_modules_are_called(check, method, options):

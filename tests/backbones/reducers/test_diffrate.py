@@ -69,6 +69,8 @@ class TestDiffRate(ReducerContract):
         assert [(first + 1, second + 1) for first, second in counts] == list(DEIT_SMALL)
         assert len(schedule(24)) == 24
         assert schedule(1) == ((1.0, 1.0),)
+        assert schedule(12, 0.0) == ((1.0, 1.0),) * 12
+        assert schedule(12, 0.5)[5] == pytest.approx(((1 + 105 / 197) / 2, (1 + 98 / 197) / 2))
         last = [first for first, _ in schedule(30)]
         assert last == sorted(last, reverse=True)
 
@@ -87,6 +89,8 @@ class TestDiffRate(ReducerContract):
             (dict(keep=((0.5, 0.5, 0.1),) * 3), "keep must hold two positive numbers for each block"),
             (dict(keep=((0.5, 0),) * 3), "keep must hold two positive numbers for each block"),
             (dict(keep=((20.5, 20),) * 3), "keep must hold two positive numbers for each block"),
+            (dict(rate=-1), "rate must be at least 0"),
+            (dict(keep=((1, 1),) * 3, rate=0.5), "so not beside keep, got 0.5"),
         ],
     )
     def test_errors(self, options, message):

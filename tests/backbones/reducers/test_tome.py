@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from support.reducer_contract import ReducerContract, host, picture
 
 import terrazzo
+from terrazzo.backbones.reducers.diffrate import DEIT_SMALL
+from terrazzo.backbones.reducers.tome import ToMe
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import merge, plan
 
@@ -76,6 +78,16 @@ class TestToMe(ReducerContract):
         for r, left in ((0.2, 49 - 9 - 8 - 6), ((3, 0, 5), 41), (1000, 49 - 24 - 12 - 6)):
             vit = terrazzo.reduce(host(), method="tome", r=r)
             assert vit.forward_features(picture(vit)).shape[1] == 1 + left
+
+    def test_schedule_of_diffrate(self):
+        """Blocks leave the parts that DiffRate's leave, at most half at once."""
+        reducer = ToMe(range(12), r="diffrate")
+        state = reducer.begin((14, 14), 1, 0, False)
+        left, counts = 197, []
+        for place in range(12):
+            left -= reducer.count(left, place, state)
+            counts.append(left)
+        assert counts == pytest.approx([merged for _, merged in DEIT_SMALL[:-1]] + [16], abs=3)
 
     @pytest.mark.parametrize(
         ("options", "message"),
