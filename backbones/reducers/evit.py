@@ -21,7 +21,7 @@ from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import prune, row_mean
 
 
-class Unweighted(TokenState):
+class _Unweighted(TokenState):
     """The state beside tokens that count as one patch each in attention, whatever they stand for."""
 
     def where(self) -> Place:
@@ -67,7 +67,7 @@ class EViT(Between):
         return dict(keep=1 - 0.99 * strength)
 
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> TokenState:
-        return Unweighted(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
+        return _Unweighted(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
 
     def count(self, place: int, state: TokenState) -> int:
         """The number of kept patches."""

@@ -27,7 +27,8 @@ HOSTS = {
     "vit_small_patch16_dinov3": dict(img_size=112),
     "eva02_tiny_patch14_224": dict(img_size=98),
 }
-FIRST, *OTHERS = HOSTS
+QUICK = ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HOSTS]
 WITHOUT_CLASS_TOKEN = "vit_base_patch16_siglip_224"
 PATCHES = 49
 
@@ -89,7 +90,7 @@ class ReducerContract:
         return terrazzo.reduce(vit, method=self.method, **self.options | options)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+    @pytest.mark.parametrize("name", ALL)
     def test_nothing_is_reduced(self, name):
         """Outputs are the unchanged model's, to the bit."""
         vit = self.vit(name)
@@ -100,7 +101,7 @@ class ReducerContract:
         assert all(torch.equal(a, b) for a, b in zip((found, *own), (wanted, *maps)))
 
     @torch.no_grad()
-    @pytest.mark.parametrize("name", HOSTS)
+    @pytest.mark.parametrize("name", ALL)
     def test_reduces(self, name):
         """Fewer tokens are left, maps have every position, and each image is reduced alone."""
         vit = self.vit(name)
@@ -175,7 +176,7 @@ class ReducerContract:
             assert found.shape[2:] == tuple(-(-side // 16) for side in size)
             assert found.isfinite().all()
 
-    @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+    @pytest.mark.parametrize("name", QUICK)
     def test_trains(self, name):
         """Gradients are finite, and the same with gradient checkpointing."""
         vit = self.reduced(self.vit(name)).train()
