@@ -28,12 +28,13 @@ ADDED = r"\.attn\.mixer\.|^reducer\."
 
 
 class _Host:
-    """Replaces timm's loops over blocks; `reduce` sets these attributes."""
+    """Replaces timm's loops over blocks; `reduce` sets these attributes, except `class_tokens` (`_tokens.State`)."""
 
     reducer: Reducer
     restore: str
     full_last: int
     reduction: Record | None = None
+    class_tokens = 1
 
     @property
     def conversion(self) -> dict[int, dict[str, Any]]:
@@ -55,7 +56,7 @@ class _Host:
         grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[2:]))
         x, ropes = self._embedded(self.patch_embed(x))
         state = self.reducer.begin(grid, self.num_prefix_tokens, 0, maps)
-        state.ropes = ropes
+        state.ropes, state.class_tokens = ropes, self.class_tokens
         return self.norm_pre(x), state
 
     def _embedded(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor] | None]:
@@ -122,6 +123,8 @@ class HostViT(_Host, VisionTransformer):
 
 class HostViTDistilled(_Host, VisionTransformerDistilled):
     """timm's VisionTransformer with a distillation token as a host."""
+
+    class_tokens = 2
 
 
 class HostEva(_Host, Eva):

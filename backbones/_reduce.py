@@ -1,6 +1,5 @@
 """`terrazzo.reduce`: make an existing plain ViT of timm reduce its tokens, and still return full maps."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,27 +12,15 @@ from terrazzo.backbones._hosts import check_host, kind_of, make_host, remember, 
 from terrazzo.backbones._record import defaults, plain
 from terrazzo.backbones._tokens import RESTORE, Reducer
 from terrazzo.backbones._windows import within
-from terrazzo.backbones.asvit import Pruning
-from terrazzo.backbones.mctf import Fusion
+from terrazzo.backbones.reducers import create_reducer, reducer_class
 from terrazzo.errors import InputError
-
-METHODS: dict[str, type[Reducer]] = {"asvit": Pruning, "mctf": Fusion}
-"""The methods of `reduce`: reducers, which take `blocks` and further options."""
 
 
 def _reducer(model: VisionTransformer, method: str, blocks: Sequence[int] | None, options: dict[str, Any]) -> Reducer:
     """The reducer of a method for a model, on the model's device and in its dtype."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    kind, depth = METHODS[method], len(model.blocks)
-    known = [name for name in inspect.signature(kind).parameters if name not in ("blocks", "device", "dtype")]
-    if not options.keys() <= set(known):
-        raise InputError(f"options of {method!r} are {', '.join(known)}, got {', '.join(options)}")
-    if kind.by_class_token and model.cls_token is None:
+    reducer = create_reducer(method, len(model.blocks), blocks, options)
+    if reducer.by_class_token and model.cls_token is None:
         raise InputError(f"{method!r} needs a class token's attention, and this model has no class token")
-    reducer = kind(blocks=kind.default_blocks(depth) if blocks is None else blocks, **options)
-    if not all(0 <= block < depth for block in reducer.blocks):
-        raise InputError(f"blocks must be some of 0 to {depth - 1}, got {reducer.blocks}")
     like = next(model.parameters())
     return reducer.to(like.device, like.dtype).train(model.training)
 
@@ -59,10 +46,12 @@ def reduce(
         model = terrazzo.reduce(timm.create_model("vit_small_patch16_224", pretrained=True), r=16)
         model = terrazzo.reduce(model, method="asvit", thresholds=(0.002, 0.004, 0.006))
         model = terrazzo.reduce(model, method="asvit", form="fixed", keep=(0.7, 0.5, 0.35))
+        model = terrazzo.reduce(model, method="tome", r=13)
 
     If the head pools all positions ("avg", "map", ...), a merged token counts for each position that it stands for, and
-    a dropped token counts with the features that it had when it was dropped. In maps, a dropped token gets the mean
-    update of the kept tokens that were most similar to it; with `restore="copy"` it keeps its features.
+    a dropped token counts with the features that it had when it was dropped. In maps, a dropped token gets the update
+    of the kept token that was most similar to it ("asvit": the mean of five); with `restore="copy"` it keeps its
+    features.
 
     A kept token keeps its rotary position. A merged token has, for each frequency, the circular mean of its patches'
     angles; the angle at their mean coordinates would be the alternative (`terrazzo.backbones._rotary`).
@@ -70,16 +59,22 @@ def reduce(
     Args:
         model: timm's VisionTransformer, VisionTransformerDistilled or Eva (DINOv3, EVA-02, PE: with rotary positions)
             with timm's plain blocks, or its wrapper for `features_only=True`.
-        method: "mctf" merges similar tokens, "asvit" drops tokens of low class attention.
-        blocks: The blocks that merge tokens, or in front of which tokens are dropped, counted from 0. None for the
-            method's default: all but the first ("mctf"), or three, evenly spread ("asvit": 4, 7 and 10 of 12).
+        method: "mctf", "tome" and "pitome" merge similar tokens, "dpcknn" clusters them, "asvit" drops tokens of low
+            class attention, "evit" fuses them into one token (or drops them: Top-K), "diffrate" drops some and merges
+            others, "pool" averages 2x2 cells.
+        blocks: The blocks in which, or in front of which, tokens are merged or dropped, counted from 0. None for the
+            method's default: all ("tome", "pitome", "diffrate"), all but the first ("mctf"), the middle one ("pool"),
+            or three, evenly spread ("evit", "dpcknn": 3, 6 and 9 of 12; "asvit": 4, 7 and 10).
         restore: "copy", "delta" or "soft": how merged positions are restored in maps.
         window: Blocks attend within square windows with a side of at most this many patches; see `_plain.PlainViT`.
         global_blocks: With `window`: blocks that attend to the whole image; None for the last block of each quarter.
         full_last: The number of last blocks that run on restored tokens whenever maps are requested (last-layer fusion,
-            arXiv 2412.00965). None for 0 with "mctf" and 1 with "asvit", in which a map needs it.
+            arXiv 2412.00965). None for 1 where tokens are dropped ("asvit", "diffrate", "evit" with fuse=False), since
+            a map needs it there, and 0 otherwise.
         **options: For "mctf": r, criteria, bidirectional, cells_first, multiple: see `terrazzo.backbones.mctf.Fusion`.
             For "asvit": form, keep, thresholds: see `terrazzo.backbones.asvit.Pruning`.
+            For "tome": r. For "pitome": ratio, margin, bipartite. For "evit": keep, fuse. For "dpcknn": keep,
+            neighbours. For "diffrate": keep. For "pool": part. See the classes in `terrazzo.backbones.reducers`.
 
     Raises:
         InputError: The model is of another kind, or a method, an option or a number is not valid.
@@ -92,7 +87,7 @@ def reduce(
     given_options = dict(restore=restore, window=window, global_blocks=global_blocks, full_last=full_last, **options)
     record = {
         "method": method,
-        "options": defaults(METHODS[method]) | plain(given_options),
+        "options": defaults(reducer_class(method)) | plain(given_options),
         "blocks": plain(reducer.blocks),
     }
     reducer = within(reducer, window, len(model.blocks), global_blocks)

@@ -26,6 +26,8 @@ class Level(NamedTuple):
         map: (B, N), to the tokens of the next level.
         merged: (B, M, C), the tokens at the beginning of the next level.
         size: (B, M), patches that each merged token stands for; 0 for padding.
+        dropped: (B, N), which tokens were dropped; `map` has the remaining token whose updates they get in maps. None
+            for none.
     """
 
     entered: torch.Tensor
@@ -33,6 +35,7 @@ class Level(NamedTuple):
     map: torch.Tensor
     merged: torch.Tensor
     size: torch.Tensor
+    dropped: torch.Tensor | None = None
 
 
 class State(Beside):
@@ -41,6 +44,7 @@ class State(Beside):
     Attributes:
         grid: Rows and columns of the patches.
         prefix: Tokens in front that are not patches; nothing merges or parks them.
+        class_tokens: How many of the first tokens a classifier reads, one each: a class token, a distillation token.
         depth: Number of blocks that have run.
         maps: Whether maps will be needed; otherwise nothing is recorded.
         reducer: Runs the blocks.
@@ -50,6 +54,7 @@ class State(Beside):
 
     grid: tuple[int, int] = (0, 0)
     prefix: int = 0
+    class_tokens: int = 1
     depth: int = 0
     maps: bool = True
     reducer: Any = None
@@ -89,7 +94,7 @@ class TokenState(State):
         window: Rows and columns of a window, if patches are ordered by windows; None for the grid's order.
         standing: With `ropes`: the token that stands for each of the tokens for which `ropes` were made; None for the
             same tokens.
-        weight: (B, N), patches that each of these tokens stands for, 0 for padding; None for 1 each.
+        weight: (B, N), patches that each of these tokens stands for, 0 for padding and dropped tokens; None for 1 each.
         r: Number of tokens that each reduction removes, as given at the beginning of the forward pass.
     """
 
@@ -105,10 +110,19 @@ class TokenState(State):
         whole = self.size is None and self.window is None
         return Place(self.grid if whole else None, self.prefix, self.size)
 
-    def follow(self, assignment: torch.Tensor, count: int) -> None:
-        """Move rotary positions with the tokens: `assignment` (B, T) says which of `count` tokens each token became."""
+    def follow(self, assignment: torch.Tensor, count: int, dropped: torch.Tensor | None = None) -> None:
+        """Move rotary positions with the tokens.
+
+        Args:
+            assignment: (B, T), which of `count` tokens each token became.
+            dropped: (B, T), which tokens became no token; None for none.
+        """
         if self.ropes is not None:
             before = self.standing
+            if dropped is not None:
+                gone = dropped if before is None else dropped.gather(1, before.map)
+                weight = torch.ones_like(gone, dtype=torch.float32) if self.weight is None else self.weight
+                self.weight = weight.masked_fill(gone, 0)
             self.standing = Plan(assignment if before is None else compose(assignment, before.map), count)
             self.moved()
 
@@ -120,19 +134,28 @@ class TokenState(State):
         means = self.means(rope)
         return means if means.dim() < 4 else unit(means)  # the grid's own positions have no axis of images
 
-    def reduced(self, left: torch.Tensor, merged: torch.Tensor, assignment: torch.Tensor, size: torch.Tensor) -> None:
-        """Record a reduction from the tokens `left` to `merged`."""
+    def reduced(
+        self,
+        left: torch.Tensor,
+        merged: torch.Tensor,
+        assignment: torch.Tensor,
+        size: torch.Tensor,
+        dropped: torch.Tensor | None = None,
+    ) -> None:
+        """Record a reduction from the tokens `left` to `merged`; the other arguments are as in `Level`."""
         self.size = size
-        self.follow(assignment, merged.shape[1])
+        self.follow(assignment, merged.shape[1], dropped)
         if self.maps:
             entered = left if self.entered is None else self.entered
-            self.levels = (*self.levels, Level(entered, left, assignment, merged, size))
+            self.levels = (*self.levels, Level(entered, left, assignment, merged, size, dropped))
             self.entered = merged
 
 
 def _copied(x: torch.Tensor, state: TokenState) -> torch.Tensor:
     for level in reversed(state.levels):
         x = unmerge(x, level.map)
+        if level.dropped is not None:
+            x = torch.where(level.dropped.unsqueeze(-1), level.left, x)
     return x
 
 
@@ -165,9 +188,10 @@ RESTORE: dict[str, Callable[[torch.Tensor, TokenState], torch.Tensor]] = {
 }
 """Modes that restore a token for every position.
 
-copy: a position gets the token that stands for it. delta: a position keeps its features from before its first merge,
-and gets the later updates of the tokens that stood for it. soft: a position gets a mean of the tokens that were nearest
-to it when they were merged (Expedite, arXiv 2210.01035).
+copy: a position gets the token that stands for it; a dropped token keeps its features. delta: a position keeps its
+features from before its first merge, and gets the later updates of the tokens that stood for it; a dropped token gets
+those of a similar token. soft: a position gets a mean of the tokens that were nearest to it when they were merged
+(Expedite, arXiv 2210.01035).
 """
 
 
@@ -191,6 +215,14 @@ class Reducer(nn.Module):
         """The blocks in front of which to reduce by default."""
         return ()
 
+    @staticmethod
+    def of_strength(strength: float, depth: int) -> dict[str, Any]:
+        """Options of `terrazzo.reduce` for a strength of 0 (nothing is reduced) to 1, and a ViT of `depth` blocks.
+
+        Multiply-adds fall with it, so benchmarks find options for given multiply-adds.
+        """
+        return {}
+
     def attends(self, block: int) -> bool:
         """Whether the reducer computes a block's attention itself, so that the block can have no mixer."""
         return False
@@ -211,11 +243,12 @@ class Reducer(nn.Module):
         """For each position the token that stands for it, or -1: (B, prefix + H W). None before any reduction."""
         if not state.levels:
             return None
-        first, *others = state.levels
-        found = first.map
+        first, *others = (
+            level.map if level.dropped is None else level.map.masked_fill(level.dropped, -1) for level in state.levels
+        )
         for level in others:
-            found = compose(level.map, found)
-        return found
+            first = compose(level, first)
+        return first
 
     def finished(self, x: torch.Tensor, state: TokenState, mode: str) -> torch.Tensor:
         """A token for every position, and a state in which no later block reduces (last-layer fusion)."""

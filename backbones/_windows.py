@@ -92,7 +92,8 @@ class Windows(Reducer):
         out = self.reducer(block, folded, inside)
         for level in inside.levels:
             merged, size = self._unfold(level.merged, state), self._unfold(inside.size.unsqueeze(2), state).squeeze(2)
-            state.reduced(x, merged, self._unfold_map(level.map, state, level.merged.shape[1]), size)
+            left = x if level.left is folded else self._unfold(level.left, state)
+            state.reduced(left, merged, self._unfold_map(level.map, state, level.merged.shape[1]), size)
         return self._unfold(out, state)
 
     def _enter(self, x: torch.Tensor, state: TokenState) -> torch.Tensor:

@@ -230,6 +230,10 @@ class Pruning(Reducer):
     def default_blocks(depth: int) -> Sequence[int]:
         return tuple(depth * k // 4 + 1 for k in (1, 2, 3))
 
+    @staticmethod
+    def of_strength(strength: float, depth: int) -> dict[str, Any]:
+        return dict(form="fixed", keep=tuple((1 - strength) ** k for k in (1, 2, 3)))
+
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool) -> PrunedState:
         return PrunedState(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self)
 

@@ -93,6 +93,10 @@ class Fusion(Reducer):
     def default_blocks(depth: int) -> Sequence[int]:
         return range(1, depth)
 
+    @staticmethod
+    def of_strength(strength: float, depth: int) -> dict[str, Any]:
+        return dict(r=strength / 2)
+
     def begin(self, grid: tuple[int, int], prefix: int, depth: int, maps: bool, r: float | None = None) -> TokenState:
         """Like `Reducer.begin`; `r` replaces the model's number of merged tokens."""
         if r is None:

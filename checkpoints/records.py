@@ -16,9 +16,10 @@ from torch import nn
 
 from terrazzo.backbones._hosts import host_in, record_of
 from terrazzo.backbones._record import Record, checked, defaults
-from terrazzo.backbones._reduce import METHODS, reduce
+from terrazzo.backbones._reduce import reduce
 from terrazzo.backbones._weights import MIXER
 from terrazzo.backbones.mixers import Mixer, mixer_class, mixers
+from terrazzo.backbones.reducers import reducer_class, reducers
 from terrazzo.errors import InputError
 
 KEY = "terrazzo.changes"
@@ -150,7 +151,7 @@ def _told(record: Record, depth: int | None) -> list[tuple[str, str, dict[str, A
             options["layers"] = entry["layers"]
         found.append(("mixer", entry["mixer"], options))
     if entry := record.get("reduce"):
-        kind = METHODS.get(entry["method"])
+        kind = reducer_class(entry["method"]) if entry["method"] in reducers() else None
         options = _without(entry["options"], defaults(reduce, kind) if kind else {})
         if kind is None or depth is None or entry["blocks"] != list(kind.default_blocks(depth)):
             options["blocks"] = entry["blocks"]

@@ -25,6 +25,11 @@ REFERENCE = {
     "terrazzo.spatial": "Huge images over several ranks. [The guide](../docs/spatial.md) shows how.",
     "terrazzo.errors": "What terrazzo raises on purpose.",
 }
+MECHANISMS = {
+    "mixers": "Mechanisms in place of softmax attention; [the guide](../docs/mixers.md) shows how to use them.",
+    "reducers": "Methods of `terrazzo.reduce`, beside `mctf` and `asvit`, which are families; "
+    "[the guide](../docs/reducers.md) shows how to choose one.",
+}
 _EXPLORER = "<!-- the explorer -->"
 _NO_PACKAGES = {"docs", "tests", "configs", "build", "dist", "data", "demo", "work_dirs", "exports"}
 
@@ -51,9 +56,9 @@ def public_names(module: str) -> dict[str, str]:
     return {name: found[name] for name in sorted(listed or found) if not name.startswith("_") and name in found}
 
 
-def mixers() -> list[str]:
-    """The names of the mixers, which are the names of their files."""
-    return sorted(path.stem for path in (ROOT / "backbones" / "mixers").glob("[!_]*.py"))
+def mechanisms(kind: str) -> list[str]:
+    """The names of the mixers or of the reducers, which are the names of their files."""
+    return sorted(path.stem for path in (ROOT / "backbones" / kind).glob("[!_]*.py"))
 
 
 def reference_pages() -> dict[str, str]:
@@ -71,11 +76,12 @@ def reference_pages() -> dict[str, str]:
         )
         pages[f"reference/{module}.md"] = f"# `{module}`\n\n{text}\n\n{entries}"
     options = "    options: { members: false, heading_level: 3 }\n"
-    entries = "".join(
-        f"## {name}\n\n::: terrazzo.backbones.mixers.{name}.{_mixer_class(name)}\n{options}\n" for name in mixers()
-    )
-    text = "Mechanisms in place of softmax attention; [the guide](../docs/mixers.md) shows how to use them."
-    pages["reference/terrazzo.backbones.mixers.md"] = f"# `terrazzo.backbones.mixers`\n\n{text}\n\n{entries}"
+    for kind, text in MECHANISMS.items():
+        place = f"terrazzo.backbones.{kind}"
+        entries = "".join(
+            f"## {name}\n\n::: {place}.{name}.{_class_of(kind, name)}\n{options}\n" for name in mechanisms(kind)
+        )
+        pages[f"reference/{place}.md"] = f"# `{place}`\n\n{text}\n\n{entries}"
     return pages
 
 
@@ -190,7 +196,7 @@ def _is_module(module: str | None, name: str) -> bool:
     return (folder / "__init__.py").exists() or folder.with_suffix(".py").exists()
 
 
-def _mixer_class(name: str) -> str:
-    """The class of a mixer's file: its first public class."""
-    tree = ast.parse((ROOT / "backbones" / "mixers" / f"{name}.py").read_text())
+def _class_of(kind: str, name: str) -> str:
+    """The class of a mixer's or reducer's file: its first public class."""
+    tree = ast.parse((ROOT / "backbones" / kind / f"{name}.py").read_text())
     return next(node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")

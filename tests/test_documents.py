@@ -244,6 +244,7 @@ class TestSite:
                 if module != "terrazzo.errors" or name[0].isupper():
                     assert f'heading: "{module}.{name}"' in text
         assert all(f"## {name}\n" in pages["reference/terrazzo.backbones.mixers.md"] for name in terrazzo.mixers())
+        assert "terrazzo.backbones.reducers.evit.EViT\n" in pages["reference/terrazzo.backbones.reducers.md"]
 
     def test_mypy_checks_every_module_of_a_public_name(self, hooks):
         text = (ROOT / "pyproject.toml").read_text().partition("[tool.mypy]")[2].partition("]\n")[2]

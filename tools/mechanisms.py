@@ -243,9 +243,8 @@ def _mixer(text: str, shared: dict[str, Any]) -> Mechanism:
     return of_mixer(name, **{**shared, **options})
 
 
-def _reducer(text: str) -> Mechanism:
-    name, *pairs = _OPTION.split(text)
-    options = _pairs("--reduce", pairs, ("model", "method"))
+def of_reducer(name: str, **options: Any) -> Mechanism:
+    """The mechanism that merges or drops tokens by a method of `terrazzo.reduce`, with options of it."""
 
     def reduce_tokens(model: "nn.Module") -> "nn.Module":
         from terrazzo.backbones._reduce import reduce
@@ -253,6 +252,21 @@ def _reducer(text: str) -> Mechanism:
         return reduce(model, name, **options)
 
     return Mechanism(_written(name, options), reduce_tokens)
+
+
+def read_reducer(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and options from the value NAME[,KEY=VALUE...] of a command's option.
+
+    Raises:
+        InputError: the value has another form.
+    """
+    name, *pairs = _OPTION.split(text)
+    return name, _pairs(option, pairs, ("model", "method"))
+
+
+def _reducer(text: str) -> Mechanism:
+    name, options = read_reducer("--reduce", text)
+    return of_reducer(name, **options)
 
 
 def _pairs(option: str, texts: Sequence[str], reserved: Sequence[str]) -> dict[str, Any]:

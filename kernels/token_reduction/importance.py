@@ -6,7 +6,7 @@ import torch
 
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch import arguments
-from terrazzo.kernels.token_reduction import op
+from terrazzo.kernels.token_reduction import op, portable
 
 
 def _check_queries(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -43,6 +43,29 @@ def column_mean(
     """
     _check_queries(query, key, bias)
     return op.column_mean(query, key, bias, backend)
+
+
+def row_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None, rows: int = 1) -> torch.Tensor:
+    """The attention of the first tokens to each key, averaged over heads and these tokens. It adds up to 1.
+
+    With a class token in front this is class attention. Only these rows of the matrix are computed. They have a
+    gradient.
+
+    Args:
+        query, key, bias: as in `column_mean`.
+        rows: the number of first tokens.
+
+    Returns:
+        (B, N), in float32 at least.
+
+    Raises:
+        InputError: Shapes, dtypes or devices that do not agree, or `rows` out of range.
+    """
+    _check_queries(query, key, bias)
+    rows = arguments.whole(rows, "rows", 1)
+    if rows > query.shape[2]:
+        raise InputError(f"rows must be 1 to the {query.shape[2]} tokens, got {rows}")
+    return portable.attention_weights(query[:, :, :rows], key, bias).mean((1, 2))
 
 
 def attention(

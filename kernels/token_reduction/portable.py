@@ -127,7 +127,7 @@ def pool(x: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Te
     return add_up(x.to(dtype) * share.unsqueeze(-1), assignment, count).to(x.dtype)
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def attention_weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Attention weights (B, H, queries, N), in float32 at least."""
     score = (query * (1 / math.sqrt(query.shape[-1]))) @ key.transpose(-1, -2)
     if bias is not None:
@@ -142,14 +142,14 @@ def is_whole(query: torch.Tensor) -> bool:
 
 
 def _column_sums(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _scores(query, key, bias).sum((1, 2))
+    return attention_weights(query, key, bias).sum((1, 2))
 
 
 @torch.no_grad()
 def column_mean(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Like `reference.column_mean`."""
     if is_whole(query):
-        return _scores(query, key, bias).mean((1, 2))
+        return attention_weights(query, key, bias).mean((1, 2))
     return by_tiles(_column_sums, query, key, bias)
 
 
@@ -186,6 +186,6 @@ def attention(
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """The attention that each key receives on average, and a function from values to the attention's output."""
     if is_whole(query):
-        weights = _scores(query, key, bias)
+        weights = attention_weights(query, key, bias)
         return weights.detach().mean((1, 2)), partial(_attend_whole, weights)
     return column_mean(query, key, bias), partial(attend, query, key, bias)

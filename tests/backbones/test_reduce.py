@@ -122,7 +122,12 @@ def test_trains_and_copies():
         ("vit_tiny_patch16_224", dict(attn_drop_rate=0.1), {}, "block 0 drops attention weights at 0.1"),
         ("vit_tiny_patch16_224", dict(patch_drop_rate=0.1), {}, "patch_drop_rate"),
         ("vit_srelpos_small_patch16_224", {}, {}, "only timm's plain VisionTransformer and Eva"),
-        ("vit_small_patch16_36x1_224", {}, dict(method="tome"), "method must be one of asvit, mctf, got 'tome'"),
+        (
+            "vit_small_patch16_36x1_224",
+            {},
+            dict(method="tofu"),
+            "method must be one of asvit, .*, got 'tofu'",
+        ),
         (
             "vit_small_patch16_18x2_224",
             {},
@@ -169,6 +174,8 @@ def test_errors(name, options, reduction, message):
         ("mctf", dict(r=1, blocks=(1,), window=3, global_blocks=(2,))),
         ("asvit", dict(blocks=(1, 2), thresholds=(0.04, 0.06))),
         ("asvit", dict(blocks=(1, 2), form="fixed", keep=(0.7, 0.5))),
+        ("tome", dict(r=3)),
+        ("diffrate", dict(keep=((1, 1), (0.8, 0.7), (0.5, 0.5)))),
     ],
 )
 def test_modules_are_called(check, method, options):

@@ -15,11 +15,14 @@ from terrazzo.kernels.token_reduction import (
     column_mean,
     compose,
     merge,
+    pair,
     plan,
+    plan_of,
     portable,
     prop_bias,
     prune,
     prune_packed,
+    row_mean,
     unmerge,
 )
 
@@ -176,6 +179,67 @@ class TestPlan:
         assert not torch.equal(found.map, wanted.map)
 
 
+class TestPair:
+    SOURCES, DESTINATIONS = torch.tensor([[5, 1, 3], [0, 2, 4]]), torch.tensor([[6, 2], [6, 1]])
+
+    def test_by_hand(self):
+        """Tokens of neither list come first; sources join the most similar destination, or the r most similar do."""
+        metric = torch.tensor([[0, 1], [2, 1], [3, 0], [0, 2], [1, 1], [1, 4], [0, 3]]).double().expand(2, -1, -1)
+        one = slice(0, 1)
+        found = pair(metric[one], self.SOURCES[one], self.DESTINATIONS[one])
+        assert (found.map.tolist(), found.M) == ([[0, 3, 3, 2, 1, 2, 2]], 4)
+        found = pair(metric[one], self.SOURCES[one], self.DESTINATIONS[one], r=1)
+        assert (found.map.tolist(), found.M) == ([[0, 3, 5, 4, 1, 2, 4]], 6)
+        found = pair(metric[one], self.SOURCES[one], self.DESTINATIONS[one], r=0)
+        assert found.map.tolist() == [[0, 3, 6, 4, 1, 2, 5]]
+
+    def test_images_have_their_own_lists(self):
+        metric = inputs(7, batch=2)[0]
+        both = pair(metric, self.SOURCES, self.DESTINATIONS, r=2).map
+        for b in range(2):
+            alone = pair(metric[b : b + 1], self.SOURCES[b : b + 1], self.DESTINATIONS[b : b + 1], r=2).map
+            assert torch.equal(both[b : b + 1], alone)
+
+    def test_padding_attracts_nothing(self):
+        metric = torch.ones(1, 4, 2)
+        size = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+        sources, destinations = torch.tensor([[1, 0]]), torch.tensor([[2, 3]])
+        assert pair(metric, sources, destinations, 1, size).map.tolist() == [[2, 0, 1, 2]]
+
+    def test_exported_ranks_are_the_same(self, monkeypatch):
+        metric = inputs(7, batch=2)[0]
+        wanted = pair(metric, self.SOURCES, self.DESTINATIONS, r=2).map
+        monkeypatch.setattr(portable, "is_exporting", lambda: True)
+        assert torch.equal(pair(metric, self.SOURCES, self.DESTINATIONS, r=2).map, wanted)
+
+    def test_any_map(self):
+        assert plan_of(torch.tensor([[0, 2, 1, 0]]), 3).M == 3
+        for wrong, message in (
+            ([[0, 3, 1]], "a map must lead to tokens 0 to 2, got 3"),
+            ([[0, -1, 1]], "a map must lead to tokens 0 to 2, got -1"),
+            ([[0, 2, 2]], "a map to 3 tokens must reach each of them, got none for token 1"),
+            ([0, 1, 2], r"a map must be \(B, N\) of int64, got \(3,\)"),
+        ):
+            with pytest.raises(InputError, match=message):
+                plan_of(torch.tensor(wrong), 3)
+
+    @pytest.mark.parametrize(
+        ("lists", "r", "message"),
+        [
+            ((torch.tensor([[0, 1]]), torch.tensor([[2]])), 3, "r must be 0 to the 2 sources"),
+            (
+                (torch.tensor([[0, 1]]), torch.empty(1, 0, dtype=torch.int64)),
+                None,
+                "destinations, got 2 and 0",
+            ),
+            ((torch.tensor([[0], [1]]), torch.tensor([[2], [2]])), None, r"metric must be \(B, N, D\)"),
+        ],
+    )
+    def test_errors(self, lists, r, message):
+        with pytest.raises(InputError, match=message):
+            pair(torch.randn(1, 4, 3), *lists, r)
+
+
 class TestAlgebra:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_projector(self, case):
@@ -290,6 +354,19 @@ class TestPrune:
 
 
 class TestImportance:
+    def test_row_mean(self):
+        """Rows of the attention matrix, averaged; gradients flow."""
+        query, key = (inputs(9, batch=6, dim=4, seed=seed)[0].unflatten(0, (2, 3)).requires_grad_() for seed in (0, 1))
+        bias = torch.randn(2, 9, dtype=torch.float64)
+        wanted = (query @ key.transpose(-1, -2) / 2 + bias[:, None, None]).softmax(-1)
+        torch.testing.assert_close(row_mean(query, key, bias), wanted[:, :, 0].mean(1))
+        torch.testing.assert_close(row_mean(query, key, bias, rows=2), wanted[:, :, :2].mean((1, 2)))
+        row_mean(query, key).square().sum().backward()
+        assert query.grad.abs().sum() > 0
+        assert row_mean(query.half(), key.half()).dtype == torch.float32
+        with pytest.raises(InputError, match="rows must be 1 to the 9 tokens, got 10"):
+            row_mean(query, key, rows=10)
+
     @pytest.mark.parametrize(("whole", "tile"), [(1 << 24, 40), (0, 200), (0, 100), (0, 40), (0, 1)])
     @pytest.mark.parametrize("biased", [False, True])
     def test_column_mean(self, whole, tile, biased, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from terrazzo.backbones.reducers import reducers
 from terrazzo.errors import InputError
 from terrazzo.openmmlab import Classifier, TerrazzoBackbone
 
@@ -203,6 +204,14 @@ def test_converts_and_reduces(tmp_path):
     again = ready(TerrazzoBackbone(**VIT, **changes, checkpoint=str(tmp_path / "changed.pth")))
     for found, map_ in zip(again(image), wanted):
         torch.testing.assert_close(found, map_)
+
+
+@pytest.mark.parametrize("method", reducers())
+def test_reducers(method):
+    """Every method of `terrazzo.reduce` gives maps with every position."""
+    backbone = ready(TerrazzoBackbone(**VIT, reduce=dict(method=method, blocks=(1,))))
+    assert backbone.model.changes["reduce"]["method"] == method
+    assert [tuple(y.shape) for y in backbone(torch.rand(1, 3, 96, 64))] == [(1, 48, 6, 4)] * 2
 
 
 def test_a_checkpoint_names_its_mixers(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from terrazzo.backbones._hosts import record_of
 from terrazzo.backbones._shared import shared_copy
 from terrazzo.backbones.mixers import mixers
+from terrazzo.backbones.reducers import reducers
 from terrazzo.checkpoints.records import meta_of
 from terrazzo.errors import InputError
 from terrazzo.tools.mechanisms import chosen, of_mixer, on_meta, without_parameters
@@ -40,6 +41,13 @@ def test_a_changed_model_shares_the_weights_and_leaves_the_model(model):
     assert not hasattr(model, "conversion")
     assert all(a is b for a, b in zip(changed.parameters(), model.parameters()))
     assert shared_copy(model).cls_token is model.cls_token
+
+
+@pytest.mark.parametrize("method", reducers())
+def test_every_reducer(model, method):
+    """`--reduce NAME` takes every method, with the defaults of `terrazzo.reduce`."""
+    (mechanism,) = chosen([], [], [method])
+    assert mechanism.on(model).changes["reduce"]["method"] == method
 
 
 def test_trained_weights_of_a_mixer(model, tmp_path):

@@ -1,4 +1,4 @@
-"""`terrazzo bench reduce`: what a plain timm ViT gains and loses by merging tokens in each block."""
+"""`terrazzo bench reduce`: what a plain timm ViT gains and loses by fewer tokens, over r or at equal multiply-adds."""
 
 import copy
 from collections.abc import Sequence
@@ -7,26 +7,25 @@ from pathlib import Path
 
 import click
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from click.core import ParameterSource
 from torch import nn
 
+from terrazzo.backbones._hosts import check_host
 from terrazzo.backbones._reduce import reduce
 from terrazzo.errors import InputError
 from terrazzo.tools import results
-from terrazzo.tools.console import print_table
-from terrazzo.tools.data.floors import FloorMaker
-from terrazzo.tools.data.pictures import find_pictures
+from terrazzo.tools.bench import drift, reducers
+from terrazzo.tools.bench.drift import MAP, POOLED
+from terrazzo.tools.bench.reducers import MACS
+from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.timing import FORWARD, interleaved, throughput_timer
-from terrazzo.tools.models import build_on_meta
+from terrazzo.tools.mechanisms import on_meta
 from terrazzo.tools.options import UserPath
 from terrazzo.tools.targets import load_timm_model, pick_device
 
-MACS, POOLED, MAP = "multiply-adds", "cosine of the vector", "cosine of the map"
 _R = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
-_FLOORS = 16  # pictures that are drawn if the user names none
+_SHARES = (0.9, 0.75, 0.6, 0.5)
 
 _positive = click.FloatRange(min=0, min_open=True)
 
@@ -58,6 +57,29 @@ _positive = click.FloatRange(min=0, min_open=True)
     multiple=True,
     help="Pictures, or folders of pictures, to compare features on [default: drawn pictures].",
 )
+@click.option(
+    "--methods",
+    multiple=True,
+    metavar="all|NAME[,KEY=VALUE...]",
+    help="Compare methods of terrazzo.reduce at equal multiply-adds, instead of --r; repeatable.",
+)
+@click.option(
+    "--share",
+    "shares",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    multiple=True,
+    default=_SHARES,
+    show_default=True,
+    help="With --methods: the part of the multiply-adds that is left; repeatable.",
+)
+@click.option("--maps", is_flag=True, help="With --methods: count and time the pass that gives the last map.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    nargs=2,
+    metavar="H W",
+    help="Size of the images, cut from the middle of the pictures [default: the model's].",
+)
 @click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")
 @click.option("--pretrained", is_flag=True, help="Download the published weights.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
@@ -69,6 +91,10 @@ def command(
     blocks: str | None,
     batches: tuple[int, ...],
     images: tuple[Path, ...],
+    methods: tuple[str, ...],
+    shares: tuple[float, ...],
+    maps: bool,
+    size: tuple[int, int] | None,
     checkpoint: Path | None,
     pretrained: bool,
     device: str | None,
@@ -79,25 +105,91 @@ def command(
 
     Drift is the mean cosine to the unreduced model's features of a picture: of the vector that it classifies, and of
     each position of its last map.
+
+    With --methods, options are searched with which each method leaves a share of the multiply-adds. Uniform 2x2 pooling
+    (`pool`) and Top-K (`evit,fuse=False`) are always in the table. A method as the table names it is a value of the
+    --reduce of other commands.
     """
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is not a folder, so {out.name} cannot be written there")
+    _check_together(methods)
     where = pick_device(device)
     at = None if blocks is None else _numbers(blocks)
-    whole = load_timm_model(model, checkpoint, pretrained, any_record=True)
+    whole = load_timm_model(model, checkpoint, pretrained, size=size, any_record=True)
     if checkpoint is None and not pretrained:
         click.echo(
             f"note: {model} has random weights, and their features drift differently; see --pretrained", err=True
         )
-    counts = tuple(dict.fromkeys((0.0, *counts)))
+    inputs = drift.inputs(whole, images, size).to(where)
+    if methods:
+        rows = _contest(whole.to(where), model, inputs, methods, shares, batches, seconds, maps)
+    else:
+        rows = _over_r(whole, model, inputs, counts, at, batches, seconds)
+    if out is not None:
+        results.write(out, rows)
+        click.echo(f"wrote {out}")
+
+
+def _check_together(methods: Sequence[str]) -> None:
+    """InputError for options that only one of the two comparisons has, beside the other's, and for unknown methods."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in (("counts", "blocks") if methods else ("shares", "maps"))
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise InputError(f"{' and '.join(given)} {'cannot stand beside' if methods else 'needs'} --methods")
+    reducers.named(methods)
+
+
+def _contest(
+    whole: nn.Module,
+    model: str,
+    inputs: torch.Tensor,
+    methods: Sequence[str],
+    shares: Sequence[float],
+    batches: Sequence[int],
+    seconds: float,
+    maps: bool,
+) -> list[results.Row]:
+    """The rows of methods at equal multiply-adds, after their table."""
+    check_host(whole, "reduced")
+    found, wanting = reducers.contenders(whole, tuple(inputs.shape[2:]), methods, shares, maps)
+    with progress("reducers", len(found)) as bar:
+        rows = reducers.measured(
+            whole, model, found, inputs, batches, seconds, maps, lambda: bar.advance(bar.task_ids[0])
+        )
+    _show(*reducers.table(rows), rows[0])
+    for line in wanting:
+        click.echo(f"not run: {line}")
+    return rows
+
+
+def _show(head: Sequence[str], lines: Sequence[Sequence[str]], row: results.Row) -> None:
+    print_table(lines, head, right=tuple(range(2 if head[1] == "method" else 1, len(head))))
+    click.echo(f"{row.device}; {row.versions}; median times, measured in turns")
+
+
+def _over_r(
+    whole: nn.Module,
+    model: str,
+    inputs: torch.Tensor,
+    counts: Sequence[float],
+    at: tuple[int, ...] | None,
+    batches: Sequence[int],
+    seconds: float,
+) -> list[results.Row]:
+    """The rows of several r, after their table."""
+    where, counts = inputs.device, tuple(dict.fromkeys((0.0, *counts)))
     models = {_name(r, at): reduce(copy.deepcopy(whole), r=r, blocks=at).to(where) for r in counts}
-    inputs = _inputs(whole, images).to(where)
     shape = "x".join(map(str, inputs.shape[1:]))
-    found = {}
+    found, own = {}, drift.seen(next(iter(models.values())), inputs)
     for r, (name, reduced) in zip(counts, models.items()):
-        on_meta = reduce(build_on_meta(model), r=r, blocks=at)
-        found[f"1x{shape}", name, MACS, "1"] = (measure(on_meta, tuple(inputs.shape[2:]), inputs.shape[1]).macs,) * 3
-        for metric, cosine in _drift(next(iter(models.values())), reduced, inputs).items():
+        macs = measure(reduce(on_meta(whole), r=r, blocks=at), tuple(inputs.shape[2:]), inputs.shape[1]).macs
+        found[f"1x{shape}", name, MACS, "1"] = (macs,) * 3
+        for metric, cosine in drift.drift(own, drift.seen(reduced, inputs)).items():
             found[f"{len(inputs)}x{shape}", name, metric, "1"] = (cosine,) * 3
     for batch in batches:
         many = torch.cat([inputs] * -(-batch // len(inputs)))[:batch]
@@ -111,12 +203,8 @@ def command(
         results.Row("reduce", model, size, "float32", name, metric, unit, *figures, *about)
         for (size, name, metric, unit), figures in found.items()
     ]
-    head, lines = table(rows)
-    print_table(lines, head, right=tuple(range(1, len(head))))
-    click.echo(f"{rows[0].device}; {rows[0].versions}; median times, measured in turns")
-    if out is not None:
-        results.write(out, rows)
-        click.echo(f"wrote {out}")
+    _show(*table(rows), rows[0])
+    return rows
 
 
 def table(rows: Sequence[results.Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -150,32 +238,6 @@ def _name(r: float, blocks: tuple[int, ...] | None) -> str:
     return f"{f'{r:.0%}' if r < 1 else int(r)} in {where}"
 
 
-def _inputs(model: nn.Module, places: Sequence[Path]) -> torch.Tensor:
-    """Pictures as the model takes them."""
-    config = resolve_model_data_config(model)
-    if places:
-        pictures = [picture.read() for picture in find_pictures(places)]
-    else:
-        maker = FloorMaker(0, max(config["input_size"][1:]))
-        pictures = [Image.fromarray(maker.make().image) for _ in range(_FLOORS)]
-    transform = create_transform(**config, is_training=False)
-    return torch.stack([transform(picture) for picture in pictures])
-
-
 @torch.inference_mode()
 def _infer(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return model(images)
-
-
-@torch.inference_mode()
-def _drift(whole: nn.Module, reduced: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """Mean cosines, computed picture by picture."""
-    cosines: dict[str, list[float]] = {POOLED: [], MAP: []}
-    for image in images.split(1):
-        (old, (old_map,)), (new, (new_map,)) = (
-            model.forward_intermediates(image, indices=1, norm=True) for model in (whole, reduced)
-        )
-        pair = (model.forward_head(x, pre_logits=True) for model, x in ((whole, old), (reduced, new)))
-        cosines[POOLED].append(F.cosine_similarity(*pair).item())
-        cosines[MAP].append(F.cosine_similarity(old_map, new_map).mean().item())
-    return {metric: sum(values) / len(values) for metric, values in cosines.items()}

@@ -83,7 +83,7 @@ def command(
 ) -> None:
     """Measure the operator or family NAME against its peers on this machine, or a family's runtimes as FAMILY_runtimes.
 
-    `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by merging tokens, and `terrazzo bench
+    `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by fewer tokens, and `terrazzo bench
     mixers MODEL` what it gains and loses by other mixers. `terrazzo bench scaling` measures how the time of models
     grows with the image. See their --help.
     """
