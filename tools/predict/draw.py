@@ -1,11 +1,31 @@
 """Results drawn on pictures: a caption with bars, a coloured label map with a legend, boxes with masks, and grids."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
+
+
+class Mask(NamedTuple):
+    """The mask of one thing in a part of a picture; it is false elsewhere.
+
+    Attributes:
+        pixels: (h, w) booleans.
+        left, top: where the part begins.
+    """
+
+    pixels: np.ndarray
+    left: int
+    top: int
+
+
+def whole_or_part(mask: np.ndarray | Mask) -> Mask:
+    """A mask (H, W) of the whole picture as a `Mask`, and a `Mask` as it is."""
+    return mask if isinstance(mask, Mask) else Mask(mask, 0, 0)
+
 
 _INK = (240, 240, 240)
 PAPER = (28, 28, 32)
@@ -86,7 +106,7 @@ def box_overlay(
     boxes: np.ndarray,
     texts: Sequence[str],
     colours: Sequence[Colour],
-    masks: np.ndarray | None = None,
+    masks: np.ndarray | Sequence[Mask] | None = None,
 ) -> Image.Image:
     """The picture with boxes, tags and masks; a tag that would cover the tag of a surer box is left out.
 
@@ -95,14 +115,17 @@ def box_overlay(
         boxes: (N, 4) left, top, right, bottom.
         texts: N tags, the surest boxes first.
         colours: N colours.
-        masks: (N, H, W) booleans, or None.
+        masks: (N, H, W) booleans, or N masks of parts of the picture, or None.
     """
     canvas = np.array(image)
     if masks is not None:
+        parts = [whole_or_part(mask) for mask in masks]
         # Small things are drawn last, so that they stay visible.
-        for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
-            canvas[masks[index]] = (0.5 * canvas[masks[index]] + 0.5 * np.array(colours[index])).astype(np.uint8)
-            canvas[outlines(masks[index]) & masks[index]] = colours[index]
+        for index in np.argsort([-part.pixels.sum() for part in parts], kind="stable"):
+            inside, left, top = parts[index]
+            under = canvas[top : top + inside.shape[0], left : left + inside.shape[1]]
+            under[inside] = (0.5 * under[inside] + 0.5 * np.array(colours[index])).astype(np.uint8)
+            under[outlines(inside) & inside] = colours[index]
     drawn = Image.fromarray(canvas)
     pen = ImageDraw.Draw(drawn)
     text = max(11, round(_text_size(image) * 0.8))

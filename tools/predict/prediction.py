@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from terrazzo.tools.data import rle
-from terrazzo.tools.predict.draw import Colour, box_overlay, caption_bars, label_overlay
+from terrazzo.tools.predict.draw import Colour, Mask, box_overlay, caption_bars, label_overlay, whole_or_part
 
 TOP = 5
 LEGEND_ENTRIES = 16
@@ -35,6 +36,21 @@ class Prediction:
     def drawing(self) -> Image.Image:
         """The picture with the result on it; it is drawn at the first look."""
         return self.draw()
+
+
+class Things(NamedTuple):
+    """What a detector finds.
+
+    Attributes:
+        boxes: (N, 4) left, top, right, bottom in pixels.
+        labels, scores: (N,), the surest first.
+        masks: (N, H, W) booleans, or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor | None
 
 
 T = TypeVar("T")
@@ -122,7 +138,7 @@ def box_prediction(
     boxes: np.ndarray,
     labels: Sequence[int],
     scores: Sequence[float],
-    masks: np.ndarray | None,
+    masks: np.ndarray | Sequence[Mask] | None,
     names: Sequence[str],
     colours: Sequence[Colour],
     min_score: float,
@@ -133,7 +149,7 @@ def box_prediction(
         image: the picture.
         boxes: (N, 4), x1 y1 x2 y2 in pixels.
         labels, scores: N of each; scores fall.
-        masks: (N, H, W) of bool, or None.
+        masks: (N, H, W) of bool, or N masks of parts of the picture, or None.
         names: class names; missing names become numbers.
         colours: taken in turn.
         min_score: the threshold that was applied, for the record.
@@ -143,7 +159,8 @@ def box_prediction(
         thing = {"label": name_of(label, names), "index": label, "score": round(score, 6)}
         thing["box"] = [round(float(value), 2) for value in box]
         if masks is not None:
-            thing["mask"] = rle.encode(masks[index])
+            mask = whole_or_part(masks[index])
+            thing["mask"] = rle.encode(mask.pixels, (image.height, image.width), (mask.top, mask.left))
         things.append(thing)
     texts = [f"{thing['label']} {thing['score']:.2f}" for thing in things]
     drawn = [colours[label % len(colours)] for label in labels]

@@ -1,9 +1,9 @@
 """`terrazzo infer`: pictures and videos in, drawings and JSON out."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,9 +11,11 @@ from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import Mechanism, change_options
-from terrazzo.tools.options import UserPath, UserPlace
+from terrazzo.tools.options import Overlap, UserPath, UserPlace
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from terrazzo.tools.data.clips import Clip
     from terrazzo.tools.predict.predictor import Predictor
 
@@ -38,7 +40,15 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Weakest detection kept."
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per run.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures or tiles per run.")
+@click.option(
+    "--tile", type=click.IntRange(min=1), metavar="N", help="Cut pictures into tiles of N x N pixels, not resized."
+)
+@click.option(
+    "--overlap",
+    type=Overlap(),
+    help="Of tiles: auto (the whole picture's result), blend, or a number of pixels [default: auto; detectors: N / 4].",
+)
 @click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Take every N-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Frames of a video, at most [default: all].")
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="torch", show_default=True, help="Who runs it.")
@@ -56,6 +66,8 @@ def command(
     out: Path,
     min_score: float,
     batch: int,
+    tile: int | None,
+    overlap: int | str | None,
     every: int,
     max_frames: int | None,
     runtime: str,
@@ -74,7 +86,11 @@ def command(
     segmentor also NAME.segments.png (the number of a segment for each pixel; the JSON has its class), and with
     --show-tokens also NAME.tokens.jpg. For each video it writes NAME.overlay.mp4 and NAME.jsonl: a line of JSON for
     each frame.
+
+    With --tile, pictures keep their own resolution, and run through the model in tiles, --batch of them at a time.
     """
+    if show_tokens and tile:
+        raise InputError("--show-tokens draws whole pictures: leave --tile out")
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
     if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
@@ -103,7 +119,11 @@ def command(
         num_classes=num_classes,
         runtime=runtime,
         changes=changes,
+        tile=tile,
+        overlap=overlap,
     )
+    if predictor.tiles is not None and predictor.tiles.note:
+        click.echo(f"note: {predictor.tiles.note}", err=True)
     if predictor.random:
         click.echo(
             f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
@@ -115,7 +135,7 @@ def command(
         watch = TokenWatch(predictor.engine)
     rows = []
     with progress("predicting", len(pictures)) as bar:
-        for picture, prediction in zip(pictures, predictor.stream(pictures, batch)):
+        for picture, prediction in zip(pictures, predictor.stream(pictures, batch, _tile_progress(bar))):
             write_prediction(out, picture.name, prediction, watch.draw() if watch else None)
             rows.append((Path(picture.path).name, _summary(prediction.record)))
             bar.advance(bar.task_ids[0])
@@ -146,7 +166,31 @@ def _run_clip(predictor: "Predictor", clip: "Clip", out: Path, batch: int, every
     return f"{output.count} frames"
 
 
+def _tile_progress(bar: "Progress") -> Callable[[int, int], None]:
+    """Shows the tiles of a picture on a second line of a bar."""
+    tasks: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(bar.add_task("tiles", total=total))
+        bar.update(tasks[0], completed=done, total=total)
+
+    return report
+
+
 def _summary(record: dict) -> str:
+    """What was found, in a few words."""
+    apart = record.get("tiles", {}).get("disagreement")
+    words = _result(record)
+    if apart:
+        words += (
+            f"; where tiles overlap, {apart['labels']:.1%} of the labels differ, "
+            f"and probabilities by {apart['probabilities']:.4f}"
+        )
+    return words
+
+
+def _result(record: dict) -> str:
     if record["task"] == "classification":
         return ", ".join(f"{entry['label']} {entry['score']:.1%}" for entry in record["top"][:2])
     if record["task"] == "segmentation":
