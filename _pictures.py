@@ -8,25 +8,28 @@ A picture is 8-bit RGB and upright. Other files are converted by the range of th
   what their range is.
 - Transparency is dropped, palettes and colour spaces are converted, and an animation shows its first picture.
 - The EXIF orientation is applied; a block of EXIF data that cannot be read is ignored.
+
+A picture that claims too many pixels is refused before memory is taken for them; see `_pixel_limit.py`.
 """
 
 import contextlib
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from terrazzo._pixel_limit import check_pixels, too_large
 from terrazzo.errors import InputError, first_line
 from terrazzo.errors import PictureWarning as PictureWarning
 
 P = TypeVar("P")
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The lower-case suffixes of pictures, for searching a folder."""
 
 _BITS, _WIDTH, _HEIGHT, _PHOTOMETRIC, _FORMAT = 258, 256, 257, 262, 339
@@ -49,13 +52,13 @@ def read_picture(file: str | Path | BinaryIO, name: str | Path | None = None, up
     """
     name = name or file
     try:
-        with _opened(file) as image:
+        with opened(file, name) as image:
             image.load()
             return to_rgb(image, name, upright)
     except InputError:
         raise
     except Exception as error:  # decoders fail in every way on bytes that are not theirs
-        raise _refusal(file, name, error) from error
+        raise refusal(file, name, error) from error
 
 
 def to_rgb(image: Image.Image, name: object, upright: bool = True) -> Image.Image:
@@ -72,6 +75,17 @@ def orientation(file: str | Path | BinaryIO) -> int:
         InputError: the file is missing, empty or no picture.
     """
     return _facts(file)[0]
+
+
+def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """Pixels (H, W) or (H, W, C) with an EXIF orientation, 1 to 8, turned upright."""
+    if turn >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def upright_size(file: str | Path | BinaryIO) -> tuple[int, int]:
@@ -98,7 +112,7 @@ def spread(pictures: Sequence[P], count: int) -> list[P]:
 def is_plain(file: BinaryIO) -> bool:
     """Whether bytes begin as an upright JPEG or PNG of 8 bits in grey or RGB, which every decoder reads alike."""
     try:
-        with _opened(file) as image:
+        with opened(file) as image:
             still = image.format in ("JPEG", "PNG") and not getattr(image, "is_animated", False)
             return still and image.mode in ("L", "RGB") and _turn(image) == 1
     except Exception:  # as in `read_picture`, which says what is wrong
@@ -120,22 +134,35 @@ def check_same_turn(picture: str | Path, label_map: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    """Pillow's picture of an open file: by a path, Pillow mixes up width and height of turned TIFFs."""
+def opened(file: str | Path | BinaryIO, name: object = None) -> Iterator[Image.Image]:
+    """Pillow's picture of an open file, not decoded yet. By a path, Pillow mixes up width and height of turned TIFFs.
+
+    Raises:
+        InputError: the picture has more pixels than are allowed.
+        Exception: what Pillow raises for a file that is no picture; see `refusal`.
+    """
+    name = name or file
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open(file, "rb")) if isinstance(file, (str, Path)) else file
-        yield stack.enter_context(Image.open(stream))
+        stream = stack.enter_context(read_from_start(file))
+        try:
+            image = stack.enter_context(Image.open(stream))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise too_large(f"picture {name}", error) from error
+        check_pixels(f"picture {name}", *image.size)
+        yield image
 
 
 def _facts(file: str | Path | BinaryIO) -> tuple[int, tuple[int, int]]:
     """The orientation, and the stored width and height."""
     try:
-        with _opened(file) as image:
+        with opened(file) as image:
             if image.format == "TIFF":  # some versions of Pillow give the size of the turned picture
                 return _tagged(image), (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT])
             return _turn(image), image.size
+    except InputError:
+        raise
     except Exception as error:  # as in `read_picture`
-        raise _refusal(file, file, error) from error
+        raise refusal(file, file, error) from error
 
 
 def _turn(image: Image.Image) -> int:
@@ -191,40 +218,52 @@ def _to_8_bits(image: Image.Image, tags: dict, name: object) -> np.ndarray:
         what = "floats"
     else:
         what = f"{'signed ' if tags.get(_FORMAT) == _SIGNED else ''}{tags.get(_BITS, (32,))[0]}-bit integers"
-    lowest, highest = values.min(), values.max()  # NaN if any value is
-    if image.mode == "F" and lowest >= 0 and highest <= 1:
-        _note("floats from 0 to 1 are scaled by 255", name)
-        return np.rint(values * 255).astype(np.uint8)
+    return conversion_by_range(what, values.min(), values.max(), name)(values)
+
+
+def conversion_by_range(what: str, lowest: float, highest: float, name: object) -> Callable[[np.ndarray], np.ndarray]:
+    """How samples become uint8 if their type does not fix the range, but the values of the whole picture do.
+
+    Args:
+        what: "floats", or the integers' kind as messages call it, such as "32-bit integers".
+        lowest, highest: of all samples; NaN if any sample is.
+        name: what messages call the picture.
+
+    Raises:
+        InputError: the values leave the range unknown.
+    """
+    floats = what == "floats"
+    if floats and lowest >= 0 and highest <= 1:
+        note(f"{what} from 0 to 1 are scaled by 255", name)
+        return lambda values: np.rint(values * 255).astype(np.uint8)
     # Floats slightly above 1 are more likely a sharpened picture from 0 to 1 than an almost black picture.
-    if lowest >= 0 and (2 if image.mode == "F" else 0) <= highest <= 255:
-        _note(f"{what} from 0 to 255 are taken as they are", name)
-        return np.rint(values).astype(np.uint8)
+    if lowest >= 0 and (2 if floats else 0) <= highest <= 255:
+        note(f"{what} from 0 to 255 are taken as they are", name)
+        return lambda values: np.rint(values).astype(np.uint8)
     if what.endswith("32-bit integers") and lowest >= 0 and highest <= 65535:
-        _note(f"{what} from 0 to 65535 are divided by 256", name)
-        return (values >> 8).astype(np.uint8)
+        note(f"{what} from 0 to 65535 are divided by 256", name)
+        return lambda values: (values >> 8).astype(np.uint8)
     raise InputError(
         f"picture {name} holds {what} from {lowest:g} to {highest:g}; nothing says which values are black and "
         "white, so save it with 8 bits or with 16 bits without a sign"
     )
 
 
-def _note(what: str, name: object) -> None:
+def note(what: str, name: object) -> None:
     """Warn once for each kind of picture, and not for each picture of a data set."""
     if what not in _noted:
         _noted.add(what)
         warnings.warn(f"pictures of {what}; the first is {name}", PictureWarning, stacklevel=2)
 
 
-def _refusal(file: str | Path | BinaryIO, name: object, error: Exception) -> InputError:
+def refusal(file: str | Path | BinaryIO, name: object, error: Exception) -> InputError:
     """What to raise for a picture that could not be read."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"picture {name} does not exist")
     if isinstance(error, OSError) and error.errno is not None:
         return InputError(f"picture {name} cannot be read: {error.strerror}")
-    if isinstance(error, Image.DecompressionBombError):
-        return InputError(f"picture {name} is too large: {first_line(error)}; cut it into tiles")
     if isinstance(error, UnidentifiedImageError):
-        head = _head(file)
+        head = read_head(file)
         if head in (b"II*\0", b"MM\0*"):
             return InputError(
                 f"picture {name} is damaged, or a TIFF with samples that cannot be read (such as floats with several "
@@ -235,10 +274,18 @@ def _refusal(file: str | Path | BinaryIO, name: object, error: Exception) -> Inp
     return InputError(f"picture {name} is damaged or cut short: {first_line(error)}")
 
 
-def _head(file: str | Path | BinaryIO) -> bytes:
-    """The first four bytes."""
+def read_head(file: str | Path | BinaryIO, count: int = 4) -> bytes:
+    """The first bytes, from which the format is known."""
+    with read_from_start(file) as stream:
+        return stream.read(count)
+
+
+@contextlib.contextmanager
+def read_from_start(file: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+    """A path opened for reading bytes, or a file that is open already, at its start."""
     if isinstance(file, (str, Path)):
         with open(file, "rb") as stream:
-            return stream.read(4)
-    file.seek(0)
-    return file.read(4)
+            yield stream
+    else:
+        file.seek(0)
+        yield file

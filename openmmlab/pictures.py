@@ -17,7 +17,7 @@ import mmengine.fileio
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 
-from terrazzo._pictures import check_same_turn, is_plain, orientation, read_picture
+from terrazzo._pictures import check_same_turn, is_plain, orientation, read_picture, turned
 from terrazzo.errors import InputError, first_line
 
 _mmcv_decode = mmcv.image.io.imfrombytes
@@ -84,17 +84,6 @@ def _decoded_by_mmcv(
     if not upright or (is_tiff and backend != "tifffile"):  # OpenCV and Pillow turn a TIFF in any case
         return pixels
     return turned(pixels, orientation(BytesIO(content)))
-
-
-def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Pixels (H, W) or (H, W, C) with an EXIF orientation, 1 to 8, turned upright."""
-    if turn >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if turn in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if turn in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def load_image(self: LoadImageFromFile, results: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,7 +1,11 @@
 """Tests of reading pictures: a scene in every format, depth and orientation."""
 
 import io
+import os
+import resource
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -9,7 +13,8 @@ import pytest
 from PIL import Image
 
 from terrazzo import _pictures
-from terrazzo._pictures import PictureWarning, check_same_turn, orientation, read_picture, upright_size
+from terrazzo._pictures import PictureWarning, check_same_turn, is_plain, orientation, read_picture, upright_size
+from terrazzo._pixel_limit import VARIABLE, allowed_megapixels
 from terrazzo.errors import InputError
 
 SIZE = (24, 16)
@@ -274,10 +279,79 @@ def test_a_label_map_must_be_turned_as_its_picture(tmp_path):
             check_same_turn(*pair)
 
 
-def test_a_picture_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match=r"large\.png is too large: .*384 pixels"):
-        read_picture(saved(COLOUR, tmp_path / "large.png"))
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [100, 200, 383])  # Pillow refuses beyond twice its limit, and warns below
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path, monkeypatch, limit):
+    path = saved(COLOUR, tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for function in (read_picture, orientation, upright_size):
+        with pytest.raises(InputError, match=r"large\.png has (384|24x16) pixels, .* --max-megapixels 1 of"):
+            function(path)
+    with allowed_megapixels(384e-6):
+        assert read_picture(path).size == SIZE
+    assert limit == Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_picture(path).size == SIZE
+
+
+def png_of(width, height):
+    """A PNG of a few bytes that claims a size."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def claimed(width, height, suffix):
+    """A small file of a format that claims a size."""
+    if suffix == "png":
+        return png_of(width, height)
+    file = io.BytesIO()
+    Image.new("RGB", SIZE).save(file, {"jpg": "JPEG", "webp": "WEBP", "tif": "TIFF", "jp2": "JPEG2000"}[suffix])
+    content, order = file.getvalue(), "<" if suffix == "tif" else ">"
+    if suffix == "webp":  # an extended header (VP8X) holds the size less 1 in 24 bits
+        size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+        content = b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(4) + size + content[12:]
+        return content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
+    if suffix == "jpg":
+        return content.replace(struct.pack(">HH", *SIZE[::-1]), struct.pack(">HH", height, width))
+    if suffix == "jp2":
+        content = content.replace(struct.pack(">II", *SIZE[::-1]), struct.pack(">II", height, width))
+        return content.replace(struct.pack(">II", *SIZE), struct.pack(">II", width, height))
+    for tag, old, new in ((256, SIZE[0], width), (257, SIZE[1], height)):
+        for kind, letter in ((3, "H2x"), (4, "I")):
+            entry = struct.pack(f"{order}HHI{letter}", tag, kind, 1, old)
+            content = content.replace(entry, struct.pack(f"{order}HHII", tag, 4, 1, new))
+    return content
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "jp2"])
+def test_a_small_file_that_claims_billions_of_pixels_is_refused(tmp_path, suffix):
+    side = {"jpg": 65000, "webp": 16384}.get(suffix, 100_000)  # what the format can claim, and more for WebP
+    path = tmp_path / f"claims.{suffix}"
+    path.write_bytes(claimed(side, side, suffix))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for function in (read_picture, orientation, upright_size):
+        with pytest.raises(
+            InputError, match=r"claims\.\w+ has [\dx]+ pixels, more than the limit of 89\.48 megapixels"
+        ):
+            function(path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 64 * 2**20
+    assert not is_plain(io.BytesIO(path.read_bytes()))
+
+
+def test_the_environment_sets_the_limit_of_pixels():
+    code = "from PIL import Image; import terrazzo._pictures; print(Image.MAX_IMAGE_PIXELS)"
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, VARIABLE: text}, capture_output=True, text=True, timeout=60
+        )
+        for text in ("200.5", "many")
+    ]
+    assert answers[0].stdout.strip() == "200500000"
+    assert "InputError: TERRAZZO_MAX_MEGAPIXELS is 'many'; set it to a number" in answers[1].stderr
 
 
 def test_unreadable_pictures_are_refused_by_name(tmp_path):

@@ -49,6 +49,7 @@ EXTRAS = {
     "torchmetrics": "openmmlab",
     "matplotlib": "openmmlab",
     "cv2": "video",
+    "rasterio": "huge",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

@@ -48,6 +48,25 @@ class Overlap(click.ParamType):
         return int(value)
 
 
+def max_megapixels_option(function: Callable) -> Callable:
+    """Add --max-megapixels, which holds while the verb runs."""
+
+    def allow(context: click.Context, parameter: click.Parameter, count: float | None) -> None:
+        if count is not None:
+            from terrazzo._pixel_limit import allowed_megapixels
+
+            context.with_resource(allowed_megapixels(count))
+
+    return click.option(
+        "--max-megapixels",
+        type=click.FloatRange(0, min_open=True),
+        metavar="N",
+        callback=allow,
+        expose_value=False,
+        help="Largest picture that is read whole [default: Pillow's limit, 89].",
+    )(function)
+
+
 def config_options(function: Callable) -> Callable:
     """Add --data-root and --cfg-options; the verb gets `data_root` and `overrides`, a dict of dotted keys.
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from terrazzo._pictures import SUFFIXES, is_picture, read_picture
 from terrazzo.errors import InputError
+from terrazzo.tools.data.windows import Windows, open_windows
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Picture:
         """The picture in RGB and upright; InputError if it cannot be read. See `read_picture`."""
         return read_picture(self.path)
 
+    def windows(self) -> Windows:
+        """The picture opened to be read by windows; InputError if it cannot be read. See `open_windows`."""
+        return open_windows(self.path)
+
 
 @dataclass(frozen=True)
 class FetchedPicture(Picture):
@@ -46,6 +51,10 @@ class FetchedPicture(Picture):
     def read(self) -> Image.Image:
         """The picture in RGB and upright; InputError if it cannot be read."""
         return read_picture(io.BytesIO(self.data), self.path)
+
+    def windows(self) -> Windows:
+        """The picture opened to be read by windows; InputError if it cannot be read."""
+        return open_windows(io.BytesIO(self.data), self.path)
 
 
 def find_pictures(places: Iterable[str | Path]) -> list[Picture]:

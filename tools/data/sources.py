@@ -23,13 +23,16 @@ _LARGEST = 200 * 2**20
 """Bytes of a fetched picture, at most."""
 
 
-def find_sources(places: Sequence[str | Path], apart: Path | None = None) -> list[Picture | Clip]:
+def find_sources(
+    places: Sequence[str | Path], apart: Path | None = None, by_windows: bool = False
+) -> list[Picture | Clip]:
     """Open everything that a user names.
 
     Args:
         places: files of pictures and videos; folders, whose subfolders are searched, too; addresses of pictures and
             streams (http, https, rtsp, ...); numbers of cameras.
         apart: a folder to leave out of the search: the folder of the results.
+        by_windows: whether pictures will be read by windows, so that they may be larger than memory.
 
     Raises:
         InputError: a place does not exist, holds nothing that can be read, or cannot be read.
@@ -47,21 +50,19 @@ def find_sources(places: Sequence[str | Path], apart: Path | None = None) -> lis
         else:
             found.append((Path(place), Path(place).stem))
     names = unique_names([(name, getattr(place, "suffix", "")) for place, name in found])
-    return [_opened(place, name) for (place, _), name in zip(found, names)]
+    return [_opened(place, name, by_windows) for (place, _), name in zip(found, names)]
 
 
-def _opened(place: str | int | Path, name: str) -> Picture | Clip:
+def _opened(place: str | int | Path, name: str, by_windows: bool) -> Picture | Clip:
     if isinstance(place, int):
         return open_clip(place, name, live=True)
     if isinstance(place, str):
-        return _fetched(place, name)
+        return _fetched(place, name, by_windows)
     if clips.is_video(place):
         if not place.is_file():
             raise InputError(f"video {place} does not exist")
         return open_clip(str(place), name, live=False)
-    picture = Picture(place, name)
-    picture.read()
-    return picture
+    return _checked(Picture(place, name), by_windows)
 
 
 def _inside(folder: Path, apart: Path | None) -> list[Path]:
@@ -81,7 +82,16 @@ def _inside(folder: Path, apart: Path | None) -> list[Path]:
     return found
 
 
-def _fetched(address: str, name: str) -> Picture | Clip:
+def _checked(picture: Picture, by_windows: bool) -> Picture:
+    """The picture, after a look whether it can be read."""
+    if by_windows:
+        picture.windows().close()
+    else:
+        picture.read()
+    return picture
+
+
+def _fetched(address: str, name: str, by_windows: bool) -> Picture | Clip:
     """A picture from a server, or a stream."""
     scheme = address.split("://")[0].lower()
     if scheme not in _SCHEMES:
@@ -89,9 +99,7 @@ def _fetched(address: str, name: str) -> Picture | Clip:
     if scheme in ("http", "https"):
         data = _picture_of(address)
         if data is not None:
-            picture = FetchedPicture(address, name, data)
-            picture.read()
-            return picture
+            return _checked(FetchedPicture(address, name, data), by_windows)
     return open_clip(address, name, live=True)
 
 

@@ -219,10 +219,7 @@ class _Boxes(FilePredictor):
         return results
 
     def prediction(self, image: Image.Image) -> Prediction:
-        (found,), (names, colours) = self.things([image]), self.classes()
-        masks = None if found.masks is None else found.masks.numpy()
-        arrays = (found.boxes.numpy(), found.labels.tolist(), found.scores.tolist(), masks)
-        return box_prediction(image, *arrays, names, colours, self.min_score)
+        return box_prediction(image, self.things([image])[0], *self.classes(), self.min_score)
 
     iou_threshold = 0.5
     """Two boxes of a class that overlap more are one thing; a file does not say what its model takes."""

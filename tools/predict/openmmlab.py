@@ -231,10 +231,7 @@ class BoxPredictor(_SampleEngine):
         self.colours = palette(max(len(self.names), 1), colours)
 
     def prediction(self, image: Image.Image, sample) -> Prediction:
-        found = self._kept(sample)
-        masks = None if found.masks is None else found.masks.numpy()
-        arrays = (found.boxes.numpy(), found.labels.tolist(), found.scores.tolist(), masks)
-        return box_prediction(image, *arrays, self.names, self.colours, self.min_score)
+        return box_prediction(image, self._kept(sample), self.names, self.colours, self.min_score)
 
     @torch.inference_mode()
     def things(self, images: Sequence[Image.Image]) -> list[Things]:

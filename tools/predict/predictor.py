@@ -15,10 +15,11 @@ from torch import nn
 from terrazzo._pictures import to_rgb
 from terrazzo.errors import InputError
 from terrazzo.tools.data.pictures import Picture
+from terrazzo.tools.data.windows import WholePicture, Windows
 from terrazzo.tools.mechanisms import Mechanism, refuse_changes
 from terrazzo.tools.predict.classifiers import Engine, timm_predictor
 from terrazzo.tools.predict.prediction import Prediction
-from terrazzo.tools.predict.tiles.engine import TileEngine, check_tiles, tile_engine
+from terrazzo.tools.predict.tiles.engine import TileEngine, check_tiles, predicted, tile_engine
 from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 
 if TYPE_CHECKING:
@@ -151,19 +152,16 @@ class Predictor:
             raise InputError(f"batch is {batch}; it must be at least 1")
         remaining = iter(pictures)
         if self.tiles is not None:
-            for image, facts in map(seen_of, remaining):
-                yield _recorded(image, facts, self.tiles.predict(image, batch, report or (lambda done, total: None)))
+            for item in remaining:
+                windows, facts = _windows_of(item)
+                with windows:
+                    yield predicted(self.tiles, windows, facts, batch, report or (lambda done, total: None))
             return
         while taken := [seen_of(item) for item in itertools.islice(remaining, batch)]:
             predictions = self.engine.predict([seen.image for seen in taken])
             for (image, facts), prediction in zip(taken, predictions, strict=True):
-                yield _recorded(image, facts, prediction)
-
-
-def _recorded(image: Image.Image, facts: dict[str, Any], prediction: Prediction) -> Prediction:
-    """The prediction, with a record that begins with the facts of the picture."""
-    record = {**facts, "width": image.width, "height": image.height, **prediction.record}
-    return dataclasses.replace(prediction, record=record)
+                record = {**facts, "width": image.width, "height": image.height, **prediction.record}
+                yield dataclasses.replace(prediction, record=record)
 
 
 def seen_of(item: Any) -> Seen:
@@ -177,9 +175,7 @@ def seen_of(item: Any) -> Seen:
     """
     if isinstance(item, Seen):
         return item
-    if isinstance(item, (str, Path)):
-        path = Path(item).expanduser()
-        item = Picture(path, path.stem)
+    item = _picture_of(item)
     if isinstance(item, Picture):
         return Seen(item.read(), {"picture": str(item.path)})
     if isinstance(item, Image.Image):
@@ -190,6 +186,23 @@ def seen_of(item: Any) -> Seen:
     raise InputError(
         f"a {type(item).__name__} is not a picture; give a path, a picture of Pillow or an array (H, W, 3) of uint8"
     )
+
+
+def _picture_of(item: Any) -> Any:
+    """A path as a `Picture`, and anything else as it is."""
+    if not isinstance(item, (str, Path)):
+        return item
+    path = Path(item).expanduser()
+    return Picture(path, path.stem)
+
+
+def _windows_of(item: Any) -> tuple[Windows, dict[str, Any]]:
+    """A picture to be read by windows, with its facts; as `seen_of`."""
+    item = _picture_of(item)
+    if isinstance(item, Picture):
+        return item.windows(), {"picture": str(item.path)}
+    image, facts = seen_of(item)
+    return WholePicture(facts["picture"] or "in memory", image), facts
 
 
 def _of_array(array: np.ndarray) -> Image.Image:

@@ -1,7 +1,7 @@
 """`terrazzo infer`: pictures and videos in, drawings and JSON out."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,15 @@ from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import Mechanism, change_options
-from terrazzo.tools.options import Overlap, UserPath, UserPlace
+from terrazzo.tools.options import Overlap, UserPath, UserPlace, max_megapixels_option
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from terrazzo.tools.data.clips import Clip
+    from terrazzo.tools.data.pictures import Picture
     from terrazzo.tools.predict.predictor import Predictor
+    from terrazzo.tools.predict.tokens import TokenWatch
 
 RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 
@@ -51,6 +53,7 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 )
 @click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Take every N-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Frames of a video, at most [default: all].")
+@max_megapixels_option
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="torch", show_default=True, help="Who runs it.")
 @click.option(
     "--show-tokens", is_flag=True, help="Draw which patches MCTF or AS-ViT merged or dropped, block by block."
@@ -99,12 +102,11 @@ def command(
         raise InputError("--show-tokens draws one picture at a time: leave --batch out")
     from terrazzo.tools.data.pictures import Picture
     from terrazzo.tools.data.sources import find_sources
-    from terrazzo.tools.predict.output import write_prediction
     from terrazzo.tools.predict.predictor import Predictor
     from terrazzo.tools.targets import pick_device
 
     pick_device(device)
-    sources = find_sources(places, apart=out)
+    sources = find_sources(places, apart=out, by_windows=tile is not None)
     pictures = [source for source in sources if isinstance(source, Picture)]
     clips = [source for source in sources if not isinstance(source, Picture)]
     if show_tokens and clips:
@@ -135,14 +137,34 @@ def command(
         watch = TokenWatch(predictor.engine)
     rows = []
     with progress("predicting", len(pictures)) as bar:
-        for picture, prediction in zip(pictures, predictor.stream(pictures, batch, _tile_progress(bar))):
-            write_prediction(out, picture.name, prediction, watch.draw() if watch else None)
-            rows.append((Path(picture.path).name, _summary(prediction.record)))
+        for picture, record in _records(predictor, pictures, out, batch, watch, _tile_progress(bar)):
+            rows.append((Path(picture.path).name, _summary(record)))
             bar.advance(bar.task_ids[0])
     for clip in clips:
         rows.append((Path(str(clip.place)).name, _run_clip(predictor, clip, out, batch, every, max_frames)))
     print_table(rows, ("picture", "result"))
     click.echo(f"written to {out}")
+
+
+def _records(
+    predictor: "Predictor",
+    pictures: Sequence["Picture"],
+    out: Path,
+    batch: int,
+    watch: "TokenWatch | None",
+    report: Callable[[int, int], None],
+) -> Iterator[tuple["Picture", dict]]:
+    """Predict pictures and write their files; each picture with its record."""
+    from terrazzo.tools.predict.output import write_prediction
+    from terrazzo.tools.predict.tiles.output import write_tiled
+
+    if predictor.tiles is not None:
+        for picture in pictures:
+            yield picture, write_tiled(out, picture, predictor.tiles, batch, report)
+        return
+    for picture, prediction in zip(pictures, predictor.stream(pictures, batch)):
+        write_prediction(out, picture.name, prediction, watch.draw() if watch else None)
+        yield picture, prediction.record
 
 
 def _run_clip(predictor: "Predictor", clip: "Clip", out: Path, batch: int, every: int, max_frames: int | None) -> str:

@@ -2,5 +2,5 @@
 
 `grid` says where tiles lie and which pixels are whose. Segmentors run in `segments`: with hard seams or blended
 (`labels`), or exactly, with an overlap from the model's reach (`reach`) or by rows of layers (`rows`). Detectors run in
-`boxes`. `windows` is how all of them read a picture.
+`boxes`. `engine` chooses between them. `output` writes the results of pictures that are larger than memory.
 """

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.draw import Colour, Mask
 from terrazzo.tools.predict.prediction import Prediction, Things, box_prediction
 from terrazzo.tools.predict.tiles.grid import Grid, lay
-from terrazzo.tools.predict.tiles.windows import Loaded, Windows
 
 _EDGE = 2
 """Pixels from a tile's edge within which a box counts as cut by it: boxes are not exact."""
@@ -53,17 +53,17 @@ class BoxTiles:
     def __init__(self, detector: Detector, tile: int, overlap: int):
         self.detector, self.tile, self.overlap = detector, tile, overlap
 
-    def predict(self, image: Image.Image, batch: int, report: Callable[[int, int], None]) -> Prediction:
-        """The prediction for a picture in memory; the record has `tiles`."""
-        boxes, labels, scores, masks, facts = self.found(Loaded(image), batch, report)
-        arrays = (boxes.numpy(), labels.tolist(), scores.tolist(), masks)
-        found = box_prediction(image, *arrays, *self.detector.classes(), self.detector.min_score)
+    def predict(self, picture: Windows, batch: int, report: Callable[[int, int], None]) -> Prediction:
+        """The prediction; the record has `tiles`."""
+        things, masks, facts = self.found(picture, batch, report)
+        image = picture.read(0, 0, picture.width, picture.height)
+        found = box_prediction(image, things, *self.detector.classes(), self.detector.min_score, masks)
         return dataclasses.replace(found, record={**found.record, "tiles": facts})
 
     def found(
         self, picture: Windows, batch: int, report: Callable[[int, int], None]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Mask] | None, dict]:
-        """Boxes, labels, scores and masks of a whole picture, the surest first, and facts for the record.
+    ) -> tuple[Things, list[Mask] | None, dict]:
+        """The things of a whole picture, their masks, and facts for the record.
 
         Args:
             batch: how many tiles run together.
@@ -87,18 +87,15 @@ class BoxTiles:
                 if things.masks is not None:
                     masks += [_placed(mask, *edges[:2]) for mask in things.masks[whole].numpy()]
             report(min(first + batch, len(places)), len(places))
-        united = torch.cat(boxes), torch.cat(labels), torch.cat(scores)
-        kept = torch.arange(len(united[2]))
-        if grid.count > 1:
-            kept = batched_nms(united[0], united[2], united[1], self.detector.iou_threshold)
-        kept = kept[united[2][kept].argsort(descending=True, stable=True)]
+        united = Things(torch.cat(boxes), torch.cat(labels), torch.cat(scores), None)
+        kept = united.scores.argsort(descending=True, stable=True)
         facts: dict = {"how": "whole"}
         if grid.count > 1:
-            doubled = len(united[2]) - len(kept)
+            kept = batched_nms(united.boxes, united.scores, united.labels, self.detector.iou_threshold)
             facts = {"how": "boxes", "size": self.tile, "overlap": self.overlap, "count": grid.count}
-            facts |= {"cut": cut, "doubled": doubled}
+            facts |= {"cut": cut, "doubled": len(united.scores) - len(kept)}
         own = [masks[index] for index in kept.tolist()] if masks else None
-        return united[0][kept], united[1][kept], united[2][kept], own, facts
+        return Things(united.boxes[kept], united.labels[kept], united.scores[kept], None), own, facts
 
 
 def _cut(boxes: Tensor, edges: tuple[int, int, int, int], grid: Grid) -> Tensor:
@@ -122,5 +119,6 @@ def _placed(mask: np.ndarray, left: int, top: int) -> Mask:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return Mask(np.zeros((0, 0), bool), left, top)
-    pixels = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    # One row and one column of its surroundings show where the mask ends.
+    pixels = mask[rows[0] : rows[-1] + 2, columns[0] : columns[-1] + 2]
     return Mask(pixels.copy(), left + int(columns[0]), top + int(rows[0]))

@@ -1,11 +1,11 @@
 """Which engine runs a model on pictures in tiles."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from PIL import Image
-
 from terrazzo.errors import InputError
+from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.classifiers import ClassPredictor
 from terrazzo.tools.predict.prediction import Prediction
 from terrazzo.tools.predict.tiles.boxes import BoxTiles
@@ -21,15 +21,24 @@ class TileEngine(Protocol):
 
     note: str | None
 
-    def predict(self, image: Image.Image, batch: int, report: Callable[[int, int], None]) -> Prediction:
+    def predict(self, picture: Windows, batch: int, report: Callable[[int, int], None]) -> Prediction:
         """The prediction for one picture.
 
         Args:
-            image: in RGB.
+            picture: the picture.
             batch: how many tiles run together.
             report: is told after each batch how many tiles are done, and how many there are.
         """
         ...
+
+
+def predicted(
+    tiles: TileEngine, picture: Windows, facts: dict[str, Any], batch: int, report: Callable[[int, int], None]
+) -> Prediction:
+    """The prediction for one picture, with a record that begins with the facts of the picture and its size."""
+    found = tiles.predict(picture, batch, report)
+    record = {**facts, "width": picture.width, "height": picture.height, **found.record}
+    return dataclasses.replace(found, record=record)
 
 
 def check_tiles(tile: int | None, overlap: int | str | None) -> None:

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.tiles.grid import Grid, Span, weights, zone
-from terrazzo.tools.predict.tiles.windows import Windows
 
 
 class Segmentor(Protocol):

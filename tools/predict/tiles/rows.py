@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from terrazzo._pixel_limit import check_pixels
 from terrazzo.spatial import Part, tiled
 from terrazzo.spatial._operators import resize
+from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.tiles.labels import Band, Segmentor
-from terrazzo.tools.predict.tiles.windows import Windows
 
 
 class ByRows:
@@ -30,6 +31,7 @@ class ByRows:
     def bands(self, picture: Windows) -> Iterator[Band]:
         """One band, the label map of the whole picture; zeros lengthen the picture to multiples of the stride."""
         width, height = picture.width, picture.height
+        check_pixels(f"picture {picture.name}", width, height)
         long = [-(-side // self.tiled.stride) * self.tiled.stride for side in (height, width)]
         inputs = self.segmentor.inputs([picture.read(0, 0, width, height)], (long[0], long[1]))
         yield Band(0, self.tiled(inputs)[0, 0, :height, :width])

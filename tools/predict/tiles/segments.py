@@ -6,18 +6,17 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from terrazzo.errors import InputError
 from terrazzo.spatial._parallelize import largest_stride
+from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.draw import Colour
 from terrazzo.tools.predict.prediction import Prediction, label_prediction
 from terrazzo.tools.predict.tiles.grid import Grid, lay
 from terrazzo.tools.predict.tiles.labels import Band, Disagreement, Segmentor, bands
 from terrazzo.tools.predict.tiles.reach import measured_reach
 from terrazzo.tools.predict.tiles.rows import ByRows
-from terrazzo.tools.predict.tiles.windows import Loaded, Windows
 
 Report = Callable[[int, int], None]
 """Is told how many tiles of a picture are done, and how many there are."""
@@ -107,11 +106,11 @@ class SegmentTiles:
         )
         return 0
 
-    def predict(self, image: Image.Image, batch: int, report: Report) -> Prediction:
-        """The prediction for a picture in memory; the record has `tiles`."""
-        run = self.run(Loaded(image), batch, report)
+    def predict(self, picture: Windows, batch: int, report: Report) -> Prediction:
+        """The prediction, with the whole label map; the record has `tiles`."""
+        run = self.run(picture, batch, report)
         labels = np.concatenate([band.labels.numpy() for band in run.bands])
-        found = label_prediction(image, labels, *self.segmentor.classes())
+        found = label_prediction(picture.read(0, 0, picture.width, picture.height), labels, *self.segmentor.classes())
         return dataclasses.replace(found, record={**found.record, "tiles": run.facts()})
 
     def run(self, picture: Windows, batch: int, report: Report) -> Run:
