@@ -1,7 +1,7 @@
 """Detectors on pictures in tiles: boxes that a tile's edge cuts are left to its neighbour, and doubles are united."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.draw import Colour, Mask
 from terrazzo.tools.predict.prediction import Prediction, Things, box_prediction
-from terrazzo.tools.predict.tiles.grid import Grid, lay
+from terrazzo.tools.predict.tiles.grid import Grid, Report, lay
 
 _EDGE = 2
 """Pixels from a tile's edge within which a box counts as cut by it: boxes are not exact."""
@@ -53,16 +53,14 @@ class BoxTiles:
     def __init__(self, detector: Detector, tile: int, overlap: int):
         self.detector, self.tile, self.overlap = detector, tile, overlap
 
-    def predict(self, picture: Windows, batch: int, report: Callable[[int, int], None]) -> Prediction:
+    def predict(self, picture: Windows, batch: int, report: Report) -> Prediction:
         """The prediction; the record has `tiles`."""
         things, masks, facts = self.found(picture, batch, report)
         image = picture.read(0, 0, picture.width, picture.height)
         found = box_prediction(image, things, *self.detector.classes(), self.detector.min_score, masks)
         return dataclasses.replace(found, record={**found.record, "tiles": facts})
 
-    def found(
-        self, picture: Windows, batch: int, report: Callable[[int, int], None]
-    ) -> tuple[Things, list[Mask] | None, dict]:
+    def found(self, picture: Windows, batch: int, report: Report) -> tuple[Things, list[Mask] | None, dict]:
         """The things of a whole picture, their masks, and facts for the record.
 
         Args:

@@ -1,7 +1,6 @@
 """Which engine runs a model on pictures in tiles."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from terrazzo.errors import InputError
@@ -9,6 +8,7 @@ from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.classifiers import ClassPredictor
 from terrazzo.tools.predict.prediction import Prediction
 from terrazzo.tools.predict.tiles.boxes import BoxTiles
+from terrazzo.tools.predict.tiles.grid import Report
 from terrazzo.tools.predict.tiles.segments import SegmentTiles
 
 
@@ -21,7 +21,7 @@ class TileEngine(Protocol):
 
     note: str | None
 
-    def predict(self, picture: Windows, batch: int, report: Callable[[int, int], None]) -> Prediction:
+    def predict(self, picture: Windows, batch: int, report: Report) -> Prediction:
         """The prediction for one picture.
 
         Args:
@@ -32,9 +32,7 @@ class TileEngine(Protocol):
         ...
 
 
-def predicted(
-    tiles: TileEngine, picture: Windows, facts: dict[str, Any], batch: int, report: Callable[[int, int], None]
-) -> Prediction:
+def predicted(tiles: TileEngine, picture: Windows, facts: dict[str, Any], batch: int, report: Report) -> Prediction:
     """The prediction for one picture, with a record that begins with the facts of the picture and its size."""
     found = tiles.predict(picture, batch, report)
     record = {**facts, "width": picture.width, "height": picture.height, **found.record}

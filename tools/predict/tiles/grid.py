@@ -1,10 +1,13 @@
 """Where tiles lie, and which pixels are whose."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
+Report = Callable[[int, int], None]
+"""Is told how many tiles of a picture are done, and how many there are."""
 
 
 class Span(NamedTuple):

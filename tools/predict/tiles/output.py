@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from terrazzo.tools.predict.output import write_prediction
 from terrazzo.tools.predict.prediction import box_record, box_tags, label_record
 from terrazzo.tools.predict.tiles.boxes import BoxTiles
 from terrazzo.tools.predict.tiles.engine import TileEngine, predicted
+from terrazzo.tools.predict.tiles.grid import Report
 from terrazzo.tools.predict.tiles.labels import Band
 from terrazzo.tools.predict.tiles.segments import SegmentTiles
 
@@ -22,7 +23,7 @@ _ROWS = 1024
 """Rows of an overlay with boxes that are drawn at once."""
 
 
-def write_tiled(out: Path, picture: Picture, tiles: TileEngine, batch: int, report: Callable[[int, int], None]) -> dict:
+def write_tiled(out: Path, picture: Picture, tiles: TileEngine, batch: int, report: Report) -> dict:
     """Predict a picture and write its files: NAME.json and the drawing; for a segmentor the label map, too.
 
     A picture that is read by windows gets NAME.overlay.tif and NAME.labels.tif, tiled and without a legend.
@@ -50,9 +51,7 @@ def write_tiled(out: Path, picture: Picture, tiles: TileEngine, batch: int, repo
         return record
 
 
-def _write_labels(
-    out: Path, name: str, windows: Windows, tiles: SegmentTiles, batch: int, report: Callable[[int, int], None]
-) -> dict:
+def _write_labels(out: Path, name: str, windows: Windows, tiles: SegmentTiles, batch: int, report: Report) -> dict:
     from terrazzo.tools.data.tiled_tiff import TiledTiff
 
     run = tiles.run(windows, batch, report)
@@ -92,9 +91,7 @@ def _bands(first: Band, rest: Iterator[Band]) -> Iterator[tuple[int, np.ndarray]
         yield band.top, band.labels.numpy()
 
 
-def _write_boxes(
-    out: Path, name: str, windows: Windows, tiles: BoxTiles, batch: int, report: Callable[[int, int], None]
-) -> dict:
+def _write_boxes(out: Path, name: str, windows: Windows, tiles: BoxTiles, batch: int, report: Report) -> dict:
     from terrazzo.tools.data.tiled_tiff import TiledTiff
 
     found, masks, facts = tiles.found(windows, batch, report)

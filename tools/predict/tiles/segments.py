@@ -13,13 +13,10 @@ from terrazzo.spatial._parallelize import largest_stride
 from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.draw import Colour
 from terrazzo.tools.predict.prediction import Prediction, label_prediction
-from terrazzo.tools.predict.tiles.grid import Grid, lay
+from terrazzo.tools.predict.tiles.grid import Grid, Report, lay
 from terrazzo.tools.predict.tiles.labels import Band, Disagreement, Segmentor, bands
 from terrazzo.tools.predict.tiles.reach import measured_reach
 from terrazzo.tools.predict.tiles.rows import ByRows
-
-Report = Callable[[int, int], None]
-"""Is told how many tiles of a picture are done, and how many there are."""
 
 
 class NamedSegmentor(Segmentor, Protocol):
