@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import terrazzo
 from terrazzo.tools.data import rle
 
 MASK2FORMER = """
@@ -258,6 +259,9 @@ def test_segmentor_on_tiles(run, trained, picture, tmp_path):
     labels = [np.asarray(Image.open(out / name)) for name in ("floor.labels.png", "windows.labels.tif")]
     assert labels[0].shape == (67, 91)
     assert np.array_equal(*labels)
+    predictor = terrazzo.Predictor(config, checkpoint, device="cpu", tile=64, overlap="blend")
+    for item in (picture, np.asarray(Image.open(picture))):
+        assert np.array_equal(predictor(item, batch=2).labels, labels[0])
     # JPEG changes colours a little; the legend is left out.
     drawings = [
         np.asarray(Image.open(out / name).convert("RGB"), np.int16)
