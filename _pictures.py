@@ -109,6 +109,21 @@ def spread(pictures: Sequence[P], count: int) -> list[P]:
     return [pictures[i * len(pictures) // count] for i in range(count)]
 
 
+def check_claim(file: BinaryIO, name: object) -> None:
+    """Make sure that a file does not claim more pixels than are allowed, before another decoder than Pillow reads it.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        with opened(file, name):
+            pass
+    except InputError:
+        raise
+    except Exception:  # a damaged file, or a format that Pillow does not know: the other decoder will say
+        return
+
+
 def is_plain(file: BinaryIO) -> bool:
     """Whether bytes begin as an upright JPEG or PNG of 8 bits in grey or RGB, which every decoder reads alike."""
     try:

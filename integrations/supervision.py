@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from terrazzo._pictures import opened
 from terrazzo.errors import InputError
 from terrazzo.integrations._frameworks import framework
 from terrazzo.tools.data import rle
@@ -101,7 +101,10 @@ def _opened(found: Any) -> tuple[Mapping[str, Any], np.ndarray | None]:
         record = json.loads(path.read_text())
         kind = {"panoptic": "segments", "segmentation": "labels"}.get(record["task"])
         beside = path.with_name(f"{path.name.removesuffix('.json')}.{kind}.png")
-        return record, np.asarray(Image.open(beside)) if kind and beside.exists() else None
+        if not (kind and beside.exists()):
+            return record, None
+        with opened(beside) as image:
+            return record, np.asarray(image)
     if isinstance(found, Mapping):
         return found, None
     segments = getattr(found, "segments", None)

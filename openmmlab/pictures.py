@@ -17,7 +17,7 @@ import mmengine.fileio
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 
-from terrazzo._pictures import check_same_turn, is_plain, orientation, read_picture, turned
+from terrazzo._pictures import check_claim, check_same_turn, is_plain, orientation, read_picture, turned
 from terrazzo.errors import InputError, first_line
 
 _mmcv_decode = mmcv.image.io.imfrombytes
@@ -73,6 +73,7 @@ def decode(
 def _decoded_by_mmcv(
     content: bytes, flag: str | int, channel_order: str, backend: str, name: str | Path, upright: bool
 ) -> np.ndarray:
+    check_claim(BytesIO(content), name)
     try:
         pixels, reason = _mmcv_decode(content, flag, channel_order, backend), f"by {backend}"
     except Exception as error:  # a decoder fails in every way

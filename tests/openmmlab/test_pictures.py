@@ -111,6 +111,20 @@ def test_unchanged_values_stay_as_they_are(tmp_path):
     assert np.array_equal(mmcv.imread(path, channel_order="rgb")[..., 0], GREY)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("flag", ["color", "grayscale", "unchanged"])
+@pytest.mark.parametrize("backend", ["cv2", "pillow"])
+@pytest.mark.parametrize("limit", [100, 1000])  # Pillow itself refuses beyond twice its limit
+def test_pictures_of_too_many_pixels_are_refused(tmp_path, monkeypatch, flag, backend, limit):
+    """Pictures and label maps alike, before a decoder takes memory."""
+    saved(GREY, tmp_path / "large.png")
+    content = (tmp_path / "large.png").read_bytes()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    monkeypatch.setattr("terrazzo.openmmlab.pictures._mmcv_decode", lambda *rest: pytest.fail("decoded"))
+    with pytest.raises(InputError, match=r"large\.png has .* pixels, more than the limit"):
+        decode(content, flag, backend=backend, name="large.png")
+
+
 def test_plain_pictures_are_decoded_by_opencv(tmp_path, monkeypatch):
     """OpenCV is faster than Pillow, so training is as fast as without terrazzo."""
     monkeypatch.setattr("terrazzo.openmmlab.pictures.read_picture", lambda *rest: pytest.fail("not by OpenCV"))

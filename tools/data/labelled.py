@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from terrazzo._pictures import check_same_turn, upright_size
+from terrazzo._pictures import check_same_turn, opened, upright_size
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools.data.pictures import Picture, find_pictures
 
@@ -100,8 +100,10 @@ def _read_map(picture: Path, path: Path) -> np.ndarray:
     if not path.exists():
         raise InputError(f"the label map {path} does not exist, and its picture {picture} does")
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             values = np.array(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
     except Exception as error:  # decoders fail in every way on damaged files
         raise InputError(f"the label map {path} is damaged or cut short: {first_line(error)}") from error
     if values.ndim != 2 or values.dtype != np.uint8:

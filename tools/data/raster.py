@@ -9,7 +9,7 @@ import io
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,8 +27,11 @@ from terrazzo._pixel_limit import check_pixels
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools.data.windows import Windows
 
-_CACHE_MIB = 128
-"""Memory for decoded blocks. Neighbouring windows share blocks; GDAL's own choice is a twentieth of the memory."""
+_CACHE_BYTES = 128 * 2**20
+"""Memory for decoded blocks, which neighbouring windows share; 1024 rows of 20000 pixels are half of it.
+
+GDAL's own choice is a twentieth of the machine's memory. rasterio gives the number on as bytes.
+"""
 _ORIENTATION = 274
 _HEADERS = 2**20
 """Bytes in which a JPEG 2000 file has its headers: metadata, and only then the codestream."""
@@ -65,12 +68,12 @@ class RasterWindows(Windows):
     """
 
     def __init__(self, file: str | Path | BinaryIO, driver: str, name: object):
+        self._failure = f"picture {name} is damaged or of a kind that cannot be read"
         if driver != "GTiff":
             with read_from_start(file) as stream:
                 check_pixels(f"a tile of picture {name}", *_tile_of_jpeg2000(stream, name))
-        with _refusals(name):
-            self._source = _open(file, driver)
-        try:
+        with gdal(self._failure), ExitStack() as stack:
+            self._source = stack.enter_context(_open(file, driver))
             width, height = self._source.width, self._source.height
             rows, columns = self._source.block_shapes[0]
             check_pixels(f"a tile or strip of picture {name}", min(columns, width), min(rows, height))
@@ -80,18 +83,15 @@ class RasterWindows(Windows):
             self._turn, self._stored = turn, _to_stored(turn, self.width, self.height)
             self.georeference = self._georeference()
             self._bands = self._choose_bands()
-            with _refusals(name):
-                self._convert = self._conversion()
-        except BaseException:
-            self._source.close()
-            raise
+            self._convert = self._conversion()
+            stack.pop_all()  # nothing failed: the file stays open
 
     def close(self) -> None:
         self._source.close()
 
     def _read(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
         (x0, x1), (y0, y1) = np.sort(self._stored[:2] @ [(left, right), (top, bottom), (1, 1)]).tolist()
-        with _refusals(self.name):
+        with gdal(self._failure):
             samples = self._source.read(self._bands, window=Window(x0, y0, x1 - x0, y1 - y0))  # C H W
         pixels = np.moveaxis(self._convert(samples), 0, -1)  # H W C
         return Image.fromarray(turned(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels, self._turn)).convert("RGB")
@@ -152,36 +152,31 @@ class RasterWindows(Windows):
 
 
 @contextmanager
-def raster_environment() -> Iterator[None]:
-    """In which files are opened: memory for blocks is bounded, and ordinary pictures are not on the earth."""
-    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=_CACHE_MIB):
+def gdal(failure: str) -> Iterator[None]:
+    """Calls of GDAL, with bounded memory for blocks. All calls belong inside: GDAL sets its bound at the first of them.
+
+    Args:
+        failure: how the InputError begins that GDAL's errors become.
+    """
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES):
+            yield
+    except RasterioError as error:  # rasterio's own words may only point to those of GDAL
+        raise InputError(f"{failure}: {first_line(error.__cause__ or error)}") from error
+
+
+def open_raster(file: Path | BinaryIO, mode: str = "r", **options: Any) -> Any:
+    """`rasterio.open` without the warning that an ordinary picture does not lie on the earth."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
+        return rasterio.open(file, mode, **options)
 
 
 def _open(file: str | Path | BinaryIO, driver: str) -> rasterio.DatasetReader:
-    # As a Path, a name with "://" or "!" in it stays the name of a file.
     if isinstance(file, (str, Path)):
-        place = Path(file)
-    else:
-        with read_from_start(file) as stream:
-            place = io.BytesIO(stream.read())
-    with raster_environment():
-        return rasterio.open(place, driver=driver)
-
-
-@contextmanager
-def _refusals(name: object) -> Iterator[None]:
-    """GDAL's errors as InputError."""
-    try:
-        yield
-    except RasterioError as error:
-        raise InputError(f"picture {name} is damaged or of a kind that cannot be read: {reason(error)}") from error
-
-
-def reason(error: RasterioError) -> str:
-    """What GDAL said; rasterio's own words may only point to it."""
-    return first_line(error.__cause__ or error)
+        return open_raster(Path(file), driver=driver)  # as a Path, a name with "://" or "!" stays the name of a file
+    with read_from_start(file) as stream:
+        return open_raster(io.BytesIO(stream.read()), driver=driver)
 
 
 def read_directory(stream: BinaryIO) -> Mapping[int, Any]:

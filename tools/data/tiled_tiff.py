@@ -1,19 +1,18 @@
 """Writing pictures larger than memory: a tiled TIFF, which is fed with blocks of pixels and compressed as they come."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import rasterio
 from numpy.typing import DTypeLike
-from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError
-from terrazzo.tools.data.raster import BAD_DIRECTORY, Georeference, raster_environment, read_directory, reason
+from terrazzo.tools.data.raster import BAD_DIRECTORY, Georeference, gdal, open_raster, read_directory
 
 TILE = 256
 """Pixels of a side of the file's tiles."""
@@ -60,6 +59,7 @@ class TiledTiff:
         self.dtype, self.palette, self.lossy, self.georeference = np.dtype(dtype), palette, lossy, georeference
         self._rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # begun rows of tiles: their pixels, and which came
         self._done: set[int] = set()
+        self._failure = f"{path} cannot be written"
         if self.dtype not in (np.uint8, np.uint16) or channels not in (1, 3):
             raise InputError(f"{channels} channels of {self.dtype} are not written; use 1 or 3 of uint8 or uint16")
         if lossy and self.dtype != np.uint8:
@@ -71,7 +71,7 @@ class TiledTiff:
             )
 
     def __enter__(self) -> "TiledTiff":
-        with contextlib.ExitStack() as stack, self._failures():
+        with contextlib.ExitStack() as stack, gdal(self._failure):
             self._temporary = stack.enter_context(written_whole(self.path))
             stack.push(self._check_whole)
             self._file = stack.enter_context(self._created(self._temporary))
@@ -117,7 +117,7 @@ class TiledTiff:
         if error is not None:
             self._stack.__exit__(kind, error, trace)
             return
-        with self._failures(), self._stack:
+        with gdal(self._failure), self._stack:
             if len(self._done) < -(-self.height // TILE):
                 raise InputError(f"{self.path.name} is not complete: pixels were not written")
 
@@ -127,21 +127,20 @@ class TiledTiff:
             options |= {"interleave": "pixel", "photometric": "ycbcr" if self.lossy else "rgb"}
         if self.georeference is not None:
             options |= {"crs": self.georeference.crs, "transform": self.georeference.transform}
-        with raster_environment():
-            return rasterio.open(
-                path,
-                "w",
-                driver="GTiff",
-                width=self.width,
-                height=self.height,
-                count=self.channels,
-                dtype=self.dtype,
-                tiled=True,
-                blockxsize=TILE,
-                blockysize=TILE,
-                bigtiff="if_safer",
-                **options,
-            )
+        return open_raster(
+            path,
+            "w",
+            driver="GTiff",
+            width=self.width,
+            height=self.height,
+            count=self.channels,
+            dtype=self.dtype,
+            tiled=True,
+            blockxsize=TILE,
+            blockysize=TILE,
+            bigtiff="if_safer",
+            **options,
+        )
 
     def _fill(self, row: int, lines: slice, columns: slice, pixels: np.ndarray) -> None:
         """Put pixels into a row of tiles, and write the row once it is complete."""
@@ -154,7 +153,7 @@ class TiledTiff:
         values[lines, columns], written[lines, columns] = pixels, True
         if written.all():
             place = Window(0, row * TILE, self.width, len(values))
-            with self._failures():
+            with gdal(self._failure):
                 self._file.write(np.moveaxis(values, -1, 0), window=place)
             del self._rows[row]
             self._done.add(row)
@@ -171,12 +170,4 @@ class TiledTiff:
             except BAD_DIRECTORY:
                 whole = False
         if not whole:
-            raise InputError(f"{self.path} cannot be written: its last bytes are missing; is the disk full?")
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """GDAL's errors as InputError."""
-        try:
-            yield
-        except RasterioError as error:
-            raise InputError(f"{self.path} cannot be written: {reason(error)}") from error
+            raise InputError(f"{self._failure}: its last bytes are missing; is the disk full?")

@@ -251,6 +251,16 @@ def test_georeferences_are_those_of_the_upright_picture(tmp_path):
         assert opened.georeference is None
 
 
+def test_gdal_keeps_as_many_blocks_as_it_is_told():
+    """In bytes; a few bytes would make every window decode its strips again."""
+    from rasterio._env import get_gdal_config
+
+    from terrazzo.tools.data.raster import gdal
+
+    with gdal("nothing"):
+        assert get_gdal_config("GDAL_CACHEMAX") == 128 * 2**20
+
+
 @pytest.mark.parametrize("suffix", ["tif", "png"])
 @pytest.mark.parametrize(
     "window", [(-1, 0, 5, 5), (0, 0, 61, 5), (0, 0, 5, 45), (5, 0, 5, 5), (0, 9, 5, 3), (0, -2, 5, 3)]

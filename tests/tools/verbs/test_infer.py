@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import terrazzo
+from terrazzo.errors import InputError
 from terrazzo.tools.data import rle
 
 MASK2FORMER = """
@@ -204,6 +205,20 @@ def test_kinds_of_pictures(run, picture, tmp_path):
 def test_bad_picture_stops_everything(refused, picture, bad_picture, tmp_path):
     assert str(bad_picture) in refused("infer", "resnet10t", picture, bad_picture, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_too_many_pixels_need_an_option(run, refused, picture, tmp_path, monkeypatch):
+    command = ("infer", "resnet10t", picture, "--out", tmp_path / "out")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    said = refused(*command)
+    assert f"picture {picture} has 91x67 pixels, more than the limit of 0.005 megapixels" in said
+    assert "--max-megapixels 1 of `terrazzo infer`" in said
+    assert "--max-megapixels" in refused(*command, "--max-megapixels", "0")
+    assert not (tmp_path / "out").exists()
+    assert run(*command, "--max-megapixels", "1").exit_code == 0
+    assert Image.MAX_IMAGE_PIXELS == 5000  # as before the command
+    with pytest.raises(InputError, match="more than the limit"):
+        terrazzo.Predictor("resnet10t", device="cpu")(picture)
 
 
 def test_refusals(refused, trained, picture, tmp_path):
