@@ -18,7 +18,7 @@ ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
     "checkpoints": {"_files", "errors", "backbones"},
-    "integrations": {"errors", "backbones", "tools"},
+    "integrations": {"_pictures", "errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
     "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "checkpoints", "necks"},
     "spatial": {"errors", "kernels", "backbones"},
@@ -26,6 +26,7 @@ ARROWS = {
     "tools": {
         "_files",
         "_pictures",
+        "_pixel_limit",
         "errors",
         "_version",
         "kernels",

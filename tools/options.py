@@ -30,6 +30,24 @@ class UserPlace(click.ParamType):
         return os.path.expanduser(value)
 
 
+class Overlap(click.ParamType):
+    """How tiles overlap: "auto", "blend" or a number of pixels."""
+
+    name = "auto|blend|N"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """As it stands in the help."""
+        return self.name
+
+    def convert(self, value: str | int, parameter: click.Parameter | None, context: click.Context | None) -> str | int:
+        """The word, or the number."""
+        if isinstance(value, int) or value in ("auto", "blend"):
+            return value
+        if not value.isdigit():
+            self.fail(f"{value!r} is neither auto nor blend nor a number of pixels", parameter, context)
+        return int(value)
+
+
 def max_megapixels_option(function: Callable) -> Callable:
     """Add --max-megapixels, which holds while the verb runs."""
 

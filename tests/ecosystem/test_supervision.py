@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 
 import terrazzo
@@ -12,6 +13,7 @@ from terrazzo.errors import InputError
 from terrazzo.integrations.supervision import classifications, detections
 from terrazzo.tools.predict.draw import palette
 from terrazzo.tools.predict.prediction import (
+    Things,
     box_prediction,
     class_prediction,
     label_prediction,
@@ -28,7 +30,9 @@ BOXES = np.array([[2, 3, 12, 13], [20, 10, 35, 25]], np.float32)
 def boxes(masks=True):
     pixels = np.zeros((2, 30, 40), bool)
     pixels[0, 3:13, 2:12], pixels[1, 10:25, 20:35] = True, True
-    return box_prediction(PICTURE, BOXES, [1, 0], [0.9, 0.5], pixels if masks else None, NAMES, palette(3), 0.3)
+    scores = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    things = Things(torch.from_numpy(BOXES), torch.tensor([1, 0]), scores, torch.from_numpy(pixels) if masks else None)
+    return box_prediction(PICTURE, things, NAMES, palette(3), 0.3)
 
 
 def segments():

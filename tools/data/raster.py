@@ -28,7 +28,7 @@ from terrazzo.errors import InputError, first_line
 from terrazzo.tools.data.windows import Windows
 
 _CACHE_BYTES = 128 * 2**20
-"""Memory for decoded blocks, which neighbouring windows share: two rows of windows of 1024 rows of 20000 pixels.
+"""Memory for decoded blocks, which neighbouring windows share; 1024 rows of 20000 pixels are half of it.
 
 GDAL's own choice is a twentieth of the machine's memory. rasterio gives the number on as bytes.
 """

@@ -1,11 +1,31 @@
 """Results drawn on pictures: a caption with bars, a coloured label map with a legend, boxes with masks, and grids."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
+
+
+class Mask(NamedTuple):
+    """The mask of one thing in a part of a picture; it is false elsewhere.
+
+    Attributes:
+        pixels: (h, w) booleans.
+        left, top: where the part begins.
+    """
+
+    pixels: np.ndarray
+    left: int
+    top: int
+
+
+def whole_or_part(mask: np.ndarray | Mask) -> Mask:
+    """A mask (H, W) of the whole picture as a `Mask`, and a `Mask` as it is."""
+    return mask if isinstance(mask, Mask) else Mask(mask, 0, 0)
+
 
 _INK = (240, 240, 240)
 PAPER = (28, 28, 32)
@@ -39,7 +59,7 @@ def palette(count: int, given: Sequence[Sequence[int]] | None = None) -> list[Co
 
 def caption_bars(image: Image.Image, lines: Sequence[tuple[str, float]]) -> Image.Image:
     """The picture with a strip below it: one text and bar for each (label, share in 0..1)."""
-    text = _text_size(image)
+    text = _text_size(image.size)
     font, row = _font(text), round(text * 1.7)
     strip = Image.new("RGB", (image.width, row * len(lines) + text), PAPER)
     pen = ImageDraw.Draw(strip)
@@ -74,11 +94,19 @@ def label_overlay(
         shares: the classes to name in the legend and the part of the picture that each fills, in 0..1.
         segments: (H, W) numbers of segments, to outline each of them; None outlines the classes.
     """
-    canvas = _tinted(image, colour_map(labels, colours), 0.55)
-    canvas[outlines(labels if segments is None else segments)] = (250, 250, 250)
+    canvas = tinted(image, labels, colours, segments)
     entries = [(name, f"{name} {share:.0%}".replace("%", " %")) for name, share in shares.items()]
     by_name = dict(zip(names, colours))
     return _stacked(Image.fromarray(canvas), _legend(image, [(text, by_name[name]) for name, text in entries]))
+
+
+def tinted(
+    image: Image.Image, labels: np.ndarray, colours: Sequence[Colour], segments: np.ndarray | None = None
+) -> np.ndarray:
+    """(H, W, 3) uint8: the picture under its label map, with outlines; as `label_overlay`."""
+    canvas = (0.45 * np.asarray(image, np.float32) + 0.55 * colour_map(labels, colours)).astype(np.uint8)
+    canvas[outlines(labels if segments is None else segments)] = (250, 250, 250)
+    return canvas
 
 
 def box_overlay(
@@ -86,7 +114,9 @@ def box_overlay(
     boxes: np.ndarray,
     texts: Sequence[str],
     colours: Sequence[Colour],
-    masks: np.ndarray | None = None,
+    masks: np.ndarray | Sequence[Mask] | None = None,
+    top: int = 0,
+    size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """The picture with boxes, tags and masks; a tag that would cover the tag of a surer box is left out.
 
@@ -95,35 +125,51 @@ def box_overlay(
         boxes: (N, 4) left, top, right, bottom.
         texts: N tags, the surest boxes first.
         colours: N colours.
-        masks: (N, H, W) booleans, or None.
+        masks: (N, H, W) booleans, or N masks of parts of the picture, or None.
+        top, size: the first row of `image` in a larger picture, and its width and height; all else is of that picture.
     """
+    size = size or image.size
     canvas = np.array(image)
     if masks is not None:
+        parts = [whole_or_part(mask) for mask in masks]
         # Small things are drawn last, so that they stay visible.
-        for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
-            canvas[masks[index]] = (0.5 * canvas[masks[index]] + 0.5 * np.array(colours[index])).astype(np.uint8)
-            canvas[outlines(masks[index]) & masks[index]] = colours[index]
+        for index in np.argsort([-part.pixels.sum() for part in parts], kind="stable"):
+            _lay(canvas, parts[index], top, colours[index])
     drawn = Image.fromarray(canvas)
     pen = ImageDraw.Draw(drawn)
-    text = max(11, round(_text_size(image) * 0.8))
-    font, stroke = _font(text), max(2, round(min(image.size) / 300))
+    text = max(11, round(_text_size(size) * 0.8))
+    font, stroke = _font(text), max(2, round(min(size) / 300))
     # Every tag comes after every box, so that no line crosses a text.
     things = list(zip(boxes.tolist(), texts, colours))
-    for (left, top, right, bottom), _, colour in things[::-1]:
-        pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=stroke)
+    for (left, upper, right, lower), _, colour in things[::-1]:
+        pen.rectangle((left, upper - top, max(right, left), max(lower, upper) - top), outline=colour, width=stroke)
     taken: list[tuple[float, float, float, float]] = []
-    for (left, top, _, _), tag, colour in things:
+    for (left, upper, _, _), tag, colour in things:
         high, wide = text * 1.35, pen.textlength(tag, font=font) + text * 0.6
         # The tag sits on the box, or inside it at the upper border of the picture.
-        top = top - high if top >= high else max(top, 0)
-        left = min(max(left, 0), max(image.width - wide, 0))
-        place = (left, top, left + wide, top + high)
+        upper = upper - high if upper >= high else max(upper, 0)
+        left = min(max(left, 0), max(size[0] - wide, 0))
+        place = (left, upper, left + wide, upper + high)
         if any(place[0] < a[2] and a[0] < place[2] and place[1] < a[3] and a[1] < place[3] for a in taken):
             continue
         taken.append(place)
-        pen.rectangle(place, fill=colour)
-        pen.text((left + text * 0.3, top + text * 0.08), tag, font=font, fill=_readable_on(colour))
+        pen.rectangle((left, upper - top, left + wide, upper - top + high), fill=colour)
+        pen.text((left + text * 0.3, upper - top + text * 0.08), tag, font=font, fill=_readable_on(colour))
     return drawn
+
+
+def _lay(canvas: np.ndarray, mask: Mask, top: int, colour: Colour) -> None:
+    """Tint the pixels of a mask, and outline it; the canvas begins at row `top` of the picture."""
+    pixels, left, first = mask
+    above = max(top - first, 0)  # rows of the mask above the canvas
+    start, end = first + above - top, min(first - top + pixels.shape[0], canvas.shape[0])
+    if start >= end:
+        return
+    shown = slice(above, above + end - start)
+    inside, edge = pixels[shown], (outlines(pixels) & pixels)[shown]
+    under = canvas[start:end, left : left + pixels.shape[1]]
+    under[inside] = (0.5 * under[inside] + 0.5 * np.array(colour)).astype(np.uint8)
+    under[edge] = colour
 
 
 def colour_map(labels: np.ndarray, colours: Sequence[Colour]) -> np.ndarray:
@@ -187,7 +233,7 @@ def legend_height(size: tuple[int, int], texts: Sequence[str]) -> int:
 
 def _legend(image: Image.Image, entries: Sequence[tuple[str, Colour]], text: int | None = None) -> Image.Image:
     """A strip as wide as the picture with a swatch and a text for each entry, in as many lines as it takes."""
-    text = text or _text_size(image)
+    text = text or _text_size(image.size)
     font, row = _font(text), round(text * 1.7)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places, left, line = [], text, 0
@@ -214,12 +260,8 @@ def _stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
     return sheet
 
 
-def _tinted(image: Image.Image, tint: np.ndarray, share: float) -> np.ndarray:
-    return ((1 - share) * np.asarray(image, np.float32) + share * tint).astype(np.uint8)
-
-
-def _text_size(image: Image.Image) -> int:
-    return max(11, round(min(image.size) / 32))
+def _text_size(size: tuple[int, int]) -> int:
+    return max(11, round(min(size) / 32))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

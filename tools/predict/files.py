@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from terrazzo.errors import InputError
 from terrazzo.tools.predict.draw import palette
 from terrazzo.tools.predict.prediction import (
     Prediction,
+    Things,
     box_prediction,
     class_names,
     class_prediction,
@@ -112,7 +113,7 @@ class FilePredictor:
     def prepared(self, image: Image.Image) -> Tensor:
         """A picture as the file takes it: (1, 3, H, W), float RGB in 0..255; by default it is stretched to the size."""
         height, width = self.size or (image.height, image.width)
-        pixels = torch.from_numpy(np.asarray(image.convert("RGB"), np.float32).copy()).permute(2, 0, 1)[None]
+        pixels = _pixels(image)
         if (height, width) != (image.height, image.width):
             pixels = interpolate(pixels, (height, width), mode="bilinear", antialias=True)
         return pixels
@@ -123,6 +124,11 @@ class FilePredictor:
 
     def colours(self, count: int) -> list[tuple[int, int, int]]:
         return palette(count, self.preparation.get("palette"))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(1, 3, H, W), float RGB in 0..255."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32).copy()).permute(2, 0, 1)[None]
 
 
 class _Classes(FilePredictor):
@@ -140,6 +146,8 @@ class _Classes(FilePredictor):
 
 
 class _Labels(FilePredictor):
+    count = 0  # classes, known after the first tile
+
     def results(self, image: Image.Image) -> dict[str, Tensor]:
         return {"labels": self._labels(image, self.found(image))}
 
@@ -154,6 +162,32 @@ class _Labels(FilePredictor):
         if logits.shape[1] == 1 or logits.shape[2:] == size:
             return interpolate(found["labels"][:, None].float(), size, mode="nearest")[0, 0].long()
         return interpolate(logits, size, mode="bilinear")[0].argmax(0)
+
+    def inputs(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+        """Pictures in their own resolution (B, 3, H, W); the colours at the edge fill a smaller picture up."""
+        height, width = self.size or size
+        edges = [(0, width - image.width, 0, height - image.height) for image in images]
+        return torch.cat([pad(_pixels(image), edge, mode="replicate") for image, edge in zip(images, edges)])
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits (B, classes, H, W) of the inputs, one after another.
+
+        Raises:
+            InputError: the file has one logit for each pixel, and keeps its threshold to itself.
+        """
+        named = [dict(zip(self.outputs, self.run(one[None]), strict=True)) for one in inputs]
+        logits = torch.cat([found["logits"] for found in named])
+        self.count = logits.shape[1]
+        if self.count == 1:
+            raise InputError("the file gives one logit for each pixel and does not say its threshold: leave --tile out")
+        return logits
+
+    def labels(self, logits: Tensor) -> Tensor:
+        return logits.argmax(1)
+
+    def classes(self) -> tuple[list[str], list[tuple[int, int, int]]]:
+        names = class_names(self.names, self.count)
+        return names, self.colours(len(names))
 
 
 class _Segments(FilePredictor):
@@ -185,11 +219,19 @@ class _Boxes(FilePredictor):
         return results
 
     def prediction(self, image: Image.Image) -> Prediction:
-        found = self.results(image, self.min_score)
-        masks = found["masks"].numpy() if "masks" in found else None
-        arrays = (found["boxes"].numpy(), found["labels"].tolist(), found["scores"].tolist(), masks)
+        return box_prediction(image, self.things([image])[0], *self.classes(), self.min_score)
+
+    iou_threshold = 0.5
+    """Two boxes of a class that overlap more are one thing; a file does not say what its model takes."""
+
+    def things(self, images: Sequence[Image.Image]) -> list[Things]:
+        """What is in each picture, one after another."""
+        found = [self.results(image, self.min_score) for image in images]
+        return [Things(one["boxes"], one["labels"], one["scores"], one.get("masks")) for one in found]
+
+    def classes(self) -> tuple[list[str], list[tuple[int, int, int]]]:
         names = self.names or []
-        return box_prediction(image, *arrays, names, self.colours(max(len(names), 1)), self.min_score)
+        return names, self.colours(max(len(names), 1))
 
 
 _PREDICTORS = {"classification": _Classes, "segmentation": _Labels, "panoptic": _Segments, "detection": _Boxes}

@@ -9,15 +9,17 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from PIL import Image
 from timm.data import create_transform
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from terrazzo.errors import InputError
 from terrazzo.tools import mm
 from terrazzo.tools.data.pictures import to_bgr
 from terrazzo.tools.predict.classifiers import ClassPredictor, Engine
-from terrazzo.tools.predict.draw import palette
+from terrazzo.tools.predict.draw import Colour, palette
 from terrazzo.tools.predict.prediction import (
     Prediction,
+    Things,
     box_prediction,
     by_shape,
     class_names,
@@ -26,7 +28,9 @@ from terrazzo.tools.predict.prediction import (
 )
 
 
-def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, min_score: float = 0.3) -> Engine:
+def config_predictor(
+    cfg: Config, checkpoint: str | Path, device: torch.device, min_score: float = 0.3, resize: bool = True
+) -> Engine:
     """The predictor of a config's classifier, segmentor or detector.
 
     Args:
@@ -34,6 +38,7 @@ def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, 
         checkpoint: a file that a training of this config wrote.
         device: where to compute.
         min_score: detections below this score are left out.
+        resize: whether the config's test pipeline resizes pictures; else they keep their own resolution.
 
     Raises:
         InputError: the checkpoint does not fit, or the config does not say how a picture is prepared.
@@ -45,7 +50,7 @@ def config_predictor(cfg: Config, checkpoint: str | Path, device: torch.device, 
     if task == "classification":
         transform = create_transform(**{key: value for key, value in dataset.transform.items() if key != "_scope_"})
         return ClassPredictor(model.backbone, transform, facts["classes"], device)
-    prepare = _Prepare(dataset.pipeline)
+    prepare = _Prepare(dataset.pipeline, resize)
     if task == "segmentation":
         return SegmentPredictor(model, prepare, facts["classes"], facts["palette"])
     if task == "panoptic":
@@ -63,14 +68,23 @@ def _kind(step: dict) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
 
 
+def _sizes(step: dict) -> bool:
+    """Whether a pipeline's step changes a picture's resolution, or pads it to a fixed size."""
+    return "Resize" in _kind(step) or (_kind(step) == "Pad" and step.get("size") is not None)
+
+
 class _Prepare:
     """A config's test pipeline, for a picture in memory without annotations.
+
+    Args:
+        pipeline: the steps.
+        resize: whether to keep the steps that change a picture's resolution, or pad it to a fixed size.
 
     Raises:
         InputError: the pipeline does not read pictures in colour and upright.
     """
 
-    def __init__(self, pipeline: Sequence[dict]):
+    def __init__(self, pipeline: Sequence[dict], resize: bool = True):
         loading = {_kind(step): step for step in pipeline if _kind(step).startswith("Load")}
         reading = loading.get("LoadImageFromFile", {})
         asked = [f"{key}={reading[key]!r}" for key, known in _READ.items() if reading.get(key, known[0]) not in known]
@@ -81,14 +95,16 @@ class _Prepare:
                 "and in colour: its model would see other pictures; train a model with the plain LoadImageFromFile"
             )
         self.to_float32 = any(step.get("to_float32") for step in loading.values())
-        self.steps = Compose([step for step in pipeline if _kind(step) not in loading])
+        kept = [step for step in pipeline if _kind(step) not in loading and (resize or not _sizes(step))]
+        self.steps = Compose(kept)
 
     def __call__(self, image: Image.Image) -> dict:
         """A sample; `pseudo_collate` makes a batch of samples for a model's `test_step`."""
         pixels = to_bgr(image)
         shape = pixels.shape[:2]
         pixels = pixels.astype(np.float32) if self.to_float32 else pixels
-        return self.steps({"img": pixels, "img_path": "", "img_id": 0, "img_shape": shape, "ori_shape": shape})
+        facts = {"img_path": "", "img_id": 0, "img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0)}
+        return self.steps({"img": pixels, **facts})
 
 
 class _SampleEngine:
@@ -130,6 +146,42 @@ class SegmentPredictor(_SampleEngine):
 
     def prediction(self, image: Image.Image, sample) -> Prediction:
         return label_prediction(image, sample.pred_sem_seg.data[0].cpu().numpy(), self.names, self.colours)
+
+    def inputs(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+        """Pictures as the model takes them, (B, 3, h, w); zeros make smaller pictures as large as `size`, (h, w).
+
+        Raises:
+            InputError: the config's pipeline changes the size of pictures by other steps than resizing.
+        """
+        found = []
+        for image in images:
+            data = self.prepare(image)
+            if tuple(data["inputs"].shape[-2:]) != (image.height, image.width):
+                raise InputError("the config's test pipeline crops or pads pictures, so it cannot prepare tiles")
+            # The preprocessor may pad on the right and below: only the tile itself is kept.
+            pixels = self.model.data_preprocessor(pseudo_collate([data]), False)["inputs"]
+            pixels = pixels[:, :, : image.height, : image.width]
+            found.append(pad(pixels, (0, size[1] - image.width, 0, size[0] - image.height)))
+        return torch.cat(found)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits (B, classes, h, w) for every pixel of the inputs (B, 3, h, w), without the config's sliding window."""
+        size = tuple(inputs.shape[2:])
+        facts = {**dict.fromkeys(("ori_shape", "img_shape", "pad_shape"), size), "padding_size": [0] * 4}
+        return self.model.encode_decode(inputs.to(self.device), [facts] * len(inputs))
+
+    def labels(self, logits: Tensor) -> Tensor:
+        """Class indices (B, h, w), as mmseg takes them from logits (B, classes, h, w)."""
+        if logits.shape[1] > 1:
+            return logits.argmax(1)
+        return (logits[:, 0].sigmoid() > self.model.decode_head.threshold).long()
+
+    def classes(self) -> tuple[list[str], list[Colour]]:
+        return self.names, self.colours
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 class PanopticPredictor(_SampleEngine):
@@ -179,9 +231,27 @@ class BoxPredictor(_SampleEngine):
         self.colours = palette(max(len(self.names), 1), colours)
 
     def prediction(self, image: Image.Image, sample) -> Prediction:
+        return box_prediction(image, self._kept(sample), self.names, self.colours, self.min_score)
+
+    @torch.inference_mode()
+    def things(self, images: Sequence[Image.Image]) -> list[Things]:
+        """What is in each picture; all pictures have one size."""
+        samples = self.model.test_step(pseudo_collate([self.prepare(image) for image in images]))
+        return [self._kept(sample) for sample in samples]
+
+    def classes(self) -> tuple[Sequence[str], list[Colour]]:
+        return self.names, self.colours
+
+    def _kept(self, sample) -> Things:
         found = sample.pred_instances.cpu()
         found = found[found.scores.argsort(descending=True, stable=True)]  # Mask2Former gives them in any order
         found = found[found.scores >= self.min_score]
-        masks = found.masks.numpy().astype(bool) if "masks" in found else None
-        arrays = (found.bboxes.numpy(), found.labels.tolist(), found.scores.tolist(), masks)
-        return box_prediction(image, *arrays, self.names, self.colours, self.min_score)
+        masks = torch.as_tensor(found.masks).bool() if "masks" in found else None
+        return Things(found.bboxes, found.labels, found.scores, masks)
+
+    @property
+    def iou_threshold(self) -> float:
+        """Two boxes of a class that overlap more are one thing: as in the model's own suppression, or 0.5."""
+        settings = self.model.test_cfg or {}
+        nms = (settings.get("rcnn") or settings).get("nms") or {}
+        return float(nms.get("iou_threshold", 0.5))

@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from terrazzo.tools.data import rle
-from terrazzo.tools.predict.draw import Colour, box_overlay, caption_bars, label_overlay
+from terrazzo.tools.predict.draw import Colour, Mask, box_overlay, caption_bars, label_overlay, whole_or_part
 
 TOP = 5
 LEGEND_ENTRIES = 16
@@ -35,6 +36,21 @@ class Prediction:
     def drawing(self) -> Image.Image:
         """The picture with the result on it; it is drawn at the first look."""
         return self.draw()
+
+
+class Things(NamedTuple):
+    """What a detector finds.
+
+    Attributes:
+        boxes: (N, 4) left, top, right, bottom in pixels.
+        labels, scores: (N,), the surest first.
+        masks: (N, H, W) booleans, or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor | None
 
 
 T = TypeVar("T")
@@ -80,10 +96,22 @@ def label_prediction(
         labels: (H, W) class indices.
         names, colours: of every class.
     """
-    shares = _shares(labels, names)
-    record = {"task": "segmentation", "classes": list(names), "shares": shares}
+    counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
+    record = label_record(counts, labels.size, names)
+    shares = record["shares"]
     kept = labels.astype(np.uint8 if len(names) <= 256 else np.uint16)
     return Prediction(record, lambda: label_overlay(image, labels, names, colours, _legend(shares)), kept)
+
+
+def label_record(counts: np.ndarray, pixels: int, names: Sequence[str]) -> dict:
+    """The record of a segmentation.
+
+    Args:
+        counts: pixels of each class.
+        pixels: of the picture.
+        names: of every class.
+    """
+    return {"task": "segmentation", "classes": list(names), "shares": _shares(counts, pixels, names)}
 
 
 def panoptic_prediction(
@@ -111,7 +139,8 @@ def panoptic_prediction(
         index = int(found[place] % offset)
         share = round(float(counts[place] / values.size), 6)
         records.append({"id": number, "label": names[index], "index": index, "thing": index < things, "share": share})
-    shares = _shares(labels, names)
+    counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
+    shares = _shares(counts, labels.size, names)
     record = {"task": "panoptic", "classes": list(names), "shares": shares, "segments": records}
     draw = functools.partial(label_overlay, image, labels, names, colours, _legend(shares), segments)
     return Prediction(record, draw, segments=segments)
@@ -119,36 +148,58 @@ def panoptic_prediction(
 
 def box_prediction(
     image: Image.Image,
-    boxes: np.ndarray,
-    labels: Sequence[int],
-    scores: Sequence[float],
-    masks: np.ndarray | None,
+    found: Things,
     names: Sequence[str],
     colours: Sequence[Colour],
     min_score: float,
+    masks: Sequence[Mask] | None = None,
 ) -> Prediction:
-    """Things, the likeliest first.
+    """Things, the surest first.
 
     Args:
         image: the picture.
-        boxes: (N, 4), x1 y1 x2 y2 in pixels.
-        labels, scores: N of each; scores fall.
-        masks: (N, H, W) of bool, or None.
+        found: the things.
         names: class names; missing names become numbers.
         colours: taken in turn.
         min_score: the threshold that was applied, for the record.
+        masks: N masks of parts of the picture, in place of the things' own.
+    """
+    shown: Any = masks if found.masks is None else found.masks.numpy()
+    record = box_record(image.size, found, shown, names, min_score)
+    texts, drawn = box_tags(record, colours)
+    return Prediction(record, lambda: box_overlay(image, found.boxes.numpy(), texts, drawn, shown))
+
+
+def box_record(
+    size: tuple[int, int],
+    found: Things,
+    masks: np.ndarray | Sequence[Mask] | None,
+    names: Sequence[str],
+    min_score: float,
+) -> dict:
+    """The record of a detection; as `box_prediction`.
+
+    Args:
+        size: width and height of the picture.
+        masks: (N, H, W) of bool, or N masks of parts of the picture, or None.
     """
     things = []
-    for index, (box, label, score) in enumerate(zip(boxes, labels, scores)):
+    for index, (box, label, score) in enumerate(
+        zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist())
+    ):
         thing = {"label": name_of(label, names), "index": label, "score": round(score, 6)}
-        thing["box"] = [round(float(value), 2) for value in box]
+        thing["box"] = [round(value, 2) for value in box]
         if masks is not None:
-            thing["mask"] = rle.encode(masks[index])
+            mask = whole_or_part(masks[index])
+            thing["mask"] = rle.encode(mask.pixels, size[::-1], (mask.top, mask.left))
         things.append(thing)
-    texts = [f"{thing['label']} {thing['score']:.2f}" for thing in things]
-    drawn = [colours[label % len(colours)] for label in labels]
-    record = {"task": "detection", "min_score": min_score, "things": things}
-    return Prediction(record, lambda: box_overlay(image, boxes, texts, drawn, masks))
+    return {"task": "detection", "min_score": min_score, "things": things}
+
+
+def box_tags(record: dict, colours: Sequence[Colour]) -> tuple[list[str], list[Colour]]:
+    """What is written on the boxes of a detection's record, and their colours."""
+    texts = [f"{thing['label']} {thing['score']:.2f}" for thing in record["things"]]
+    return texts, [colours[thing["index"] % len(colours)] for thing in record["things"]]
 
 
 def name_of(index: int, names: Sequence[str] | None) -> str:
@@ -160,11 +211,10 @@ def class_names(names: Sequence[str] | None, count: int) -> list[str]:
     return list(names) if names and len(names) >= count else [f"class {index}" for index in range(count)]
 
 
-def _shares(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """The part of the picture that each class in it fills, largest first; indices beyond the names do not count."""
-    counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
+def _shares(counts: np.ndarray, pixels: int, names: Sequence[str]) -> dict[str, float]:
+    """The part of the picture that each class in it fills, largest first."""
     order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
-    return {names[index]: round(float(counts[index] / labels.size), 6) for index in order}
+    return {names[index]: round(float(counts[index] / pixels), 6) for index in order}
 
 
 def _legend(shares: dict[str, float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +15,11 @@ from torch import nn
 from terrazzo._pictures import to_rgb
 from terrazzo.errors import InputError
 from terrazzo.tools.data.pictures import Picture
+from terrazzo.tools.data.windows import WholePicture, Windows
 from terrazzo.tools.mechanisms import Mechanism, refuse_changes
 from terrazzo.tools.predict.classifiers import Engine, timm_predictor
 from terrazzo.tools.predict.prediction import Prediction
+from terrazzo.tools.predict.tiles.engine import TileEngine, check_tiles, predicted, tile_engine
 from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ class Predictor:
         num_classes: classes of a timm model's checkpoint; None for the model's own number.
         runtime: "torch", or the format of an exported file: "onnx", "openvino", "pt2" or "aoti".
         changes: mechanisms of `terrazzo.tools.mechanisms` that change a timm model.
+        tile: side in pixels of the tiles into which pictures are cut, at their own resolution (docs/inference.md); None
+            for whole pictures, prepared as the config says.
+        overlap: how tiles of a picture overlap: a number of pixels, with a hard seam; "blend"; or "auto", for the
+            result of the whole picture. None is "auto" for a segmentor, "blend" for a segmentor's exported file, and a
+            quarter of a tile for a detector.
 
     Raises:
         InputError: a name, file or device that cannot be used, or arguments that do not go together.
@@ -66,41 +73,52 @@ class Predictor:
         num_classes: int | None = None,
         runtime: str = "torch",
         changes: Sequence[Mechanism] = (),
+        tile: int | None = None,
+        overlap: int | str | None = None,
     ):
         if runtime not in RUNTIMES:
             raise InputError(f"runtime is {runtime!r}; choose one of {', '.join(RUNTIMES)}")
         if not 0 <= min_score <= 1:
             raise InputError(f"min_score is {min_score}; it must be from 0 to 1")
+        check_tiles(tile, overlap)
         timm_only = bool(pretrained or num_classes is not None)
         if runtime != "torch":
             if checkpoint or timm_only or changes or device:
                 raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
-            self.engine = _of_file(runtime, model, min_score)
+            self.engine = self._tiled(_of_file(runtime, model, min_score), tile, overlap)
             return
         where = pick_device(None if device is None else str(device))
         if isinstance(model, nn.Module):
             if checkpoint or timm_only or changes:
                 raise InputError("a model in memory has its weights and classes: leave the other options out")
-            self.engine = _of_model(model, where)
+            self.engine = self._tiled(_of_model(model, where), tile, overlap)
         elif isinstance(model, (str, Path)) and not is_config(str(model)):
             self.random = checkpoint is None and not pretrained
             if self.random:
                 message = f"{model} has random weights; give weights with checkpoint=FILE or pretrained=True"
                 warnings.warn(message, stacklevel=2)
             built = load_timm_model(str(model), checkpoint, pretrained, num_classes, changes=changes)
-            self.engine = timm_predictor(built, where)
+            self.engine = self._tiled(timm_predictor(built, where), tile, overlap)
         else:
             refuse_changes(str(getattr(model, "filename", model)), changes)
             if timm_only:
                 raise InputError(
                     "pretrained weights and a number of classes are for timm models; a config takes only a checkpoint"
                 )
-            self.engine = _of_config(model, checkpoint, where, min_score)
+            self.engine = self._tiled(_of_config(model, checkpoint, where, min_score, tile is None), tile, overlap)
 
     engine: Engine
     """The model, of any kind."""
+    tiles: TileEngine | None = None
+    """The model on pictures in tiles; None if pictures are not cut."""
     random = False
     """Whether the weights are random numbers."""
+
+    def _tiled(self, engine: Engine, tile: int | None, overlap: int | str | None) -> Engine:
+        """The engine; `tiles` is made of it if pictures are cut."""
+        if tile is not None:
+            self.tiles = tile_engine(engine, tile, overlap)
+        return engine
 
     def __call__(self, pictures: Any, batch: int = 1) -> Any:
         """Predict.
@@ -108,7 +126,7 @@ class Predictor:
         Args:
             pictures: a path, a picture of Pillow or an array of uint8 (H, W, 3) with red first; or several of these, in
                 a list, another iterable or an array (N, H, W, 3).
-            batch: how many pictures run together, if they are equally large after their preparation.
+            batch: how many pictures run together, if they are equally large after their preparation; or how many tiles.
 
         Returns:
             A `Prediction`, or a list of a `Prediction` for each picture: its `record` is what `terrazzo infer` writes
@@ -119,14 +137,26 @@ class Predictor:
             InputError: a picture that cannot be read, or is no picture.
         """
         if _is_single(pictures):
-            return next(self.stream([pictures]))
+            return next(self.stream([pictures], batch))
         return list(self.stream(pictures, batch))
 
-    def stream(self, pictures: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
-        """Predict one batch after another, so that neither pictures nor results pile up; see `__call__`."""
+    def stream(
+        self, pictures: Iterable[Any], batch: int = 1, report: Callable[[int, int], None] | None = None
+    ) -> Iterator[Prediction]:
+        """Predict one batch after another, so that neither pictures nor results pile up; see `__call__`.
+
+        Args:
+            report: if pictures are cut into tiles, it is told how many tiles of a picture are done, and of how many.
+        """
         if batch < 1:
             raise InputError(f"batch is {batch}; it must be at least 1")
         remaining = iter(pictures)
+        if self.tiles is not None:
+            for item in remaining:
+                windows, facts = _windows_of(item)
+                with windows:
+                    yield predicted(self.tiles, windows, facts, batch, report or (lambda done, total: None))
+            return
         while taken := [seen_of(item) for item in itertools.islice(remaining, batch)]:
             predictions = self.engine.predict([seen.image for seen in taken])
             for (image, facts), prediction in zip(taken, predictions, strict=True):
@@ -145,9 +175,7 @@ def seen_of(item: Any) -> Seen:
     """
     if isinstance(item, Seen):
         return item
-    if isinstance(item, (str, Path)):
-        path = Path(item).expanduser()
-        item = Picture(path, path.stem)
+    item = _picture_of(item)
     if isinstance(item, Picture):
         return Seen(item.read(), {"picture": str(item.path)})
     if isinstance(item, Image.Image):
@@ -158,6 +186,23 @@ def seen_of(item: Any) -> Seen:
     raise InputError(
         f"a {type(item).__name__} is not a picture; give a path, a picture of Pillow or an array (H, W, 3) of uint8"
     )
+
+
+def _picture_of(item: Any) -> Any:
+    """A path as a `Picture`, and anything else as it is."""
+    if not isinstance(item, (str, Path)):
+        return item
+    path = Path(item).expanduser()
+    return Picture(path, path.stem)
+
+
+def _windows_of(item: Any) -> tuple[Windows, dict[str, Any]]:
+    """A picture to be read by windows, with its facts; as `seen_of`."""
+    item = _picture_of(item)
+    if isinstance(item, Picture):
+        return item.windows(), {"picture": str(item.path)}
+    image, facts = seen_of(item)
+    return WholePicture(facts["picture"] or "in memory", image), facts
 
 
 def _of_array(array: np.ndarray) -> Image.Image:
@@ -193,7 +238,9 @@ def _of_model(model: nn.Module, device: torch.device) -> Engine:
     return timm_predictor(model, device)
 
 
-def _of_config(model: Any, checkpoint: str | Path | None, device: torch.device, min_score: float) -> Engine:
+def _of_config(
+    model: Any, checkpoint: str | Path | None, device: torch.device, min_score: float, resize: bool
+) -> Engine:
     """The engine of a config, by name or in memory."""
     from mmengine.config import Config
 
@@ -213,4 +260,4 @@ def _of_config(model: Any, checkpoint: str | Path | None, device: torch.device, 
             "--checkpoint FILE, or checkpoint=FILE in Python"
         )
     with mm.quiet():
-        return config_predictor(cfg, checkpoint, device, min_score)
+        return config_predictor(cfg, checkpoint, device, min_score, resize)

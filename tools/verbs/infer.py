@@ -1,9 +1,9 @@
 """`terrazzo infer`: pictures and videos in, drawings and JSON out."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,11 +11,15 @@ from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import Mechanism, change_options
-from terrazzo.tools.options import UserPath, UserPlace, max_megapixels_option
+from terrazzo.tools.options import Overlap, UserPath, UserPlace, max_megapixels_option
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from terrazzo.tools.data.clips import Clip
+    from terrazzo.tools.data.pictures import Picture
     from terrazzo.tools.predict.predictor import Predictor
+    from terrazzo.tools.predict.tokens import TokenWatch
 
 RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 
@@ -38,7 +42,15 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Weakest detection kept."
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per run.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures or tiles per run.")
+@click.option(
+    "--tile", type=click.IntRange(min=1), metavar="N", help="Cut pictures into tiles of N x N pixels, not resized."
+)
+@click.option(
+    "--overlap",
+    type=Overlap(),
+    help="Of tiles: auto (the whole picture's result), blend, or a number of pixels [default: auto; detectors: N / 4].",
+)
 @click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Take every N-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Frames of a video, at most [default: all].")
 @max_megapixels_option
@@ -57,6 +69,8 @@ def command(
     out: Path,
     min_score: float,
     batch: int,
+    tile: int | None,
+    overlap: int | str | None,
     every: int,
     max_frames: int | None,
     runtime: str,
@@ -75,7 +89,11 @@ def command(
     segmentor also NAME.segments.png (the number of a segment for each pixel; the JSON has its class), and with
     --show-tokens also NAME.tokens.jpg. For each video it writes NAME.overlay.mp4 and NAME.jsonl: a line of JSON for
     each frame.
+
+    With --tile, pictures keep their own resolution, and run through the model in tiles, --batch of them at a time.
     """
+    if show_tokens and tile:
+        raise InputError("--show-tokens draws whole pictures: leave --tile out")
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
     if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
@@ -84,12 +102,11 @@ def command(
         raise InputError("--show-tokens draws one picture at a time: leave --batch out")
     from terrazzo.tools.data.pictures import Picture
     from terrazzo.tools.data.sources import find_sources
-    from terrazzo.tools.predict.output import write_prediction
     from terrazzo.tools.predict.predictor import Predictor
     from terrazzo.tools.targets import pick_device
 
     pick_device(device)
-    sources = find_sources(places, apart=out)
+    sources = find_sources(places, apart=out, by_windows=tile is not None)
     pictures = [source for source in sources if isinstance(source, Picture)]
     clips = [source for source in sources if not isinstance(source, Picture)]
     if show_tokens and clips:
@@ -104,7 +121,11 @@ def command(
         num_classes=num_classes,
         runtime=runtime,
         changes=changes,
+        tile=tile,
+        overlap=overlap,
     )
+    if predictor.tiles is not None and predictor.tiles.note:
+        click.echo(f"note: {predictor.tiles.note}", err=True)
     if predictor.random:
         click.echo(
             f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
@@ -116,14 +137,34 @@ def command(
         watch = TokenWatch(predictor.engine)
     rows = []
     with progress("predicting", len(pictures)) as bar:
-        for picture, prediction in zip(pictures, predictor.stream(pictures, batch)):
-            write_prediction(out, picture.name, prediction, watch.draw() if watch else None)
-            rows.append((Path(picture.path).name, _summary(prediction.record)))
+        for picture, record in _records(predictor, pictures, out, batch, watch, _tile_progress(bar)):
+            rows.append((Path(picture.path).name, _summary(record)))
             bar.advance(bar.task_ids[0])
     for clip in clips:
         rows.append((Path(str(clip.place)).name, _run_clip(predictor, clip, out, batch, every, max_frames)))
     print_table(rows, ("picture", "result"))
     click.echo(f"written to {out}")
+
+
+def _records(
+    predictor: "Predictor",
+    pictures: Sequence["Picture"],
+    out: Path,
+    batch: int,
+    watch: "TokenWatch | None",
+    report: Callable[[int, int], None],
+) -> Iterator[tuple["Picture", dict]]:
+    """Predict pictures and write their files; each picture with its record."""
+    from terrazzo.tools.predict.output import write_prediction
+    from terrazzo.tools.predict.tiles.output import write_tiled
+
+    if predictor.tiles is not None:
+        for picture in pictures:
+            yield picture, write_tiled(out, picture, predictor.tiles, batch, report)
+        return
+    for picture, prediction in zip(pictures, predictor.stream(pictures, batch)):
+        write_prediction(out, picture.name, prediction, watch.draw() if watch else None)
+        yield picture, prediction.record
 
 
 def _run_clip(predictor: "Predictor", clip: "Clip", out: Path, batch: int, every: int, max_frames: int | None) -> str:
@@ -147,7 +188,31 @@ def _run_clip(predictor: "Predictor", clip: "Clip", out: Path, batch: int, every
     return f"{output.count} frames"
 
 
+def _tile_progress(bar: "Progress") -> Callable[[int, int], None]:
+    """Shows the tiles of a picture on a second line of a bar."""
+    tasks: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(bar.add_task("tiles", total=total))
+        bar.update(tasks[0], completed=done, total=total)
+
+    return report
+
+
 def _summary(record: dict) -> str:
+    """What was found, in a few words."""
+    apart = record.get("tiles", {}).get("disagreement")
+    words = _result(record)
+    if apart:
+        words += (
+            f"; where tiles overlap, {apart['labels']:.1%} of the labels differ, "
+            f"and probabilities by {apart['probabilities']:.4f}"
+        )
+    return words
+
+
+def _result(record: dict) -> str:
     if record["task"] == "classification":
         return ", ".join(f"{entry['label']} {entry['score']:.1%}" for entry in record["top"][:2])
     if record["task"] == "segmentation":

@@ -84,6 +84,21 @@ def test_segmentor_on_a_picture_of_another_size(run, exported, trained, picture,
     assert np.asarray(Image.open(tmp_path / "floor.labels.png")).shape == (67, 91)
 
 
+def test_segmentor_on_tiles(run, refused, exported, trained, picture, tmp_path):
+    file = exported("onnx", "onnx", *trained, "--size", 64, 64)
+    by_file = ("infer", "--runtime", "onnx", file, picture, "--out", tmp_path / "file")
+    by_torch = ("infer", trained[0], picture, "--checkpoint", trained[1], "--out", tmp_path / "torch")
+    for call in (by_file, by_torch):
+        result = run(*call, "--tile", 64, "--overlap", 8)
+        assert result.exit_code == 0, result.output
+    records = [json.loads((tmp_path / name / "floor.json").read_text()) for name in ("file", "torch")]
+    assert records[0]["tiles"] == records[1]["tiles"] == {"how": "hard", "size": 64, "overlap": 8, "count": 4}
+    labels = [np.asarray(Image.open(tmp_path / name / "floor.labels.png")) for name in ("file", "torch")]
+    assert (labels[0] != labels[1]).mean() < 1e-3
+    assert "takes images of 64x64, not tiles of 32x32" in refused(*by_file, "--tile", 32)
+    assert "does not say how far" in refused(*by_file, "--tile", 64, "--overlap", "auto")
+
+
 @pytest.mark.parametrize(
     ("runtime", "suffix"),
     [RUNTIMES[0], *(pytest.param(name, "pt2", marks=pytest.mark.slow) for name in ("pt2", "aoti"))],

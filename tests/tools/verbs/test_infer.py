@@ -248,3 +248,76 @@ def test_checkpoint_of_another_model(refused, trained, detector, picture, tmp_pa
         "infer", config, picture, "--checkpoint", foreign, "--out", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()
+
+
+def tiff_of(picture, tmp_path):
+    """The picture as a TIFF, which is read by windows."""
+    path = tmp_path / "windows.tif"
+    Image.open(picture).save(path)
+    return path
+
+
+def test_segmentor_on_tiles(run, trained, picture, tmp_path):
+    pytest.importorskip("rasterio", reason="needs the extra 'huge'")
+    config, checkpoint = trained
+    out = tmp_path / "out"
+    call = ("infer", config, picture, tiff_of(picture, tmp_path), "--checkpoint", checkpoint, "--out", out)
+    result = run(*call, "--tile", 64, "--overlap", "blend", "--batch", 2)
+    assert result.exit_code == 0, result.output
+    assert "where tiles overlap, " in result.stdout
+    names = ("floor.json floor.labels.png floor.overlay.jpg", "windows.json windows.labels.tif windows.overlay.tif")
+    assert sorted(path.name for path in out.iterdir()) == " ".join(names).split()
+    records = [json.loads((out / f"{name}.json").read_text()) for name in ("floor", "windows")]
+    assert records[0] | {"picture": None} == records[1] | {"picture": None}
+    assert records[0]["tiles"]["how"] == "blend"
+    assert records[0]["tiles"]["count"] == 4
+    labels = [np.asarray(Image.open(out / name)) for name in ("floor.labels.png", "windows.labels.tif")]
+    assert labels[0].shape == (67, 91)
+    assert np.array_equal(*labels)
+    predictor = terrazzo.Predictor(config, checkpoint, device="cpu", tile=64, overlap="blend")
+    for item in (picture, np.asarray(Image.open(picture))):
+        assert np.array_equal(predictor(item, batch=2).labels, labels[0])
+    # JPEG changes colours a little; the legend is left out.
+    drawings = [
+        np.asarray(Image.open(out / name).convert("RGB"), np.int16)
+        for name in ("floor.overlay.jpg", "windows.overlay.tif")
+    ]
+    assert drawings[1].shape == (67, 91, 3)
+    assert np.abs(drawings[0][:67] - drawings[1]).mean() < 4
+
+
+def test_detector_on_tiles(run, detector, picture, tmp_path):
+    pytest.importorskip("rasterio", reason="needs the extra 'huge'")
+    config, checkpoint = detector
+    out = tmp_path / "out"
+    places = (picture, tiff_of(picture, tmp_path))
+    result = run("infer", config, *places, "--checkpoint", checkpoint, "--out", out, "--min-score", 0, "--tile", 48)
+    assert result.exit_code == 0, result.output
+    records = [json.loads((out / f"{name}.json").read_text()) for name in ("floor", "windows")]
+    assert records[0] | {"picture": None} == records[1] | {"picture": None}
+    facts = records[0]["tiles"]
+    assert (facts["how"], facts["overlap"], facts["count"]) == ("boxes", 12, 6)
+    for thing in records[0]["things"]:
+        left, top, right, bottom = thing["box"]
+        assert 0 <= left <= right <= 91
+        assert 0 <= top <= bottom <= 67
+        assert rle.decode(thing["mask"]).shape == (67, 91)
+    assert Image.open(out / "windows.overlay.tif").size == (91, 67)
+
+
+def test_refused_tiles(refused, trained, detector, picture, tmp_path):
+    out = tmp_path / "out"
+    (config, checkpoint), (detecting, weights) = trained, detector
+    segment = ("infer", config, picture, "--checkpoint", checkpoint, "--out", out)
+    said = refused(*segment, "--tile", 64)
+    assert "looks too far" in said
+    assert "--overlap blend" in said
+    assert "use --tile 64" in refused(*segment, "--tile", 70, "--overlap", "auto")
+    assert "from 0 to 63" in refused(*segment, "--tile", 64, "--overlap", 64)
+    assert "neither auto nor blend" in refused(*segment, "--tile", 64, "--overlap", "some")
+    assert "with --tile" in refused(*segment, "--overlap", 8)
+    assert "leave --tile out" in refused(*segment, "--tile", 64, "--show-tokens")
+    detect = ("infer", detecting, picture, "--checkpoint", weights, "--out", out, "--tile", 64)
+    assert "is for segmentors" in refused(*detect, "--overlap", "blend")
+    assert "this is a classifier" in refused("infer", "resnet10t", picture, "--tile", 64, "--out", out)
+    assert not out.exists()
