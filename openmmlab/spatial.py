@@ -59,7 +59,7 @@ class SpatialModel(MMDistributedDataParallel):
         processes, device = torch.distributed.get_world_size(), get_device()
         if processes % ranks:
             raise InputError(f"--spatial {ranks} divides {processes} processes into groups of unequal size")
-        problem = untrainable(module)
+        problem = untrainable(module) or _recomputing(module, device)
         if problem:
             raise InputError(f"{problem}; leave --spatial out, so that each process trains on whole images")
         if processes == ranks:
@@ -97,6 +97,13 @@ class SpatialModel(MMDistributedDataParallel):
         with part.entered() if finite else contextlib.nullcontext():
             optim_wrapper.update_params(loss)
         return collections.OrderedDict(zip(log_vars, totals))
+
+
+def _recomputing(model: nn.Module, device: str) -> str | None:
+    """Why a model's activation checkpointing cannot be used; None if it can."""
+    if device != "cpu" and any(getattr(module, "grad_checkpointing", False) is True for module in model.modules()):
+        return "with_cp recomputes layers in a thread of PyTorch that does not know the image; set with_cp=False"
+    return None
 
 
 def spatial_config(cfg: Config, ranks: int) -> None:

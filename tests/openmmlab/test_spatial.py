@@ -3,9 +3,15 @@
 import json
 
 import numpy as np
+import pytest
 import torch
+from mmengine.registry import MODELS, init_default_scope
 from support import distributed_worker
 from support.processes import forks
+
+from terrazzo.errors import InputError
+from terrazzo.openmmlab.config import build_runner, load_config
+from terrazzo.openmmlab.spatial import SpatialModel, spatial_config
 
 CONFIG = "fpn_dinat-mini_floors"
 OPTIONS = {
@@ -64,3 +70,63 @@ def test_two_processes_that_share_images(tiny_data, tmp_path):
     for found in run(tiny_data, tmp_path / "shared", 2, spatial=2):
         np.testing.assert_allclose(found, alone, rtol=1e-5)
     assert_same_weights(*(weights_of(tmp_path / name / "iter_3.pth") for name in ("shared", "alone")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "add --launcher pytorch"),
+        ({"sharded": True}, "leave one of them out"),
+        ({"launcher": "pytorch"}, "torchrun"),
+    ],
+)
+def test_refusals(arguments, words, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=words):
+        build_runner(load_config(CONFIG, tiny_data("floors"), OPTIONS), tmp_path / "run", spatial=2, **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model.decode_head.loss_decode": {"type": "DiceLoss"}}, "decode_head.loss_decode is a DiceLoss"),
+        ({"model.decode_head.sampler": {"type": "OHEMPixelSampler"}}, "decode_head chooses pixels by a OHEMPixel"),
+        (
+            {"model.decode_head.type": "NLHead", "model.decode_head.in_index": 3},
+            r"decode_head \(mmseg\S+NLHead: no entry",
+        ),
+        ({"model.backbone.name": "resnet10t"}, r"backbone\S* \("),
+    ],
+)
+def test_parts_that_are_not_known_are_refused_by_name(options, words, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    reduced = {key: value for key, value in OPTIONS.items() if key.startswith("model")}
+    if "model.backbone.name" in options:
+        reduced = {"model.backbone.out_indices": (1, 2, 3, 4)}
+    if "model.decode_head.type" in options:
+        reduced |= {"model.decode_head.feature_strides": None, "model.decode_head.in_channels": 16}
+    model = load_config(CONFIG, options={**reduced, **options}).model
+    if "model.decode_head.type" in options:
+        del model.decode_head["feature_strides"]
+    init_default_scope("mmseg")
+    with pytest.raises(InputError, match=words):
+        SpatialModel(MODELS.build(model), ranks=2)
+
+
+def test_models_and_numbers_of_processes_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(InputError, match="--spatial 3 divides 4 processes into groups of unequal size"):
+        SpatialModel(torch.nn.Conv2d(3, 3, 1), ranks=3)
+    with pytest.raises(InputError, match="the model is a Conv2d, and only segmentors"):
+        SpatialModel(torch.nn.Conv2d(3, 3, 1), ranks=2)
+
+
+def test_the_learning_rate_counts_groups_of_processes():
+    """mmengine multiplies the batch size by the number of processes, and two of them share each image."""
+    cfg = load_config(CONFIG, options={"auto_scale_lr": {"base_batch_size": 16}})
+    with pytest.raises(InputError, match="needs train_dataloader"):
+        spatial_config(cfg, 2)
+    cfg.train_dataloader.sampler.type = "SeededSampler"
+    spatial_config(cfg, 2)
+    assert cfg.auto_scale_lr.base_batch_size == 32

@@ -45,6 +45,9 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 @click.option(
     "--show-tokens", is_flag=True, help="Draw which patches MCTF or AS-ViT merged or dropped, block by block."
 )
+@click.option(
+    "--spatial", type=click.IntRange(min=2), metavar="R", help="Let R processes share the rows of each picture."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
 def command(
     model_or_config: str,
@@ -60,6 +63,7 @@ def command(
     max_frames: int | None,
     runtime: str,
     show_tokens: bool,
+    spatial: int | None,
     device: str | None,
 ) -> None:
     """Run a classifier, segmentor or detector on each IMAGE.
@@ -75,6 +79,8 @@ def command(
     --show-tokens also NAME.tokens.jpg. For each video it writes NAME.overlay.mp4 and NAME.jsonl: a line of JSON for
     each frame.
     """
+    if spatial and (runtime != "torch" or show_tokens):
+        raise InputError("--spatial is for segmentors of OpenMMLab configs: leave --runtime and --show-tokens out")
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
     if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
@@ -108,6 +114,10 @@ def command(
         click.echo(
             f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
         )
+    if spatial is not None:
+        from terrazzo.tools.predict.ranks import share
+
+        share(predictor, spatial, model_or_config, checkpoint)
     watch = None
     if show_tokens:
         from terrazzo.tools.predict.tokens import TokenWatch
