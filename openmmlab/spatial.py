@@ -23,9 +23,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from terrazzo.errors import InputError
-from terrazzo.spatial import Part, Processes
+from terrazzo.spatial import Part, Processes, rows
+from terrazzo.spatial._entries import find
 from terrazzo.spatial._parallelize import largest_stride, replace
-from terrazzo.spatial.entries.mmseg_models import untrainable
+from terrazzo.spatial.entries.mmseg_models import no_loss
 
 
 @MODEL_WRAPPERS.register_module()
@@ -43,8 +44,8 @@ class SpatialModel(MMDistributedDataParallel):
         options: of `DistributedDataParallel`.
 
     Raises:
-        InputError: the number of processes is no multiple of `ranks`, or a part of the model is not known to work on
-            shared images; the message names it.
+        InputError: the number of processes is no multiple of `ranks`, a part of the model is not known to work on
+            shared images (the message names it), or the images have too few rows.
     """
 
     def __init__(
@@ -59,9 +60,13 @@ class SpatialModel(MMDistributedDataParallel):
         processes, device = torch.distributed.get_world_size(), get_device()
         if processes % ranks:
             raise InputError(f"--spatial {ranks} divides {processes} processes into groups of unequal size")
-        problem = untrainable(module) or _recomputing(module, device)
+        problem = _untrainable(module) or _recomputing(module, device)
         if problem:
             raise InputError(f"{problem}; leave --spatial out, so that each process trains on whole images")
+        stride = largest_stride(module) if stride is None else stride
+        size = getattr(module.data_preprocessor, "size", None)
+        if size is not None:
+            rows(size[0], ranks, stride)
         if processes == ranks:
             module = revert_sync_batchnorm(module)  # a batch norm takes the sums of all ranks that share the image
         replace(module, True)
@@ -74,7 +79,7 @@ class SpatialModel(MMDistributedDataParallel):
         mesh = init_device_mesh(device, (processes // ranks, ranks), mesh_dim_names=("data", "spatial"))
         self.ranks_per_image = ranks
         self.group = Processes(mesh.get_group("spatial"))
-        self.stride = largest_stride(module) if stride is None else stride
+        self.stride = stride
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict:
         """As in mmengine, on the own rows.
@@ -97,6 +102,24 @@ class SpatialModel(MMDistributedDataParallel):
         with part.entered() if finite else contextlib.nullcontext():
             optim_wrapper.update_params(loss)
         return collections.OrderedDict(zip(log_vars, totals))
+
+
+def _untrainable(model: nn.Module) -> str | None:
+    """Why a model cannot be trained on shared images; None if nothing is known against it."""
+    from mmseg.models import EncoderDecoder
+
+    if not isinstance(model, EncoderDecoder):
+        return f"the model is a {type(model).__name__}, and only segmentors (EncoderDecoder) train on shared images"
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if getattr(module, "loss_decode", None) is not None and module.sampler is not None:
+            return f"{name} chooses pixels by a {type(module.sampler).__name__}, which sees one rank's pixels alone"
+        entry = find(type(module), {})
+        if entry is not None and entry.run is no_loss:
+            return f"{name} is a {kind}, which is no mean over pixels"
+        if kind == "CrossEntropyLoss" and (module.use_mask or module.reduction == "none"):
+            return f"{name} is a {kind} with use_mask or without a reduction"
+    return None
 
 
 def _recomputing(model: nn.Module, device: str) -> str | None:

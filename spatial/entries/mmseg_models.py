@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from terrazzo.errors import InputError
-from terrazzo.spatial._entries import OWN, Entry, find
+from terrazzo.spatial._entries import OWN, Entry
 from terrazzo.spatial._functions import Functions, through
 from terrazzo.spatial._operators import own, resize
 from terrazzo.spatial._part import Part
@@ -23,22 +23,6 @@ def no_loss(part: Part, module: nn.Module, *arguments: Any, **options: Any) -> A
         f"{part.at} is a {type(module).__name__} of one rank's pixels, and not a share of the loss of all pixels: use "
         "CrossEntropyLoss (docs/spatial.md)"
     )
-
-
-def untrainable(model: nn.Module) -> str | None:
-    """Why a model cannot be trained on shared images by `mode="loss"`; None if nothing is known against it."""
-    kinds = [f"{kind.__module__.split('.')[0]}.{kind.__qualname__}" for kind in type(model).__mro__]
-    if "mmseg.EncoderDecoder" not in kinds:
-        return f"the model is a {type(model).__name__}, and only segmentors (EncoderDecoder) train on shared images"
-    for name, module in model.named_modules():
-        if getattr(module, "loss_decode", None) is not None and module.sampler is not None:
-            return f"{name} chooses pixels by a {type(module.sampler).__name__}, which sees one rank's pixels alone"
-        entry = find(type(module), {})
-        if entry is not None and entry.run is no_loss:
-            return f"{name} is a {type(module).__name__}, which is no mean over pixels"
-        if type(module).__name__ == "CrossEntropyLoss" and (module.use_mask or module.reduction == "none"):
-            return f"{name} has use_mask or no reduction"
-    return None
 
 
 def _losses_of_head(part: Part, head: nn.Module, seg_logits: torch.Tensor, batch_data_samples: Sequence[Any]) -> dict:

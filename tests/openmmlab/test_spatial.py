@@ -120,6 +120,10 @@ def test_models_and_numbers_of_processes_that_do_not_fit(monkeypatch):
         SpatialModel(torch.nn.Conv2d(3, 3, 1), ranks=3)
     with pytest.raises(InputError, match="the model is a Conv2d, and only segmentors"):
         SpatialModel(torch.nn.Conv2d(3, 3, 1), ranks=2)
+    init_default_scope("mmseg")
+    model = load_config(CONFIG, options={key: value for key, value in OPTIONS.items() if key.startswith("model")}).model
+    with pytest.raises(InputError, match="96 rows make 3 units of stride 32, too few for 4 ranks"):
+        SpatialModel(MODELS.build(model), ranks=4)
 
 
 def test_the_learning_rate_counts_groups_of_processes():

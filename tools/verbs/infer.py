@@ -110,14 +110,14 @@ def command(
         runtime=runtime,
         changes=changes,
     )
-    if predictor.random:
-        click.echo(
-            f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
-        )
     if spatial is not None:
         from terrazzo.tools.predict.ranks import share
 
         share(predictor, spatial, model_or_config, checkpoint)
+    if predictor.random:
+        click.echo(
+            f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
+        )
     watch = None
     if show_tokens:
         from terrazzo.tools.predict.tokens import TokenWatch
