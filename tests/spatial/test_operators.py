@@ -147,6 +147,11 @@ def test_a_synchronised_batch_norm_is_refused_in_training():
         on_ranks(lambda part, x: model(x), torch.zeros(1, 4, 6, 9), 2, 3)
 
 
+def test_mmengines_batch_norm_in_the_place_of_a_synchronised_one():
+    utils = pytest.importorskip("mmengine.model", reason="needs the extra 'openmmlab'")
+    check_module(utils.revert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(4))), SIZES[1])
+
+
 def test_a_map_of_unknown_size_is_refused_by_the_name_of_its_reader():
     model = nn.Sequential(nn.Identity(), nn.Conv2d(4, 4, 3, padding=1))
     replace(model, False)

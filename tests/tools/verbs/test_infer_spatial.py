@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.processes import run_code
 
 SMALL = """
 _base_ = ["{base}"]
@@ -35,7 +36,7 @@ def segmentor(tmp_path_factory):
 
 
 @pytest.mark.slow  # 20 seconds: processes that import PyTorch and mmsegmentation
-def test_two_processes_give_the_results_of_one(run, shell, segmentor, tmp_path):
+def test_two_processes_give_the_results_of_one(run, segmentor, tmp_path):
     """Pictures whose maps have odd heights, and one that is too small for two processes."""
     config, checkpoint = segmentor
     random = np.random.default_rng(0)
@@ -46,7 +47,8 @@ def test_two_processes_give_the_results_of_one(run, shell, segmentor, tmp_path):
     arguments = ("infer", config, tmp_path / "in", "--checkpoint", checkpoint, "--device", "cpu", "--out")
     alone = run(*arguments, tmp_path / "alone")
     assert alone.exit_code == 0, alone.output
-    shared = shell(*arguments, tmp_path / "shared", "--spatial", 2)
+    code = "from terrazzo.tools.cli import main; main()"
+    shared = run_code(code, *arguments, tmp_path / "shared", "--spatial", 2, timeout=1200)
     assert shared.returncode == 0, shared.stderr
     assert shared.stderr == ""
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == sorted(
