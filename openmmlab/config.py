@@ -305,6 +305,7 @@ def build_runner(
     accumulate: int = 1,
     launcher: str = "none",
     sharded: bool = False,
+    spatial: int = 1,
     scale_lr: bool = False,
     purpose: str | None = None,
 ) -> Runner:
@@ -323,6 +324,7 @@ def build_runner(
         accumulate: how many batches go into one step of the optimizer.
         launcher: the launcher that started the processes; see `terrazzo.openmmlab.distributed.LAUNCHERS`.
         sharded: whether to divide the model among the processes, rather than copy it.
+        spatial: how many consecutive processes share the rows of each training image.
         scale_lr: whether to scale the learning rate by the batch size, from the config's `auto_scale_lr`.
         purpose: "train" or "test" builds all parts for it at once, so that errors appear before it starts; None leaves
             it to mmengine, which builds each part when it is used.
@@ -369,6 +371,14 @@ def build_runner(
         from terrazzo.openmmlab.sharded import shard_config
 
         shard_config(cfg)
+    if spatial > 1:
+        if sharded:
+            raise InputError("--fsdp divides the model and --spatial divides images: leave one of them out")
+        if launcher == "none":
+            raise InputError(f"--spatial {spatial} needs several processes; add --launcher pytorch")
+        from terrazzo.openmmlab.spatial import spatial_config
+
+        spatial_config(cfg, spatial)
     launch(cfg, launcher)
     # Runners share their histories and their visualizer by name, and mmengine's names repeat within a second.
     stem = cfg.get("experiment_name") or (Path(cfg.filename).stem if cfg.filename else "terrazzo")

@@ -8,12 +8,12 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, set_random_seed
+from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from terrazzo.errors import NonFiniteError
-from terrazzo.openmmlab.seeding import fold
+from terrazzo.openmmlab.seeding import seed_iteration
 
 SHOWN = 4
 """How many pictures of a batch are named."""
@@ -62,7 +62,7 @@ class FiniteLossHook(Hook):
         spoilt = [name for name, value in model.named_parameters() if not _finite(value)]
         if spoilt:
             return f"{len(spoilt)} of the model's weights were already not finite, the first is {spoilt[0]}"
-        set_random_seed(fold(runner.seed, runner.rank, runner.iter))
+        seed_iteration(runner)
         with torch.no_grad(), runner.optim_wrapper.optim_context(model):
             return first_non_finite(model, self.batch)
 

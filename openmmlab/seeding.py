@@ -6,6 +6,7 @@ numbers as an uninterrupted run, and a sample is augmented in the same way which
 """
 
 import contextlib
+import math
 import numbers
 import random
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import Runner, set_random_seed
+from torch import nn
 from torch.utils.data import Dataset, Sampler
+
+from terrazzo.errors import InputError
 
 
 def fold(*numbers: int) -> int:
@@ -57,13 +62,21 @@ class SeededSampler(Sampler):
         sampler: the settings of the other sampler.
         dataset: the data set.
         seed: the run's seed; None draws one that all processes share.
+        ranks_per_image: how many consecutive processes get the same samples.
+
+    Raises:
+        InputError: the other sampler is not known to give several processes the same samples.
     """
 
-    def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None):
+    def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None, ranks_per_image: int = 1):
         self.seed = sync_random_seed() if seed is None else seed
         inner = dataset.dataset if isinstance(dataset, SeededDataset) else dataset
         self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=inner, seed=seed))
         self.epoch = 0
+        rank, processes = get_dist_info()
+        self.group, self.groups = rank // ranks_per_image, processes // ranks_per_image
+        if ranks_per_image > 1:
+            _deal_to_groups(self.sampler, self.group, self.groups)
 
     def __getattr__(self, name: str) -> Any:
         if name == "sampler":  # not yet there, while the object is being copied or unpickled
@@ -74,13 +87,12 @@ class SeededSampler(Sampler):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        rank, processes = get_dist_info()
         for position, index in enumerate(self.sampler):
             if not isinstance(index, numbers.Integral):
                 yield index  # a frame of a video, in mmdet's trackers: it has no seed
                 continue
             place = SeededIndex(index)
-            place.seed = fold(self.seed, self.epoch, position * processes + rank)
+            place.seed = fold(self.seed, self.epoch, position * self.groups + self.group)
             yield place
 
     def set_epoch(self, epoch: int) -> None:
@@ -88,6 +100,20 @@ class SeededSampler(Sampler):
         self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+
+def _deal_to_groups(sampler: Sampler, group: int, groups: int) -> None:
+    """Makes a new sampler of mmengine, which deals samples to processes, deal them to groups of processes."""
+    if type(sampler) not in (DefaultSampler, InfiniteSampler):
+        raise InputError(
+            f"--spatial gives groups of processes the same images; {type(sampler).__name__} is not known to do it, use "
+            "InfiniteSampler or DefaultSampler"
+        )
+    sampler.rank, sampler.world_size = group, groups
+    if isinstance(sampler, DefaultSampler):
+        left_out = 0 if sampler.round_up else group
+        sampler.num_samples = math.ceil((len(sampler.dataset) - left_out) / groups)
+        sampler.total_size = sampler.num_samples * groups if sampler.round_up else len(sampler.dataset)
 
 
 @DATASETS.register_module()
@@ -135,7 +161,17 @@ class SeedingHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seeds the generators before the model is run."""
-        set_random_seed(fold(runner.seed, get_dist_info()[0], runner.iter))
+        seed_iteration(runner)
+
+
+def seed_iteration(runner: Runner) -> None:
+    """Seeds the generators for the runner's iteration; processes that share images (`SpatialModel`) draw the same."""
+    set_random_seed(fold(runner.seed, get_dist_info()[0] // ranks_per_image(runner.model), runner.iter))
+
+
+def ranks_per_image(model: nn.Module) -> int:
+    """How many processes share each image."""
+    return getattr(model, "ranks_per_image", 1)
 
 
 def seed_config(cfg: Config) -> None:

@@ -11,6 +11,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from terrazzo.openmmlab.seeding import ranks_per_image
+
 
 @HOOKS.register_module()
 class ThroughputHook(Hook):
@@ -34,9 +36,8 @@ class ThroughputHook(Hook):
     ) -> None:
         """Passes both figures to the log."""
         now = time.perf_counter()
-        runner.message_hub.update_scalar(
-            "train/images_per_second", self.images * get_world_size() / max(now - self.start, 1e-9)
-        )
+        images = self.images * get_world_size() / ranks_per_image(runner.model)
+        runner.message_hub.update_scalar("train/images_per_second", images / max(now - self.start, 1e-9))
         runner.message_hub.update_scalar("train/memory_mib", _memory())
         self.start = now
 

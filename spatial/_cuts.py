@@ -26,6 +26,11 @@ class Level(NamedTuple):
         """Whether every rank has all rows."""
         return len(self.rows) > 1 and self.rows[0] == self.rows[-1]
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """For each rank, how many rows and columns it has."""
+        return tuple((end - start, self.width) for start, end in self.rows)
+
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
 

@@ -24,12 +24,14 @@ class Entry(NamedTuple):
         kept: Names of child modules that stay as they are, because `run` gives them all positions that they need; "*"
             for all.
         check: Says why a module of this kind cannot work; None if it can.
+        also: Entries of further methods of the module.
     """
 
     run: Callable[..., Any] | None = None
     method: str = "forward"
     kept: tuple[str, ...] = ()
     check: Callable[[nn.Module], str | None] | None = None
+    also: "tuple[Entry, ...]" = ()
 
 
 OWN = Entry()
@@ -43,7 +45,8 @@ def find(kind: type, more: Mapping[type, Entry]) -> Entry | None:
             return None
         entry = more.get(base) or _of(base)
         if entry is not None:
-            same = all(getattr(kind, name, None) is getattr(base, name, None) for name in {"forward", entry.method})
+            methods = {"forward", entry.method, *(more.method for more in entry.also)}
+            same = all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
             return entry if same else None
     return None
 

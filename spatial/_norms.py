@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from terrazzo.spatial._groups import Group
 from terrazzo.spatial._part import Part
 
 
@@ -28,18 +29,34 @@ def group_norm(
     return out if bias is None else out + bias[:, None, None]
 
 
-def batch_norm(part: Part, norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    """Batch norm of (B, C, H, W); in training with the statistics of all ranks' pixels."""
+def batch_norm(
+    part: Part, norm: nn.BatchNorm2d | nn.SyncBatchNorm, x: torch.Tensor, over: Group | None = None
+) -> torch.Tensor:
+    """Batch norm of (B, C, H, W); in training with the statistics of all ranks' pixels.
+
+    Args:
+        over: More ranks than share the image, whose pixels count, too; None for the part's.
+    """
     if x.dim() != 4 or not (norm.training or norm.running_mean is None):
         return type(norm).forward(norm, x)
     level = part.level(x)
-    if level.whole:
+    if level.whole and over is None:
         return type(norm).forward(norm, x)
     wide = _wide(x)
     count = x.shape[0] * level.height * level.width
-    mean = part.total(wide.sum((0, 2, 3))) / count
+    if over is None:
+        total = part.total
+    else:
+        # All ranks of a part have the same pooled map: each adds its share.
+        share = 1 / part.group.size if level.whole else 1
+
+        def total(sums: torch.Tensor) -> torch.Tensor:
+            return over.total(sums * share)
+
+        count = int(over.total(torch.tensor(count, device=x.device))) // part.group.size
+    mean = total(wide.sum((0, 2, 3))) / count
     centred = wide - mean[:, None, None]
-    variance = part.total(centred.square().sum((0, 2, 3))) / count
+    variance = total(centred.square().sum((0, 2, 3))) / count
     if norm.training and norm.track_running_stats and (part.rank == 0 or not part.group.shares_modules):
         _follow(norm, mean.detach(), variance.detach() * count / (count - 1))
     out = (centred * (variance + norm.eps).rsqrt()[:, None, None]).to(x.dtype)
@@ -48,7 +65,7 @@ def batch_norm(part: Part, norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tenso
     return out
 
 
-def _follow(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor) -> None:
+def _follow(norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
     """Update the running statistics."""
     norm.num_batches_tracked.add_(1)
     share = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)

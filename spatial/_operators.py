@@ -203,20 +203,22 @@ def resize(
     mode: str = "nearest",
     align_corners: bool | None = None,
     scales: tuple[float, float] | None = None,
+    levels: tuple[Level, Level] | None = None,
 ) -> torch.Tensor:
     """`F.interpolate` of (B, C, H, W); scale and offset come from the sizes of the whole maps.
 
     Args:
         size: Rows and columns of the whole result.
         scales: The `scale_factor` that PyTorch would use in place of the sizes; None for the sizes.
+        levels: The sizes of the map and of the result, if no other operator knows them; None for known sizes.
 
     Raises:
         InputError: The mode is unknown, or the number of rows is no multiple or fraction of the input's.
     """
-    level = part.level(x)
+    level = part.level(x) if levels is None else levels[0]
     if mode not in ("nearest", "nearest-exact", "bilinear", "bicubic"):
         raise InputError(f"{part.at} resizes by '{mode}', which is not known here: use nearest, bilinear or bicubic")
-    out = _resized_level(part, level, size)
+    out = _resized_level(part, level, size) if levels is None else levels[1]
     first, last = out.rows[part.rank]
     place, weight = _taps(first, last, level.height, size[0], mode, bool(align_corners), scales and scales[0], x)
     needs = []

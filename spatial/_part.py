@@ -21,8 +21,8 @@ class Part:
     """An image that a group shares, as one of its ranks sees it.
 
     A map is known by its local size. Each operator that changes the size registers the new size, and all ranks register
-    the same sizes in the same order. So a size that would stand for two different maps on any rank is refused by all
-    ranks at once. Operators take plain local tensors.
+    the same sizes in the same order. So all ranks know at once if a size stands for two different maps on any rank;
+    from then on they compare the sizes of all ranks, which tell maps apart. Operators take plain local tensors.
 
     Attributes:
         group: The ranks; `group.rank` is the own number.
@@ -46,7 +46,8 @@ class Part:
         self.at, self.depth = "the image", 0
         self.tokens: Level | None = None
         self.prefix = 0
-        self._known: list[dict[tuple[int, int], Level]] = [{} for _ in range(group.size)]
+        self._known: list[Level] = []
+        self._doubtful = False
         self.image = self.add(Level(width, rows(height, group.size, stride)))
 
     # Sizes
@@ -55,19 +56,24 @@ class Part:
         """Register a size of maps.
 
         Raises:
-            InputError: A rank would have no row, or could not tell these maps from others.
+            InputError: A rank would have no row, or all ranks together could not tell these maps from others.
         """
-        for rank, ((start, end), known) in enumerate(zip(level.rows, self._known)):
+        if level in self._known:
+            return level
+        for rank, (start, end) in enumerate(level.rows):
             if end <= start:
                 raise InputError(
                     f"{self.at} makes a map of {level}, and rank {rank} has no row of it: use fewer ranks or parts"
                 )
-            other = known.setdefault((end - start, level.width), level)
-            if other != level:
+        for other in self._known:
+            alike = [one == two for one, two in zip(level.sizes, other.sizes)]
+            if all(alike):
                 raise InputError(
-                    f"{self.at} makes a map of {level}, and there are maps of {other} of which rank {rank} has as many "
-                    "rows and columns, too: use an image whose sides are multiples of the model's stride"
+                    f"{self.at} makes a map of {level}, and there are maps of {other} of which each rank has as many "
+                    "rows and columns, too: use another number of ranks or another size of images"
                 )
+            self._doubtful |= any(alike)
+        self._known.append(level)
         return level
 
     def whole(self, height: int, width: int) -> Level:
@@ -116,18 +122,23 @@ class Part:
         Raises:
             InputError: No map of the image has this size.
         """
-        found = self._known[self.rank].get((height, width))
-        if found is None:
-            sizes = ", ".join(str(level) for level in dict.fromkeys(self._known[self.rank].values()))
+        own = (height, width)
+        if self._doubtful:
+            sizes = tuple(tuple(size) for size in self.group.objects(own))
+            found = [level for level in self._known if level.sizes == sizes]
+        else:
+            found = [level for level in self._known if level.sizes[self.rank] == own]
+        if not found:
             raise InputError(
-                f"{self.at} got {height} rows and {width} columns on rank {self.rank}, a part of no map that "
-                f"is known here ({sizes}): the code that makes this map needs an entry (docs/spatial.md)"
+                f"{self.at} got {height} rows and {width} columns on rank {self.rank}, a part of no map that is known "
+                f"here ({', '.join(map(str, self._known))}): the code that makes this map needs an entry "
+                "(docs/spatial.md)"
             )
-        return found
+        return found[0]
 
     def levels(self) -> list[Level]:
         """All sizes, in the order of their registration."""
-        return list(dict.fromkeys(self._known[self.rank].values()))
+        return list(self._known)
 
     # Exchanges
 

@@ -1,8 +1,10 @@
-"""mmsegmentation's segmentors and heads of convolutions. The segmentor's `forward(images)` gives logits.
+"""mmsegmentation's segmentors and heads of convolutions.
 
-Its other modes resize logits to whole images, and its losses are means over a rank's pixels: both are refused.
+The segmentor's `forward(images)` gives logits. `forward(images, samples, mode="loss")`, with the own rows of images and
+labels, gives the rank's share of each loss and of the accuracy.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,21 +12,31 @@ from torch import nn
 
 from terrazzo.errors import InputError
 from terrazzo.spatial._entries import OWN, Entry
-from terrazzo.spatial._functions import through
+from terrazzo.spatial._functions import Functions, through
 from terrazzo.spatial._operators import own, resize
 from terrazzo.spatial._part import Part
 
 
-def _loss(part: Part, module: nn.Module, *arguments: Any, **options: Any) -> Any:
+def no_loss(part: Part, module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """Losses that are no sum over pixels divided by a count."""
     raise InputError(
-        f"{part.at} is a mean over the pixels of one rank: compute the loss from the logits, as a sum over own pixels "
-        "divided by the count of all ranks' pixels (docs/spatial.md)"
+        f"{part.at} is a {type(module).__name__} of one rank's pixels, and not a share of the loss of all pixels: use "
+        "CrossEntropyLoss (docs/spatial.md)"
     )
 
 
+def _losses_of_head(part: Part, head: nn.Module, seg_logits: torch.Tensor, batch_data_samples: Sequence[Any]) -> dict:
+    """`BaseDecodeHead.loss_by_feat`; labels are rows of the rank."""
+    with Functions(part):
+        losses = type(head).loss_by_feat(head, seg_logits, batch_data_samples)
+    valid = sum((sample.gt_sem_seg.data != head.ignore_index).sum() for sample in batch_data_samples)
+    losses["acc_seg"] = losses["acc_seg"] * (valid / part.total(valid).clamp(min=1))
+    return losses
+
+
 def _segment(part: Part, model: nn.Module, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
-    if mode != "tensor":
-        raise InputError(f"across ranks a segmentor gives logits, as model(images), and has no mode '{mode}'")
+    if mode not in ("tensor", "loss"):
+        raise InputError(f"across ranks a segmentor gives logits or losses, and has no mode '{mode}'")
     return own(model, inputs, data_samples, mode)
 
 
@@ -39,10 +51,13 @@ def _enlarge(part: Part, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return resize(part, x, (int(level.height * rows), int(level.width * columns)), layer.mode, layer.align_corners)
 
 
+_HEAD = Entry(through, also=(Entry(_losses_of_head, "loss_by_feat"),))
+
 ENTRIES = {
     "Upsample": Entry(_enlarge, check=_check_enlarging),
     "EncoderDecoder": Entry(_segment),
     "SegDataPreProcessor": OWN,
-    **{name: Entry(through) for name in ("FCNHead", "UPerHead", "PPM", "FPNHead")},
-    **{name: Entry(_loss) for name in ("CrossEntropyLoss", "DiceLoss", "FocalLoss", "LovaszLoss", "TverskyLoss")},
+    "PPM": Entry(through),
+    **dict.fromkeys(("FCNHead", "UPerHead", "FPNHead", "SegformerHead"), _HEAD),
+    **dict.fromkeys(("DiceLoss", "FocalLoss", "LovaszLoss", "TverskyLoss"), Entry(no_loss)),
 }

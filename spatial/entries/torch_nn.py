@@ -1,12 +1,24 @@
 """PyTorch's modules that work on single positions, or only call others."""
 
+import torch
 from torch import nn
 
 from terrazzo.spatial._entries import OWN, Entry
+from terrazzo.spatial._operators import own
+from terrazzo.spatial._part import Part
 
 
 def _check_flatten(module: nn.Flatten) -> str | None:
     return None if module.start_dim == 1 and module.end_dim == -1 else "may join rows and columns"
+
+
+def _drop(part: Part, module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    """Dropout with numbers of the rank's own: ranks with more rows draw more, and all must agree on later numbers."""
+    if not module.training or module.p in (0, 1):
+        return own(module, x)
+    seed = int(torch.randint(2**31, ()))
+    generator = torch.Generator(x.device).manual_seed(seed + part.rank)
+    return x * torch.empty_like(x).bernoulli_(1 - module.p, generator=generator).div_(1 - module.p)
 
 
 _ACTIVATIONS = (
@@ -17,7 +29,8 @@ _ACTIVATIONS = (
 ENTRIES = {
     **dict.fromkeys(_ACTIVATIONS.split(), OWN),
     **dict.fromkeys(("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"), OWN),
-    **dict.fromkeys(("Identity", "Linear", "Dropout", "Dropout2d"), OWN),
+    **dict.fromkeys(("Identity", "Linear", "Dropout2d"), OWN),
+    "Dropout": Entry(_drop),
     # After a pooling there are no positions. A map that is flattened fails in the layer behind, by its channels.
     "Flatten": Entry(check=_check_flatten),
 }

@@ -1,6 +1,7 @@
 """Random seeds depend only on the place in a run."""
 
 import copy
+import itertools
 import pickle
 import random
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from terrazzo.errors import InputError
 from terrazzo.openmmlab.seeding import SeededDataset, SeededIndex, SeededSampler, fold, seed_config, seeded
 
 
@@ -44,6 +46,34 @@ def test_samples_do_not_depend_on_workers():
     assert len(batches(0)[:, 0].unique()) == 12
     assert not torch.equal(batches(0).sort(dim=0).values, batches(0, epoch=1).sort(dim=0).values)
     assert not torch.equal(batches(0).sort(dim=0).values, batches(0, seed=4).sort(dim=0).values)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(type="DefaultSampler"),
+        dict(type="DefaultSampler", shuffle=False, round_up=False),
+        dict(type="InfiniteSampler"),
+    ],
+)
+def test_processes_that_share_images_draw_the_same(settings, monkeypatch):
+    """Two groups of three processes draw what two processes draw."""
+
+    def drawn(rank, processes, **options):
+        for module in ("terrazzo.openmmlab.seeding", "mmengine.dataset.sampler"):
+            monkeypatch.setattr(f"{module}.get_dist_info", lambda: (rank, processes))
+        sampler = SeededSampler(settings, SeededDataset(dict(type="Noise")), 3, **options)
+        assert len(sampler) == (12 if settings["type"] == "InfiniteSampler" else 6)
+        return [(int(index), index.seed) for index in itertools.islice(sampler, 6)]
+
+    wanted = [drawn(rank, 2) for rank in range(2)]
+    assert wanted[0] != wanted[1]
+    assert [drawn(rank, 6, ranks_per_image=3) for rank in range(6)] == [wanted[0]] * 3 + [wanted[1]] * 3
+
+
+def test_other_samplers_cannot_share_images():
+    with pytest.raises(InputError, match="RandomSampler is not known"):
+        SeededSampler(dict(type=lambda dataset, seed: RandomSampler(dataset)), SeededDataset(dict(type="Noise")), 3, 2)
 
 
 def test_generators_are_put_back():

@@ -189,10 +189,15 @@ def test_a_stride_larger_than_the_backbones_is_asked_for():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("upernet_dinat-mini_8xb2-160k_ade20k-512x512", (390, 300)), ("fpn_dinat-mini_floors", (384, 288))],
+    [
+        ("upernet_dinat-mini_8xb2-160k_ade20k-512x512", (390, 300)),
+        ("fpn_dinat-mini_floors", (384, 288)),
+        ("segformer-head_dinat-mini_1xb4-10k_camvid-480x360", (200, 288)),
+    ],
 )
 def test_a_segmentor(name, size):
-    """UPerNet's head pools the whole map to several sizes; FPN and its head resize maps, the head by a factor."""
+    """UPerNet's head pools the whole map to several sizes; FPN and its head resize maps, the head by a factor;
+    SegFormer's head resizes maps to the largest."""
     pytest.importorskip("mmseg", reason="needs the extra 'openmmlab'")
     config = importlib.import_module("terrazzo.openmmlab.config")
     MODELS = importlib.import_module("mmseg.registry").MODELS
@@ -208,7 +213,8 @@ def test_a_segmentor(name, size):
         model.decode_head.in_channels = [8] * 4
     else:
         model.decode_head.in_channels = [8, 16, 32, 64]
-        model.auxiliary_head.in_channels = 32
+        if "auxiliary_head" in model:
+            model.auxiliary_head.in_channels = 32
     torch.manual_seed(0)
     model = MODELS.build(model).double().eval()
     x = torch.randn(1, 3, *size, dtype=torch.float64)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.shared_rows import SIZES, check_module, on_ranks
 from torch import nn
 
 import terrazzo.spatial._operators as operators
 from terrazzo.errors import InputError
-from terrazzo.spatial import Part
+from terrazzo.spatial import Entry, Part
+from terrazzo.spatial._functions import through
 from terrazzo.spatial._parallelize import replace
 
 MODULES = {
@@ -145,6 +147,11 @@ def test_a_synchronised_batch_norm_is_refused_in_training():
         on_ranks(lambda part, x: model(x), torch.zeros(1, 4, 6, 9), 2, 3)
 
 
+def test_mmengines_batch_norm_in_the_place_of_a_synchronised_one():
+    utils = pytest.importorskip("mmengine.model", reason="needs the extra 'openmmlab'")
+    check_module(utils.revert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(4))), SIZES[1])
+
+
 def test_a_map_of_unknown_size_is_refused_by_the_name_of_its_reader():
     model = nn.Sequential(nn.Identity(), nn.Conv2d(4, 4, 3, padding=1))
     replace(model, False)
@@ -152,12 +159,29 @@ def test_a_map_of_unknown_size_is_refused_by_the_name_of_its_reader():
         on_ranks(lambda part, x: model(x[:, :, 1:]), torch.zeros(1, 4, 12, 9), 2, 2)
 
 
-def test_ambiguous_sizes_are_refused_on_all_ranks():
-    """Rank 0 could not tell a map of 33 / 2 rows rounded down from a map rounded up."""
-    pools = nn.ModuleList([nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True)])
+class TwoHalves(nn.Module):
+    """Maps of half the rows, rounded down and up: only the last rank's sizes tell which is which."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True)
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        up = self.second(self.up(x))
+        return up + F.interpolate(self.first(self.down(x)), size=up.shape[2:], mode="bilinear")
+
+
+def test_sizes_that_a_rank_takes_for_each_other_are_told_apart_by_all():
+    check_module(TwoHalves(), (33, 8, 2, 2), entries={TwoHalves: Entry(through)})
+
+
+def test_maps_that_no_rank_tells_apart_are_refused():
+    """Each of two ranks has 2x8 pixels of a map of 4x8, and 2x8 pixels of a pooled map that all have."""
+    pools = nn.ModuleList([nn.MaxPool2d(2), nn.AdaptiveAvgPool2d((2, 4))])
     replace(pools, False)
-    with pytest.raises(InputError, match="multiples of the model's stride"):
-        on_ranks(lambda part, x: [pool(x) for pool in pools][-1], torch.zeros(1, 4, 33, 8), 2, 2)
+    with pytest.raises(InputError, match="another number of ranks"):
+        on_ranks(lambda part, x: [pool(x) for pool in pools][-1], torch.zeros(1, 4, 8, 8), 2, 2)
 
 
 def test_a_first_row_within_a_stride_is_refused():

@@ -49,10 +49,16 @@ def loss_of(maps, count: int) -> torch.Tensor:
     return sum((y.square() - y).sum() for y in maps) / count
 
 
-def check_training(name: str, model: nn.Module, height: int, width: int, stride: int) -> None:
-    """Three steps on an image that all processes share equal three steps of one process."""
+def check_training(name: str, model: nn.Module, height: int, width: int, stride: int, synchronised=False) -> None:
+    """Three steps on an image that all processes share equal three steps of one process.
+
+    Args:
+        synchronised: whether the processes have SyncBatchNorm in place of BatchNorm2d.
+    """
     model = model.double()
-    shared = spatial.parallelize(copy.deepcopy(model), stride=stride)
+    shared = copy.deepcopy(model)
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(shared) if synchronised else shared
+    shared = spatial.parallelize(shared, stride=stride)
     generator = torch.Generator().manual_seed(0)
     for step in range(3):
         x = torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64)
@@ -126,6 +132,7 @@ def main(rank: int, ranks: int, store: str) -> None:
     torch.manual_seed(0)
     check_sequences(spatial.Processes())
     check_training("stack", stack(), 28, 11, 4)
+    check_training("synchronised stack", stack(), 28, 11, 4, synchronised=True)
     for name, options in (("dinat_mini", DINAT), ("vmamba_tiny_s1l8", VMAMBA), ("mambavision_t", MAMBAVISION)):
         model = timm.create_model(name, features_only=True, **options)
         check_training(name, model, 32 * ranks + 22, 75, 32)

@@ -58,6 +58,9 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 @click.option(
     "--show-tokens", is_flag=True, help="Draw which patches MCTF or AS-ViT merged or dropped, block by block."
 )
+@click.option(
+    "--spatial", type=click.IntRange(min=2), metavar="R", help="Let R processes share the rows of each picture."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
 def command(
     model_or_config: str,
@@ -75,6 +78,7 @@ def command(
     max_frames: int | None,
     runtime: str,
     show_tokens: bool,
+    spatial: int | None,
     device: str | None,
 ) -> None:
     """Run a classifier, segmentor or detector on each IMAGE.
@@ -94,6 +98,10 @@ def command(
     """
     if show_tokens and tile:
         raise InputError("--show-tokens draws whole pictures: leave --tile out")
+    if spatial and (runtime != "torch" or show_tokens or tile):
+        raise InputError(
+            "--spatial is for segmentors of OpenMMLab configs: leave --runtime, --show-tokens and --tile out"
+        )
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
     if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
@@ -126,6 +134,10 @@ def command(
     )
     if predictor.tiles is not None and predictor.tiles.note:
         click.echo(f"note: {predictor.tiles.note}", err=True)
+    if spatial is not None:
+        from terrazzo.tools.predict.ranks import share
+
+        share(predictor, spatial, model_or_config, checkpoint)
     if predictor.random:
         click.echo(
             f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True

@@ -23,6 +23,9 @@ from terrazzo.tools.options import UserPath, config_options
     help="The launcher that started several processes.",
 )
 @click.option("--fsdp", is_flag=True, help="Divide the model among the processes (fully sharded data parallel).")
+@click.option(
+    "--spatial", type=click.IntRange(min=2), metavar="R", help="Let R processes share the rows of each training image."
+)
 @click.option("--max-iters", type=click.IntRange(min=1), help="Number of iterations to train; schedules scale along.")
 @click.option("--max-epochs", type=click.IntRange(min=1), help="Number of epochs to train; schedules scale along.")
 @click.option(
@@ -45,6 +48,7 @@ def command(
     auto_scale_lr: bool,
     launcher: str,
     fsdp: bool,
+    spatial: int | None,
     max_iters: int | None,
     max_epochs: int | None,
     logs: tuple[str, ...],
@@ -91,6 +95,7 @@ def command(
             accumulate=accumulate,
             launcher=launcher,
             sharded=fsdp,
+            spatial=spatial or 1,
             scale_lr=auto_scale_lr,
             purpose="train",
         )
