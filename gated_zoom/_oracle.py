@@ -14,7 +14,7 @@ class Oracle:
         factor: How many times coarser the coarse labels are.
         shares: The shares of the tiles that are replaced, the first of them 0.
         confusions: For each share the counts of (true, found) classes over the data set, (classes, classes).
-        captured: For each share the mean over the pictures of the share of wrong pixels that lie in the tiles.
+        captured: For each share of the tiles the share of their wrong pixels, as a mean over the pictures.
     """
 
     factor: int
@@ -77,7 +77,7 @@ def label_oracle(
             found[: rows * tile, : columns * tile][area] = labels[: rows * tile, : columns * tile][area]
             pairs = labels[valid].astype(np.int64) * classes + found[valid]
             confusions[position] += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-            if wrong.any():
-                captured[position].append(errors[chosen].sum() / wrong.sum())
+            if errors.any():
+                captured[position].append(errors[chosen].sum() / errors.sum())
     means = [float(np.mean(values)) if values else 0.0 for values in captured]
     return Oracle(factor, shares, confusions, means)

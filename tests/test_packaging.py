@@ -50,6 +50,7 @@ ROOMS = (
     "predict",
     "export",
     "training",
+    "zoom",
     "probe",
     "bench",
     "reports",

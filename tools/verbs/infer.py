@@ -12,6 +12,7 @@ from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import Mechanism, change_options
 from terrazzo.tools.options import UserPath, UserPlace
+from terrazzo.tools.zoom.options import ZoomOptions, zoom_options
 
 if TYPE_CHECKING:
     from terrazzo.tools.data.clips import Clip
@@ -46,6 +47,7 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
     "--show-tokens", is_flag=True, help="Draw which patches MCTF or AS-ViT merged or dropped, block by block."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
+@zoom_options
 def command(
     model_or_config: str,
     places: tuple[str, ...],
@@ -61,6 +63,7 @@ def command(
     runtime: str,
     show_tokens: bool,
     device: str | None,
+    zoom: ZoomOptions | None,
 ) -> None:
     """Run a classifier, segmentor or detector on each IMAGE.
 
@@ -77,7 +80,7 @@ def command(
     """
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
-    if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
+    if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device or zoom):
         raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
     if show_tokens and batch > 1:
         raise InputError("--show-tokens draws one picture at a time: leave --batch out")
@@ -104,6 +107,8 @@ def command(
         runtime=runtime,
         changes=changes,
     )
+    if zoom is not None:
+        zoom.make(getattr(predictor.engine, "model", None)).install()
     if predictor.random:
         click.echo(
             f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True
