@@ -6,12 +6,15 @@
              crops of the best tiles -> model -> fine logits                  (`_tiles`)
              coarse and fine logits -> logits                                 (`_fusion`)
 
+For detectors, boxes take the place of logits (`_detector`, `_boxes`).
+
 `zoom` puts these together. `_labels` makes what the heads learn from; `terrazzo.openmmlab.ZoomHeads` trains them.
 `_oracle` computes what a perfect choice of tiles would gain on a data set.
 
 The package is not called `zoom`, because the function `terrazzo.zoom` has that name.
 """
 
+from terrazzo.gated_zoom._boxes import Boxes as Boxes
 from terrazzo.gated_zoom._heads import Gate as Gate
 from terrazzo.gated_zoom._heads import Heads as Heads
 from terrazzo.gated_zoom._heads import RegionHead as RegionHead
@@ -22,4 +25,4 @@ from terrazzo.gated_zoom._zoom import Look as Look
 from terrazzo.gated_zoom._zoom import Zoom as Zoom
 from terrazzo.gated_zoom._zoom import zoom as zoom
 
-__all__ = ["Coarse", "Gate", "Grid", "Heads", "Look", "RegionHead", "Zoom", "load_heads", "zoom"]
+__all__ = ["Boxes", "Coarse", "Gate", "Grid", "Heads", "Look", "RegionHead", "Zoom", "load_heads", "zoom"]

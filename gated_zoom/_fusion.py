@@ -22,7 +22,7 @@ def enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear")
 
 
-def fuse(coarse: Tensor, fine: Tensor, grid: Grid, chosen: Sequence[int]) -> Tensor:
+def fuse(coarse: Tensor, fine: Sequence[Tensor], grid: Grid, chosen: Sequence[int]) -> Tensor:
     """Replace coarse logits inside of the chosen tiles, and blend both in the halos around them.
 
     A pixel of a chosen tile gets the tile's own fine logits. Elsewhere fine logits count by a ramp, which falls from 1
@@ -30,7 +30,7 @@ def fuse(coarse: Tensor, fine: Tensor, grid: Grid, chosen: Sequence[int]) -> Ten
 
     Args:
         coarse: (C, H, W), the enlarged logits of the coarse pass.
-        fine: (N, C, h, w), the logits of the crops.
+        fine: N logits (C, h, w) of the crops.
         grid: The tiles.
         chosen: N indices of tiles.
 

@@ -61,6 +61,11 @@ class Passes(nn.Module):
         return logits, _chosen(seen[-1], images) if seen else None
 
 
+def is_detector(model: Any) -> bool:
+    """Whether a model is a detector of mmdetection."""
+    return hasattr(model, "predict") and (hasattr(model, "bbox_head") or hasattr(model, "roi_head"))
+
+
 def _source(model: Any, name: str | None) -> nn.Module | None:
     if not isinstance(model, nn.Module):
         if name is not None:

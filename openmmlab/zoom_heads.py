@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from terrazzo.errors import InputError
+from terrazzo.gated_zoom._boxes import new_boxes
+from terrazzo.gated_zoom._detector import ZoomDetector
 from terrazzo.gated_zoom._fusion import enlarged, fuse, reduced
 from terrazzo.gated_zoom._heads import Heads
 from terrazzo.gated_zoom._labels import captured, classes_of, disagreement, gain, needs
-from terrazzo.gated_zoom._scores import tile_scores
 from terrazzo.gated_zoom._zoom import Zoom, tiles_within
+from terrazzo.gated_zoom._zoom import zoom as make_zoom
 from terrazzo.openmmlab.checkpoint import load_checkpoint, save_checkpoint
 from terrazzo.openmmlab.conversion.sharing import Aside
 
@@ -39,17 +41,19 @@ MISSED = 0.05
 
 @MODELS.register_module()
 class ZoomHeads(BaseModel):
-    """Trains the heads of `terrazzo.zoom` on a frozen segmentor.
+    """Trains the heads of `terrazzo.zoom` on a frozen segmentor or detector.
 
     The region head learns how much a fine pass changes in each tile ("agreement", without annotation), or how much it
-    corrects ("annotation"). The gate learns whether the scale changes more than `eps` of a picture's pixels; the
+    corrects ("annotation"). On a detector it learns in which tiles a fine pass finds new boxes, and there is no gate.
+    The gate learns whether the scale changes more than `eps` of a picture's pixels; the
     classes at scales 1, 1/2, 1/4 and 1/8 must be consistent, and pictures that need a fine pass count as much in the
     loss as all others. Checkpoints have the heads alone. `ZoomHeadsHook` writes `heads.pth` with thresholds.
 
     Source: Q-Zoom, arXiv 2604.06912, section 3, in a form for dense prediction.
 
     Args:
-        segmentor: settings of a segmentor of mmsegmentation; it should be trained at both scales.
+        base: settings of a segmentor of mmsegmentation or a detector of mmdetection without masks; it should be trained
+            at both scales.
         checkpoint: its weights.
         stage: "region" or "gate".
         labels: "agreement" or "annotation", what the region head learns.
@@ -62,12 +66,12 @@ class ZoomHeads(BaseModel):
         heads: the `terrazzo.gated_zoom.Heads`.
 
     Raises:
-        InputError: the segmentor has no weights, or an option is not valid.
+        InputError: the base model has no weights, or an option is not valid for it.
     """
 
     def __init__(
         self,
-        segmentor: Mapping[str, Any],
+        base: Mapping[str, Any],
         checkpoint: str | None = None,
         stage: str = "region",
         labels: str = "agreement",
@@ -87,10 +91,14 @@ class ZoomHeads(BaseModel):
             if value not in known:
                 raise InputError(f"{name} is {value!r}; choose {' or '.join(known)}")
         if checkpoint is None:
-            raise InputError("the segmentor has no weights: name the file of its training as model.checkpoint")
-        model = revert_sync_batchnorm(MODELS.build(segmentor))  # it is frozen, and has no batches to join
+            raise InputError("the base model has no weights: name the file of its training as model.checkpoint")
+        model = revert_sync_batchnorm(MODELS.build(base))  # it is frozen, and has no batches to join
         load_checkpoint(model, checkpoint, "cpu", strict=True)
-        zoom = Zoom(model, scale, tile, halo, budget, 0, stride=stride, batch=batch, features=features)
+        zoom = make_zoom(model, scale, tile, halo, budget, 0, stride=stride, batch=batch, features=features)
+        if isinstance(zoom, ZoomDetector) and (stage == "gate" or labels == "annotation"):
+            raise InputError(
+                f"stage={stage!r}, labels={labels!r} is for segmentors; a detector has region and agreement"
+            )
         _, maps = zoom.eval().passes.with_features(torch.zeros(1, 3, 2 * stride, 2 * stride))
         if maps is None:
             raise InputError(f"a {type(model).__name__} has no backbone: name the module with features=NAME")
@@ -116,33 +124,38 @@ class ZoomHeads(BaseModel):
             mode: "loss" gives the loss of the stage; "predict" a list of B dicts for `ZoomQuality`; "tensor" the logits
                 of region head (B, rows, columns) or gate (B,).
         """
+        small, grid = reduced(inputs, self.zoom.scale), self.zoom.grid(inputs)
         with torch.no_grad():
-            logits, features = self.zoom.passes.with_features(reduced(inputs, self.zoom.scale))
+            result, features = self.zoom.passes.with_features(small)
+            coarse = self.zoom.in_place(result, small, inputs)
         assert features is not None
         if self.stage == "gate":
             return self._gate(inputs, features, mode)
-        found = self.heads.region(features, self.zoom.grid(inputs))
+        found = self.heads.region(features, grid)
         if mode == "tensor":
             return found
-        targets = self._targets(inputs, logits, data_samples)
+        targets = self._targets(inputs, coarse, data_samples)
         if mode == "loss":
             self.heads.trained[0] = True
             return {"loss_region": F.binary_cross_entropy_with_logits(found, targets)}
-        entropies = tile_scores("entropy", logits, self.zoom.grid(inputs))
-        rows = zip(found.sigmoid().flatten(1), entropies.flatten(1), targets.flatten(1))
-        most = tiles_within(self.zoom.budget, self.zoom.grid(inputs))
-        return [dict(scores=s.cpu(), entropies=e.cpu(), targets=t.cpu(), tiles=most) for s, e, t in rows]
+        untrained = self.zoom.untrained_scores(coarse, grid)
+        rows = zip(found.sigmoid().flatten(1), untrained.flatten(1), targets.flatten(1))
+        most = tiles_within(self.zoom.budget, grid)
+        return [dict(scores=s.cpu(), untrained=u.cpu(), targets=t.cpu(), tiles=most) for s, u, t in rows]
 
     def init_weights(self) -> None:
         """Leaves the weights as they are; mmengine would initialise the segmentor again."""
         self._is_init = True
 
     @torch.no_grad()
-    def _targets(self, inputs: Tensor, logits: Tensor, data_samples: Sequence[Any] | None) -> Tensor:
+    def _targets(self, inputs: Tensor, found: Any, data_samples: Sequence[Any] | None) -> Tensor:
         """Targets of the region head, from a fine pass over all tiles."""
         grid, size = self.zoom.grid(inputs), inputs.shape[2:]
-        coarse, every = enlarged(logits, size), list(range(grid.count))
+        every = list(range(grid.count))
         crops = self.zoom.fine(inputs, grid, [every] * len(inputs))
+        if isinstance(self.zoom, ZoomDetector):
+            return torch.stack([new_boxes(boxes, parts, grid) for boxes, parts in zip(found, crops)])
+        coarse = enlarged(found, size)
         fine = torch.stack([fuse(y, parts, grid, every) for y, parts in zip(coarse, crops)])
         if self.labels == "agreement":
             return disagreement(coarse, fine, grid)
@@ -198,9 +211,9 @@ class ZoomQuality(BaseMetric):
     """How good the heads of a zoom are, for a `ZoomHeads`.
 
     Region head: `spearman` of scores and targets over all tiles; `captured`, the share in percent of all targets that
-    the best tiles of each picture have, as many as the budget allows; the same for the entropy of the coarse pass
-    (`captured_entropy`) and for random tiles (`captured_random`); `region_threshold`, above which the budget's share of
-    all tiles lies.
+    the best tiles of each picture have, as many as the budget allows; the same for the score that needs no training
+    (`captured_untrained`: entropy, or uncertainty of boxes) and for random tiles (`captured_random`);
+    `region_threshold`, above which the budget's share of all tiles lies.
 
     Gate: `easy_spared` and `needed_spared`, the share in percent of the pictures that the gate spares at
     `gate_threshold`; at most 5 % of the pictures in need are spared. `dropped`, the share of inconsistent pictures.
@@ -221,7 +234,7 @@ def _of_region(results: list[dict]) -> dict[str, float]:
     scores, targets = (torch.cat([result[name] for result in results]).float() for name in ("scores", "targets"))
     most = sum(result["tiles"] for result in results)
     found = {"spearman": float(spearman_corrcoef(scores, targets))}
-    for name, kind in (("captured", "scores"), ("captured_entropy", "entropies")):
+    for name, kind in (("captured", "scores"), ("captured_untrained", "untrained")):
         got = [captured(r[kind][None], r["targets"][None], r["tiles"])[0] * r["targets"].sum() for r in results]
         found[name] = 100 * float(torch.stack(got).nan_to_num().sum() / targets.sum().clamp(min=1e-12))
     found["captured_random"] = 100 * float(

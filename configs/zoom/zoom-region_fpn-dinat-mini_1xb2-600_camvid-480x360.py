@@ -9,7 +9,7 @@ custom_imports = dict(imports=["terrazzo.openmmlab"])
 model = dict(
     _delete_=True,
     type="ZoomHeads",
-    segmentor=_base_.model,
+    base=_base_.model,
     checkpoint="work_dirs/zoom-base_fpn-dinat-mini_1xb4-10k_camvid-480x360/iter_10000.pth",
     stage="region",
     scale=4,

@@ -61,20 +61,20 @@ def test_chosen_tiles_have_the_full_pass_inside(case):
     images = torch.randn(2, 3, 61, 83, dtype=torch.float64)
     zoom = terrazzo.zoom(model, scale=3, budget=0.4, **options)
     look, full = zoom.look(images), model(images).detach()
-    coarse = enlarged(look.coarse.logits, (61, 83))
+    coarse = enlarged(look.coarse.result, (61, 83))
     assert len(look.tiles[0]) == len(look.tiles[1]) == 8 == int(0.4 * look.grid.count)
     for picture, tiles in enumerate(look.tiles):
         near = torch.zeros(61, 83, dtype=torch.bool)
         for index in tiles:
             inner = look.grid.inner(index)
             where = (picture, slice(None), *inner.slices)
-            torch.testing.assert_close(look.logits[where], full[where], rtol=0, atol=1e-10)
+            torch.testing.assert_close(look.result[where], full[where], rtol=0, atol=1e-10)
             near[
                 max(0, inner.top - zoom.halo) : inner.bottom + zoom.halo,
                 max(0, inner.left - zoom.halo) : inner.right + zoom.halo,
             ] = True
         assert not near.all()
-        assert torch.equal(look.logits[picture][:, ~near], coarse[picture][:, ~near])
+        assert torch.equal(look.result[picture][:, ~near], coarse[picture][:, ~near])
 
 
 @pytest.mark.parametrize("options", [dict(budget=0), dict(gate=1), dict(megapixels=1e-6), dict(budget=0.01)])
@@ -241,7 +241,7 @@ def test_models_that_do_not_fit():
         terrazzo.zoom(lambda x: x.mean((2, 3)))(torch.zeros(1, 3, 64, 64))
     with pytest.raises(InputError, match="heads need features"):
         terrazzo.zoom(plain(), scale=3, tile=20, halo=4, stride=1, heads=trained_heads())(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(InputError, match="install is for segmentors"):
+    with pytest.raises(InputError, match="install is for models of mmseg"):
         terrazzo.zoom(plain()).install()
 
 

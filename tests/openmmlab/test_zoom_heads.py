@@ -23,8 +23,8 @@ def tiny(name, root, **options):
     """A config on two pictures of 96 x 64, for three iterations."""
     loaders = ("train_dataloader", "val_dataloader", "test_dataloader")
     small = {f"{loader}.num_workers": 0 for loader in loaders} | {"train_cfg.max_iters": 3, "train_cfg.val_interval": 3}
-    small |= {f"model.segmentor.backbone.{key}": value for key, value in BACKBONE.items()}
-    small |= {"model.segmentor.neck.in_channels": [64, 128, 256, 512], "optim_wrapper.optimizer.lr": 0.01}
+    small |= {f"model.base.backbone.{key}": value for key, value in BACKBONE.items()}
+    small |= {"model.base.neck.in_channels": [64, 128, 256, 512], "optim_wrapper.optimizer.lr": 0.01}
     small |= {f"model.{key}": value for key, value in TINY.items()}
     cfg = load_config(name, root, small | options)
     for loader in loaders:
@@ -39,7 +39,7 @@ def base(tiny_data, tmp_path_factory):
     """The tiny data, and random weights of the base model."""
     root, file = tiny_data("camvid"), tmp_path_factory.mktemp("base") / "base.pth"
     torch.manual_seed(0)
-    model = MODELS.build(tiny(REGION, root).model.segmentor)
+    model = MODELS.build(tiny(REGION, root).model.base)
     torch.save({"state_dict": model.state_dict(), "meta": {}}, file)
     return root, str(file)
 
@@ -57,7 +57,7 @@ def test_region_head_then_gate(base, tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in zoom.passes.model.state_dict().items())
     assert all(name.startswith("heads.") for name in runner.model.state_dict())
     logged = {name.removeprefix("val/zoom/"): value for name, value in runner.message_hub.log_scalars.items()}
-    assert {"spearman", "captured", "captured_entropy", "captured_random", "region_threshold"} <= set(logged)
+    assert {"spearman", "captured", "captured_untrained", "captured_random", "region_threshold"} <= set(logged)
     heads = load_heads(tmp_path / "agreement" / "heads.pth")
     assert heads.trained.tolist() == [True, False]
     assert float(heads.thresholds[0]) == pytest.approx(logged["region_threshold"].current())
@@ -76,7 +76,7 @@ def test_region_head_then_gate(base, tmp_path):
     )
     look = zoomed.look(torch.randn(1, 3, 64, 96))
     assert zoomed.score == "region"
-    assert look.logits.shape == (1, 11, 64, 96)
+    assert look.result.shape == (1, 11, 64, 96)
     assert len(look.tiles[0]) == 3
 
 
@@ -101,7 +101,7 @@ FAST = ("zoom-base_fpn-attnet-xxs_1xb4-10k_camvid-480x360", GATE)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in CONFIGS])
 def test_configs_build(name, tmp_path):
     cfg = load_config(name)
-    segmentor = cfg.model if name.startswith("zoom-base") else cfg.model.segmentor
+    segmentor = cfg.model if name.startswith("zoom-base") else cfg.model.base
     model = MODELS.build(segmentor)
     assert list(segmentor.neck.in_channels) == model.backbone.out_channels
     if name.startswith("zoom-base"):
@@ -117,10 +117,10 @@ def test_quality_of_scores():
     """Two pictures with four tiles each, of which one may be chosen."""
     targets = torch.tensor([[0.0, 0.4, 0.2, 0.0], [0.1, 0.1, 0.1, 0.9]])
     scores = torch.tensor([[0.1, 0.7, 0.3, 0.2], [0.2, 0.9, 0.1, 0.3]])
-    results = [dict(scores=s, entropies=-s, targets=t, tiles=1) for s, t in zip(scores, targets)]
+    results = [dict(scores=s, untrained=-s, targets=t, tiles=1) for s, t in zip(scores, targets)]
     found = ZoomQuality().compute_metrics(results)
     assert found["captured"] == pytest.approx(100 * (0.4 + 0.1) / 1.8)
-    assert found["captured_entropy"] == pytest.approx(100 * (0.0 + 0.1) / 1.8)
+    assert found["captured_untrained"] == pytest.approx(100 * (0.0 + 0.1) / 1.8)
     assert found["captured_random"] == pytest.approx(25)
     assert (scores > found["region_threshold"]).sum() == 2  # the budget's share of all tiles
     assert -1 <= found["spearman"] <= 1

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from terrazzo.gated_zoom import Zoom
 
-SCORES = ("region", "entropy", "margin", "random")
+SCORES = ("region", "entropy", "margin", "uncertainty", "random")
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class ZoomOptions:
     gate: float | None = None
 
     def make(self, model: "nn.Module | None") -> "Zoom":
-        """The zoom of a segmentor of mmsegmentation. InputError if it cannot be made, or `model` is another model."""
+        """The zoom of a model of OpenMMLab. InputError if it cannot be made, or `model` is of another kind."""
         from terrazzo.gated_zoom import load_heads, zoom
+        from terrazzo.gated_zoom._passes import is_detector
 
-        if model is None or not hasattr(model, "encode_decode"):
+        if model is None or not (hasattr(model, "encode_decode") or is_detector(model)):
             kind = "of another kind" if model is None else f"a {type(model).__name__}"
-            raise InputError(f"--zoom is for segmentors of mmsegmentation with a decode head, and this model is {kind}")
+            raise InputError(f"--zoom is for segmentors and detectors of OpenMMLab configs, and this model is {kind}")
         heads = None if self.heads is None else load_heads(self.heads)
         tile = self.tile
         if tile is None:
@@ -82,14 +83,20 @@ def zoom_options(function: Callable) -> Callable:
     for name, settings in reversed(_OPTIONS):
         flag = "--budget" if name == "budget" else f"--zoom-{name}"
         with_zoom = click.option(flag, f"zoom_{name}", **settings)(with_zoom)
-    help_ = "Segmentors: look at pictures with sides 1/SCALE first, and again at the tiles where it pays."
+    help_ = "Segmentors and detectors: look at pictures with sides 1/SCALE first, and again at the tiles where it pays."
     return click.option("--zoom", "zoom_scale", type=click.FloatRange(min=1), metavar="SCALE", help=help_)(with_zoom)
 
 
 _OPTIONS = (
     ("budget", dict(type=click.FloatRange(0, 1), help="Share of the tiles that get a second look [default: 0.25].")),
     ("heads", dict(type=UserPath(), metavar="FILE", help="Heads that a training of a zoom config wrote.")),
-    ("score", dict(type=click.Choice(SCORES), help="What chooses tiles [default: region with heads, else entropy].")),
+    (
+        "score",
+        dict(
+            type=click.Choice(SCORES),
+            help="What chooses tiles [default: region with heads; else entropy, or uncertainty].",
+        ),
+    ),
     ("gate", dict(type=click.FloatRange(0, 1), help="Threshold of the gate [default: that of the heads].")),
     ("tile", dict(type=click.IntRange(min=1), help="Side of a tile in pixels [default: that of the heads, else 192].")),
     ("halo", dict(type=click.IntRange(min=0), help="Pixels around a tile that the model sees, too [default: 32].")),

@@ -73,6 +73,8 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
         mm.load_exactly(runner.model, load_file(checkpoint, "cpu"), checkpoint)
         model, loader = runner.model.eval(), runner.test_dataloader
         zoom = options.make(model)
+        if not zoom.passes.is_segmentor:
+            raise InputError(f"--sweep is for segmentors, and the model is a {type(model).__name__}: use --zoom alone")
         scores = (*(["region"] if zoom.heads is not None and zoom.heads.trained[0] else []), "entropy", "random")
         keys = [(FULL, 1.0), *((score, budget) for score in (*scores, ORACLE) for budget in budgets)]
         evaluators = {}
@@ -105,9 +107,9 @@ def _results(
     """For each score and budget the logits (B, classes, H, W) of a batch, and the megapixels of all its pictures."""
     grid, size = zoom.grid(inputs), inputs.shape[2:]
     seen, every = zoom.coarse(inputs), list(range(grid.count))
-    coarse, fine = enlarged(seen.logits, size), zoom.fine(inputs, grid, [every] * len(inputs))
+    coarse, fine = enlarged(seen.result, size), zoom.fine(inputs, grid, [every] * len(inputs))
     whole = torch.stack([fuse(y, crops, grid, every) for y, crops in zip(coarse, fine)])
-    ranks = {name: seen.scores if name == "region" else tile_scores(name, seen.logits, grid) for name in scores}
+    ranks = {name: seen.scores if name == "region" else tile_scores(name, seen.result, grid) for name in scores}
     ranks[ORACLE] = gain(coarse, whole, _truth(samples, inputs), grid, zoom.passes.model.decode_head.ignore_index)
     found = {(FULL, 1.0): (zoom.passes(inputs), len(inputs) * size[0] * size[1] / 1e6)}
     for name, values in ranks.items():
@@ -115,7 +117,7 @@ def _results(
         for budget in budgets:
             most = tiles_within(budget, grid)
             chosen = [[] if off else v.flatten().topk(most).indices.tolist() for off, v in zip(spared, values)]
-            logits = torch.stack([fuse(y, c[t], grid, t) for y, c, t in zip(coarse, fine, chosen)])
+            logits = torch.stack([fuse(y, [c[i] for i in t], grid, t) for y, c, t in zip(coarse, fine, chosen)])
             found[name, budget] = logits, sum(megapixels(seen.pixels, grid, len(tiles)) for tiles in chosen)
     return found
 

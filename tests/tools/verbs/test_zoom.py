@@ -91,7 +91,8 @@ def test_refusals(refused, trained, floors, detector, picture):
     assert "must be a multiple" in refused(*test, "--zoom", 2, "--zoom-tile", 40)
     assert "needs a trained region head" in refused(*test, "--zoom", 2, "--zoom-score", "region")
     infer = ("infer", detector[0], picture, "--checkpoint", detector[1], "--zoom", 2)
-    assert "--zoom is for segmentors" in refused(*infer)
+    assert "gives masks" in refused(*infer)
+    assert "--zoom is for segmentors and detectors" in refused("infer", "resnet10t", picture, "--zoom", 2)
 
 
 def test_oracle(run, floors, tmp_path):
