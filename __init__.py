@@ -12,7 +12,7 @@ another mechanism, one of `terrazzo.mixers()`, `terrazzo.conversion_plan` measur
 `terrazzo.feature_pyramid` makes maps of four strides from a plain model, and `terrazzo.register_pyramid` gives these
 maps a name in timm. `terrazzo.Predictor` runs a model on pictures, as `terrazzo infer` does.
 `terrazzo.torchvision_backbone` makes a backbone for torchvision's detectors. `terrazzo.spatial` has models compute one
-huge image on several ranks, or part after part on one device. `terrazzo.zoom` has a segmentor look again where it pays.
+huge image on several ranks, or part after part on one device. `terrazzo.zoom` has a model look again where it pays.
 
 The order of both imports does not matter. If terrazzo comes first, it registers its backbones when timm is imported
 (`_timm_hook`), and everything else of this module is imported at first use.

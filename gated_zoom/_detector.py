@@ -82,7 +82,7 @@ class ZoomDetector(Zoom):
 
     def untrained_scores(self, result: list[Boxes], grid: Grid) -> Tensor:
         if self.score == "random":
-            return torch.rand(len(result), grid.rows, grid.columns)
+            return torch.rand(len(result), grid.rows, grid.columns, device=result[0].scores.device)
         return torch.stack([uncertainty(found, grid) for found in result])
 
     def _united(

@@ -105,6 +105,9 @@ class Zoom(nn.Module):
             raise InputError(f"megapixels is {megapixels}; it must be more than 0")
         self.passes = self.kind(model, features)
         self.heads = load_heads(heads) if isinstance(heads, (str, os.PathLike)) else heads
+        weights = next(self.passes.parameters(), None)
+        if self.heads is not None and weights is not None:
+            self.heads.to(weights.device)
         self.scale, self.tile, self.halo, self.stride, self.batch = scale, tile, halo, stride, batch
         self.budget, self.megapixels = budget, megapixels
         self.score = self._checked_score(score)

@@ -63,7 +63,7 @@ class ZoomOptions:
             heads=heads,
             score=self.score,
         )
-        return made.to(next(model.parameters()).device).eval()
+        return made.eval()
 
 
 def zoom_options(function: Callable) -> Callable:
