@@ -29,7 +29,7 @@ class Passes(nn.Module):
         super().__init__()
         if not callable(model):
             raise InputError(f"a {type(model).__name__} is not a model: give a segmentor or a function of images")
-        self.model = model
+        self.model: Any = model
         self.is_segmentor = hasattr(model, "encode_decode")
         self.source = _source(model, features)
 

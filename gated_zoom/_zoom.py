@@ -1,6 +1,7 @@
 """The gated zoom of a segmentor: coarse pass, gate, choice of tiles, fine pass, fusion."""
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -244,7 +245,7 @@ class Zoom(nn.Module):
         if self.heads is None:
             return
         for name, own, wanted in zip(("scale", "tile"), (self.scale, self.tile), self.heads.settings.tolist()):
-            if own != wanted:
+            if not math.isclose(own, wanted, rel_tol=1e-6):  # the file has float32
                 raise InputError(f"the heads were trained for {name} {wanted:g}, not {own:g}; pass {name}={wanted:g}")
 
 
