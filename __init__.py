@@ -12,7 +12,7 @@ another mechanism, one of `terrazzo.mixers()`, `terrazzo.conversion_plan` measur
 `terrazzo.feature_pyramid` makes maps of four strides from a plain model, and `terrazzo.register_pyramid` gives these
 maps a name in timm. `terrazzo.Predictor` runs a model on pictures, as `terrazzo infer` does.
 `terrazzo.torchvision_backbone` makes a backbone for torchvision's detectors. `terrazzo.spatial` has models compute one
-huge image on several ranks, or part after part on one device.
+huge image on several ranks, or part after part on one device. `terrazzo.zoom` has a model look again where it pays.
 
 The order of both imports does not matter. If terrazzo comes first, it registers its backbones when timm is imported
 (`_timm_hook`), and everything else of this module is imported at first use.
@@ -28,6 +28,7 @@ from terrazzo.errors import TerrazzoError as TerrazzoError
 if TYPE_CHECKING:
     from terrazzo import backbones as backbones
     from terrazzo import checkpoints as checkpoints
+    from terrazzo import gated_zoom as gated_zoom
     from terrazzo import kernels as kernels
     from terrazzo import spatial as spatial
     from terrazzo.backbones._calibrate import calibrate as calibrate
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
     from terrazzo.backbones._reduce import reduce as reduce
     from terrazzo.backbones._reparameterize import reparameterize as reparameterize
     from terrazzo.backbones.mixers import mixers as mixers
+    from terrazzo.gated_zoom._zoom import zoom as zoom
     from terrazzo.integrations.torchvision import torchvision_backbone as torchvision_backbone
     from terrazzo.tools.predict.predictor import Predictor as Predictor
 
-_PACKAGES = ("backbones", "checkpoints", "kernels", "spatial")
+_PACKAGES = ("backbones", "checkpoints", "gated_zoom", "kernels", "spatial")
 _PLACES = {
     "Predictor": "terrazzo.tools.predict.predictor",
     "calibrate": "terrazzo.backbones._calibrate",
@@ -53,6 +55,7 @@ _PLACES = {
     "register_pyramid": "terrazzo.backbones._feature_pyramid",
     "reparameterize": "terrazzo.backbones._reparameterize",
     "torchvision_backbone": "terrazzo.integrations.torchvision",
+    "zoom": "terrazzo.gated_zoom._zoom",
 }
 """The modules of the names that are imported at first use; the same as above, for Python."""
 

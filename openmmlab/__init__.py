@@ -58,6 +58,7 @@ from terrazzo.openmmlab.token_budget import TokenBudget  # noqa: E402
 from terrazzo.openmmlab.token_consistency import TokenConsistency  # noqa: E402
 from terrazzo.openmmlab.wandb_log import WandbLog  # noqa: E402
 from terrazzo.openmmlab.workers import WorkersHook  # noqa: E402
+from terrazzo.openmmlab.zoom_heads import ZoomHeads, ZoomHeadsHook, ZoomQuality  # noqa: E402
 
 __all__ = [
     "AttentionConversion",
@@ -89,4 +90,7 @@ __all__ = [
     "TokenConsistency",
     "WandbLog",
     "WorkersHook",
+    "ZoomHeads",
+    "ZoomHeadsHook",
+    "ZoomQuality",
 ]

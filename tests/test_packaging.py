@@ -12,15 +12,19 @@ import pytest
 from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("backbones", "checkpoints", "integrations", "kernels", "necks", "openmmlab", "spatial", "configs", "tools")
+PACKAGES = (
+    *("backbones", "checkpoints", "gated_zoom", "integrations", "kernels", "necks", "openmmlab", "spatial"),
+    *("configs", "tools"),
+)
 # Layer -> the layers of terrazzo that it may import.
 ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
     "checkpoints": {"_files", "errors", "backbones"},
+    "gated_zoom": {"errors", "checkpoints"},
     "integrations": {"_pictures", "errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
-    "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "checkpoints", "necks"},
+    "openmmlab": {"_files", "_pictures", "errors", "kernels", "backbones", "checkpoints", "gated_zoom", "necks"},
     "spatial": {"errors", "kernels", "backbones"},
     "configs": {"openmmlab"},
     "tools": {
@@ -32,6 +36,7 @@ ARROWS = {
         "kernels",
         "backbones",
         "checkpoints",
+        "gated_zoom",
         "necks",
         "openmmlab",
         "spatial",
@@ -46,6 +51,7 @@ ROOMS = (
     "predict",
     "export",
     "training",
+    "zoom",
     "probe",
     "bench",
     "reports",
@@ -57,6 +63,7 @@ FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba", "llvmlite"},
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "gated_zoom": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "integrations": {"detectron2", "mmengine", "mmcv", "onnx", "supervision", "torchvision", "ultralytics"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
     "spatial": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},

@@ -30,6 +30,7 @@ VERBS = {
     "floors": "Make up pictures of terrazzo floors with labels, to try the commands on.",
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
     "probe": "Train a linear probe on a frozen backbone: what its features are good for.",
+    "zoom": "Say what a second look at some tiles could gain on a data set.",
     "bench": "Measure operators and backbones here, as ratios to named peers.",
     "compare": "Train backbones under one recipe, and compare them.",
     "doctor": "Build every model config of mmdet and mmseg; say which cannot be built, and why.",

@@ -16,7 +16,8 @@ from torch import nn
 from terrazzo.necks import PlainPyramid
 from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
 
-OTHERS = ("conversion", "multitask", "pose", "pretraining", "rotated")  # these configs have tests of their own
+# These configs have tests of their own.
+OTHERS = ("conversion", "multitask", "pose", "pretraining", "rotated", "zoom")
 CONFIGS = {name: path for name, path in packaged_configs().items() if path.parent.name not in OTHERS}
 PANOPTIC = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
 

@@ -5,12 +5,15 @@ import math
 import numbers
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from terrazzo.errors import InputError
 from terrazzo.tools.console import progress
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Evaluation(NamedTuple):
@@ -22,12 +25,13 @@ class Evaluation(NamedTuple):
     """Sentences: why there are no metrics, and where files were written."""
 
 
-def evaluate(cfg, checkpoint: Path) -> Evaluation:
+def evaluate(cfg, checkpoint: Path, prepare: "Callable[[nn.Module], object] | None" = None) -> Evaluation:
     """The metrics of a checkpoint on a config's test data; nothing is printed and no work dir is left behind.
 
     Args:
         cfg: what `terrazzo.openmmlab.config.load_config` gave.
         checkpoint: a file that a training of this config wrote.
+        prepare: changes the model after its weights are loaded.
 
     Raises:
         InputError: the config has no test data, or the checkpoint does not fit.
@@ -47,6 +51,8 @@ def evaluate(cfg, checkpoint: Path) -> Evaluation:
             # mmengine loads what fits and goes on: this is where a checkpoint that does not fit is refused.
             mm.load_exactly(runner.model, saved, checkpoint)
             del saved
+            if prepare is not None:
+                prepare(runner.model)
             runner.register_hook(mm.Ticker(bar))
             metrics = runner.test()
             drawn = _keep_drawings(Path(scratch), _drawings_folder(cfg))

@@ -12,6 +12,7 @@ from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import Mechanism, change_options
 from terrazzo.tools.options import Overlap, UserPath, UserPlace, max_megapixels_option
+from terrazzo.tools.zoom.options import ZoomOptions, zoom_options
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -62,6 +63,7 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
     "--spatial", type=click.IntRange(min=2), metavar="R", help="Let R processes share the rows of each picture."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, mps [default: a GPU if there is one].")
+@zoom_options
 def command(
     model_or_config: str,
     places: tuple[str, ...],
@@ -80,6 +82,7 @@ def command(
     show_tokens: bool,
     spatial: int | None,
     device: str | None,
+    zoom: ZoomOptions | None,
 ) -> None:
     """Run a classifier, segmentor or detector on each IMAGE.
 
@@ -102,9 +105,11 @@ def command(
         raise InputError(
             "--spatial is for segmentors of OpenMMLab configs: leave --runtime, --show-tokens and --tile out"
         )
+    if zoom and (tile or spatial):
+        raise InputError("--zoom has tiles of its own: leave --tile and --spatial out")
     if runtime != "torch" and show_tokens:
         raise InputError("an exported file does not say what it does with tokens: leave --runtime or --show-tokens out")
-    if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device):
+    if runtime != "torch" and (checkpoint or pretrained or num_classes or changes or device or zoom):
         raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
     if show_tokens and batch > 1:
         raise InputError("--show-tokens draws one picture at a time: leave --batch out")
@@ -138,6 +143,8 @@ def command(
         from terrazzo.tools.predict.ranks import share
 
         share(predictor, spatial, model_or_config, checkpoint)
+    if zoom is not None:
+        zoom.make(getattr(predictor.engine, "model", None)).install()
     if predictor.random:
         click.echo(
             f"note: {model_or_config} has random weights; give weights with --checkpoint FILE or --pretrained", err=True

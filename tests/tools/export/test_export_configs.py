@@ -31,7 +31,7 @@ def folder():
         yield Path(name)
 
 
-OTHERS = ("conversion", "multitask", "pose", "pretraining", "rotated")
+OTHERS = ("conversion", "multitask", "pose", "pretraining", "rotated", "zoom")
 
 
 @pytest.mark.slow

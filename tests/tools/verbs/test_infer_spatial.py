@@ -66,7 +66,7 @@ def test_refusals(refused, segmentor, picture, tmp_path, monkeypatch):
     out = ("--out", tmp_path / "out", "--device", "cpu")
     assert "only for segmentors" in refused("infer", "resnet10t", picture, *out, "--spatial", 2)
     text = refused("infer", config, picture, "--checkpoint", checkpoint, *out, "--spatial", 2, "--show-tokens")
-    assert "leave --runtime and --show-tokens out" in text
+    assert "leave --runtime, --show-tokens and --tile out" in text
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     text = refused("infer", config, picture, "--checkpoint", checkpoint, *out, "--spatial", 2)

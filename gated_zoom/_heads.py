@@ -1,0 +1,104 @@
+"""The trained parts: which tiles a fine pass improves, and whether a picture needs one."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from terrazzo.checkpoints.files import load_file
+from terrazzo.errors import InputError
+from terrazzo.gated_zoom._tiles import Grid
+
+HIDDEN = 64
+
+
+class RegionHead(nn.Module):
+    """Logits of tiles from features of the coarse pass: how much a fine pass would change, or correct.
+
+    Gradients stop at the features.
+
+    Args:
+        in_channels: Channels of the features.
+        hidden: Channels between the layers.
+    """
+
+    def __init__(self, in_channels: int, hidden: int = HIDDEN):
+        super().__init__()
+        self.reduce = nn.Conv2d(in_channels, hidden, 1)
+        self.spread = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.act = nn.GELU()
+        self.score = nn.Conv2d(hidden, 1, 1)
+
+    def forward(self, features: Tensor, grid: Grid) -> Tensor:
+        """From features (B, C, h, w) to logits (B, rows, columns)."""
+        x = self.act(self.spread(self.reduce(features.detach())))
+        return grid.pool(self.score(x))[:, 0]
+
+
+class Gate(nn.Module):
+    """The logit that a fine pass would change more of a picture than a small share of its pixels.
+
+    Gradients stop at the features.
+
+    Args:
+        in_channels: Channels of the features.
+    """
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.score = nn.Linear(2 * in_channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """From features (B, C, h, w) to logits (B,)."""
+        features = features.detach()
+        return self.score(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))[:, 0]
+
+
+class Heads(nn.Module):
+    """Region head and gate, with what they were trained for; the state dict has all of it.
+
+    Args:
+        in_channels: Channels of the features.
+        scale, tile, budget: What the heads are trained for.
+
+    Attributes:
+        region: The `RegionHead`.
+        gate: The `Gate`.
+        settings: `scale`, `tile` and `budget` as numbers.
+        trained: Whether region head and gate are trained.
+        thresholds: Of region head and gate, as probabilities, chosen for the budget.
+    """
+
+    settings: Tensor
+    trained: Tensor
+    thresholds: Tensor
+
+    def __init__(self, in_channels: int, scale: float = 4, tile: int = 192, budget: float = 0.25):
+        super().__init__()
+        self.region, self.gate = RegionHead(in_channels), Gate(in_channels)
+        self.register_buffer("settings", torch.tensor([float(scale), float(tile), float(budget)]))
+        self.register_buffer("trained", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("thresholds", torch.tensor([1.0, 0.0]))
+
+
+def load_heads(place: str | os.PathLike) -> Heads:
+    """The heads of a file that their training wrote.
+
+    Raises:
+        InputError: The file cannot be read, or has no heads.
+    """
+    saved = load_file(place, "cpu")
+    state: Any = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    own = {key.removeprefix("heads."): value for key, value in state.items() if key.startswith("heads.")}
+    weight = own.get("region.reduce.weight")
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        raise InputError(
+            f"{os.fspath(place)} has no heads of a zoom; name the heads.pth that a training of a zoom config wrote"
+        )
+    heads = Heads(weight.shape[1])
+    try:
+        heads.load_state_dict(own)
+    except RuntimeError as error:
+        raise InputError(f"{os.fspath(place)} has heads of another version of terrazzo; train them again") from error
+    return heads.eval()
