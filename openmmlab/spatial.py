@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.spatial_labels import is_segmentor
 from terrazzo.spatial import Part, Processes, rows
 from terrazzo.spatial._entries import find
 from terrazzo.spatial._parallelize import largest_stride, replace
@@ -106,9 +107,7 @@ class SpatialModel(MMDistributedDataParallel):
 
 def _untrainable(model: nn.Module) -> str | None:
     """Why a model cannot be trained on shared images; None if nothing is known against it."""
-    from mmseg.models import EncoderDecoder
-
-    if not isinstance(model, EncoderDecoder):
+    if not is_segmentor(model):
         return f"the model is a {type(model).__name__}, and only segmentors (EncoderDecoder) train on shared images"
     for name, module in model.named_modules():
         kind = type(module).__name__

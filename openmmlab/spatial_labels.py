@@ -13,14 +13,18 @@ from terrazzo.spatial._operators import resize
 BILINEAR = "bilinear"
 
 
+def is_segmentor(model: nn.Module) -> bool:
+    """Whether a model is an `EncoderDecoder` of mmsegmentation, which the bridge does not import."""
+    return any(
+        kind.__name__ == "EncoderDecoder" and kind.__module__.startswith("mmseg.") for kind in type(model).__mro__
+    )
+
+
 def unpredictable(model: nn.Module) -> str | None:
     """Why `own_labels` does not do what a model does in its place; None if it does."""
-    from mmseg.models import EncoderDecoder
-    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-
-    if not isinstance(model, EncoderDecoder) or type(model).encode_decode is not EncoderDecoder.encode_decode:
+    if not is_segmentor(model) or type(model).encode_decode.__qualname__ != "EncoderDecoder.encode_decode":
         return f"the model is a {type(model).__name__}, and only segmentors (EncoderDecoder) share images"
-    if type(model.decode_head).predict_by_feat is not BaseDecodeHead.predict_by_feat:
+    if type(model.decode_head).predict_by_feat.__qualname__ != "BaseDecodeHead.predict_by_feat":
         return f"the head is a {type(model.decode_head).__name__}, which predicts in a way of its own"
     if model.test_cfg.get("mode", "whole") != "whole":
         return "model.test_cfg has mode slide, which cuts images into windows; set its mode to whole"

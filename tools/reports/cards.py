@@ -224,6 +224,13 @@ def _mixer_speed(name: str) -> str:
     return _measured(f"mixers_{name}.csv", table, "terrazzo bench mixers MODEL --pictures DIR --out FILE")
 
 
+def _reducers(name: str) -> str:
+    """What `terrazzo bench reduce --methods` found, from reducers_NAME.csv."""
+    from terrazzo.tools.bench.reducers import table
+
+    return _measured(f"reducers_{name}.csv", table, "terrazzo bench reduce MODEL --methods all --out FILE")
+
+
 def _probe(name: str) -> str:
     """What `terrazzo probe segmentation` found, from probe_NAME.csv."""
     from terrazzo.tools.probe.outcomes import outcomes_of, table
@@ -312,6 +319,7 @@ TABLES: dict[str, Callable[[str | None], str]] = {
     "scaling": _scaling,
     "field": _field,
     "binding": _binding,
+    "reducers": _reducers,
 }
 
 
