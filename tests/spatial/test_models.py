@@ -10,6 +10,7 @@ import torch
 from support.shared_rows import assert_same
 from torch import nn
 
+import terrazzo
 from terrazzo.errors import InputError
 from terrazzo.spatial import OWN, LocalGroup, Part, tiled
 from terrazzo.spatial._parallelize import replace
@@ -31,6 +32,7 @@ SWIN = dict(
     drop_path_rate=0.0,
 )
 VIT = dict(embed_dim=16, depth=2, num_heads=2, img_size=(144, 80), dynamic_img_size=True, dynamic_img_pad=True)
+PYRAMID = dict(dim=16, depths=(1, 1, 1, 1), head_dim=8)
 MODELS = {
     "swin_tiny_patch4_window7_224": SWIN,
     "vit_tiny_patch16_224": VIT,
@@ -45,9 +47,17 @@ MODELS = {
     "mambavision_t": MAMBAVISION,
     "convnext_tiny": CONVNEXT,
     "convnextv2_tiny": CONVNEXT,
+    "medmamba_t": dict(embed_dim=8, depths=(1, 1, 1, 1), states=2),
+    "raftmlp_s": dict(depths=(1, 1, 1, 1), dims=(4, 8, 12, 16), img_size=(96, 64)),
+    "attnet_xs": dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), expansions=(2, 2, 2, 2)),
+    "dualtokenvit_tiny_mix": dict(widths=(32, 32, 64), depths=(1, 1, 1), mlp_ratios=(2, 2, 2)),
+    "fmvit_tiny": dict(dims=(32, 64, 64, 64), depths=(1, 1, 1, 1), stem=(4, 4, 4)),
+    "mixer_vit_tiny": dict(mixer="na", depth=2, embed_dim=16, num_heads=2, grid=(9, 5), mixer_options=dict(kernel=3)),
+    "mixer_pyramid_tiny": dict(mixers=("hedgehog", "softmax", "infsa", "softmax"), **PYRAMID),
 }
-TOLERANCES = {name: 1e-6 for name in MODELS if name.startswith(("infvit", "vit"))}
+TOLERANCES = {name: 1e-6 for name in MODELS if name.startswith(("infvit", "vit", "mixer_vit"))}
 """timm resizes position embeddings in float32."""
+TOLERANCES["fmvit_tiny"] = 1e-8  # gradients in front of a batch norm are 0, and others are large
 STRIDES = {"vit_small_patch14_reg4_dinov2": 14}
 SIZES = [(150, 75, 3), (97, 131, 3)]
 """Rows, columns, ranks."""
@@ -122,8 +132,8 @@ def compare(
 
 
 def compare_features(name, size):
-    if name.startswith("swin"):  # timm's takes whole patches only
-        size = (size[0] // 4 * 4, size[1] // 4 * 4, size[2])
+    whole = {"swin_tiny_patch4_window7_224": 4, "raftmlp_s": 32}.get(name, 1)  # they take whole patches only
+    size = (size[0] // whole * whole, size[1] // whole * whole, size[2])
     model = make(name, features_only=True)
     layout = "NHWC" if name.startswith("swin") else "NCHW"
     compare(model, size, stride=STRIDES.get(name, 32), tolerance=TOLERANCES.get(name, 1e-9), layout=layout)
@@ -132,6 +142,34 @@ def compare_features(name, size):
 @pytest.mark.parametrize("name", MODELS)
 def test_features(name):
     compare_features(name, SIZES[0])
+
+
+MIXERS = {
+    "hedgehog": {},
+    "linear_infsa": {},
+    "infsa": {},
+    "na": dict(kernel=3, bias=True),
+    "descriptor": dict(ratio=2),
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_converted_vit(mixer):
+    """The first layer has a mixer, the second has softmax attention."""
+    model = make("vit_tiny_patch16_224", features_only=True)
+    model = terrazzo.convert_attention(model, mixer, layers=[0], **MIXERS[mixer])
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.2) if ".mixer." in name and parameter.dim() > 1 else None
+    compare(model, (113, 48, 3), tolerance=1e-6)
+
+
+def test_a_vit_that_is_reduced_or_has_another_mixer_is_refused():
+    model = terrazzo.convert_attention(make("vit_tiny_patch16_224"), "monarch", layers=[0])
+    with pytest.raises(InputError, match=r"blocks.0.attn.mixer \(\S+\.Monarch: no entry\)"):
+        tiled(model, rows=64)
+    model = terrazzo.reduce(make("vit_tiny_patch16_224"), "mctf")
+    with pytest.raises(InputError, match=r"reducer \(\S+mctf\.Fusion: no entry\)"):
+        tiled(model, rows=64)
 
 
 @pytest.mark.slow
