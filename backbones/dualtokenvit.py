@@ -162,8 +162,7 @@ class BiDimAttention(nn.Module):
         of_places = self.spatial_select(torch.cat([local, image.expand_as(local)], -1)).sigmoid()
         return x * of_channels * of_places
 
-    @staticmethod
-    def mean(x: torch.Tensor) -> torch.Tensor:
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
         """The mean of a map, (B, 1, 1, C)."""
         return x.mean((1, 2), keepdim=True)
 

@@ -240,8 +240,9 @@ class Attention(nn.Module):
         # On CPUs, PyTorch 2.14's batch norm has wrong gradients for one image whose channels are innermost in memory.
         return self.proj(out.contiguous())
 
-    @staticmethod
-    def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fewer: torch.Tensor) -> torch.Tensor:
+    def attended(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fewer: torch.Tensor
+    ) -> torch.Tensor:
         """Attention (B, heads, N, D) to the positions of the map of averages `fewer` (B, C, h, w)."""
         return F.scaled_dot_product_attention(query, key, value)
 
