@@ -172,6 +172,14 @@ def test_a_vit_that_is_reduced_or_has_another_mixer_is_refused():
         tiled(model, rows=64)
 
 
+@pytest.mark.parametrize("name", ["soft_tiny", "vir_small_patch16_224", "roma_tiny", "m3vit_tiny"])
+def test_families_that_mix_all_tokens_are_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(InputError, match=rf"the model \(terrazzo.backbones.\w+.{type(model).__name__}: no entry\)"):
+        tiled(model, rows=64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_features_of_thin_parts(name):
@@ -222,6 +230,32 @@ def test_a_stride_larger_than_the_backbones_is_asked_for():
     model = Detector(make("dinat_mini", features_only=True)).double()
     with pytest.raises(InputError, match=r"neck has stride 2, and rank 1 begins at row 1 of 3: pass a larger `stride`"):
         tiled(model, rows=32, entries={Detector: OWN})(torch.zeros(1, 3, 96, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS", "ATSS"])
+def test_a_detector_of_convolutions(kind):
+    """The maps of its head, at strides of up to 128."""
+    pytest.importorskip("mmdet", reason="needs the extra 'openmmlab'")
+    importlib.import_module("terrazzo.openmmlab")
+    registry = importlib.import_module("mmdet.registry").MODELS
+    importlib.import_module("mmdet.models")
+    head = "RetinaHead" if kind == "RetinaNet" else f"{kind}Head"
+    backbone = dict(type="TerrazzoBackbone", name="convnext_tiny", **CONVNEXT)
+    neck = dict(type="mmdet.FPN", in_channels=list(CONVNEXT["dims"]), out_channels=32, start_level=1, num_outs=5)
+    head = dict(type=head, num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1)
+    torch.manual_seed(0)
+    neck["add_extra_convs"] = "on_output"
+    model = registry.build(dict(type=kind, backbone=backbone, neck=neck, bbox_head=head)).double().eval()
+    x = torch.randn(1, 3, 256, 128, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+    found = tiled(model, rows=128, stride=128, layout="NCHW")(x)
+    assert len(found) == len(wanted) == (2 if kind == "RetinaNet" else 3)
+    for maps, wanted_maps in zip(found, wanted):
+        for y, want in zip(maps, wanted_maps, strict=True):
+            assert_same(y, want, "maps", 1e-9)
+    with pytest.raises(InputError, match="no mode 'predict'"):
+        tiled(model, rows=128, stride=128)(x, mode="predict")
 
 
 @pytest.mark.slow
