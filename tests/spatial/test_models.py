@@ -200,7 +200,10 @@ def _less(needs):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("dinat_mini", "terrazzo_dinat.neighborhoods"), ("mambavision_t", "terrazzo_mambavision.windows")],
+    [
+        ("dinat_mini", "terrazzo_dinat.neighborhoods"),
+        ("mambavision_t", "terrazzo_mambavision.windows"),
+    ],
 )
 def test_rows_that_are_missing_are_found(name, place, monkeypatch):
     module, function = place.split(".")
