@@ -54,14 +54,21 @@ class SS2D(nn.Module):
         self.register_load_state_dict_pre_hook(take_old_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.in_proj(x)
+        x, gate = self.entered(x)
+        return self.left(self.scan(x), gate, x.dtype)
+
+    def entered(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The map that is scanned, (B, H, W, D), and the gate beside the scans or None."""
+        x, gate = self.in_proj(x), None
         if self.gated:
             x, gate = x.chunk(2, -1)
-        x = F.silu(on_maps(x, self.conv2d))
-        y = self.scan(x)
+        return F.silu(on_maps(x, self.conv2d)), gate
+
+    def left(self, y: torch.Tensor, gate: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """The output (B, H, W, C) from the sum of the scans."""
         # The sum of the scans may leave the range of half precision, so the norm takes it in float32.
-        y = self.out_norm(y).to(x.dtype)
-        return self.proj_out(y * F.silu(gate) if self.gated else y)
+        y = self.out_norm(y).to(dtype)
+        return self.proj_out(y if gate is None else y * F.silu(gate))
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the four scans of (B, H, W, D), in float32 at least."""

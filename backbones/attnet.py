@@ -71,7 +71,11 @@ class AttentiveConv(nn.Module):
         wide = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
         with without_autocast(wide):
             pooled = wide @ cells(self.taps, wide.shape[2], wide).t()
-        projected = self.kernel_proj(pooled.to(x.dtype).unsqueeze(3)).squeeze(3)
+        return self.kernels_of(pooled.to(x.dtype))
+
+    def kernels_of(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The kernels (B, C, taps) from the means of the input in the cells, (B, C, taps)."""
+        projected = self.kernel_proj(pooled.unsqueeze(3)).squeeze(3)
         kernels = self.kernel_gen(F.gelu(projected))
         share = self.difference_control.sigmoid().to(kernels.dtype)
         return kernels - share[:, None] * kernels.mean(2, keepdim=True)

@@ -92,9 +92,13 @@ class NATBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
         for gamma, norm, mix in ((self.gamma1, self.norm1, self.attn), (self.gamma2, self.norm2, self.mlp)):
-            update = mix(norm(x))
+            update = self.update(x, norm, mix)
             x = x + self.drop_path(update if gamma is None else gamma * update)
         return x
+
+    def update(self, x: torch.Tensor, norm: nn.Module, mix: nn.Module) -> torch.Tensor:
+        """What attention or the MLP adds to a map, before scales."""
+        return mix(norm(x))
 
 
 class ConvTokenizer(nn.Module):

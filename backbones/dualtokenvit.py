@@ -128,11 +128,14 @@ class PositionAwareTokens(nn.Module):
         self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: torch.Tensor, state: Tokens) -> torch.Tensor:
-        grid = pool_to_grid(on_maps(x, *self.halvings))
-        aggregated = attend(*self.qkv(grid).chunk(3, -1))
+        aggregated = attend(*self.qkv(self.pooled(x)).chunk(3, -1))
         state.tokens = self.alpha * state.tokens + (1 - self.alpha) * self.mlp(self.norm(aggregated))
         told = attend(self.q(x).flatten(1, 2), *self.kv(state.tokens).chunk(2, -1))
         return self.proj(told).view(x.shape)
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """The map (B, H, W, C) as tokens (B, GRID * GRID, C)."""
+        return pool_to_grid(on_maps(x, *self.halvings))
 
 
 class BiDimAttention(nn.Module):
@@ -153,11 +156,15 @@ class BiDimAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed = self.norm(x)
-        image = self.act(self.global_reduce(normed.mean((1, 2), keepdim=True)))  # B 1 1 C/4
+        image = self.act(self.global_reduce(self.mean(normed)))  # B 1 1 C/4
         local = self.act(self.local_reduce(normed))
         of_channels = self.channel_select(image).sigmoid()
         of_places = self.spatial_select(torch.cat([local, image.expand_as(local)], -1)).sigmoid()
         return x * of_channels * of_places
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of a map, (B, 1, 1, C)."""
+        return x.mean((1, 2), keepdim=True)
 
 
 class DualTokenBlock(nn.Module):

@@ -235,10 +235,16 @@ class Attention(nn.Module):
             y.flatten(2).unflatten(1, (self.heads, WIDTH)).transpose(2, 3)
             for y in (self.q(x), self.k(fewer), self.v(fewer))
         )
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = self.attended(query, key, value, fewer)
         out = out.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
         # On CPUs, PyTorch 2.14's batch norm has wrong gradients for one image whose channels are innermost in memory.
         return self.proj(out.contiguous())
+
+    def attended(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fewer: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention (B, heads, N, D) to the positions of the map of averages `fewer` (B, C, h, w)."""
+        return F.scaled_dot_product_attention(query, key, value)
 
     def dilate(self, before: int, after: int) -> None:
         """Averages are of the same part of the image."""

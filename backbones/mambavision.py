@@ -55,7 +55,11 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
-        return x + self.drop_path(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
+        return x + self.drop_path(self.update(x))
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """What the block adds to its input."""
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
 
 class Kept(Beside):

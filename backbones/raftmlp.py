@@ -150,9 +150,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
-        size = tuple(x.shape[1:3])
-        x = resize(self.mix_w(self.mix_h(resize(x, self.grid))), size)
+        x = self.mixed(x)
         return x + self.drop_path(self.mlp(self.norm(x)))
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        """Both mixings on the map of one size, resized back."""
+        return resize(self.mix_w(self.mix_h(resize(x, self.grid))), tuple(x.shape[1:3]))
 
 
 class First(Beside):

@@ -60,10 +60,14 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, state: Any = None) -> torch.Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
+        x = x + self.drop_path(self.scanned(x))
         if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
+
+    def scanned(self, x: torch.Tensor) -> torch.Tensor:
+        """What SS2D adds to a map."""
+        return self.op(self.norm(x))
 
 
 class VMamba(Pyramid):

@@ -251,29 +251,6 @@ class Part:
         ]
         return self.group.swap(parts, shapes)[(self.rank - 1) % size]
 
-    def to_columns(self, x: torch.Tensor, level: Level) -> torch.Tensor:
-        """Exchange the own rows of a map (B, h, W, C) for own columns: (B, w, H, C).
-
-        Raises:
-            InputError: There are fewer columns than ranks.
-        """
-        columns = rows(level.width, self.group.size, 1)
-        first, last = columns[self.rank]
-        parts = [x[:, :, start:end] for start, end in columns]
-        shapes = [torch.Size([x.shape[0], end - start, last - first, x.shape[3]]) for start, end in level.rows]
-        return torch.cat(list(self.group.swap(parts, shapes)), 1).transpose(1, 2)
-
-    def to_rows(self, x: torch.Tensor, level: Level) -> torch.Tensor:
-        """The inverse of `to_columns`."""
-        x = x.transpose(1, 2)
-        start, end = level.rows[self.rank]
-        parts = [x[:, low:high] for low, high in level.rows]
-        shapes = [
-            torch.Size([x.shape[0], end - start, high - low, x.shape[3]])
-            for low, high in rows(level.width, self.group.size, 1)
-        ]
-        return torch.cat(list(self.group.swap(parts, shapes)), 2)
-
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks."""
         return x if self.group.size == 1 else self.group.total(x)

@@ -1,8 +1,7 @@
-"""Scans of a map or a sequence that several ranks share: each rank scans its own part, and adds the state before it.
+"""Scans of a map or a sequence that several ranks share: each rank scans its own part from the state before it.
 
-A scan is linear in its first state. So every rank scans from a state of zero. Ranks then tell each other their last
-states and how much their parts let a state decay. A rank computes from these the state at its first step, and adds what
-this state adds to its outputs.
+A scan is linear in its first state. So every rank first scans from a state of zero. Ranks then tell each other their
+last states and how much their parts let a state decay, and a rank computes from these the state at its first step.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from terrazzo import kernels
-from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch.dtypes import accumulator
-from terrazzo.kernels.selective_scan.orders import by_columns, codes, is_reversed
-from terrazzo.spatial._cuts import Level
+from terrazzo.kernels.selective_scan.orders import CROSS, by_columns, codes, is_reversed
 from terrazzo.spatial._part import Part
 
 
@@ -26,15 +23,42 @@ def before(part: Part, last: torch.Tensor, decay: torch.Tensor, reverse: bool) -
         decay: What these steps leave of a state, of a shape that `last` broadcasts with.
         reverse: Whether later ranks come first.
     """
-    both = part.stacked(torch.stack([last, decay.expand_as(last)]))
-    state = torch.zeros_like(last)
-    ranks = range(part.group.size)
-    for rank in reversed(ranks) if reverse else ranks:
-        earlier = rank > part.rank if reverse else rank < part.rank
+    found = part.stacked(torch.stack([last, decay.expand_as(last)]).unsqueeze(2))
+    return _entering(found, part.rank, reverse).squeeze(1)
+
+
+def _entering(found: torch.Tensor, own: int, reverse: bool) -> torch.Tensor:
+    """The states (B, S, ...) at the first step of each piece of a rank.
+
+    Args:
+        found: (ranks, 2, B, S, ...), for each rank and each of its S pieces the last state from a state of zero, and
+            what the steps leave of a state. The scan takes the first piece of each rank, then the second of each, ...
+        own: The rank.
+        reverse: Whether the scan takes pieces and ranks from the last to the first.
+    """
+    ranks = range(len(found))[::-1] if reverse else range(len(found))
+    last, decay = torch.zeros_like(found[0, 0]), torch.ones_like(found[0, 1])
+    for rank in ranks:  # pieces of all ranks as one
+        last, decay = found[rank, 1] * last + found[rank, 0], found[rank, 1] * decay
+    state = _before_each(last, decay, reverse)
+    for rank in ranks:
         # Every rank computes with all states, so that the backward pass calls the same exchanges on every rank.
-        use = torch.tensor(earlier, device=last.device)
-        state = torch.where(use, both[rank, 1] * state + both[rank, 0], state)
+        use = torch.tensor(rank > own if reverse else rank < own, device=found.device)
+        state = torch.where(use, found[rank, 1] * state + found[rank, 0], state)
     return state
+
+
+def _before_each(last: torch.Tensor, decay: torch.Tensor, reverse: bool) -> torch.Tensor:
+    """The states before each of S pieces that follow each other in dimension 1, in log2(S) rounds."""
+    if reverse:
+        return _before_each(last.flip(1), decay.flip(1), False).flip(1)
+    length, reach = last.shape[1], 1
+    while reach < length:
+        more = decay[:, reach:] * last[:, :-reach]
+        last = torch.cat([last[:, :reach], last[:, reach:] + more], 1)
+        decay = torch.cat([decay[:, :reach], decay[:, reach:] * decay[:, :-reach]], 1)
+        reach *= 2
+    return torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1)
 
 
 def _steps(delta: torch.Tensor, bias: torch.Tensor | None, softplus: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -99,117 +123,75 @@ def selective_scan(
 ) -> torch.Tensor:
     """`terrazzo.kernels.selective_scan` along a sequence of which each rank has a part, in the order of the ranks."""
     dtype = accumulator(u, delta, A, B, C)
-    delta = _steps(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus, dtype)
-    y, last = kernels.selective_scan(
-        u.to(dtype), delta, A, B, C, reverse=reverse, backend=backend, return_last_state=True
-    )
-    decays = A.to(dtype)
-    state = before(part, last, (delta.sum(2)[..., None] * decays).exp(), reverse)  # B D N
-    readers = (C if C.dim() == 4 else C[:, None]).to(dtype)  # B G N L
-    logs = _sums(delta, 2, reverse).unflatten(1, (readers.shape[1], -1))  # B G D/G L
-    grouped, decays = state.unflatten(1, logs.shape[1:3]), decays.unflatten(0, logs.shape[1:3])
-    added = sum(
-        readers[:, :, None, n] * (logs * decays[..., n, None]).exp() * grouped[..., n, None] for n in range(A.shape[1])
-    )
-    y = y + added.flatten(1, 2)
-    if D is not None:
-        y = y + D.to(dtype)[:, None] * u
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype)
+    steps = _steps(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus, dtype)
+    state = before(part, *_last(u, steps, A, B, reverse, backend), reverse)
+    return kernels.selective_scan(u, steps, A, B, C, D, z, reverse=reverse, backend=backend, initial_state=state)
+
+
+def _last(
+    u: torch.Tensor, steps: torch.Tensor, A: torch.Tensor, B: torch.Tensor, reverse: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last state (B, D, N) of a scan from a state of zero, and what its steps leave of a state."""
+    last = kernels.selective_scan(u, steps, A, B, B, reverse=reverse, backend=backend, return_last_state=True)[1]
+    return last, (steps.sum(2)[..., None] * A.to(steps.dtype)).exp()
 
 
 def selective_scan_2d(
     part: Part,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    delta_bias: torch.Tensor | None = None,
+    inputs: Callable[[], Sequence[torch.Tensor]],
     delta_softplus: bool = False,
-    orders: Sequence[str] = ("rows", "columns", "rows_reversed", "columns_reversed"),
+    orders: Sequence[str] = CROSS,
     backend: str = "auto",
 ) -> torch.Tensor:
     """`terrazzo.kernels.selective_scan_2d` of a map whose rows ranks share.
 
-    For scans by columns the ranks exchange rows for columns, and back.
+    A rank has a single piece of a sequence of rows, and a piece of each column. It scans all pieces for their last
+    states, which ranks exchange, and then again from the states before the pieces. So a scan by columns exchanges a
+    state for each column, and no pixels.
 
-    Raises:
-        InputError: An order is given twice, or the map has fewer columns than there are ranks.
+    Args:
+        inputs: Makes u, delta, A, B, C, D and the bias of delta. Virtual ranks without gradients call it twice, so that
+            nothing holds the inputs while a rank waits for the others.
     """
-    level = part.level(u, 1)
     numbers = codes(tuple(orders))
-    if len(set(numbers)) < len(numbers):
-        raise InputError(f"orders must differ where ranks share a map, got {tuple(orders)}")
-    dtype = accumulator(u, delta, A, B, C)
-    delta = _steps(delta, delta_bias, delta_softplus, dtype)
+    given: Sequence[torch.Tensor] | None = inputs()
+    found = []
+    for k, code in enumerate(numbers):
+        u, steps, A, B = _of_scan(given, k, code, delta_softplus)[:4]
+        found.append(torch.stack(_last(u, steps, A, B, is_reversed(code), backend)))
+    batch, height, width = given[1].shape[:3]
+    pieces = [states.shape[1] for states in found]
+    if part.group.shares_modules and not torch.is_grad_enabled():
+        given = u = steps = A = B = None
+    shared = part.stacked(torch.cat(found, 1)).split(pieces, 2)
+    given = inputs() if given is None else given
     out: torch.Tensor | None = None
-    for columns in (False, True):
-        taken = [k for k, code in enumerate(numbers) if by_columns(code) == columns]
-        if not taken:
-            continue
-        maps = [u if u.dim() == 4 else u[:, :, :, taken], *(x[:, :, :, taken] for x in (delta, B, C))]
-        maps = [x.to(dtype) for x in maps]
-        if columns:
-            maps = _by_columns(part, level, maps)
-        own = None if D is None else D[taken]
-        y = _by_rows(part, *maps, A[taken], own, [is_reversed(numbers[k]) for k in taken], backend)
-        if columns:
-            y = part.to_rows(y, level)
+    for k, code in enumerate(numbers):
+        state = _entering(shared[k].unflatten(2, (batch, -1)), part.rank, is_reversed(code)).flatten(0, 1)
+        u, steps, A, B, C, D = _of_scan(given, k, code, delta_softplus)
+        y = kernels.selective_scan(
+            u.to(steps.dtype), steps, A, B, C, D, reverse=is_reversed(code), backend=backend, initial_state=state
+        )
+        y = _as_map(y, by_columns(code), (height, width))
         out = y if out is None else out + y
     assert out is not None
     return out
 
 
-def scans_along_rows(
-    part: Part, inputs: Callable[[], Sequence[torch.Tensor]], taken: list[int], reverse: list[bool]
-) -> torch.Tensor:
-    """Some of the scans of a map (B, h, W, D) whose rows ranks share: one forward and one reversed.
-
-    Args:
-        inputs: Makes u, delta, A, B, C, D and the bias of delta, which a softplus follows; of all scans. Nothing holds
-            them while this rank waits for others.
-        taken: The numbers of the scans.
-    """
-    u, delta, A, B, C, D, bias = inputs()
-    dtype = accumulator(u, delta, A, B, C)
-    delta = _steps(delta[:, :, :, taken], bias[taken], True, dtype)
-    B, C = (x[:, :, :, taken].to(dtype) for x in (B, C))
-    return _by_rows(part, u.to(dtype), delta, B, C, A[taken], D[taken], reverse, "auto")
+def _of_scan(given: Sequence[torch.Tensor], k: int, code: int, softplus: bool) -> tuple[torch.Tensor, ...]:
+    """u, step sizes, A, B, C and D of a scan, as sequences: of rows (B, C, h W), or of columns (B W, C, h)."""
+    u, delta, A, B, C, D, bias = given
+    delta = _steps(delta[:, :, :, k], None if bias is None else bias[k], softplus, accumulator(u, delta, A, B, C))
+    maps = (u if u.dim() == 4 else u[:, :, :, k], delta, B[:, :, :, k], C[:, :, :, k])
+    u, delta, B, C = (_as_sequences(x, by_columns(code)) for x in maps)
+    return u, delta, A[k], B, C, None if D is None else D[k]
 
 
-def _by_columns(part: Part, level: Level, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Maps (B, h, W, ...) of own rows as maps (B, w, H, ...) of own columns, in one exchange."""
-    flat = [x.flatten(3) for x in maps]
-    turned = part.to_columns(torch.cat(flat, 3), level).split([x.shape[3] for x in flat], 3)
-    return [x.unflatten(3, y.shape[3:]) for x, y in zip(turned, maps)]
+def _as_sequences(x: torch.Tensor, columns: bool) -> torch.Tensor:
+    return (x.transpose(1, 2).flatten(0, 1) if columns else x.flatten(1, 2)).transpose(1, 2)
 
 
-def _by_rows(part, u, delta, B, C, A, D, reverse: list[bool], backend: str) -> torch.Tensor:
-    """Scans along the rows of maps whose rows ranks share: at most one forward and one reversed."""
-    height, width, states = *delta.shape[1:3], A.shape[2]
-    # Rows with steps of size 0 above and below the map hold the states after each scan, and read them out: below the
-    # map that of the forward scan, above it that of the reversed scan. The other scan's state is still 0 there.
-    more = -(-states // width)
-
-    def around(x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x, (*(0, 0) * (x.dim() - 2), more, more))
-
-    index = torch.arange(more * width, device=C.device)
-    readers = (index[:, None] == torch.arange(states, device=C.device)).to(C.dtype)
-    readers = readers.view(1, more, width, 1, states).expand(C.shape[0], -1, -1, C.shape[3], -1)
-    names = ["rows_reversed" if back else "rows" for back in reverse]
-    held = kernels.selective_scan_2d(
-        around(u), around(delta), A, around(B), torch.cat([readers, C, readers], 1), D, orders=names, backend=backend
-    )
-    above, y, below = held.split([more, height, more], 1)
-    for k, back in enumerate(reverse):
-        last = (above if back else below).flatten(1, 2)[:, :states].transpose(1, 2)  # B D N
-        steps, decays = delta[:, :, :, k], A[k].to(delta.dtype)
-        state = before(part, last, (steps.sum((1, 2))[..., None] * decays).exp(), back)
-        logs = _sums(steps.flatten(1, 2), 1, back).unflatten(1, (height, width))  # B H W D
-        for n in range(states):
-            y = y + C[:, :, :, k, n, None] * (logs * decays[:, n]).exp() * state[:, None, None, :, n]
-    return y
+def _as_map(y: torch.Tensor, columns: bool, sides: tuple[int, int]) -> torch.Tensor:
+    """(B, h, W, C) of sequences."""
+    y = y.transpose(1, 2)
+    return y.unflatten(0, (-1, sides[1])).transpose(1, 2) if columns else y.unflatten(1, sides)

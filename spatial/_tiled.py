@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from terrazzo.errors import InputError
+from terrazzo.spatial._allocator import returned_at_once
 from terrazzo.spatial._cuts import Level
 from terrazzo.spatial._entries import Entry
 from terrazzo.spatial._groups import Group, LocalGroup
@@ -60,8 +61,11 @@ class Tiled(nn.Module):
                 out = self.model(part.scatter(x), *arguments, **options)
             return out, part.levels()
 
-        found = LocalGroup(parts).run(run)
-        return joined([out for out, _ in found], found[0][1], self.layout)
+        with returned_at_once(x.device):
+            found = LocalGroup(parts).run(run)
+            outs, levels = [out for out, _ in found], found[0][1]
+            found.clear()
+            return joined(outs, levels, self.layout)
 
 
 _ROWS = {"NCHW": 2, "NHWC": 1}
@@ -71,46 +75,65 @@ _ROWS = {"NCHW": 2, "NHWC": 1}
 def joined(outs: list[Any], levels: list[Level], layout: str | None = None) -> Any:
     """The whole result of the parts' results: maps are put together, and what all parts have is taken once.
 
+    Args:
+        outs: The results; the list is emptied, so that a part's map is free as soon as the whole map has it.
+
     Raises:
         InputError: A tensor is neither a map of a known size nor the same on all ranks.
     """
-    first = outs[0]
-    if isinstance(first, torch.Tensor):
+    kind = type(outs[0])
+    if isinstance(outs[0], torch.Tensor):
         return _joined_map(outs, levels, layout)
-    if isinstance(first, dict):
-        return type(first)((key, joined([out[key] for out in outs], levels, layout)) for key in first)
-    if isinstance(first, (list, tuple)):
-        items = [joined(list(parts), levels, layout) for parts in zip(*outs)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    return first
+    if isinstance(outs[0], dict):
+        keys = list(outs[0])
+        items = _joined_items([[out[key] for key in keys] for out in outs], outs, levels, layout)
+        return kind(zip(keys, items))
+    if isinstance(outs[0], (list, tuple)):
+        items = _joined_items([list(out) for out in outs], outs, levels, layout)
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    return outs[0]
+
+
+def _joined_items(items: list[list[Any]], outs: list[Any], levels: list[Level], layout: str | None) -> list[Any]:
+    outs.clear()
+    for own in items:
+        own.reverse()
+    return [joined([own.pop() for own in items], levels, layout) for _ in range(len(items[0]))]
 
 
 def _joined_map(maps: list[torch.Tensor], levels: list[Level], layout: str | None) -> torch.Tensor:
-    first = maps[0]
     if len(maps) == 1:
-        return first
+        return maps[0]
+    shape = tuple(maps[0].shape)  # and no name for a part's map, which would hold it
     found = {}
-    for name, dim in _ROWS.items() if first.dim() == 4 else ():
+    for name, dim in _ROWS.items() if len(shape) == 4 else ():
         for level in levels:
             counts = [end - start for start, end in level.rows]
-            if (
-                layout in (None, name)
-                and [y.shape[dim] for y in maps] == counts
-                and first.shape[dim + 1] == level.width
-            ):
+            if layout in (None, name) and [y.shape[dim] for y in maps] == counts and shape[dim + 1] == level.width:
                 found[name] = level
     if len(found) > 1:
         raise InputError(
-            f"an output of {tuple(first.shape)} in the first part may be rows of a map of "
+            f"an output of {shape} in the first part may be rows of a map of "
             f"{' or of '.join(f'{level} in {name}' for name, level in found.items())}: pass layout='NCHW' or 'NHWC'"
         )
     for name, level in found.items():
-        return first if level.whole else torch.cat(maps, _ROWS[name])
+        return maps[0] if level.whole else _one_after_another(maps, _ROWS[name], level)
     if len({y.shape for y in maps}) == 1:
-        return first
+        return maps[0]
     raise InputError(
         f"an output has the shapes {[tuple(y.shape) for y in maps]} in the parts, which make no map of a known size"
     )
+
+
+def _one_after_another(maps: list[torch.Tensor], dim: int, level: Level) -> torch.Tensor:
+    """`torch.cat(maps, dim)`, in the memory format of the maps; the list is emptied."""
+    shape, strides = list(maps[0].shape), maps[0].stride()
+    shape[dim] = level.height
+    order = sorted(range(len(shape)), key=lambda axis: -strides[axis])
+    out = torch.empty_permuted(shape, order, dtype=maps[0].dtype, device=maps[0].device)
+    for start, end in level.rows:
+        out.narrow(dim, start, end - start).copy_(maps.pop(0))
+    return out
 
 
 def tiled(

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from terrazzo.spatial._entries import Entry
+from terrazzo.spatial._entries import OWN, Entry
 from terrazzo.spatial._operators import convolve
 
 
@@ -12,4 +12,4 @@ def _check(module: nn.Module) -> str | None:
     return f"padding_mode '{module.padding_mode}' is not done across ranks" if module.with_explicit_padding else None
 
 
-ENTRIES = {"ConvModule": Entry(check=_check), "Conv2d": Entry(convolve)}
+ENTRIES = {"ConvModule": Entry(check=_check), "Conv2d": Entry(convolve), "Scale": OWN}

@@ -1,36 +1,16 @@
 """InfViT with Linear-InfSA or softmax attention. Every rank has the class token, and the tokens of its rows."""
 
+import functools
+
 import torch
 from torch import nn
 
-from terrazzo.backbones._layers import bicubic
 from terrazzo.backbones.infvit import parts_of
 from terrazzo.backbones.mixers._infsa import EPS
 from terrazzo.spatial._attention import attention
 from terrazzo.spatial._entries import OWN, Entry
-from terrazzo.spatial._operators import convolve
 from terrazzo.spatial._part import Part
-from terrazzo.spatial._tokens import begin, counted, counts
-
-
-def _stem(part: Part, stem: nn.Module, x: torch.Tensor, state: object = None) -> torch.Tensor:
-    x = convolve(part, stem.patches, x, (stem.patch_size - 1,) * 2)
-    begin(part, x, prefix=1)
-    level = part.level(x)
-    if state is not None:
-        state.grid = tuple(x.shape[2:])
-    tokens = torch.cat([stem.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
-    first, last = level.rows[part.rank]
-    if level.height * level.width == stem.pos_embed.shape[1] - 1:
-        own = stem.pos_embed[:, 1 + first * level.width : 1 + last * level.width]
-    else:
-        learned = stem.pos_embed[:, 1:].unflatten(1, stem.grid)
-        rows, columns = (
-            bicubic(old, new, learned, antialias=True)
-            for old, new in zip(learned.shape[1:3], (level.height, level.width))
-        )
-        own = (rows[first:last] @ (columns @ learned).flatten(2)).unflatten(2, (level.width, -1)).flatten(1, 2)
-    return tokens + torch.cat([stem.pos_embed[:, :1], own], 1)
+from terrazzo.spatial._tokens import counted, counts, stem
 
 
 def _sums(part: Part, pairs: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +35,7 @@ def _softmax(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 ENTRIES = {
     **dict.fromkeys(("InfViT", "Block", "PreLogitsHead"), OWN),
-    "Stem": Entry(_stem),
+    "Stem": Entry(functools.partial(stem, any_grid=True)),
     "LinearInfSA": Entry(_linear),
     "Softmax": Entry(_softmax),
 }

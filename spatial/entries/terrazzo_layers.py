@@ -14,19 +14,19 @@ def _patches(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module.norm(convolve(part, module.proj, x, excess).permute(0, 2, 3, 1))
 
 
-def _merge(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def merge(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Patches of 2x2 pixels; a rank's rows are even, but for the last rank's, where zeros are padded."""
     level = part.level(x, 1)
     part.strided(level, 2, -(-level.height // 2), -(-level.width // 2))
     return type(module).forward(module, x)
 
 
-def _check_merge(module: nn.Module) -> str | None:
+def check_merge(module: nn.Module) -> str | None:
     return None if module.step is None else "a patch merging that keeps the size (output_stride) is not done yet"
 
 
 ENTRIES = {
     **dict.fromkeys(("WideLayerNorm", "ConvDownsampler"), OWN),
     "PatchEmbed": Entry(_patches, kept=("proj",)),
-    "PatchMerging": Entry(_merge, check=_check_merge),
+    "PatchMerging": Entry(merge, check=check_merge),
 }

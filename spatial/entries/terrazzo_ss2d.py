@@ -5,19 +5,11 @@ from torch import nn
 
 from terrazzo.spatial._entries import Entry
 from terrazzo.spatial._part import Part
-from terrazzo.spatial._scans import scans_along_rows
-
-ROWS, COLUMNS = [0, 2], [1, 3]
-"""The numbers of the scans along rows and along columns, each first forward and then reversed."""
+from terrazzo.spatial._scans import selective_scan_2d
 
 
-def _scan(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The scans' inputs are computed from single pixels. So pixels are exchanged, and the inputs are not."""
-    level = part.level(x, 1)
-    y = scans_along_rows(part, lambda: module.scan_inputs(x), ROWS, [False, True])
-    turned = part.to_columns(x, level)
-    columns = scans_along_rows(part, lambda: module.scan_inputs(turned), COLUMNS, [False, True])
-    return y + part.to_rows(columns, level)
+def scan(part: Part, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return selective_scan_2d(part, lambda: module.scan_inputs(x), delta_softplus=True)
 
 
-ENTRIES = {"SS2D": Entry(_scan, method="scan")}
+ENTRIES = {"SS2D": Entry(scan, method="scan")}

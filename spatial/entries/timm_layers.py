@@ -82,7 +82,9 @@ def _check_patches(module: nn.Module) -> str | None:
     return None if module.flatten or fmt in ("NCHW", "NHWC") else f"its output has the layout {fmt}"
 
 
-def _attend(part: Part, module: nn.Module, x: torch.Tensor, attn_mask: object = None, is_causal: bool = False):
+def attend_to_all(
+    part: Part, module: nn.Module, x: torch.Tensor, attn_mask: object = None, is_causal: bool = False
+) -> torch.Tensor:
     """Attention of own tokens to the tokens of all ranks."""
     if attn_mask is not None or is_causal or (module.training and module.attn_drop.p > 0):
         raise InputError(f"{part.at} has a mask or dropout of weights, which is not done across ranks")
@@ -100,7 +102,7 @@ def _attend(part: Part, module: nn.Module, x: torch.Tensor, attn_mask: object = 
 ENTRIES = {
     **dict.fromkeys(_OWN.split(), OWN),
     "PatchEmbed": Entry(_patches, check=_check_patches),
-    "Attention": Entry(_attend),
+    "Attention": Entry(attend_to_all),
     "FastAdaptiveAvgPool": Entry(_average),
     "FastAdaptiveMaxPool": Entry(_max),
     "GroupNorm": Entry(_group_norm),

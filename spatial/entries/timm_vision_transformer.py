@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from terrazzo.backbones._layers import bicubic
 from terrazzo.errors import InputError
 from terrazzo.spatial._entries import OWN, Entry
 from terrazzo.spatial._part import Part
+from terrazzo.spatial._tokens import positions
 
 
 def _check(model: nn.Module) -> str | None:
@@ -22,25 +22,18 @@ def _positions(part: Part, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         raise InputError(f"{part.at} has a stem that is not known to make tokens of a map")
     part.prefix = model.num_prefix_tokens
     x = x.flatten(1, -2)
-    first, last = level.rows[part.rank]
     front = [token.expand(x.shape[0], -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
     if model.pos_embed is None:
         return torch.cat([*front, x], 1)
     before = 0 if model.no_embed_class else model.num_prefix_tokens
     learned, grid = model.pos_embed[:, before:], tuple(model.patch_embed.grid_size)
     size = (level.height, level.width)
-    if grid == size:
-        own = learned[:, first * level.width : last * level.width]
-    elif model.dynamic_img_size:
-        learned = learned.unflatten(1, grid)
-        rows, columns = (bicubic(old, new, learned, antialias=True) for old, new in zip(grid, size))
-        own = (rows[first:last] @ (columns @ learned).flatten(2)).unflatten(2, (level.width, -1)).flatten(1, 2)
-    else:
+    if grid != size and not model.dynamic_img_size:
         raise InputError(
             f"{part.at} has positions for {grid[0]}x{grid[1]} patches, and the image has {size[0]}x{size[1]}: create "
             "the model with dynamic_img_size=True"
         )
-    x = x + own
+    x = x + positions(part, learned, grid)
     if not front:
         return model.pos_drop(x)
     tokens = torch.cat(front, 1)

@@ -10,6 +10,7 @@ import torch
 from support.shared_rows import assert_same
 from torch import nn
 
+import terrazzo
 from terrazzo.errors import InputError
 from terrazzo.spatial import OWN, LocalGroup, Part, tiled
 from terrazzo.spatial._parallelize import replace
@@ -31,6 +32,7 @@ SWIN = dict(
     drop_path_rate=0.0,
 )
 VIT = dict(embed_dim=16, depth=2, num_heads=2, img_size=(144, 80), dynamic_img_size=True, dynamic_img_pad=True)
+PYRAMID = dict(dim=16, depths=(1, 1, 1, 1), head_dim=8)
 MODELS = {
     "swin_tiny_patch4_window7_224": SWIN,
     "vit_tiny_patch16_224": VIT,
@@ -45,9 +47,17 @@ MODELS = {
     "mambavision_t": MAMBAVISION,
     "convnext_tiny": CONVNEXT,
     "convnextv2_tiny": CONVNEXT,
+    "medmamba_t": dict(embed_dim=8, depths=(1, 1, 1, 1), states=2),
+    "raftmlp_s": dict(depths=(1, 1, 1, 1), dims=(4, 8, 12, 16), img_size=(96, 64)),
+    "attnet_xs": dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), expansions=(2, 2, 2, 2)),
+    "dualtokenvit_tiny_mix": dict(widths=(32, 32, 64), depths=(1, 1, 1), mlp_ratios=(2, 2, 2)),
+    "fmvit_tiny": dict(dims=(32, 64, 64, 64), depths=(1, 1, 1, 1), stem=(4, 4, 4)),
+    "mixer_vit_tiny": dict(mixer="na", depth=2, embed_dim=16, num_heads=2, grid=(9, 5), mixer_options=dict(kernel=3)),
+    "mixer_pyramid_tiny": dict(mixers=("hedgehog", "softmax", "infsa", "softmax"), **PYRAMID),
 }
-TOLERANCES = {name: 1e-6 for name in MODELS if name.startswith(("infvit", "vit"))}
+TOLERANCES = {name: 1e-6 for name in MODELS if name.startswith(("infvit", "vit", "mixer_vit"))}
 """timm resizes position embeddings in float32."""
+TOLERANCES["fmvit_tiny"] = 1e-8  # gradients in front of a batch norm are 0, and others are large
 STRIDES = {"vit_small_patch14_reg4_dinov2": 14}
 SIZES = [(150, 75, 3), (97, 131, 3)]
 """Rows, columns, ranks."""
@@ -122,8 +132,8 @@ def compare(
 
 
 def compare_features(name, size):
-    if name.startswith("swin"):  # timm's takes whole patches only
-        size = (size[0] // 4 * 4, size[1] // 4 * 4, size[2])
+    whole = {"swin_tiny_patch4_window7_224": 4, "raftmlp_s": 32}.get(name, 1)  # they take whole patches only
+    size = (size[0] // whole * whole, size[1] // whole * whole, size[2])
     model = make(name, features_only=True)
     layout = "NHWC" if name.startswith("swin") else "NCHW"
     compare(model, size, stride=STRIDES.get(name, 32), tolerance=TOLERANCES.get(name, 1e-9), layout=layout)
@@ -132,6 +142,42 @@ def compare_features(name, size):
 @pytest.mark.parametrize("name", MODELS)
 def test_features(name):
     compare_features(name, SIZES[0])
+
+
+MIXERS = {
+    "hedgehog": {},
+    "linear_infsa": {},
+    "infsa": {},
+    "na": dict(kernel=3, bias=True),
+    "descriptor": dict(ratio=2),
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_converted_vit(mixer):
+    """The first layer has a mixer, the second has softmax attention."""
+    model = make("vit_tiny_patch16_224", features_only=True)
+    model = terrazzo.convert_attention(model, mixer, layers=[0], **MIXERS[mixer])
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.2) if ".mixer." in name and parameter.dim() > 1 else None
+    compare(model, (113, 48, 3), tolerance=1e-6)
+
+
+def test_a_vit_that_is_reduced_or_has_another_mixer_is_refused():
+    model = terrazzo.convert_attention(make("vit_tiny_patch16_224"), "monarch", layers=[0])
+    with pytest.raises(InputError, match=r"blocks.0.attn.mixer \(\S+\.Monarch: no entry\)"):
+        tiled(model, rows=64)
+    model = terrazzo.reduce(make("vit_tiny_patch16_224"), "mctf")
+    with pytest.raises(InputError, match=r"reducer \(\S+mctf\.Fusion: no entry\)"):
+        tiled(model, rows=64)
+
+
+@pytest.mark.parametrize("name", ["soft_tiny", "vir_small_patch16_224", "roma_tiny", "m3vit_tiny"])
+def test_families_that_mix_all_tokens_are_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(InputError, match=rf"the model \(terrazzo.backbones.\w+.{type(model).__name__}: no entry\)"):
+        tiled(model, rows=64)
 
 
 @pytest.mark.slow
@@ -154,7 +200,10 @@ def _less(needs):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("dinat_mini", "terrazzo_dinat.neighborhoods"), ("mambavision_t", "terrazzo_mambavision.windows")],
+    [
+        ("dinat_mini", "terrazzo_dinat.neighborhoods"),
+        ("mambavision_t", "terrazzo_mambavision.windows"),
+    ],
 )
 def test_rows_that_are_missing_are_found(name, place, monkeypatch):
     module, function = place.split(".")
@@ -184,6 +233,32 @@ def test_a_stride_larger_than_the_backbones_is_asked_for():
     model = Detector(make("dinat_mini", features_only=True)).double()
     with pytest.raises(InputError, match=r"neck has stride 2, and rank 1 begins at row 1 of 3: pass a larger `stride`"):
         tiled(model, rows=32, entries={Detector: OWN})(torch.zeros(1, 3, 96, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS", "ATSS"])
+def test_a_detector_of_convolutions(kind):
+    """The maps of its head, at strides of up to 128."""
+    pytest.importorskip("mmdet", reason="needs the extra 'openmmlab'")
+    importlib.import_module("terrazzo.openmmlab")
+    registry = importlib.import_module("mmdet.registry").MODELS
+    importlib.import_module("mmdet.models")
+    head = "RetinaHead" if kind == "RetinaNet" else f"{kind}Head"
+    backbone = dict(type="TerrazzoBackbone", name="convnext_tiny", **CONVNEXT)
+    neck = dict(type="mmdet.FPN", in_channels=list(CONVNEXT["dims"]), out_channels=32, start_level=1, num_outs=5)
+    head = dict(type=head, num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1)
+    torch.manual_seed(0)
+    neck["add_extra_convs"] = "on_output"
+    model = registry.build(dict(type=kind, backbone=backbone, neck=neck, bbox_head=head)).double().eval()
+    x = torch.randn(1, 3, 256, 128, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+    found = tiled(model, rows=128, stride=128, layout="NCHW")(x)
+    assert len(found) == len(wanted) == (2 if kind == "RetinaNet" else 3)
+    for maps, wanted_maps in zip(found, wanted):
+        for y, want in zip(maps, wanted_maps, strict=True):
+            assert_same(y, want, "maps", 1e-9)
+    with pytest.raises(InputError, match="no mode 'predict'"):
+        tiled(model, rows=128, stride=128)(x, mode="predict")
 
 
 @pytest.mark.slow
@@ -225,17 +300,28 @@ def test_a_segmentor(name, size):
         tiled(model, rows=128)(x, mode="predict")
 
 
-def test_tiled_equals_the_model_and_leaves_it_whole():
-    model = make("dinat_mini", features_only=True).eval()
-    x = torch.randn(1, 3, 150, 75, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dinat_mini", "vmamba_v0_tiny", "mambavision_t", "medmamba_t", "raftmlp_s", "dualtokenvit_tiny_mix"),
+        *("fmvit_tiny", "mixer_vit_tiny"),
+    ],
+)
+def test_tiled_equals_the_model_and_leaves_it_whole(name):
+    model = make(name, features_only=True).eval()
+    x = torch.randn(1, 3, 64, 32, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
     over_parts = tiled(model, rows=32)
     for found, want in zip(over_parts(x), wanted):
         assert not found.requires_grad
-        assert_same(found, want, "maps")
+        assert_same(found, want, "maps", TOLERANCES.get(name, 1e-9))
     for found, want in zip(model(x), wanted):  # the model alone
         assert_same(found, want, "maps")
+
+
+def test_a_tiled_classifier():
+    x = torch.randn(1, 3, 128, 64, dtype=torch.float64)
     torch.testing.assert_close(tiled(make("dinat_mini"), rows=64)(x), make("dinat_mini")(x))
 
 

@@ -139,7 +139,7 @@ def scan_2d(size, separate=False, states=3):
                 part = Part(group, height, width, stride)
                 start, end = part.image.rows[group.rank]
                 cut = {name: given[name][:, start:end] for name in ("u", "delta", "B", "C")}
-                return _scans.selective_scan_2d(part, **{**given, **cut}, **options)
+                return _scans.selective_scan_2d(part, lambda: tuple({**given, **cut}.values()), **options)
 
             out = torch.cat(LocalGroup(ranks).run(run), 1)
         else:
@@ -157,7 +157,7 @@ def test_scans_of_a_map(size):
 
 
 def test_a_dropped_state_is_found(monkeypatch):
-    monkeypatch.setattr(_scans, "before", lambda part, last, decay, reverse: torch.zeros_like(last))
+    monkeypatch.setattr(_scans, "_entering", lambda found, own, reverse: torch.zeros_like(found[0, 0]))
     for test in (test_selective_scan, test_ssd):
         with pytest.raises(AssertionError, match="differ"):
             test(COUNTS[1], False)

@@ -1,0 +1,5 @@
+"""MedMamba: convolutions beside cross-scans."""
+
+from terrazzo.spatial._entries import OWN
+
+ENTRIES = dict.fromkeys(("MedMamba", "SSConvSSMBlock"), OWN)
