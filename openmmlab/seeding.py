@@ -104,7 +104,7 @@ class SeededSampler(Sampler):
 
 def _deal_to_groups(sampler: Sampler, group: int, groups: int) -> None:
     """Makes a new sampler of mmengine, which deals samples to processes, deal them to groups of processes."""
-    if type(sampler) not in (DefaultSampler, InfiniteSampler):
+    if not isinstance(sampler, (DefaultSampler, InfiniteSampler)):
         raise InputError(
             f"--spatial gives groups of processes the same images; {type(sampler).__name__} is not known to do it, use "
             "InfiniteSampler or DefaultSampler"

@@ -90,7 +90,8 @@ class SpatialModel(MMDistributedDataParallel):
         """
         with optim_wrapper.optim_context(self):
             data = self.module.data_preprocessor(data, training=True)
-            part = Part(self.group, *data["inputs"].shape[2:], self.stride)
+            height, width = data["inputs"].shape[2:]
+            part = Part(self.group, height, width, self.stride)
             with part.entered():
                 losses = self._run_forward(_own_rows(part, data), mode="loss")
         share, log_vars = self.module.parse_losses(losses)
