@@ -102,9 +102,9 @@ class SeededSampler(Sampler):
             self.sampler.set_epoch(epoch)
 
 
-def _deal_to_groups(sampler: Sampler, group: int, groups: int) -> None:
+def _deal_to_groups(sampler: Any, group: int, groups: int) -> None:
     """Makes a new sampler of mmengine, which deals samples to processes, deal them to groups of processes."""
-    if not isinstance(sampler, (DefaultSampler, InfiniteSampler)):
+    if type(sampler) not in (DefaultSampler, InfiniteSampler):
         raise InputError(
             f"--spatial gives groups of processes the same images; {type(sampler).__name__} is not known to do it, use "
             "InfiniteSampler or DefaultSampler"
