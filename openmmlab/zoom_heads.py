@@ -17,7 +17,6 @@ from mmengine.model import BaseModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torchmetrics.functional.regression import spearman_corrcoef
 
 from terrazzo.errors import InputError
 from terrazzo.gated_zoom._boxes import new_boxes
@@ -233,6 +232,8 @@ class ZoomQuality(BaseMetric):
 def _of_region(results: list[dict]) -> dict[str, float]:
     scores, targets = (torch.cat([result[name] for result in results]).float() for name in ("scores", "targets"))
     most = sum(result["tiles"] for result in results)
+    from torchmetrics.functional.regression import spearman_corrcoef  # imports transformers, if that is installed
+
     found = {"spearman": float(spearman_corrcoef(scores, targets))}
     for name, kind in (("captured", "scores"), ("captured_untrained", "untrained")):
         got = [captured(r[kind][None], r["targets"][None], r["tiles"])[0] * r["targets"].sum() for r in results]

@@ -33,7 +33,8 @@ class TestKernels:
 
     @pytest.mark.parametrize("dim", [1, 8, 15, 16, 24, 33, 64, 136])
     def test_head_dims(self, dim):
-        check(triton_strip.errors(queries=21, keys=20, dim=dim))
+        # With one channel a result has few elements, and the error depends on how the processor's libraries round.
+        check(triton_strip.errors(queries=21, keys=20, dim=dim), times=2 if dim == 1 else 1)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_half_precision(self, dtype):

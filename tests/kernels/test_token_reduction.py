@@ -390,8 +390,8 @@ class TestImportance:
         monkeypatch.setattr(portable, "_WHOLE", 0)
         monkeypatch.setattr(portable, "_TILE", 1 << 12)
         held = []
-        scores = portable._scores
-        monkeypatch.setattr(portable, "_scores", lambda *a: held.append(out := scores(*a)) or out)
+        scores = portable.attention_weights
+        monkeypatch.setattr(portable, "attention_weights", lambda *a: held.append(out := scores(*a)) or out)
         q = torch.randn(1, 2, 200, 4)
         column_mean(q, q, backend="portable")
         assert len(held) > 1

@@ -248,7 +248,8 @@ def test_a_detector_of_convolutions(kind):
     head = dict(type=head, num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1)
     torch.manual_seed(0)
     neck["add_extra_convs"] = "on_output"
-    model = registry.build(dict(type=kind, backbone=backbone, neck=neck, bbox_head=head)).double().eval()
+    head["type"] = f"mmdet.{head['type']}"
+    model = registry.build(dict(type=f"mmdet.{kind}", backbone=backbone, neck=neck, bbox_head=head)).double().eval()
     x = torch.randn(1, 3, 256, 128, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
@@ -312,7 +313,7 @@ def test_tiled_equals_the_model_and_leaves_it_whole(name):
     x = torch.randn(1, 3, 64, 32, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
-    over_parts = tiled(model, rows=32)
+    over_parts = tiled(model, rows=32, layout="NCHW")  # a map of 8 channels and 8 columns has two readings
     for found, want in zip(over_parts(x), wanted):
         assert not found.requires_grad
         assert_same(found, want, "maps", TOLERANCES.get(name, 1e-9))

@@ -50,10 +50,10 @@ def table(rows: Sequence[results.Row]) -> tuple[tuple[str, ...], list[tuple[str,
                 f"{first} to {last}",
                 f"{times[name][first]:.4g}",
                 f"{times[name][last]:.4g}",
-                f"{exponent(times[name]):.2f}",
-                f"{exponent(upper(times[name])):.2f}",
-                f"{exponent(macs[name]):.2f}",
-                f"{exponent(upper(macs[name])):.2f}",
+                _told(exponent(times[name])),
+                _told(exponent(upper(times[name]))),
+                _told(exponent(macs[name])),
+                _told(exponent(upper(macs[name]))),
             )
         )
     head = (
@@ -67,6 +67,10 @@ def table(rows: Sequence[results.Row]) -> tuple[tuple[str, ...], list[tuple[str,
         "large images",
     )
     return head, lines
+
+
+def _told(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def draw(rows: Sequence[results.Row], path: Path) -> None:

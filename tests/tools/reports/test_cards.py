@@ -49,7 +49,8 @@ def test_every_family_has_a_line():
         set(registered_models().values())
     )
     line = next(line for line in lines if "s2aformer" in line)
-    assert "| 5: `s2aformer_mini` ... | 5.0 to 24.8 | 0.4 to 4.2 | 75.1 to 82.3 | no weights |" in line
+    assert "| 5: `s2aformer_mini` ... | 5.0 to 24.8 | 0.4 to 4.2 | 75.1 to 82.3 | " in line
+    assert re.search(r"\| (\d\.\d\d|-) \| no weights \|", line)
 
 
 def test_runs_that_differ_show_their_spread(tmp_path, monkeypatch):
