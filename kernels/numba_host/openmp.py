@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
+
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -29,6 +31,9 @@ def _parallel(process: int) -> Callable | None:
         return None
     with open("/proc/self/maps") as maps:
         paths = {line.split()[-1] for line in maps if "libgomp" in line}
+    # Other packages bring an OpenMP of their own, scikit-learn for example, whose threads are not PyTorch's.
+    home = os.path.realpath(os.path.dirname(torch.__file__))
+    paths = {path for path in paths if path.startswith((f"{home}/", f"{home}.libs/"))} or paths
     if len(paths) != 1:
         return None
     try:

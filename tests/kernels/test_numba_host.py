@@ -151,6 +151,20 @@ class TestThreads:
         assert len({thread for _, thread in seen}) == 3
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch contains GNU's OpenMP on Linux alone")
+    def test_another_packages_openmp_is_not_in_the_way(self, tmp_path):
+        """scikit-learn brings a copy of its own, for example."""
+        code = (
+            "import ctypes, shutil, torch; from terrazzo.kernels.numba_host import openmp\n"
+            "(path,) = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}\n"
+            f"copy = shutil.copy(path, {str(tmp_path / 'libgomp-other.so.1')!r})\n"
+            "ctypes.CDLL(copy)\n"
+            "calls = []\n"
+            "assert openmp.run(lambda: calls.append(1), 2) and len(calls) == 2"
+        )
+        done = run_code(code)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch contains GNU's OpenMP on Linux alone")
     def test_pytorchs_threads_are_reached(self):
         code = (
             "import os, sys, torch, terrazzo; from terrazzo.kernels.numba_host import openmp\n"
