@@ -248,8 +248,9 @@ def test_a_detector_of_convolutions(kind):
     head = dict(type=head, num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1)
     torch.manual_seed(0)
     neck["add_extra_convs"] = "on_output"
-    head["type"] = f"mmdet.{head['type']}"
-    model = registry.build(dict(type=f"mmdet.{kind}", backbone=backbone, neck=neck, bbox_head=head)).double().eval()
+    # The scope, because another test of the process may have made mmsegmentation's the default.
+    model = registry.build(dict(type=kind, _scope_="mmdet", backbone=backbone, neck=neck, bbox_head=head))
+    model = model.double().eval()
     x = torch.randn(1, 3, 256, 128, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
