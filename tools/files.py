@@ -9,6 +9,8 @@ from pathlib import Path
 
 from terrazzo.errors import InputError
 
+PLOTS = (".png", ".svg", ".pdf")
+
 
 def check_folder(path: Path) -> Path:
     """Return `path` if it is a writable folder or could be created; InputError if not. It creates nothing."""
@@ -28,6 +30,13 @@ def check_output_file(path: Path) -> Path:
         raise InputError(f"{path} is a folder; name a file in it")
     check_folder(path.parent)
     return path
+
+
+def check_plot(path: Path) -> Path:
+    """Return `path` if matplotlib can write a plot there; InputError if not, or by its suffix."""
+    if path.suffix.lower() not in PLOTS:
+        raise InputError(f"{path.name} must end in {', '.join(PLOTS)}")
+    return check_output_file(path)
 
 
 @contextlib.contextmanager

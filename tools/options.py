@@ -67,6 +67,15 @@ def max_megapixels_option(function: Callable) -> Callable:
     )(function)
 
 
+device_option = click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+
+
+def weights_options(function: Callable) -> Callable:
+    """Add --checkpoint and --pretrained, the weights of a timm model."""
+    pretrained = click.option("--pretrained", is_flag=True, help="Download the published weights.")
+    return click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")(pretrained(function))
+
+
 def config_options(function: Callable) -> Callable:
     """Add --data-root and --cfg-options; the verb gets `data_root` and `overrides`, a dict of dotted keys.
 

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from terrazzo import backbones
+from terrazzo.tools.models import registered_models
+
 
 @dataclass(frozen=True)
 class Images:
@@ -149,3 +152,10 @@ FAMILIES = {
     ),
     "vmamba": Family("vmamba_tiny_s1l8", _HYBRID, training=(Images(224, 224, 8),)),
 }
+
+
+def representatives() -> tuple[str, ...]:
+    """The model of each family that its benchmark measures, and Swin, ConvNeXt and DeiT."""
+    ours = registered_models()
+    found = (FAMILIES[name].model for name in backbones.FAMILIES if name in FAMILIES)
+    return (*(name for name in found if name in ours), _SWIN, _CONVNEXT, "deit_tiny_patch16_224")

@@ -13,19 +13,17 @@ from terrazzo.tools import results
 from terrazzo.tools.bench.mechanisms import METRICS, MechanismBench, table
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.data.pictures import find_pictures
-from terrazzo.tools.files import check_output_file
+from terrazzo.tools.files import check_output_file, check_plot
 from terrazzo.tools.mechanisms import calibrate_option, chosen, mechanism_options, of_mixer, without_parameters
-from terrazzo.tools.options import UserPath
+from terrazzo.tools.options import UserPath, device_option, weights_options
 from terrazzo.tools.targets import load_timm_model, pick_device
 
 SIZES = ((336, 448), (672, 896), (1008, 1344), (1792, 1792))
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 @click.command()
 @click.argument("model")
-@click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")
-@click.option("--pretrained", is_flag=True, help="Download the published weights.")
+@weights_options
 @click.option(
     "--pictures",
     "places",
@@ -51,7 +49,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 )
 @mechanism_options
 @calibrate_option
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@device_option
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -86,11 +84,10 @@ def command(
     """
     mechanisms = chosen(names, settings, reducers)
     where = pick_device(device)
-    for path in filter(None, (out, picture)):
-        check_output_file(path)
+    if out is not None:
+        check_output_file(out)
     if picture is not None:
-        if picture.suffix.lower() not in _PICTURES:
-            raise InputError(f"{picture.name} must end in {', '.join(_PICTURES)}")
+        check_plot(picture)
         from terrazzo.tools.bench import pareto
     dense = load_timm_model(model, checkpoint, pretrained, size=sizes[0], any_record=True).to(where)
     check_host(dense, "converted")

@@ -21,7 +21,7 @@ from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.timing import FORWARD, interleaved, throughput_timer
 from terrazzo.tools.mechanisms import on_meta
-from terrazzo.tools.options import UserPath
+from terrazzo.tools.options import UserPath, device_option, weights_options
 from terrazzo.tools.targets import load_timm_model, pick_device
 
 _R = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
@@ -80,9 +80,8 @@ _positive = click.FloatRange(min=0, min_open=True)
     metavar="H W",
     help="Size of the images, cut from the middle of the pictures [default: the model's].",
 )
-@click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")
-@click.option("--pretrained", is_flag=True, help="Download the published weights.")
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@weights_options
+@device_option
 @click.option("--seconds", type=_positive, default=2.0, show_default=True, help="Time for each figure.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows as CSV.")
 def command(

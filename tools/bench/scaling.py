@@ -10,15 +10,14 @@ from pathlib import Path
 import click
 import torch
 
-from terrazzo import backbones
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.bench import exponents
 from terrazzo.tools.bench.exponents import MACS, WHAT
-from terrazzo.tools.bench.families import FAMILIES
+from terrazzo.tools.bench.families import representatives
 from terrazzo.tools.console import print_table, progress
-from terrazzo.tools.files import check_output_file
+from terrazzo.tools.files import check_output_file, check_plot
 from terrazzo.tools.inspect.maps import last_map
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.timing import (
@@ -29,13 +28,11 @@ from terrazzo.tools.inspect.timing import (
     reason_of,
     throughput_timer,
 )
-from terrazzo.tools.models import build_on_meta, options_for, registered_models
-from terrazzo.tools.options import UserPath
+from terrazzo.tools.models import build_on_meta, options_for
+from terrazzo.tools.options import UserPath, device_option
 from terrazzo.tools.targets import load_timm_model, pick_device, require_model
 
 SIDES = (224, 320, 448, 640, 896, 1280, 1792, 2048)
-_PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_tiny_patch16_224")
-_PICTURES = (".png", ".svg", ".pdf")
 _STEEPEST = 2.0
 
 
@@ -59,7 +56,7 @@ class _Found:
     show_default=True,
     help="Height and width of an image; repeatable, at least twice.",
 )
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@device_option
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -102,10 +99,10 @@ def command(
     for name in models:
         require_model(name)
     where = pick_device(device)
-    for path in filter(None, (out, picture)):
-        check_output_file(path)
-    if picture is not None and picture.suffix.lower() not in _PICTURES:
-        raise InputError(f"{picture.name} must end in {', '.join(_PICTURES)}")
+    if out is not None:
+        check_output_file(out)
+    if picture is not None:
+        check_plot(picture)
     about = results.about(where, "timm")
     rows: list[results.Row] = []
     reasons: dict[str, str] = {}
@@ -134,13 +131,6 @@ def command(
         click.echo(f"wrote {picture}")
     if out is not None:
         click.echo(f"wrote {out}")
-
-
-def representatives() -> tuple[str, ...]:
-    """The model of each family that its benchmark measures, and peers of timm."""
-    ours = registered_models()
-    found = (FAMILIES[name].model for name in backbones.FAMILIES if name in FAMILIES)
-    return (*(name for name in found if name in ours), *_PEERS)
 
 
 def _measure(

@@ -16,7 +16,7 @@ from terrazzo.tools.console import steps as steps_of
 from terrazzo.tools.data.instances import read_instances
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import DENSE, chosen, mechanism_options
-from terrazzo.tools.options import UserPath
+from terrazzo.tools.options import UserPath, device_option, weights_options
 from terrazzo.tools.probe.objects.collect import Cells, Grid, Key, Sampling, levels_of, of_model, of_pixels, of_place
 from terrazzo.tools.probe.objects.effects import Effects
 from terrazzo.tools.probe.objects.outcomes import RANDOM, TRAIN, Outcome, draw, rows_of, table
@@ -31,8 +31,7 @@ _DRAWN = 4
 
 @click.command()
 @click.argument("model")
-@click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")
-@click.option("--pretrained", is_flag=True, help="Download the published weights.")
+@weights_options
 @click.option(
     "--data-root",
     type=UserPath(),
@@ -75,7 +74,7 @@ _DRAWN = 4
 )
 @click.option("--decay", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Weight decay of readouts.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of positions, readouts and random weights.")
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@device_option
 @click.option("--out", type=UserPath(), metavar="DIR", help="Write binding.csv, binding.png and objects.png.")
 def command(
     model: str,

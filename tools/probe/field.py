@@ -13,12 +13,12 @@ from torch import nn
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools import results
-from terrazzo.tools.bench.scaling import representatives
+from terrazzo.tools.bench.families import representatives
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.data.pictures import Picture, find_pictures, to_tensor
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.inspect.timing import reason_of
-from terrazzo.tools.options import UserPath
+from terrazzo.tools.options import UserPath, device_option
 from terrazzo.tools.predict.draw import panels
 from terrazzo.tools.probe.receptive import SHARES, Field, receptive_field, table
 from terrazzo.tools.targets import load_timm_model, pick_device, require_model
@@ -54,7 +54,7 @@ _DECADES = 6
 )
 @click.option("--count", type=click.IntRange(min=1), default=8, show_default=True, help="Number of images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, noise and channels' signs.")
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@device_option
 @click.option("--out", type=UserPath(), metavar="DIR", help="Write field.csv and field.png.")
 def command(
     models: tuple[str, ...],

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from terrazzo.errors import InputError, first_line
+from terrazzo.errors import InputError
+from terrazzo.tools.inspect.maps import maps_at
 
 SHARES = (0.5, 0.9, 0.99)
 
@@ -70,19 +71,11 @@ def receptive_field(
     Raises:
         InputError: the model gives no maps, has no such level, cannot take these images, or has no finite gradient.
     """
-    if not hasattr(model, "forward_intermediates"):
-        raise InputError(f"{type(model).__name__} gives no maps: timm has no forward_intermediates for it")
     signs = torch.Generator().manual_seed(seed)
     total: np.ndarray | None = None
     for image in images:
         image = image.detach().requires_grad_()
-        try:
-            (found,) = model.forward_intermediates(image, indices=[level], intermediates_only=True)
-        except InputError:
-            raise
-        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-            size = f"{image.shape[2]}x{image.shape[3]}"
-            raise InputError(f"no map of level {level} for {size} images: {first_line(error)}") from error
+        (found,) = maps_at(model, image, [level])
         _, channels, height, width = found.shape
         weights = (torch.randint(2, (channels,), generator=signs) * 2 - 1).to(found)
         # In double precision, because the squares of far pixels' gradients vanish in single precision.

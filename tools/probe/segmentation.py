@@ -11,7 +11,7 @@ from terrazzo.tools.console import print_table
 from terrazzo.tools.data.labelled import read_labelled
 from terrazzo.tools.files import check_folder
 from terrazzo.tools.mechanisms import calibrate_option, chosen, mechanism_options
-from terrazzo.tools.options import UserPath
+from terrazzo.tools.options import UserPath, device_option, weights_options
 from terrazzo.tools.probe.linear import Recipe, Scores
 from terrazzo.tools.probe.outcomes import draw, rows_of, table
 from terrazzo.tools.probe.pixels import FITS, PixelProbing
@@ -20,8 +20,7 @@ from terrazzo.tools.targets import load_timm_model, pick_device
 
 @click.command()
 @click.argument("model")
-@click.option("--checkpoint", type=UserPath(), metavar="FILE", help="Weights.")
-@click.option("--pretrained", is_flag=True, help="Download the published weights.")
+@weights_options
 @click.option(
     "--data-root",
     type=UserPath(),
@@ -44,7 +43,7 @@ from terrazzo.tools.targets import load_timm_model, pick_device
 )
 @click.option("--steps", type=click.IntRange(min=1), default=Recipe.steps, show_default=True, help="Steps of training.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probe's weights and of the batches.")
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@device_option
 @click.option(
     "--out", type=UserPath(), metavar="DIR", help="Write segmentation.csv and segmentation.png, anew after each result."
 )

@@ -8,6 +8,7 @@ import click
 
 from terrazzo.errors import InputError
 from terrazzo.tools.bench.registry import BENCHMARKS, KINDS, module_of
+from terrazzo.tools.options import device_option
 
 _PASSES = {"forward": ("forward",), "training": ("forward+backward",), "both": ("forward", "forward+backward")}
 
@@ -53,7 +54,7 @@ def _list(context: click.Context, parameter: click.Parameter, kind: str | None) 
     callback=_list,
     help="Print the names of the benchmarks, all or those of a kind, and leave.",
 )
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@device_option
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),

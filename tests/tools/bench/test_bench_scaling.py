@@ -9,6 +9,7 @@ from terrazzo import backbones
 from terrazzo.tools import results
 from terrazzo.tools.bench import scaling
 from terrazzo.tools.bench.exponents import MACS, by_model, exponent, table, upper
+from terrazzo.tools.bench.families import representatives
 from terrazzo.tools.inspect.timing import FORWARD
 from terrazzo.tools.models import family_of, registered_models
 
@@ -62,7 +63,7 @@ def test_sides_that_a_model_cannot_take(run):
 
 
 def test_a_model_of_every_family():
-    found = set(scaling.representatives())
+    found = set(representatives())
     assert {"dinat_tiny", "vmamba_tiny_s1l8", "mambavision_t"} <= found & set(registered_models())
     assert {family_of(name) for name in found & set(registered_models())} == set(backbones.FAMILIES)
     assert "convnext_tiny" in found

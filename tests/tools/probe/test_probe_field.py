@@ -15,11 +15,13 @@ from terrazzo.tools.probe.receptive import Field, receptive_field
 class Maps(nn.Module):
     """A model whose only map is that of a layer."""
 
+    pretrained_cfg = {}
+
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
 
-    def forward_intermediates(self, x, indices, intermediates_only):
+    def forward_intermediates(self, x, indices, norm, intermediates_only):
         return [[self.layer(x)][index] for index in indices]
 
 
@@ -69,8 +71,8 @@ def test_a_shifted_grid_has_its_middle_where_its_energy_is():
 @pytest.mark.parametrize(
     ("layer", "level", "words"),
     [
-        (nn.Conv2d(3, 4, 3), 3, "no map of level 3 for 16x16 images"),
-        (nn.Conv2d(3, 4, 17), -1, "no map of level -1 for 16x16 images"),
+        (nn.Conv2d(3, 4, 3), 3, r"cannot take 16x16 images for the maps \[3\]"),
+        (nn.Conv2d(3, 4, 17), -1, r"cannot take 16x16 images for the maps \[-1\]"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Threshold(1e9, 0.0)), -1, "zero or not finite"),
     ],
 )
@@ -108,7 +110,7 @@ def test_random_and_given_weights_are_told_apart(run, tmp_path):
     [
         (("butter",), "butter"),
         (("resnet10t", "test_vit", "--pretrained"), "weights are for one MODEL"),
-        (("test_vit", "--level", 99, "--size", 64, 64), "no map of level 99"),
+        (("test_vit", "--level", 99, "--size", 64, 64), "for the maps [99]"),
         (("test_vit", "--pictures", "nowhere"), "nowhere"),
     ],
 )
@@ -121,4 +123,4 @@ def test_refusals(refused, tmp_path, monkeypatch, arguments, words):
 def test_a_model_without_field_is_named(run):
     done = run("probe", "field", "resnet10t", "test_vit", "--level", 5, "--size", 64, 64, "--count", 1)
     assert done.exit_code == 0, done.output
-    assert "not run: resnet10t: no map of level 5" in done.output
+    assert "not run: resnet10t: resnet10t cannot take 64x64 images for the maps [5]" in done.output

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from terrazzo.errors import InputError, first_line
 from terrazzo.tools.data.instances import InstanceSplit
 from terrazzo.tools.data.pictures import to_tensor
+from terrazzo.tools.inspect.maps import maps_at
 from terrazzo.tools.probe.objects.cells import UNUSED, cells, filled_up, fitted, on_grid, sample
 from terrazzo.tools.probe.objects.readouts import Sampled
 
@@ -93,20 +93,8 @@ class Cells:
 
 @torch.inference_mode()
 def levels_of(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """Every map that a model gives (1, C, h, w): of each block, or of each stage of a pyramid.
-
-    Raises:
-        InputError: the model gives no maps, or cannot take images of this size.
-    """
-    if not hasattr(model, "forward_intermediates"):
-        raise InputError(f"{type(model).__name__} gives no maps: timm has no forward_intermediates for it")
-    try:
-        return model.forward_intermediates(image, intermediates_only=True)
-    except InputError:
-        raise
-    except (AssertionError, RuntimeError, ValueError) as error:
-        size = f"{image.shape[2]}x{image.shape[3]}"
-        raise InputError(f"no maps of {size} images: {first_line(error)}") from error
+    """Every map that a model gives (1, C, h, w): of each block, or of each stage of a pyramid. See `maps_at`."""
+    return maps_at(model, image)
 
 
 def of_model(

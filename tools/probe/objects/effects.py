@@ -35,6 +35,7 @@ class Effects:
             raise InputError(f"--ablate {level}: the blocks are 0 to {len(blocks) - 1}")
         self.model, self.level, self.device = model, level, device
         self.block, self.front = blocks[level], model.num_prefix_tokens
+        self.grid = (0, 0)  # known after the first image
 
     def table(self, train: Cells, val: Cells, training: Training) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Train the low-rank readout on the block, and disturb its subspace and a random one in the pictures of val.
@@ -81,24 +82,22 @@ class Effects:
     def _subspaces(self, train: Cells, training: Training) -> tuple[Subspace, Subspace]:
         """The readout's, and a random one that holds as much of the variance."""
         found = []
-        grid = (0, 0)
         for index in range(len(train)):
             level = levels_of(self.model, train.image(index).to(self.device))[self.level]
-            grid = (level.shape[2], level.shape[3])
-            found.append(level[0].flatten(1).T[torch.from_numpy(train.cells(index, grid)[0])].cpu())
-        data = train.sampled(grid, found)
+            self.grid = (level.shape[2], level.shape[3])
+            found.append(level[0].flatten(1).T[torch.from_numpy(train.cells(index, self.grid)[0])].cpu())
+        data = train.sampled(self.grid, found)
         readout = fit(_READOUT, data.standardised(data), training)
         assert isinstance(readout, LowRank)
         tokens = torch.cat(found)[:_TOKENS]
-        mean, deviation = tokens.mean(0), tokens.std(0).clamp(min=1e-12)
+        mean, deviation = data.moments()
         subspace = Subspace((readout.project.weight / deviation).detach(), mean)
         other = random_like(subspace, tokens, training.seed)
         return tuple(Subspace(x.basis.to(self.device), x.mean.to(self.device)) for x in (subspace, other))
 
     def _changes(self, val: Cells, index: int) -> Iterator[Change]:
         """In the order of the table's lines."""
-        grid = tuple(levels_of(self.model, val.image(index).to(self.device))[self.level].shape[2:])
-        labels = torch.from_numpy(val.labels(index, grid).ravel().copy()).to(self.device)
+        labels = torch.from_numpy(val.labels(index, self.grid).ravel().copy()).to(self.device)
         objects = torch.where(labels > 0, labels, -1)
         yield shuffle(0.5, val.sampling.seed)
         yield shuffle(1.0, val.sampling.seed)

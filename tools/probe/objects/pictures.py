@@ -36,8 +36,7 @@ def similarity(
         device: where the model is.
         most: number of pictures.
     """
-    known = by.features[by.objects >= 0]
-    mean, deviation = known.mean(0), known.std(0).clamp(min=1e-12)
+    mean, deviation = by.moments()
     shown, titles = [], []
     for index in spread(range(len(data)), most):
         found = on_grid(levels_of(model, data.image(index).to(device))[level], grid)[0].cpu()

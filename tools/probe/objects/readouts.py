@@ -6,7 +6,7 @@ All readouts are symmetric: x and y may change places. The low-rank form is ours
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +108,16 @@ class Sampled:
         counts, same = self.pairs()
         return bool((counts & same).any() and (counts & ~same).any())
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel; the deviation is not zero."""
+        known = self.features[self.objects >= 0]
+        deviation = known.std(0)
+        return known.mean(0), deviation.clamp(min=1e-6 * float(deviation.max()) + 1e-12)
+
     def standardised(self, by: "Sampled") -> "Sampled":
         """Features less the mean, over the deviation, of the features of `by`."""
-        known = by.features[by.objects >= 0]
-        mean, deviation = known.mean(0), known.std(0)
-        features = (self.features - mean) / deviation.clamp(min=1e-6 * float(deviation.max()) + 1e-12)
-        return Sampled(features, self.objects, self.categories, self.places)
+        mean, deviation = by.moments()
+        return replace(self, features=(self.features - mean) / deviation)
 
 
 @dataclass(frozen=True)
