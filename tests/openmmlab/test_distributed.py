@@ -1,6 +1,5 @@
 """Two processes, accumulated batches and mixed precision give the losses of one process with one batch."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 import torch
 from support import distributed_worker
 from support.processes import forks
+from support.trainings import losses
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import build_runner, load_config
@@ -48,16 +48,9 @@ def torchrun(settings, processes):
 
 def run(tiny_data, work_dir, processes=1, options=None, launch=torchrun, **arguments):
     """The losses of each iteration, averaged over processes; one process is this one."""
-    work_dir.mkdir(exist_ok=True)
-    content = {"config": CONFIG, "root": str(tiny_data("clothing96")), "work_dir": str(work_dir)}
-    content |= {"options": {**OPTIONS, **(options or {})}, "arguments": {"seed": 4, **arguments}}
-    if processes == 1:
-        return np.array(distributed_worker.train(**content))
-    content["arguments"]["launcher"] = "pytorch"
-    settings = work_dir / "settings.json"
-    settings.write_text(json.dumps(content))
-    launch(settings, processes)
-    return np.mean([json.loads((work_dir / f"losses_{rank}.json").read_text()) for rank in range(processes)], axis=0)
+    options = {**OPTIONS, **(options or {})}
+    found = losses(CONFIG, tiny_data("clothing96"), work_dir, options, processes, launch, **arguments)
+    return np.mean(found, axis=0)
 
 
 @pytest.fixture(scope="module")

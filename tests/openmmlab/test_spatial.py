@@ -1,13 +1,10 @@
 """`terrazzo train --spatial R`: processes that share images train as one process does."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
-from support import distributed_worker
-from support.processes import forks
+from support.trainings import losses
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import build_runner, load_config
@@ -39,17 +36,8 @@ OPTIONS = {
 
 
 def run(tiny_data, work_dir, processes=1, options=None, **arguments):
-    """The losses of each iteration, for each process; one process is this one."""
-    work_dir.mkdir(exist_ok=True)
-    content = {"config": CONFIG, "root": str(tiny_data("floors")), "work_dir": str(work_dir)}
-    content |= {"options": {**OPTIONS, **(options or {})}, "arguments": {"seed": 4, **arguments}}
-    if processes == 1:
-        return np.array(distributed_worker.train(**content))
-    content["arguments"]["launcher"] = "pytorch"
-    settings = work_dir / "settings.json"
-    settings.write_text(json.dumps(content))
-    forks(settings, processes)
-    return [json.loads((work_dir / f"losses_{rank}.json").read_text()) for rank in range(processes)]
+    """The losses of each iteration, for each process."""
+    return losses(CONFIG, tiny_data("floors"), work_dir, {**OPTIONS, **(options or {})}, processes, **arguments)
 
 
 def weights_of(checkpoint):
@@ -66,7 +54,7 @@ def assert_same_weights(found, wanted):
 def test_two_processes_that_share_images(tiny_data, tmp_path):
     """Three iterations with stochastic depth, dropout of channels, ignored pixels, clipped gradients and a mean of
     weights equal those of one process."""
-    alone = run(tiny_data, tmp_path / "alone")
+    (alone,) = run(tiny_data, tmp_path / "alone")
     for found in run(tiny_data, tmp_path / "shared", 2, spatial=2):
         np.testing.assert_allclose(found, alone, rtol=1e-5)
     assert_same_weights(*(weights_of(tmp_path / name / "iter_3.pth") for name in ("shared", "alone")))
