@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.seeding import configured_ranks
 from terrazzo.openmmlab.spatial_labels import is_segmentor
 from terrazzo.spatial import Part, Processes, rows
 from terrazzo.spatial._entries import find
@@ -132,6 +133,9 @@ def _recomputing(model: nn.Module, device: str) -> str | None:
 def spatial_config(cfg: Config, ranks: int) -> None:
     """Makes a config train on shared images, in place; `seed_config` has seen it, and its hooks are complete.
 
+    The config may be of a run that shared images, also among another number of processes. With one rank, each process
+    trains on whole images.
+
     Raises:
         InputError: the training data are not drawn by a sampler that is known to give groups the same images.
     """
@@ -139,10 +143,14 @@ def spatial_config(cfg: Config, ranks: int) -> None:
     sampler = (loader.get("sampler") or {}) if isinstance(loader, dict) else {}
     if sampler.get("type") != "SeededSampler":
         raise InputError("--spatial gives groups of processes the same images, and needs train_dataloader.sampler")
-    sampler.ranks_per_image = ranks
     if (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
         # mmengine multiplies the batch size by the number of processes.
-        cfg.auto_scale_lr.base_batch_size *= ranks
+        cfg.auto_scale_lr.base_batch_size = cfg.auto_scale_lr.base_batch_size // configured_ranks(cfg) * ranks
+    if ranks == 1:
+        sampler.pop("ranks_per_image", None)
+        cfg.pop("model_wrapper_cfg", None)
+        return
+    sampler.ranks_per_image = ranks
     cfg.model_wrapper_cfg = ConfigDict(
         type="SpatialModel", ranks=ranks, find_unused_parameters=cfg.get("find_unused_parameters", False)
     )
