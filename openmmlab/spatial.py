@@ -1,8 +1,9 @@
 """Training on images whose rows several processes share (`terrazzo.spatial`), for mmsegmentation's segmentors.
 
 The processes are a mesh of data groups and spatial groups: `ranks` consecutive processes share each image, and the
-groups have different images, as in data parallelism. Every process prepares the whole image and keeps its own rows. The
-losses are those of one process that has the batches of all groups.
+groups have different images, as in data parallelism. Every process prepares the whole image and keeps its own rows.
+Losses and gradients are computed as in one process that has the batches of all groups; docs/spatial.md says what is
+tested.
 
 `terrazzo train --spatial R` uses it.
 """
@@ -25,10 +26,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.seeding import configured_ranks
 from terrazzo.openmmlab.spatial_labels import is_segmentor
-from terrazzo.spatial import Part, Processes, rows
+from terrazzo.spatial import Part, Processes, largest_stride, rows
 from terrazzo.spatial._entries import find
-from terrazzo.spatial._parallelize import largest_stride, replace
-from terrazzo.spatial.entries.mmseg_models import no_loss
+from terrazzo.spatial._parallelize import replace
+from terrazzo.spatial.entries.mmengine_model import no_loss
 
 
 @MODEL_WRAPPERS.register_module()
@@ -42,8 +43,8 @@ class SpatialModel(MMDistributedDataParallel):
         module: an `EncoderDecoder`, with equal weights in all processes.
         ranks: how many consecutive processes share an image.
         stride: each process's first row is a multiple of it; None for the largest stride that the model states.
-        device_ids: the own GPU.
-        options: of `DistributedDataParallel`.
+        device_ids: this process's GPU.
+        options: further arguments of `DistributedDataParallel`.
 
     Raises:
         InputError: the number of processes is no multiple of `ranks`, a part of the model is not known to work on
@@ -84,7 +85,7 @@ class SpatialModel(MMDistributedDataParallel):
         self.stride = stride
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict:
-        """As in mmengine, on the own rows.
+        """mmengine's `train_step` on this rank's rows.
 
         Returns:
             The losses of the whole images, for the log.
@@ -108,7 +109,7 @@ class SpatialModel(MMDistributedDataParallel):
 
 
 def _untrainable(model: nn.Module) -> str | None:
-    """Why a model cannot be trained on shared images; None if nothing is known against it."""
+    """Why a model cannot be trained on shared images; None if it can."""
     if not is_segmentor(model):
         return f"the model is a {type(model).__name__}, and only segmentors (EncoderDecoder) train on shared images"
     for name, module in model.named_modules():
@@ -117,7 +118,7 @@ def _untrainable(model: nn.Module) -> str | None:
             return f"{name} chooses pixels by a {type(module.sampler).__name__}, which sees one rank's pixels alone"
         entry = find(type(module), {})
         if entry is not None and entry.run is no_loss:
-            return f"{name} is a {kind}, which is no mean over pixels"
+            return f"{name} is a {kind}, which is not a mean over pixels"
         if kind == "CrossEntropyLoss" and (module.use_mask or module.reduction == "none"):
             return f"{name} is a {kind} with use_mask or without a reduction"
     return None
