@@ -35,7 +35,7 @@ from terrazzo.openmmlab.options import carry_options, merge_options
 from terrazzo.openmmlab.options import parse_options as parse_options
 from terrazzo.openmmlab.resuming import check_resumable
 from terrazzo.openmmlab.saving import find_latest_checkpoint
-from terrazzo.openmmlab.seeding import seed_config
+from terrazzo.openmmlab.seeding import configured_ranks, seed_config
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 """The folder of the packaged configs."""
@@ -367,18 +367,19 @@ def build_runner(
     hooks = list(cfg.get("custom_hooks") or [])
     present = [hook.get("type") for hook in hooks]
     cfg.custom_hooks = hooks + [dict(type=name) for name in OWN_HOOKS if name not in present]
-    if sharded:
-        from terrazzo.openmmlab.sharded import shard_config
-
-        shard_config(cfg)
     if spatial > 1:
         if sharded:
             raise InputError("--fsdp divides the model and --spatial divides images: leave one of them out")
         if launcher == "none":
             raise InputError(f"--spatial {spatial} needs several processes; add --launcher pytorch")
+    if spatial > 1 or configured_ranks(cfg) > 1:
         from terrazzo.openmmlab.spatial import spatial_config
 
         spatial_config(cfg, spatial)
+    if sharded:
+        from terrazzo.openmmlab.sharded import shard_config
+
+        shard_config(cfg)
     launch(cfg, launcher)
     # Runners share their histories and their visualizer by name, and mmengine's names repeat within a second.
     stem = cfg.get("experiment_name") or (Path(cfg.filename).stem if cfg.filename else "terrazzo")

@@ -174,6 +174,13 @@ def ranks_per_image(model: nn.Module) -> int:
     return getattr(model, "ranks_per_image", 1)
 
 
+def configured_ranks(cfg: Config) -> int:
+    """How many processes share each training image by a config, such as the config that a run has written."""
+    loader = cfg.get("train_dataloader")
+    sampler = loader.get("sampler") if isinstance(loader, dict) else None
+    return (sampler or {}).get("ranks_per_image", 1)
+
+
 def seed_config(cfg: Config) -> None:
     """Wraps the training data of a config, in place. A second call changes nothing."""
     loader = cfg.get("train_dataloader")

@@ -1,8 +1,9 @@
 """Training on images whose rows several processes share (`terrazzo.spatial`), for mmsegmentation's segmentors.
 
 The processes are a mesh of data groups and spatial groups: `ranks` consecutive processes share each image, and the
-groups have different images, as in data parallelism. Every process prepares the whole image and keeps its own rows. The
-losses are those of one process that has the batches of all groups.
+groups have different images, as in data parallelism. Every process prepares the whole image and keeps its own rows.
+Losses and gradients are computed as in one process that has the batches of all groups; docs/spatial.md says what is
+tested.
 
 `terrazzo train --spatial R` uses it.
 """
@@ -23,11 +24,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.seeding import configured_ranks
 from terrazzo.openmmlab.spatial_labels import is_segmentor
-from terrazzo.spatial import Part, Processes, rows
+from terrazzo.spatial import Part, Processes, largest_stride, rows
 from terrazzo.spatial._entries import find
-from terrazzo.spatial._parallelize import largest_stride, replace
-from terrazzo.spatial.entries.mmseg_models import no_loss
+from terrazzo.spatial._parallelize import replace
+from terrazzo.spatial.entries.mmengine_model import no_loss
 
 
 @MODEL_WRAPPERS.register_module()
@@ -41,8 +43,8 @@ class SpatialModel(MMDistributedDataParallel):
         module: an `EncoderDecoder`, with equal weights in all processes.
         ranks: how many consecutive processes share an image.
         stride: each process's first row is a multiple of it; None for the largest stride that the model states.
-        device_ids: the own GPU.
-        options: of `DistributedDataParallel`.
+        device_ids: this process's GPU.
+        options: further arguments of `DistributedDataParallel`.
 
     Raises:
         InputError: the number of processes is no multiple of `ranks`, a part of the model is not known to work on
@@ -83,7 +85,7 @@ class SpatialModel(MMDistributedDataParallel):
         self.stride = stride
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict:
-        """As in mmengine, on the own rows.
+        """mmengine's `train_step` on this rank's rows.
 
         Returns:
             The losses of the whole images, for the log.
@@ -107,7 +109,7 @@ class SpatialModel(MMDistributedDataParallel):
 
 
 def _untrainable(model: nn.Module) -> str | None:
-    """Why a model cannot be trained on shared images; None if nothing is known against it."""
+    """Why a model cannot be trained on shared images; None if it can."""
     if not is_segmentor(model):
         return f"the model is a {type(model).__name__}, and only segmentors (EncoderDecoder) train on shared images"
     for name, module in model.named_modules():
@@ -116,7 +118,7 @@ def _untrainable(model: nn.Module) -> str | None:
             return f"{name} chooses pixels by a {type(module.sampler).__name__}, which sees one rank's pixels alone"
         entry = find(type(module), {})
         if entry is not None and entry.run is no_loss:
-            return f"{name} is a {kind}, which is no mean over pixels"
+            return f"{name} is a {kind}, which is not a mean over pixels"
         if kind == "CrossEntropyLoss" and (module.use_mask or module.reduction == "none"):
             return f"{name} is a {kind} with use_mask or without a reduction"
     return None
@@ -132,6 +134,9 @@ def _recomputing(model: nn.Module, device: str) -> str | None:
 def spatial_config(cfg: Config, ranks: int) -> None:
     """Makes a config train on shared images, in place; `seed_config` has seen it, and its hooks are complete.
 
+    The config may be of a run that shared images, also among another number of processes. With one rank, each process
+    trains on whole images.
+
     Raises:
         InputError: the training data are not drawn by a sampler that is known to give groups the same images.
     """
@@ -139,10 +144,14 @@ def spatial_config(cfg: Config, ranks: int) -> None:
     sampler = (loader.get("sampler") or {}) if isinstance(loader, dict) else {}
     if sampler.get("type") != "SeededSampler":
         raise InputError("--spatial gives groups of processes the same images, and needs train_dataloader.sampler")
-    sampler.ranks_per_image = ranks
     if (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
         # mmengine multiplies the batch size by the number of processes.
-        cfg.auto_scale_lr.base_batch_size *= ranks
+        cfg.auto_scale_lr.base_batch_size = cfg.auto_scale_lr.base_batch_size // configured_ranks(cfg) * ranks
+    if ranks == 1:
+        sampler.pop("ranks_per_image", None)
+        cfg.pop("model_wrapper_cfg", None)
+        return
+    sampler.ranks_per_image = ranks
     cfg.model_wrapper_cfg = ConfigDict(
         type="SpatialModel", ranks=ranks, find_unused_parameters=cfg.get("find_unused_parameters", False)
     )

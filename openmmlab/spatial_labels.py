@@ -25,7 +25,7 @@ def unpredictable(model: nn.Module) -> str | None:
     if not is_segmentor(model) or type(model).encode_decode.__qualname__ != "EncoderDecoder.encode_decode":
         return f"the model is a {type(model).__name__}, and only segmentors (EncoderDecoder) share images"
     if type(model.decode_head).predict_by_feat.__qualname__ != "BaseDecodeHead.predict_by_feat":
-        return f"the head is a {type(model.decode_head).__name__}, which predicts in a way of its own"
+        return f"the head is a {type(model.decode_head).__name__}, which overrides predict_by_feat"
     if model.test_cfg.get("mode", "whole") != "whole":
         return "model.test_cfg has mode slide, which cuts images into windows; set its mode to whole"
     return None
@@ -67,7 +67,7 @@ def _as_before(part: Part, logits: torch.Tensor, level: Level, meta: Mapping[str
     left, right, top, bottom = meta.get("img_padding_size", meta.get("padding_size", (0, 0, 0, 0)))
     height, width = level.height - top - bottom, level.width - left - right
     if meta.get("flip") and meta.get("flip_direction") != "horizontal":
-        raise InputError("images that are flipped vertically are not done across ranks")
+        raise InputError("vertically flipped images cannot be shared across ranks")
     ranks = part.group.size
     inner = Level(width, rows(height, ranks, 1))
     logits = part.exchange(logits, 2, level, [(start + top, end + top) for start, end in inner.rows])

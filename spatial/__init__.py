@@ -21,6 +21,7 @@ from terrazzo.spatial._groups import Group as Group
 from terrazzo.spatial._groups import LocalGroup as LocalGroup
 from terrazzo.spatial._groups import Processes as Processes
 from terrazzo.spatial._groups import as_group
+from terrazzo.spatial._parallelize import largest_stride as largest_stride
 from terrazzo.spatial._parallelize import parallelize as parallelize
 from terrazzo.spatial._parallelize import restore as restore
 from terrazzo.spatial._part import Part as Part
@@ -40,6 +41,7 @@ __all__ = [
     "active",
     "gather",
     "image",
+    "largest_stride",
     "parallelize",
     "restore",
     "rows",

@@ -45,7 +45,7 @@ def find(kind: type, more: Mapping[type, Entry]) -> Entry | None:
             return None
         entry = more.get(base) or _of(base)
         if entry is not None:
-            methods = {"forward", entry.method, *(more.method for more in entry.also)}
+            methods = {"forward", entry.method, *(other.method for other in entry.also)}
             same = all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
             return entry if same else None
     return None

@@ -97,7 +97,7 @@ def replace(model: nn.Module, alone: bool, entries: Mapping[type, Entry] | None 
             kind = type(module)
             refused.append(f"{name or 'the model'} ({kind.__module__}.{kind.__qualname__}: {reason})")
         elif entry is not None:
-            found += [(module, name or "the model", one) for one in (entry, *entry.also) if one.run is not None]
+            found += [(module, name or "the model", form) for form in (entry, *entry.also) if form.run is not None]
     if refused:
         more_text = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise InputError(

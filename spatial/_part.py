@@ -111,6 +111,8 @@ class Part:
     def level(self, x: torch.Tensor, dim: int = 2) -> Level:
         """The size of the whole map whose rows are dimension `dim` of `x`, and whose columns follow.
 
+        All ranks must call it at the same places: it may exchange sizes.
+
         Raises:
             InputError: No map of the image has this size.
         """

@@ -1,4 +1,4 @@
-"""mmengine's containers and batch norm, and what models of OpenMMLab share: modes, and losses over a rank's pixels."""
+"""mmengine's containers and batch norm, and the refusal of losses that models of OpenMMLab share."""
 
 from typing import Any
 
@@ -7,24 +7,15 @@ from torch import nn
 from terrazzo.errors import InputError
 from terrazzo.spatial._entries import OWN, Entry
 from terrazzo.spatial._norms import batch_norm
-from terrazzo.spatial._operators import own
 from terrazzo.spatial._part import Part
 
 
-def as_tensors(part: Part, model: nn.Module, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
-    """A model's `forward(images)`, which gives its head's maps. Its other modes need the whole image."""
-    if mode != "tensor":
-        raise InputError(
-            f"across ranks {type(model).__name__} gives its head's maps, as model(images), and has no mode '{mode}'"
-        )
-    return own(model, inputs, data_samples, mode)
-
-
-def refused_loss(part: Part, module: nn.Module, *arguments: Any, **options: Any) -> Any:
-    """A loss of OpenMMLab, which is a mean over a rank's pixels."""
+def no_loss(part: Part, module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """A loss of OpenMMLab that is not done across ranks."""
     raise InputError(
-        f"{part.at} is a mean over the pixels of one rank: compute the loss from the maps, as a sum over own pixels "
-        "divided by the count of all ranks' pixels (docs/spatial.md)"
+        f"{part.at} is a {type(module).__name__} of one rank's pixels, and not a share of the loss of all pixels: "
+        "compute the loss from the maps, as a sum over own pixels divided by the count of all ranks' pixels, or train "
+        "a segmentor with mmsegmentation's CrossEntropyLoss (docs/spatial.md)"
     )
 
 

@@ -15,14 +15,7 @@ from terrazzo.spatial._entries import OWN, Entry
 from terrazzo.spatial._functions import Functions, through
 from terrazzo.spatial._operators import own, resize
 from terrazzo.spatial._part import Part
-
-
-def no_loss(part: Part, module: nn.Module, *arguments: Any, **options: Any) -> Any:
-    """Losses that are no sum over pixels divided by a count."""
-    raise InputError(
-        f"{part.at} is a {type(module).__name__} of one rank's pixels, and not a share of the loss of all pixels: use "
-        "CrossEntropyLoss (docs/spatial.md)"
-    )
+from terrazzo.spatial.entries.mmengine_model import no_loss
 
 
 def _losses_of_head(part: Part, head: nn.Module, seg_logits: torch.Tensor, batch_data_samples: Sequence[Any]) -> dict:

@@ -13,12 +13,24 @@ def _check_flatten(module: nn.Flatten) -> str | None:
 
 
 def _drop(part: Part, module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-    """Dropout with numbers of the rank's own: ranks with more rows draw more, and all must agree on later numbers."""
+    """Dropout with a generator for each rank: ranks with more rows draw more numbers, and the global generators must
+    stay equal.
+
+    All ranks have the tokens in front and pooled features, and drop the same numbers of them.
+    """
     if not module.training or module.p in (0, 1):
         return own(module, x)
     seed = int(torch.randint(2**31, ()))
-    generator = torch.Generator(x.device).manual_seed(seed + part.rank)
-    return x * torch.empty_like(x).bernoulli_(1 - module.p, generator=generator).div_(1 - module.p)
+    if x.dim() == 2 or (1, 1) in (x.shape[2:], x.shape[1:3]):
+        return _dropped(x, module.p, seed)
+    front, rows = x.tensor_split([part.prefix if x.dim() == 3 else 0], 1)
+    rows = _dropped(rows, module.p, seed + 1 + part.rank)
+    return torch.cat([_dropped(front, module.p, seed), rows], 1) if front.shape[1] else rows
+
+
+def _dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 _ACTIVATIONS = (

@@ -8,6 +8,7 @@ from support.trainings import losses
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.config import build_runner, load_config
+from terrazzo.openmmlab.seeding import seed_config
 from terrazzo.openmmlab.spatial import SpatialModel, spatial_config
 
 CONFIG = "fpn_dinat-mini_floors"
@@ -52,8 +53,10 @@ def assert_same_weights(found, wanted):
 
 
 def test_two_processes_that_share_images(tiny_data, tmp_path):
-    """Three iterations with stochastic depth, dropout of channels, ignored pixels, clipped gradients and a mean of
-    weights equal those of one process."""
+    """Three iterations equal those of one process.
+
+    With stochastic depth, dropout of channels, ignored pixels, clipped gradients and averaged weights (EMA).
+    """
     (alone,) = run(tiny_data, tmp_path / "alone")
     for found in run(tiny_data, tmp_path / "shared", 2, spatial=2):
         np.testing.assert_allclose(found, alone, rtol=1e-5)
@@ -122,3 +125,18 @@ def test_the_learning_rate_counts_groups_of_processes():
     cfg.train_dataloader.sampler.type = "SeededSampler"
     spatial_config(cfg, 2)
     assert cfg.auto_scale_lr.base_batch_size == 32
+
+
+def test_the_config_of_a_run_with_shared_images_trains_again(tiny_data, tmp_path):
+    """With as many processes for an image, or with one."""
+    cfg = load_config(CONFIG, tiny_data("floors"), {**OPTIONS, "auto_scale_lr": {"base_batch_size": 16}})
+    seed_config(cfg)
+    spatial_config(cfg, 2)
+    spatial_config(cfg, 2)
+    assert cfg.auto_scale_lr.base_batch_size == 32
+    assert cfg.train_dataloader.sampler.ranks_per_image == 2
+    cfg.dump(tmp_path / "config.py")
+    alone = build_runner(load_config(tmp_path / "config.py"), tmp_path / "run").cfg
+    assert alone.auto_scale_lr.base_batch_size == 16
+    assert "ranks_per_image" not in alone.train_dataloader.sampler
+    assert "model_wrapper_cfg" not in alone

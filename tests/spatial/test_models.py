@@ -7,12 +7,12 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
-from support.shared_rows import assert_same
+from support.shared_rows import assert_same, on_ranks
 from torch import nn
 
 import terrazzo
 from terrazzo.errors import InputError
-from terrazzo.spatial import OWN, LocalGroup, Part, tiled
+from terrazzo.spatial import OWN, LocalGroup, Part, active, tiled
 from terrazzo.spatial._parallelize import replace
 from terrazzo.spatial._tiled import joined
 
@@ -83,7 +83,8 @@ def make(name: str, **options) -> nn.Module:
         options["out_indices"] = (0, 1)
     model = timm.create_model(name, **MODELS[name], **options).double()
     for parameter in model.parameters():  # biases and scales that begin at 0 or 1e-6 would hide mistakes
-        nn.init.normal_(parameter, std=0.2) if parameter.dim() < 2 else None
+        if parameter.dim() < 2:
+            nn.init.normal_(parameter, std=0.2)
     return model
 
 
@@ -159,8 +160,44 @@ def test_a_converted_vit(mixer):
     model = make("vit_tiny_patch16_224", features_only=True)
     model = terrazzo.convert_attention(model, mixer, layers=[0], **MIXERS[mixer])
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, std=0.2) if ".mixer." in name and parameter.dim() > 1 else None
+        if ".mixer." in name and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
     compare(model, (113, 48, 3), tolerance=1e-6)
+
+
+def ranks_draw_alike(monkeypatch, ranks):
+    """Each virtual rank has a generator of its own in the same state, as processes have."""
+    generators = [torch.Generator().manual_seed(3) for _ in range(ranks)]
+    draw = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *sizes: draw(*sizes, generator=generators[active().rank]))
+
+
+def test_all_ranks_drop_the_same_of_tokens_in_front(monkeypatch):
+    """The class token and registers after two blocks, and the class token in front of the head."""
+    rates = dict(drop_rate=0.5, pos_drop_rate=0.5, proj_drop_rate=0.5)
+    model = make("vit_small_patch14_reg4_dinov2", global_pool="token", num_classes=5, **rates).train()
+    replace(model, False)
+    ranks_draw_alike(monkeypatch, 2)
+
+    def front(part, x):
+        tokens = model.forward_features(x)[:, :5]
+        return torch.cat([tokens.flatten(1), model.forward_head(tokens)], 1)
+
+    on_ranks(front, torch.randn(2, 3, 154, 84, dtype=torch.float64), 2, 14, dim=0)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "flat"])
+def test_all_ranks_drop_the_same_of_pooled_features(layout, monkeypatch):
+    drop = nn.Dropout(0.5)
+    replace(drop, False)
+    ranks_draw_alike(monkeypatch, 2)
+
+    def pooled(part, x):
+        y = part.mean(x)
+        return drop({"NCHW": y, "NHWC": y.movedim(1, 3), "flat": y.flatten(1)}[layout])
+
+    y = on_ranks(pooled, torch.ones(1, 64, 12, 8), 2, 4, dim=0)
+    assert set(y.unique().tolist()) == {0.0, 2.0}
 
 
 def test_a_vit_that_is_reduced_or_has_another_mixer_is_refused():

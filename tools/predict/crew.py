@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from terrazzo.errors import InputError, TerrazzoError, first_line
-from terrazzo.spatial import Part, Processes
-from terrazzo.spatial._parallelize import largest_stride
+from terrazzo.spatial import Part, Processes, largest_stride
 
 
 def serve(model: nn.Module) -> None:

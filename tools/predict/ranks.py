@@ -49,7 +49,7 @@ def share(predictor: Predictor, ranks: int, *source: str | Path | None) -> None:
     predictor.engine.model = crew
 
 
-def _launched(model: nn.Module, device: torch.device, ranks: int) -> "Crew":
+def _launched(model: nn.Module, device: torch.device, ranks: int) -> Crew:
     """The processes that a launcher started; only the first comes back."""
     launched, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     if launched != ranks:
@@ -66,7 +66,7 @@ def _launched(model: nn.Module, device: torch.device, ranks: int) -> "Crew":
     return crew
 
 
-def _started(model: nn.Module, device: torch.device, ranks: int, name: str, checkpoint: str | Path | None) -> "Crew":
+def _started(model: nn.Module, device: torch.device, ranks: int, name: str, checkpoint: str | Path | None) -> Crew:
     """Processes that are started here, each with a GPU of its own if there are GPUs."""
     places = ["cpu"] * ranks
     if device.type == "cuda":
