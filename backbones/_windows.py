@@ -91,6 +91,7 @@ class Windows(Reducer):
         folded, inside = self._fold(x, state)
         out = self.reducer(block, folded, inside)
         for level in inside.levels:
+            assert level.dropped is None  # `__init__` refuses the methods that drop tokens
             merged, size = self._unfold(level.merged, state), self._unfold(inside.size.unsqueeze(2), state).squeeze(2)
             left = x if level.left is folded else self._unfold(level.left, state)
             state.reduced(left, merged, self._unfold_map(level.map, state, level.merged.shape[1]), size)

@@ -10,7 +10,7 @@ from torchvision.ops import batched_nms, box_iou
 from terrazzo.gated_zoom._tiles import Grid, Window
 
 SAME = 0.5
-"""The IoU from which on two boxes of a class are the same thing."""
+"""Two boxes of a class with at least this IoU are the same object."""
 
 
 class Boxes(NamedTuple):
@@ -43,11 +43,11 @@ def tiles_of(boxes: Tensor, grid: Grid) -> Tensor:
     return down * grid.columns + across
 
 
-def unite(coarse: Boxes, fine: Sequence[Boxes], grid: Grid, chosen: Sequence[int]) -> Boxes:
+def unite(coarse: Boxes, fine: Sequence[Boxes], grid: Grid, chosen: Sequence[int], iou: float = SAME) -> Boxes:
     """The boxes of both passes as one list.
 
     Small things come from the tiles, large things from the coarse pass: a coarse box in a chosen tile is kept if its
-    short side is longer than half of the tile. A box of a crop that the crop's edge cuts is dropped if a coarse box of
+    short side is longer than half a tile. A box of a crop that the crop's edge cuts is dropped if a coarse box of
     its class overlaps it. Class-wise NMS unites the rest.
 
     Args:
@@ -55,6 +55,7 @@ def unite(coarse: Boxes, fine: Sequence[Boxes], grid: Grid, chosen: Sequence[int
         fine: N boxes in their crops.
         grid: The tiles.
         chosen: N indices of tiles.
+        iou: NMS drops a box whose IoU with a better box of its class is higher.
     """
     if not len(chosen):
         return coarse
@@ -67,7 +68,7 @@ def unite(coarse: Boxes, fine: Sequence[Boxes], grid: Grid, chosen: Sequence[int
         found = moved(found, crop)
         parts.append(found.at(~(cut & _matched(found, coarse))))
     every = Boxes(*(torch.cat(values) for values in zip(*parts)))
-    return every.at(batched_nms(every.boxes, every.scores, every.labels, SAME))
+    return every.at(batched_nms(every.boxes, every.scores, every.labels, iou))
 
 
 def new_boxes(coarse: Boxes, fine: Sequence[Boxes], grid: Grid, least: float = 0.3) -> Tensor:

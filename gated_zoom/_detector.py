@@ -1,13 +1,13 @@
 """The gated zoom of a detector of mmdetection: the same passes, with boxes in place of logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from terrazzo.errors import InputError
-from terrazzo.gated_zoom._boxes import Boxes, uncertainty, unite
+from terrazzo.gated_zoom._boxes import SAME, Boxes, uncertainty, unite
 from terrazzo.gated_zoom._passes import Passes
 from terrazzo.gated_zoom._tiles import Grid
 from terrazzo.gated_zoom._zoom import Zoom
@@ -32,6 +32,9 @@ class _Sample:
 class DetectorPasses(Passes):
     """A detector of images (B, 3, H, W) that gives the `Boxes` of each image.
 
+    Attributes:
+        iou: The threshold of the detector's own NMS.
+
     Raises:
         InputError: The detector gives masks.
     """
@@ -43,6 +46,7 @@ class DetectorPasses(Passes):
                 f"a {type(model).__name__} gives masks, and a zoom of a detector unites boxes alone: take a detector "
                 "without masks"
             )
+        self.iou = _nms_iou(getattr(model, "test_cfg", None) or {})
         self.predict = model.predict  # the detector's own, also after `install`
         self.container: type | None = None  # mmengine's class for a picture's boxes, known after a pass
 
@@ -88,4 +92,10 @@ class ZoomDetector(Zoom):
     def _united(
         self, coarse: list[Boxes], fine: Sequence[Sequence[Boxes]], grid: Grid, chosen: Sequence[Sequence[int]]
     ) -> list[Boxes]:
-        return [unite(found, crops, grid, tiles) for found, crops, tiles in zip(coarse, fine, chosen)]
+        return [unite(found, crops, grid, tiles, self.passes.iou) for found, crops, tiles in zip(coarse, fine, chosen)]
+
+
+def _nms_iou(test_cfg: Mapping[str, Any]) -> float:
+    """The IoU of the NMS in a detector's `test_cfg`, of the second stage if there are two; without NMS it is `SAME`."""
+    nms = test_cfg.get("rcnn", test_cfg).get("nms") or {}
+    return nms.get("iou_threshold", SAME)

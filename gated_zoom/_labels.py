@@ -8,27 +8,33 @@ from terrazzo.gated_zoom._scores import probabilities
 from terrazzo.gated_zoom._tiles import Grid
 
 
-def classes_of(logits: Tensor) -> Tensor:
-    """The class of each pixel, (B, H, W), of logits (B, C, H, W)."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+def classes_of(logits: Tensor, threshold: float = 0.5) -> Tensor:
+    """The class of each pixel, (B, H, W), of logits (B, C, H, W).
+
+    Args:
+        logits: A single channel is a foreground, class 1.
+        threshold: Of the foreground's probability; not used for several channels.
+    """
+    return (logits[:, 0].sigmoid() > threshold).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
-def disagreement(coarse: Tensor, fine: Tensor, grid: Grid) -> Tensor:
+def disagreement(coarse: Tensor, fine: Tensor, grid: Grid, threshold: float = 0.5) -> Tensor:
     """Targets without annotation: the share of a tile's pixels that the fine pass changes, times its confidence.
 
     Args:
         coarse, fine: Logits (B, C, H, W) of the two passes, both in the picture's size.
         grid: The tiles.
+        threshold: As in `classes_of`.
 
     Returns:
         (B, rows, columns), from 0 to 1.
     """
     confidence = probabilities(fine).amax(1)
-    changed = classes_of(coarse) != classes_of(fine)
+    changed = classes_of(coarse, threshold) != classes_of(fine, threshold)
     return grid.pool((changed * confidence)[:, None])[:, 0]
 
 
-def gain(coarse: Tensor, fine: Tensor, truth: Tensor, grid: Grid, ignored: int = 255) -> Tensor:
+def gain(coarse: Tensor, fine: Tensor, truth: Tensor, grid: Grid, ignored: int = 255, threshold: float = 0.5) -> Tensor:
     """Targets with annotation: by how much a fine pass lowers a tile's share of wrong pixels; 0 if it raises it.
 
     Args:
@@ -36,11 +42,12 @@ def gain(coarse: Tensor, fine: Tensor, truth: Tensor, grid: Grid, ignored: int =
         truth: The annotated classes (B, H, W).
         grid: The tiles.
         ignored: The class of pixels that do not count.
+        threshold: As in `classes_of`.
 
     Returns:
         (B, rows, columns), from 0 to 1.
     """
-    wrong = [((classes_of(logits) != truth) & (truth != ignored)).float() for logits in (coarse, fine)]
+    wrong = [((classes_of(logits, threshold) != truth) & (truth != ignored)).float() for logits in (coarse, fine)]
     return grid.pool((wrong[0] - wrong[1])[:, None])[:, 0].clamp(min=0)
 
 

@@ -21,6 +21,9 @@ class Passes(nn.Module):
         features: The name of the module whose output has the features for the heads; by default "backbone", if the
             model has one. From several maps, the map with the least stride from 8 is taken.
 
+    Attributes:
+        threshold: The probability above which a segmentor of one channel predicts its foreground.
+
     Raises:
         InputError: `model` cannot be called, or has no module of that name.
     """
@@ -32,6 +35,8 @@ class Passes(nn.Module):
         self.model: Any = model
         self.is_segmentor = hasattr(model, "encode_decode")
         self.source = _source(model, features)
+        threshold = getattr(getattr(model, "decode_head", None), "threshold", None)  # None for several channels
+        self.threshold: float = 0.5 if threshold is None else threshold
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes, H, W) of images (B, 3, H, W)."""

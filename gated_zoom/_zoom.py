@@ -140,21 +140,22 @@ class Zoom(nn.Module):
     @torch.no_grad()
     def coarse(self, images: Tensor) -> Coarse:
         """The coarse pass over images (B, 3, H, W), with scores of tiles and the gate."""
-        small, grid, gates = reduced(images, self.scale), self.grid(images), None
-        if self.heads is None:
-            result, features = self.passes(small), None
-        else:
+        small, grid, heads = reduced(images, self.scale), self.grid(images), self.heads
+        scores = gates = None
+        if heads is not None and (self.score == "region" or heads.trained[1]):
             result, features = self.passes.with_features(small)
             if features is None:
                 raise InputError(
                     "heads need features, and the model has no module 'backbone': name one as features=NAME"
                 )
-            if self.heads.trained[1]:
-                gates = self.heads.gate(features).sigmoid()
-        result = self.in_place(result, small, images)
-        if self.score == "region" and self.heads is not None and features is not None:
-            scores = self.heads.region(features, grid).sigmoid()
+            if heads.trained[1]:
+                gates = heads.gate(features).sigmoid()
+            if self.score == "region":
+                scores = heads.region(features, grid).sigmoid()
         else:
+            result = self.passes(small)
+        result = self.in_place(result, small, images)
+        if scores is None:
             scores = self.untrained_scores(result, grid)
         return Coarse(result, scores, gates, small.shape[2] * small.shape[3])
 
@@ -235,6 +236,10 @@ class Zoom(nn.Module):
         if value == "stored":
             if self.heads is None:
                 raise InputError(f"{name}='stored' takes the threshold from the heads' file: pass heads=FILE")
+            if name == "region" and self.score != "region":
+                raise InputError(
+                    "region='stored' is the threshold of the region head: leave score out, or give a number"
+                )
             return float(self.heads.thresholds[1 if name == "gate" else 0])
         if isinstance(value, str) or not 0 <= value <= 1:
             raise InputError(f"{name} is {value!r}; give a probability from 0 to 1, or 'stored'")

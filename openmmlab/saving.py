@@ -68,12 +68,12 @@ class SafeCheckpointHook(CheckpointHook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Adds the record of the model's mixers and token reduction to `meta`."""
-        checkpoint.setdefault("meta", {}).update(meta_of(record_of(_unwrapped(runner.model))))
+        checkpoint.setdefault("meta", {}).update(meta_of(record_of(unwrapped(runner.model))))
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Compares the checkpoint's record with the model; called before the weights are loaded."""
         filename = runner._load_from or find_latest_checkpoint(runner.work_dir)
-        check_changes(_unwrapped(runner.model), recorded(checkpoint, filename), filename, arguments)
+        check_changes(unwrapped(runner.model), recorded(checkpoint, filename), filename, arguments)
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         with self._removing_later():
@@ -98,7 +98,8 @@ class SafeCheckpointHook(CheckpointHook):
                 getattr(backend, kind)(path)
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The model of a runner without the wrapper of distributed training."""
     return model.module if is_model_wrapper(model) else model
 
 

@@ -13,7 +13,7 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from terrazzo.gated_zoom._zoom import Zoom, tiles_within
 from terrazzo.gated_zoom._zoom import zoom as make_zoom
 from terrazzo.openmmlab.checkpoint import load_checkpoint, save_checkpoint
 from terrazzo.openmmlab.conversion.sharing import Aside
+from terrazzo.openmmlab.saving import unwrapped
 
 STAGES = ("region", "gate")
 LABELS = ("agreement", "annotation")
@@ -35,7 +36,7 @@ SCALES = (1, 2, 4, 8)
 """The scales whose classes are compared for the gate."""
 FILE = "heads.pth"
 MISSED = 0.05
-"""The share of pictures that need a fine pass which the gate may spare, at most, on the validation data."""
+"""The largest share of the pictures in need that the gate may spare on the validation data."""
 
 
 @MODELS.register_module()
@@ -129,7 +130,7 @@ class ZoomHeads(BaseModel):
             coarse = self.zoom.in_place(result, small, inputs)
         assert features is not None
         if self.stage == "gate":
-            return self._gate(inputs, features, mode)
+            return self._gate(inputs, coarse, features, mode)
         found = self.heads.region(features, grid)
         if mode == "tensor":
             return found
@@ -157,7 +158,7 @@ class ZoomHeads(BaseModel):
         coarse = enlarged(found, size)
         fine = torch.stack([fuse(y, parts, grid, every) for y, parts in zip(coarse, crops)])
         if self.labels == "agreement":
-            return disagreement(coarse, fine, grid)
+            return disagreement(coarse, fine, grid, self.zoom.passes.threshold)
         if not data_samples or "gt_sem_seg" not in data_samples[0]:
             raise InputError("labels='annotation' needs label maps, and the data has none: use labels='agreement'")
         truth = torch.stack([sample.gt_sem_seg.data[0].to(inputs.device) for sample in data_samples])
@@ -165,13 +166,14 @@ class ZoomHeads(BaseModel):
             raise InputError(
                 f"label maps are {tuple(truth.shape[1:])} and images {tuple(size)}: let the pipeline resize both"
             )
-        return gain(coarse, fine, truth, grid, self.zoom.passes.model.decode_head.ignore_index)
+        ignored = self.zoom.passes.model.decode_head.ignore_index
+        return gain(coarse, fine, truth, grid, ignored, self.zoom.passes.threshold)
 
-    def _gate(self, inputs: Tensor, features: Tensor, mode: str) -> Any:
+    def _gate(self, inputs: Tensor, coarse: Tensor, features: Tensor, mode: str) -> Any:
         found = self.heads.gate(features)
         if mode == "tensor":
             return found
-        answers = self._needs(inputs)
+        answers = self._needs(inputs, coarse)
         if mode == "predict":
             return [dict(gate=float(p), need=need) for p, need in zip(found.sigmoid(), answers)]
         self.heads.trained[1] = True
@@ -184,11 +186,11 @@ class ZoomHeads(BaseModel):
         return {"loss_gate": F.binary_cross_entropy_with_logits(found[kept], wanted, weights)}
 
     @torch.no_grad()
-    def _needs(self, inputs: Tensor) -> list[bool | None]:
+    def _needs(self, inputs: Tensor, coarse: Tensor) -> list[bool | None]:
         """For each picture whether the zoom's scale needs a fine pass; None if the scales are not consistent."""
-        scales = sorted({*SCALES, self.zoom.scale})
-        size = inputs.shape[2:]
-        maps = [classes_of(enlarged(self.zoom.passes(reduced(inputs, scale)), size)) for scale in scales]
+        scales, passes = sorted({*SCALES, self.zoom.scale}), self.zoom.passes
+        logits = (coarse if scale == self.zoom.scale else passes(reduced(inputs, scale)) for scale in scales)
+        maps = [classes_of(enlarged(found, inputs.shape[2:]), passes.threshold) for found in logits]
         found = (needs(labels, self.eps) for labels in zip(*maps))
         return [None if answers is None else answers[scales.index(self.zoom.scale)] for answers in found]
 
@@ -279,7 +281,7 @@ class ZoomHeadsHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Stores the threshold of the stage in the heads."""
-        heads = _unwrapped(runner.model).heads
+        heads = unwrapped(runner.model).heads
         for position, stage in enumerate(STAGES):
             value = (metrics or {}).get(f"zoom/{stage}_threshold")
             if value is not None:
@@ -289,11 +291,7 @@ class ZoomHeadsHook(Hook):
         """Writes the heads."""
         path = Path(runner.work_dir) / FILE
         if is_main_process():
-            heads = _unwrapped(runner.model).heads
+            heads = unwrapped(runner.model).heads
             state = {f"heads.{name}": value.cpu() for name, value in heads.state_dict().items()}
             save_checkpoint({"meta": {}, "state_dict": state}, str(path))
         print_log(f"{path} has the heads: terrazzo infer ... --zoom-heads {path}", logger="current")
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.module if is_model_wrapper(model) else model

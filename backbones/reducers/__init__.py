@@ -26,8 +26,11 @@ def _found() -> dict[str, type[Reducer]]:
     here = (found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_"))
     places = {name: f"{__name__}.{name}" for name in here}
     places |= {name: f"{backbones.__name__}.{name}" for name in backbones.FAMILIES}
-    classes = {name: _of(place) for name, place in places.items()}
-    return {name: kinds[0] for name, kinds in sorted(classes.items()) if kinds}
+    found = {}
+    for name, place in sorted(places.items()):
+        if kinds := _of(place):
+            (found[name],) = kinds
+    return found
 
 
 def reducers() -> tuple[str, ...]:

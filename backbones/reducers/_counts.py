@@ -1,9 +1,27 @@
-"""How many tokens a reducer removes or keeps: one number for all blocks, or a number for each block."""
+"""How many tokens a reducer removes or keeps: a number for all blocks or for each, and a searched schedule."""
 
 from collections.abc import Callable, Sequence
 
 from terrazzo.backbones._checks import number, numbers
 from terrazzo.errors import InputError
+
+DEIT_SMALL = (
+    (197, 197),
+    (192, 180),
+    (168, 156),
+    (143, 127),
+    (121, 109),
+    (105, 98),
+    (92, 80),
+    (74, 66),
+    (62, 52),
+    (45, 37),
+    (33, 31),
+    (3, 3),
+)
+"""Tokens of 197 that the blocks of DeiT-S leave after dropping and after merging, at 2.3 G multiply-adds (authors)."""
+
+SMALLEST = 1e-4  # part of the tokens; at least one patch stays
 
 
 def for_blocks(
@@ -39,3 +57,19 @@ def for_blocks(
 def powers(value: float, place: int) -> float:
     """rho, rho^2, rho^3, ...: what is left after each stage if each keeps the part rho."""
     return value ** (place + 1)
+
+
+def schedule(count: int, rate: float = 1.0) -> tuple[tuple[float, float], ...]:
+    """DEIT_SMALL for another number of blocks, as parts of the tokens; between its blocks by straight lines.
+
+    Args:
+        rate: what is removed is multiplied by this number.
+    """
+    found = []
+    for block in range(count):
+        at = block * (len(DEIT_SMALL) - 1) / max(count - 1, 1)
+        below = min(int(at), len(DEIT_SMALL) - 2)
+        both = zip(DEIT_SMALL[below], DEIT_SMALL[below + 1])
+        parts = ((one + (other - one) * (at - below)) / DEIT_SMALL[0][0] for one, other in both)
+        found.append(tuple(max(SMALLEST, 1 - rate * (1 - part)) for part in parts))
+    return tuple(found)

@@ -13,46 +13,13 @@ import torch.nn.functional as F
 from terrazzo.backbones._checks import number, numbers, wholes
 from terrazzo.backbones._tokens import TokenState
 from terrazzo.backbones.reducers._between import Between
+from terrazzo.backbones.reducers._counts import schedule
 from terrazzo.backbones.reducers._dropping import drop, sizes
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch.dtypes import accumulator
 from terrazzo.kernels.token_reduction import merge, ordered, pair, prop_bias, row_mean, unmerge
 
-DEIT_SMALL = (
-    (197, 197),
-    (192, 180),
-    (168, 156),
-    (143, 127),
-    (121, 109),
-    (105, 98),
-    (92, 80),
-    (74, 66),
-    (62, 52),
-    (45, 37),
-    (33, 31),
-    (3, 3),
-)
-"""Tokens of 197 that the blocks of DeiT-S leave after dropping and after merging, at 2.3 G multiply-adds (authors)."""
-
-SMALLEST = 1e-4  # part of the tokens; at least one patch stays
-
 LEAST = 0.25  # part of the tokens that is left where maps are needed; the last block of DEIT_SMALL leaves 3 tokens
-
-
-def schedule(count: int, rate: float = 1.0) -> tuple[tuple[float, float], ...]:
-    """DEIT_SMALL for another number of blocks, as parts of the tokens; between its blocks by straight lines.
-
-    Args:
-        rate: what is removed is multiplied by this number.
-    """
-    found = []
-    for block in range(count):
-        at = block * (len(DEIT_SMALL) - 1) / max(count - 1, 1)
-        below = min(int(at), len(DEIT_SMALL) - 2)
-        both = zip(DEIT_SMALL[below], DEIT_SMALL[below + 1])
-        parts = ((one + (other - one) * (at - below)) / DEIT_SMALL[0][0] for one, other in both)
-        found.append(tuple(max(SMALLEST, 1 - rate * (1 - part)) for part in parts))
-    return tuple(found)
 
 
 class DiffRate(Between):

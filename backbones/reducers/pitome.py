@@ -60,8 +60,8 @@ class PiToMe(Between):
             0.9 to 0.95.
         margin: Tokens with a smaller cosine lower the energy. One number, or one for each block; the paper lets it fall
             from 0.9 to 0 with the depth.
-        bipartite: Those of `blocks` in which all patches alternate, by energy, between sources and destinations, and
-            the r most similar pairs merge.
+        bipartite: The blocks, among `blocks`, in which all patches alternate, by energy, between sources and
+            destinations, and the r most similar pairs merge.
 
         Raises:
             InputError: A number is out of range or does not fit `blocks`.

@@ -13,8 +13,7 @@ import torch
 from terrazzo.backbones._checks import wholes
 from terrazzo.backbones._tokens import TokenState
 from terrazzo.backbones.reducers._between import Between
-from terrazzo.backbones.reducers._counts import for_blocks
-from terrazzo.backbones.reducers.diffrate import schedule
+from terrazzo.backbones.reducers._counts import for_blocks, schedule
 from terrazzo.kernels.token_reduction import merge, plan
 
 

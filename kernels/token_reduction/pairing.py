@@ -1,4 +1,4 @@
-"""Plans of other kinds than `plan`: from lists of sources and destinations, or from any map."""
+"""Plans that `plan` does not make: from lists of sources and destinations, or from any map."""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,11 @@ def similarity(metric: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def ordered(score: torch.Tensor) -> torch.Tensor:
     """Indices (B, N) by descending score; among equals, the lowest index comes first."""
-    return portable.rank(score).argsort(-1)
+    if not is_exporting():
+        return score.argsort(dim=-1, descending=True, stable=True)
+    places = portable.rank(score)
+    position = torch.arange(score.shape[-1], device=score.device).expand_as(places)
+    return torch.zeros_like(places).scatter(-1, places, position)
 
 
 def pair(

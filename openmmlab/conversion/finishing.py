@@ -6,13 +6,13 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from terrazzo.backbones._hosts import record_of
 from terrazzo.checkpoints.records import meta_of
 from terrazzo.openmmlab.checkpoint import save_checkpoint
+from terrazzo.openmmlab.saving import unwrapped
 
 STUDENT = "student.pth"
 
@@ -43,7 +43,7 @@ class StudentHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Writes the student."""
         averaged = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-        model = averaged[0] if averaged else _unwrapped(runner.model)
+        model = averaged[0] if averaged else unwrapped(runner.model)
         student = model.stage.finished(model)
         if student is None:
             return
@@ -55,10 +55,6 @@ class StudentHook(Hook):
         print_log(f"{path} has the student{f': {report}' if report else ''}", logger="current")
 
     def _end_if_done(self, runner: Runner, steps: int) -> None:
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         if model.stage.done(model, steps / runner.max_iters):
             runner.train_loop.stop_training = True
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.module if is_model_wrapper(model) else model

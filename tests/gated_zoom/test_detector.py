@@ -49,6 +49,25 @@ def test_things_in_two_crops_are_one():
     assert rows(unite(boxes(), [boxes(one), boxes(two)], GRID, [0, 1])) == rows(boxes(one))
 
 
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        (None, 1),
+        (dict(max_per_img=100), 1),
+        (dict(nms=dict(type="nms", iou_threshold=0.7)), 2),
+        (dict(rpn=dict(nms=dict(iou_threshold=0.5)), rcnn=dict(nms=dict(iou_threshold=0.7))), 2),
+    ],
+)
+def test_nms_is_as_strict_as_the_detector_s(settings, count):
+    """Two boxes with an IoU of .6: one object for an NMS at .5, two for one at .7."""
+    one, two = (0, 0, 8, 10, 0.8, 0), (2, 0, 10, 10, 0.7, 0)
+    model = Dots()
+    model.test_cfg = settings
+    zoom = terrazzo.zoom(model, scale=4, tile=40, halo=8, stride=8)
+    (found,) = zoom._united([boxes()], [[boxes(one, two)]], GRID, [[0]])
+    assert len(found.scores) == count
+
+
 def test_targets_and_scores_of_tiles():
     coarse = boxes((5, 5, 15, 15, 0.9, 0), (50, 50, 60, 60, 0.5, 0), (0, 40, 39, 79, 0.5, 0))
     assert tiles_of(coarse.boxes, GRID).tolist() == [0, 3, 2]

@@ -35,6 +35,16 @@ def test_disagreement(passes):
     assert torch.equal(classes_of(torch.tensor([[[[-1.0, 2.0]]]])), torch.tensor([[[0, 1]]]))  # one channel
 
 
+def test_the_threshold_of_a_single_channel():
+    """As mmsegmentation predicts: foreground from a probability of .3 on, so .2 -> .4 is a change, .4 -> .6 is none."""
+    coarse, fine = (torch.tensor(p).logit().expand(1, 1, 4, 4).repeat(1, 1, 1, 2) for p in (0.2, 0.6))
+    coarse[..., 4:] = torch.tensor(0.4).logit()
+    assert classes_of(coarse, 0.3)[0, 0].tolist() == [0] * 4 + [1] * 4
+    torch.testing.assert_close(disagreement(coarse, fine, GRID, 0.3), torch.tensor([[[0.6, 0]]]))
+    truth = torch.ones(1, 4, 8, dtype=torch.long)
+    assert gain(coarse, fine, truth, GRID, threshold=0.3).tolist() == [[[1, 0]]]
+
+
 def test_gain(passes):
     coarse, fine, truth = passes
     torch.testing.assert_close(gain(coarse, fine, truth, GRID), torch.tensor([[[2 / 16, 0]]]))

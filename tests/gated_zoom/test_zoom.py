@@ -210,6 +210,19 @@ def test_heads_choose_tiles_and_gate_pictures(tmp_path):
         heads.thresholds[0] = expected.median()
     zoom = terrazzo.zoom(model, region="stored", **{**options, "heads": heads, "budget": 1})
     assert sum(map(len, zoom.look(images).tiles)) == (expected > expected.median()).sum()
+    with pytest.raises(InputError, match="region='stored' is the threshold of the region head: leave score out"):
+        terrazzo.zoom(model, region="stored", score="entropy", **options)
+
+
+def test_heads_that_answer_nothing_need_no_features():
+    """Another score chooses, and the gate has not been trained: a model without a backbone is no error."""
+    heads = trained_heads()
+    heads.trained[1] = False
+    options = dict(scale=3, tile=20, halo=4, stride=1, heads=heads)
+    images = torch.randn(1, 3, 60, 80)
+    assert terrazzo.zoom(plain(), score="entropy", **options)(images).shape == (1, 3, 60, 80)
+    with pytest.raises(InputError, match="heads need features"):
+        terrazzo.zoom(plain(), **options)(images)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +277,12 @@ def segmentor():
         test_cfg=dict(mode="whole"),
     )
     return MODELS.build(ConfigDict(settings)).eval()
+
+
+def test_the_threshold_of_a_segmentor_with_one_channel(segmentor):
+    assert terrazzo.zoom(segmentor).passes.threshold == 0.5  # not used for several channels
+    segmentor.decode_head.threshold = 0.3
+    assert terrazzo.zoom(segmentor).passes.threshold == 0.3
 
 
 def test_a_segmentor_of_mmsegmentation(segmentor):

@@ -15,7 +15,9 @@ from terrazzo.kernels.token_reduction import (
     column_mean,
     compose,
     merge,
+    ordered,
     pair,
+    pairing,
     plan,
     plan_of,
     portable,
@@ -211,6 +213,17 @@ class TestPair:
         wanted = pair(metric, self.SOURCES, self.DESTINATIONS, r=2).map
         monkeypatch.setattr(portable, "is_exporting", lambda: True)
         assert torch.equal(pair(metric, self.SOURCES, self.DESTINATIONS, r=2).map, wanted)
+
+    def test_order(self, monkeypatch):
+        """Descending, the lowest index first among equals; exported without a sort, and equal."""
+        score = torch.tensor([[1.0, 3.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, -1.0, 5.0]])
+        wanted = [[1, 4, 3, 0, 2], [4, 0, 1, 2, 3]]
+        assert ordered(score).tolist() == wanted
+        for module in (portable, pairing):
+            monkeypatch.setattr(module, "is_exporting", lambda: True)
+        graph = torch.fx.experimental.proxy_tensor.make_fx(ordered)(score)
+        assert "sort" not in graph.code
+        assert graph(score).tolist() == wanted
 
     def test_any_map(self):
         assert plan_of(torch.tensor([[0, 2, 1, 0]]), 3).M == 3

@@ -85,7 +85,7 @@ def test_gate_learns_from_consistent_pictures_alone(base, monkeypatch):
     root, file = base
     model = MODELS.build(tiny(GATE, root, **{"model.checkpoint": file}).model)
     answers = [True, False, None, False, False]
-    monkeypatch.setattr(ZoomHeads, "_needs", lambda self, inputs: answers[: len(inputs)])
+    monkeypatch.setattr(ZoomHeads, "_needs", lambda self, inputs, coarse: answers[: len(inputs)])
     images = torch.randn(5, 3, 64, 96)
     loss = model(images, mode="loss")["loss_gate"]
     p = model(images, mode="tensor").sigmoid()
@@ -93,6 +93,16 @@ def test_gate_learns_from_consistent_pictures_alone(base, monkeypatch):
     torch.testing.assert_close(loss, expected)
     answers[:] = [None] * 5
     assert model(images, mode="loss")["loss_gate"] == 0
+
+
+@torch.no_grad()
+def test_gate_looks_once_at_each_scale(base):
+    root, file = base
+    model = MODELS.build(tiny(GATE, root, **{"model.checkpoint": file}).model)
+    widths = []
+    model.zoom.passes.model.backbone.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[3]))
+    model(torch.randn(1, 3, 64, 96), mode="predict")
+    assert sorted(widths) == [12, 24, 48, 96]
 
 
 FAST = ("zoom-base_fpn-attnet-xxs_1xb4-10k_camvid-480x360", GATE)

@@ -176,6 +176,26 @@ class ReducerContract:
             assert found.shape[2:] == tuple(-(-side // 16) for side in size)
             assert found.isfinite().all()
 
+    @torch.no_grad()
+    def test_windows(self):
+        """Blocks reduce within windows, padded ones, too, and maps have every position; class attention refuses."""
+        if self.by_class_token:
+            with pytest.raises(InputError, match="class attention over the whole image, so there can be no windows"):
+                self.reduced(host(), window=4)
+            return
+        vit = self.reduced(host(), blocks=(0, 1), window=4, global_blocks=(2,), full_last=0)
+        _, state = walked(vit, picture(vit))
+        counts = [level.merged.shape[1] for level in state.levels]  # of 4 windows of 4 x 4, and the class token
+        assert 1 + 64 > counts[0] > counts[1]
+        for before, level in zip((1 + 64, *counts), state.levels):
+            of_window = torch.arange(before - 1).div((before - 1) // 4, rounding_mode="floor").expand(2, -1)
+            after = (level.map[:, 1:] - 1).div((level.merged.shape[1] - 1) // 4, rounding_mode="floor")
+            assert torch.equal(after, of_window), "a token left its window"
+        torch.testing.assert_close(state.size.sum(1), torch.full((2,), 1.0 + PATCHES))
+        (found,) = vit.forward_intermediates(picture(vit), 1, intermediates_only=True)
+        assert found.shape == (2, 48, 7, 7)
+        assert found.isfinite().all()
+
     @pytest.mark.parametrize("name", QUICK)
     def test_trains(self, name):
         """Gradients are finite, and the same with gradient checkpointing."""

@@ -1,6 +1,7 @@
-"""How far a changed ViT's features are from the unchanged model's, on pictures."""
+"""How far a changed ViT's features are from the unchanged model's, on pictures; and the passes to be timed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,3 +80,17 @@ def drift(whole: Sequence[Seen], reduced: Sequence[Seen]) -> dict[str, float]:
         for metric, value in figures.items():
             found.setdefault(metric, []).append(value)
     return {metric: sum(values) / len(values) for metric, values in found.items()}
+
+
+def passes(models: Mapping[str, nn.Module], images: torch.Tensor, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """For each model a pass over `batch` of the images (N, 3, H, W), which repeat if there are fewer; run once each."""
+    many = torch.cat([images] * -(-batch // len(images)))[:batch]
+    calls = {name: partial(_infer, model, many) for name, model in models.items()}
+    for call in calls.values():
+        call()
+    return calls
+
+
+@torch.inference_mode()
+def _infer(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model(images)

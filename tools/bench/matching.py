@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from terrazzo.backbones._reduce import reduce
 from terrazzo.backbones.reducers import reducer_class
 from terrazzo.errors import InputError
+from terrazzo.tools.inspect.maps import maps_at
 from terrazzo.tools.inspect.trace import meta_outputs
 
 _STEPS = 16
@@ -25,7 +26,7 @@ class LastMap(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[-1]
+        return maps_at(self.model, x, 1, norm=True)[-1]
 
 
 class Matcher:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from terrazzo.backbones.reducers import reducer_class, reducers
 from terrazzo.errors import InputError
 from terrazzo.tools import results
-from terrazzo.tools.bench.drift import AGREEMENT, DRIFT, MAP, drift, seen
+from terrazzo.tools.bench.drift import AGREEMENT, DRIFT, MAP, drift, passes, seen
 from terrazzo.tools.bench.matching import LastMap, Matcher
 from terrazzo.tools.inspect.timing import FORWARD, interleaved, throughput_timer
 from terrazzo.tools.mechanisms import DENSE, Mechanism, of_reducer, on_meta, read_reducer
@@ -105,10 +104,7 @@ def measured(
             add(text, len(inputs), metric, "1", (value,) * 3)
         done()
     for batch in batches:
-        many = torch.cat([inputs] * -(-batch // len(inputs)))[:batch]
-        calls = {text: partial(_infer, LastMap(model) if maps else model, many) for text, model in models.items()}
-        for call in calls.values():
-            call()
+        calls = passes({text: LastMap(model) if maps else model for text, model in models.items()}, inputs, batch)
         for text, times in interleaved(calls, seconds, throughput_timer(inputs.device)).items():
             add(text, batch, FORWARD, "ms", tuple(1e3 * time for time in times))
     return rows
@@ -130,8 +126,3 @@ def table(rows: Sequence[results.Row]) -> tuple[tuple[str, ...], list[tuple[str,
         lines.append(tuple(line))
     heads = (part for shape in shapes for part in (f"images/s, {shape.split('x')[0]} at once", "of unreduced"))
     return ("share", "method", "MACs, G", MAP, DRIFT, *([AGREEMENT] if agree else []), *heads), lines
-
-
-@torch.inference_mode()
-def _infer(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return model(images)

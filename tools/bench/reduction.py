@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import click
@@ -191,11 +190,7 @@ def _over_r(
         for metric, cosine in drift.drift(own, drift.seen(reduced, inputs)).items():
             found[f"{len(inputs)}x{shape}", name, metric, "1"] = (cosine,) * 3
     for batch in batches:
-        many = torch.cat([inputs] * -(-batch // len(inputs)))[:batch]
-        calls = {name: partial(_infer, reduced, many) for name, reduced in models.items()}
-        for call in calls.values():
-            call()
-        for name, times in interleaved(calls, seconds, throughput_timer(where)).items():
+        for name, times in interleaved(drift.passes(models, inputs, batch), seconds, throughput_timer(where)).items():
             found[f"{batch}x{shape}", name, FORWARD, "ms"] = tuple(1e3 * time for time in times)
     about = results.about(where, "timm")
     rows = [
@@ -235,8 +230,3 @@ def _name(r: float, blocks: tuple[int, ...] | None) -> str:
         return "nothing"
     where = "each block but the first" if blocks is None else f"blocks {', '.join(map(str, blocks))}"
     return f"{f'{r:.0%}' if r < 1 else int(r)} in {where}"
-
-
-@torch.inference_mode()
-def _infer(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return model(images)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     "--sweep",
     type=UserPath(),
     metavar="PNG",
-    help="Draw the metric of a zoom over its megapixels, and write a CSV too.",
+    help="Draw the metric of a zoom over its megapixels for a fixed list of budgets (--budget and --zoom-score are not "
+    "used), and write a CSV too.",
 )
 def command(
     config: str,
@@ -46,6 +47,10 @@ def command(
     """
     if sweep is not None and zoom is None:
         raise click.UsageError("--sweep is for a zoom; give its scale, too, such as --zoom 4")
+    if sweep is not None and out is not None:
+        raise click.UsageError("--sweep writes its own table: leave --out out")
+    if sweep is not None and sweep.suffix.lower() != ".png":
+        raise click.UsageError(f"--sweep writes a PNG picture, so its file must end with .png, got {sweep}")
     from terrazzo.openmmlab.config import load_config
     from terrazzo.tools.data.checks import check_data
 

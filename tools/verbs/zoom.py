@@ -45,8 +45,9 @@ def oracle(
     """Replace the worst tiles of coarse labels by the truth, and print the IoU.
 
     The coarse labels are the most frequent class of each FACTOR x FACTOR pixels of the label maps of CONFIG's data. No
-    model takes part: this is the most that a perfect choice of tiles and a perfect fine pass could gain. For instances,
-    everything is foreground or background, and the IoU is that of the foreground.
+    model takes part: the tiles with the most wrong pixels are chosen, and the fine pass is taken as perfect. Pixels at
+    the bottom and at the right that fill no whole tile stay coarse. For instances, everything is foreground or
+    background, and the IoU is that of the foreground.
     """
     from terrazzo.gated_zoom._oracle import label_oracle
     from terrazzo.openmmlab.config import load_config

@@ -1,5 +1,6 @@
 """The options of a zoom, and the zoom that they make of a model."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,22 +70,22 @@ class ZoomOptions:
 def zoom_options(function: Callable) -> Callable:
     """Add --zoom and the options that go with it; the verb gets `zoom`, a `ZoomOptions` or None without --zoom."""
 
+    @functools.wraps(function)  # also takes over the options that the verb has so far
     def with_zoom(*args, zoom_scale: float | None, **kwargs):
         given = {name: kwargs.pop(f"zoom_{name}") for name, _ in _OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
         if zoom_scale is None and given:
-            name = next(iter(given))
-            option = "--budget" if name == "budget" else f"--zoom-{name}"
-            raise click.UsageError(f"{option} is for a zoom; give its scale, too, such as --zoom 4")
+            raise click.UsageError(f"{_flag(next(iter(given)))} is for a zoom; give its scale, too, such as --zoom 4")
         return function(*args, zoom=None if zoom_scale is None else ZoomOptions(zoom_scale, **given), **kwargs)
 
-    with_zoom.__doc__ = function.__doc__
-    with_zoom.__click_params__ = getattr(function, "__click_params__", [])
     for name, settings in reversed(_OPTIONS):
-        flag = "--budget" if name == "budget" else f"--zoom-{name}"
-        with_zoom = click.option(flag, f"zoom_{name}", **settings)(with_zoom)
+        with_zoom = click.option(_flag(name), f"zoom_{name}", **settings)(with_zoom)
     help_ = "Segmentors and detectors: look at pictures with sides 1/SCALE first, and again at the tiles where it pays."
     return click.option("--zoom", "zoom_scale", type=click.FloatRange(min=1), metavar="SCALE", help=help_)(with_zoom)
+
+
+def _flag(name: str) -> str:
+    return "--budget" if name == "budget" else f"--zoom-{name}"
 
 
 _OPTIONS = (

@@ -1,8 +1,9 @@
 """The metric of a zoom at many budgets, from one coarse and one fine pass over each picture."""
 
 import copy
+import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from terrazzo.tools.zoom.options import ZoomOptions
 BUDGETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 FULL = "full pass"
 ORACLE = "oracle"
-"""Tiles in the order of what the fine pass corrects, by the annotation: no score can choose better."""
+"""Tiles in the order of the wrong pixels that the fine pass corrects, by the annotation."""
 HEADLINES = ("mIoU", "mDice", "mFscore")
 
 
@@ -50,6 +51,7 @@ class Point:
     pictures: int
 
 
+@torch.no_grad()
 def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence[float] = BUDGETS) -> list[Point]:
     """Evaluate a zoom of a config's model on its test data, for several budgets and scores, beside the full pass.
 
@@ -58,7 +60,7 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
     Args:
         cfg: What `terrazzo.openmmlab.config.load_config` gave.
         checkpoint: A file that a training of this config wrote.
-        options: Of the zoom; its budget does not count.
+        options: Of the zoom; its budget and score do not count.
         budgets: Shares of the tiles.
 
     Raises:
@@ -88,7 +90,7 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
             data = model.data_preprocessor(batch, False)
             inputs, samples = data["inputs"], data["data_samples"]
             count += len(inputs)
-            for key, (logits, used) in _results(zoom, inputs, samples, scores, budgets).items():
+            for key, logits, used in _results(zoom, inputs, samples, scores, budgets):
                 seen[key] += used
                 found = model.postprocess_result(logits, copy.deepcopy(samples))
                 evaluators[key].process(found, batch)
@@ -100,26 +102,25 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
     return points
 
 
-@torch.no_grad()
 def _results(
     zoom: Zoom, inputs: torch.Tensor, samples: Sequence, scores: Sequence[str], budgets: Sequence[float]
-) -> dict[tuple[str, float], tuple[torch.Tensor, float]]:
+) -> Iterator[tuple[tuple[str, float], torch.Tensor, float]]:
     """For each score and budget the logits (B, classes, H, W) of a batch, and the megapixels of all its pictures."""
-    grid, size = zoom.grid(inputs), inputs.shape[2:]
+    grid, size, passes = zoom.grid(inputs), inputs.shape[2:], zoom.passes
+    yield (FULL, 1.0), passes(inputs), len(inputs) * size[0] * size[1] / 1e6
     seen, every = zoom.coarse(inputs), list(range(grid.count))
     coarse, fine = enlarged(seen.result, size), zoom.fine(inputs, grid, [every] * len(inputs))
     whole = torch.stack([fuse(y, crops, grid, every) for y, crops in zip(coarse, fine)])
     ranks = {name: seen.scores if name == "region" else tile_scores(name, seen.result, grid) for name in scores}
-    ranks[ORACLE] = gain(coarse, whole, _truth(samples, inputs), grid, zoom.passes.model.decode_head.ignore_index)
-    found = {(FULL, 1.0): (zoom.passes(inputs), len(inputs) * size[0] * size[1] / 1e6)}
+    ignored = passes.model.decode_head.ignore_index
+    ranks[ORACLE] = gain(coarse, whole, _truth(samples, inputs), grid, ignored, passes.threshold)
     for name, values in ranks.items():
         spared = zoom.gated_off(seen) if name == "region" else [False] * len(inputs)
         for budget in budgets:
             most = tiles_within(budget, grid)
             chosen = [[] if off else v.flatten().topk(most).indices.tolist() for off, v in zip(spared, values)]
             logits = torch.stack([fuse(y, [c[i] for i in t], grid, t) for y, c, t in zip(coarse, fine, chosen)])
-            found[name, budget] = logits, sum(megapixels(seen.pixels, grid, len(tiles)) for tiles in chosen)
-    return found
+            yield (name, budget), logits, sum(megapixels(seen.pixels, grid, len(tiles)) for tiles in chosen)
 
 
 def _truth(samples: Sequence, inputs: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from support.reducer_contract import ReducerContract, host, picture, walked
 
 import terrazzo
-from terrazzo.backbones.reducers.diffrate import DEIT_SMALL, DiffRate, schedule
+from terrazzo.backbones.reducers._counts import DEIT_SMALL, schedule
+from terrazzo.backbones.reducers.diffrate import DiffRate
 from terrazzo.errors import InputError
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.reducer_contract import ReducerContract, host, picture
+from support.reducer_contract import ReducerContract, host
 
 import terrazzo
 from terrazzo.backbones.reducers.dpcknn import DPCKNN, clusters
@@ -58,14 +58,6 @@ class TestDPCKNN(ReducerContract):
     def test_half_precision_is_compared_in_float32(self):
         x = torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(0)).half()
         assert torch.equal(clusters(x, 6, 5), clusters(x.float(), 6, 5))
-
-    @torch.no_grad()
-    def test_windows(self):
-        """Patches are clustered within windows, padded ones, too, as within TCFormer's parts."""
-        vit = terrazzo.reduce(host(), method="dpcknn", blocks=(0, 1), keep=(0.8, 0.5), window=4, global_blocks=(2,))
-        (found,) = vit.forward_intermediates(picture(vit), 1, intermediates_only=True)
-        assert found.shape == (2, 48, 7, 7)
-        assert found.isfinite().all()
 
     @pytest.mark.parametrize(
         ("options", "message"),

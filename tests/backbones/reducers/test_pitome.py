@@ -81,14 +81,6 @@ class TestPiToMe(ReducerContract):
         assert vit.forward_features(x).shape == other.forward_features(x).shape == (2, 1 + 40, 48)
         assert not torch.allclose(vit(x), other(x))
 
-    @torch.no_grad()
-    def test_windows(self):
-        """Blocks merge within windows, padded ones, too; maps have every position."""
-        vit = terrazzo.reduce(host(), method="pitome", ratio=0.7, blocks=(0, 1), window=4, global_blocks=(2,))
-        (found,) = vit.forward_intermediates(picture(vit), 1, intermediates_only=True)
-        assert found.shape == (2, 48, 7, 7)
-        assert found.isfinite().all()
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.reducer_contract import ReducerContract, host, picture
 
 import terrazzo
-from terrazzo.backbones.reducers.diffrate import DEIT_SMALL
+from terrazzo.backbones.reducers._counts import DEIT_SMALL
 from terrazzo.backbones.reducers.tome import ToMe
 from terrazzo.errors import InputError
 from terrazzo.kernels.token_reduction import merge, plan

@@ -53,7 +53,9 @@ def test_test(run, trained, floors, heads, tmp_path):
 
 def test_sweep(run, trained, floors, heads, tmp_path):
     plain, _ = metrics(run, trained, floors, tmp_path / "plain.json")
-    options = ("--zoom", 2, "--zoom-heads", heads, "--zoom-gate", 0, "--sweep", tmp_path / "curve.png", *SIZES)
+    options = ("--zoom", 2, "--zoom-heads", heads, "--zoom-gate", 0, *SIZES)
+    by_head, _ = metrics(run, trained, floors, tmp_path / "region.json", "--budget", 0.5, *options)
+    options += ("--zoom-score", "entropy", "--sweep", tmp_path / "curve.png")  # a sweep has all scores anyway
     done = run("test", *trained, "--data-root", floors, *options)
     assert done.exit_code == 0, done.output
     with Image.open(tmp_path / "curve.png") as picture:
@@ -69,6 +71,7 @@ def test_sweep(run, trained, floors, heads, tmp_path):
     arguments = ("--zoom", 2, "--budget", 0.5, "--zoom-score", "entropy", *SIZES)
     alone, _ = metrics(run, trained, floors, tmp_path / "alone.json", *arguments)
     assert found["entropy", 0.5].value == pytest.approx(alone["mIoU"], abs=0.01)
+    assert found["region", 0.5].value == pytest.approx(by_head["mIoU"], abs=0.01)
     assert found["entropy", 0.5].megapixels == pytest.approx(alone["megapixels per picture"])
 
 
@@ -88,6 +91,9 @@ def test_refusals(refused, trained, floors, detector, picture):
     test = ("test", config, checkpoint, "--data-root", floors)
     assert "--budget is for a zoom" in refused(*test, "--budget", 0.5)
     assert "--sweep is for a zoom" in refused(*test, "--sweep", "x.png")
+    sweep = (*test, "--zoom", 2, "--sweep")
+    assert "--sweep writes its own table: leave --out out" in refused(*sweep, "x.png", "--out", "x.json")
+    assert "its file must end with .png, got x.csv" in refused(*sweep, "x.csv")
     assert "must be a multiple" in refused(*test, "--zoom", 2, "--zoom-tile", 40)
     assert "needs a trained region head" in refused(*test, "--zoom", 2, "--zoom-score", "region")
     infer = ("infer", detector[0], picture, "--checkpoint", detector[1], "--zoom", 2)
