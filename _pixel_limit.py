@@ -62,9 +62,12 @@ def _from_environment() -> None:
     if not text:
         return
     try:
-        Image.MAX_IMAGE_PIXELS = round(float(text) * 1e6)
+        pixels = round(float(text) * 1e6)
     except (ValueError, OverflowError):
-        raise InputError(f"{VARIABLE} is {text!r}; set it to a number of megapixels, such as 400") from None
+        pixels = 0
+    if pixels <= 0:
+        raise InputError(f"{VARIABLE} is {text!r}; set it to a number of megapixels, such as 400")
+    Image.MAX_IMAGE_PIXELS = pixels
 
 
 _from_environment()

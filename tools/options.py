@@ -33,17 +33,13 @@ class UserPlace(click.ParamType):
 class Overlap(click.ParamType):
     """How tiles overlap: "auto", "blend" or a number of pixels."""
 
-    name = "auto|blend|N"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """As it stands in the help."""
-        return self.name
+    name = "overlap"
 
     def convert(self, value: str | int, parameter: click.Parameter | None, context: click.Context | None) -> str | int:
         """The word, or the number."""
         if isinstance(value, int) or value in ("auto", "blend"):
             return value
-        if not value.isdigit():
+        if not value.isdecimal():
             self.fail(f"{value!r} is neither auto nor blend nor a number of pixels", parameter, context)
         return int(value)
 
@@ -63,7 +59,8 @@ def max_megapixels_option(function: Callable) -> Callable:
         metavar="N",
         callback=allow,
         expose_value=False,
-        help="Largest picture that is read whole [default: Pillow's limit, 89].",
+        help="Megapixels of the largest picture, or tile or strip of a file, that is read at once "
+        "[default: 89, Pillow's limit].",
     )(function)
 
 

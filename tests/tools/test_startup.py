@@ -90,6 +90,17 @@ def test_a_name_of_terrazzo_imports_timm():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_predictor_of_whole_pictures_loads_nothing_for_tiles():
+    code = "import sys, terrazzo\nterrazzo.Predictor\nprint(*sorted(sys.modules))"
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "terrazzo.tools.predict.predictor" in loaded
+    assert not [
+        name for name in loaded if name.startswith(("terrazzo.spatial", "terrazzo.tools.predict.tiles.segments"))
+    ]
+
+
 def test_names_for_type_checkers_are_the_names_of_python():
     tree = ast.parse((results.ROOT / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))

@@ -82,10 +82,8 @@ def read_instances(root: Path, split: str, most: int | None = None) -> InstanceS
             f"{path} does not exist; name a folder with annotations/instances_{{train,val}}.json and "
             "images/{train,val}"
         )
-    try:
-        from pycocotools.coco import COCO
-    except ModuleNotFoundError as error:
-        raise InputError("instances need pycocotools: install the extra 'openmmlab'") from error
+    from pycocotools.coco import COCO
+
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             file = COCO(str(path))

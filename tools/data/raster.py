@@ -1,11 +1,13 @@
 """TIFF and JPEG 2000 by windows, through rasterio (GDAL).
 
 The rules for other types of samples are those of `terrazzo._pictures`. Where the values of the whole picture decide how
-they become 8 bits (floats, signed and 32-bit integers), the file is read once when it is opened, block by block: the
-values of a single window must not decide, because its neighbours would differ.
+they become 8 bits (floats, signed and 32-bit integers), every opening reads the whole file, block by block: the values
+of a single window must not decide, because its neighbours would differ. `terrazzo infer` opens a file twice, first to
+check it.
 """
 
 import io
+import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +35,8 @@ _CACHE_BYTES = 128 * 2**20
 GDAL's own choice is a twentieth of the machine's memory. rasterio gives the number on as bytes.
 """
 _ORIENTATION = 274
-_HEADERS = 2**20
-"""Bytes in which a JPEG 2000 file has its headers: metadata, and only then the codestream."""
-_SIZ = b"\xff\x4f\xff\x51"
+_CODESTREAM = b"\xff\x4f\xff\x51"
+"""How a codestream of JPEG 2000 begins: the markers SOC and SIZ."""
 BAD_DIRECTORY = (SyntaxError, ValueError, struct.error, KeyError, TypeError, OSError)
 """What reading the tags of a damaged TIFF raises."""
 _COLOURS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
@@ -201,12 +202,35 @@ def _orientation(stream: BinaryIO) -> int:
 
 def _tile_of_jpeg2000(stream: BinaryIO, name: object) -> tuple[int, int]:
     """Width and height of a tile by the codestream's SIZ marker (ISO/IEC 15444-1, A.5.1)."""
-    head = stream.read(_HEADERS)
-    place = head.find(_SIZ)
-    if place < 0 or len(head) < place + 32:
-        raise InputError(f"picture {name} is damaged: no JPEG 2000 codestream begins in its first {_HEADERS} bytes")
-    width, height, left, top, *tile = struct.unpack_from(">6I", head, place + 8)
+    head = stream.read(40) if _find_codestream(stream) else b""
+    if len(head) < 40 or not head.startswith(_CODESTREAM):
+        raise InputError(f"picture {name} is damaged: no JPEG 2000 codestream begins where it should")
+    width, height, left, top, *tile = struct.unpack_from(">6I", head, 8)
     return min(tile[0], width - left), min(tile[1], height - top)
+
+
+def _find_codestream(stream: BinaryIO) -> bool:
+    """Move to the codestream, past the boxes before it (ISO/IEC 15444-1, I.4); False if there is none.
+
+    Bytes inside of other boxes do not count: a forged marker among metadata would hide the true size.
+    """
+    end = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if stream.read(4) == _CODESTREAM:  # a bare codestream
+        stream.seek(0)
+        return True
+    stream.seek(0)
+    while len(head := stream.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        rest = size - 8
+        if size == 1:  # the size follows, in 64 bits
+            rest = int.from_bytes(stream.read(8), "big") - 16
+        if kind.lower() == b"jp2c":  # in either case of letters, as GDAL does
+            return True
+        if not 0 <= rest <= end - stream.tell():  # a size of 0 is that of the last box
+            return False
+        stream.seek(rest, os.SEEK_CUR)
+    return False
 
 
 def _to_stored(turn: int, width: int, height: int) -> np.ndarray:

@@ -45,7 +45,7 @@ def find_sources(
             found.append((text, _name_of_address(text)))
         elif Path(place).is_dir():
             found += [(path, str(path.relative_to(place).with_suffix(""))) for path in _inside(Path(place), apart)]
-        elif text.isdigit() and not Path(place).exists():
+        elif text.isdecimal() and not Path(place).exists():
             found.append((int(text), f"camera_{text}"))
         else:
             found.append((Path(place), Path(place).stem))

@@ -126,7 +126,8 @@ def box_overlay(
         texts: N tags, the surest boxes first.
         colours: N colours.
         masks: (N, H, W) booleans, or N masks of parts of the picture, or None.
-        top, size: the first row of `image` in a larger picture, and its width and height; all else is of that picture.
+        top, size: the first row of `image` in a larger picture, and its width and height; boxes and
+            masks are in that picture's pixels.
     """
     size = size or image.size
     canvas = np.array(image)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
 from terrazzo.errors import InputError
 from terrazzo.tools.predict.draw import palette
@@ -131,6 +131,12 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32).copy()).permute(2, 0, 1)[None]
 
 
+def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture in its own resolution, padded on the right and below to `size` (H, W) with its edge pixels."""
+    down, right = size[0] - image.height, size[1] - image.width
+    return Image.fromarray(np.pad(np.asarray(image.convert("RGB")), ((0, down), (0, right), (0, 0)), mode="edge"))
+
+
 class _Classes(FilePredictor):
     def prepared(self, image: Image.Image) -> Tensor:
         size = self.size or (224, 224)
@@ -164,10 +170,8 @@ class _Labels(FilePredictor):
         return interpolate(logits, size, mode="bilinear")[0].argmax(0)
 
     def inputs(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-        """Pictures in their own resolution (B, 3, H, W); the colours at the edge fill a smaller picture up."""
-        height, width = self.size or size
-        edges = [(0, width - image.width, 0, height - image.height) for image in images]
-        return torch.cat([pad(_pixels(image), edge, mode="replicate") for image, edge in zip(images, edges)])
+        """Pictures in their own resolution (B, 3, H, W); smaller pictures are padded with their edge pixels."""
+        return torch.cat([_pixels(_padded(image, self.size or size)) for image in images])
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Logits (B, classes, H, W) of the inputs, one after another.
@@ -219,15 +223,24 @@ class _Boxes(FilePredictor):
         return results
 
     def prediction(self, image: Image.Image) -> Prediction:
-        return box_prediction(image, self.things([image])[0], *self.classes(), self.min_score)
+        found = self.results(image, self.min_score)
+        things = Things(found["boxes"], found["labels"], found["scores"], found.get("masks"))
+        return box_prediction(image, things, *self.classes(), self.min_score)
 
     iou_threshold = 0.5
     """Two boxes of a class that overlap more are one thing; a file does not say what its model takes."""
 
     def things(self, images: Sequence[Image.Image]) -> list[Things]:
-        """What is in each picture, one after another."""
-        found = [self.results(image, self.min_score) for image in images]
-        return [Things(one["boxes"], one["labels"], one["scores"], one.get("masks")) for one in found]
+        """What is in each picture, one after another, in its own resolution: smaller pictures are padded."""
+        return [self._unstretched(image) for image in images]
+
+    def _unstretched(self, image: Image.Image) -> Things:
+        found = self.results(_padded(image, self.size or (image.height, image.width)), self.min_score)
+        ends = torch.tensor([image.width, image.height])
+        inside = (found["boxes"][:, :2] < ends).all(1)  # other boxes lie in the padding
+        boxes = found["boxes"][inside].minimum(ends.repeat(2))
+        masks = found["masks"][inside, : image.height, : image.width] if "masks" in found else None
+        return Things(boxes, found["labels"][inside], found["scores"][inside], masks)
 
     def classes(self) -> tuple[list[str], list[tuple[int, int, int]]]:
         names = self.names or []

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,30 +82,31 @@ class Predictor:
             raise InputError(f"min_score is {min_score}; it must be from 0 to 1")
         check_tiles(tile, overlap)
         timm_only = bool(pretrained or num_classes is not None)
-        if runtime != "torch":
-            if checkpoint or timm_only or changes or device:
-                raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
-            self.engine = self._tiled(_of_file(runtime, model, min_score), tile, overlap)
-            return
+        if runtime != "torch" and (checkpoint or timm_only or changes or device):
+            raise InputError("an exported file holds its weights and runs on the CPU: leave the other options out")
         where = pick_device(None if device is None else str(device))
-        if isinstance(model, nn.Module):
+        if runtime != "torch":
+            self.engine = _of_file(runtime, model, min_score)
+        elif isinstance(model, nn.Module):
             if checkpoint or timm_only or changes:
                 raise InputError("a model in memory has its weights and classes: leave the other options out")
-            self.engine = self._tiled(_of_model(model, where), tile, overlap)
+            self.engine = _of_model(model, where)
         elif isinstance(model, (str, Path)) and not is_config(str(model)):
             self.random = checkpoint is None and not pretrained
             if self.random:
                 message = f"{model} has random weights; give weights with checkpoint=FILE or pretrained=True"
                 warnings.warn(message, stacklevel=2)
             built = load_timm_model(str(model), checkpoint, pretrained, num_classes, changes=changes)
-            self.engine = self._tiled(timm_predictor(built, where), tile, overlap)
+            self.engine = timm_predictor(built, where)
         else:
             refuse_changes(str(getattr(model, "filename", model)), changes)
             if timm_only:
                 raise InputError(
                     "pretrained weights and a number of classes are for timm models; a config takes only a checkpoint"
                 )
-            self.engine = self._tiled(_of_config(model, checkpoint, where, min_score, tile is None), tile, overlap)
+            self.engine = _of_config(model, checkpoint, where, min_score, tile is None)
+        if tile is not None:
+            self.tiles = tile_engine(self.engine, tile, overlap)
 
     engine: Engine
     """The model, of any kind."""
@@ -113,12 +114,6 @@ class Predictor:
     """The model on pictures in tiles; None if pictures are not cut."""
     random = False
     """Whether the weights are random numbers."""
-
-    def _tiled(self, engine: Engine, tile: int | None, overlap: int | str | None) -> Engine:
-        """The engine; `tiles` is made of it if pictures are cut."""
-        if tile is not None:
-            self.tiles = tile_engine(engine, tile, overlap)
-        return engine
 
     def __call__(self, pictures: Any, batch: int = 1) -> Any:
         """Predict.
@@ -140,14 +135,8 @@ class Predictor:
             return next(self.stream([pictures], batch))
         return list(self.stream(pictures, batch))
 
-    def stream(
-        self, pictures: Iterable[Any], batch: int = 1, report: Callable[[int, int], None] | None = None
-    ) -> Iterator[Prediction]:
-        """Predict one batch after another, so that neither pictures nor results pile up; see `__call__`.
-
-        Args:
-            report: if pictures are cut into tiles, it is told how many tiles of a picture are done, and of how many.
-        """
+    def stream(self, pictures: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
+        """Predict one batch after another, so that neither pictures nor results pile up; see `__call__`."""
         if batch < 1:
             raise InputError(f"batch is {batch}; it must be at least 1")
         remaining = iter(pictures)
@@ -155,7 +144,7 @@ class Predictor:
             for item in remaining:
                 windows, facts = _windows_of(item)
                 with windows:
-                    yield predicted(self.tiles, windows, facts, batch, report or (lambda done, total: None))
+                    yield predicted(self.tiles, windows, facts, batch, lambda done, total: None)
             return
         while taken := [seen_of(item) for item in itertools.islice(remaining, batch)]:
             predictions = self.engine.predict([seen.image for seen in taken])

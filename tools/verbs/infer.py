@@ -50,7 +50,9 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
 @click.option(
     "--overlap",
     type=Overlap(),
-    help="Of tiles: auto (the whole picture's result), blend, or a number of pixels [default: auto; detectors: N / 4].",
+    metavar="auto|blend|N",
+    help="How tiles overlap: auto (the whole picture's result), blend, or a number of pixels [default: auto; exported "
+    "files: blend; detectors: N / 4].",
 )
 @click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Take every N-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Frames of a video, at most [default: all].")

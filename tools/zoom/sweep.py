@@ -74,7 +74,7 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
         runner = build_runner(cfg, scratch, purpose="test")
         mm.load_exactly(runner.model, load_file(checkpoint, "cpu"), checkpoint)
         model, loader = runner.model.eval(), runner.test_dataloader
-        zoom = options.make(model)
+        zoom = dataclasses.replace(options, score=None).make(model)
         if not zoom.passes.is_segmentor:
             raise InputError(f"--sweep is for segmentors, and the model is a {type(model).__name__}: use --zoom alone")
         scores = (*(["region"] if zoom.heads is not None and zoom.heads.trained[0] else []), "entropy", "random")

@@ -1,8 +1,7 @@
-"""Pictures by windows: every window of every kind of file holds the pixels of the whole picture."""
+"""Pictures by windows through rasterio: every window of every kind of file holds the pixels of the whole picture."""
 
 import io
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.picture_windows import BEYOND, COLOUR, GREY, check_windows, saved_turned, whole
 
 from terrazzo import _pictures
 from terrazzo._pictures import read_picture
 from terrazzo.errors import InputError
-from terrazzo.tools.data import windows as windows_module
 from terrazzo.tools.data.pictures import FetchedPicture, Picture
 from terrazzo.tools.data.sources import find_sources
 from terrazzo.tools.data.windows import open_windows
@@ -24,10 +23,6 @@ rasterio = pytest.importorskip("rasterio", reason="rasterio is not installed (ex
 pytestmark = pytest.mark.filterwarnings(
     "ignore::rasterio.errors.NotGeoreferencedWarning", "ignore::terrazzo.errors.PictureWarning"
 )
-
-SIZE = (60, 44)
-GREY = (np.arange(44)[:, None] * 3 + np.arange(60)[None] * 2).astype(np.uint8)
-COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], -1)
 
 
 @pytest.fixture(autouse=True)
@@ -44,36 +39,6 @@ def written(path, samples, driver="GTiff", colours=None, **options):
             file.write_colormap(1, colours)
         file.write(samples)
     return path
-
-
-def saved_turned(path, pixels, turn, **options):
-    """Write pixels with Pillow, and how they are to be turned."""
-    exif = Image.Exif()
-    exif[0x112] = turn
-    Image.fromarray(pixels).save(path, exif=exif, **options)
-    return path
-
-
-def whole(opened):
-    return np.asarray(opened.read(0, 0, opened.width, opened.height))
-
-
-def random_windows(width, height, count=12):
-    random = np.random.default_rng(0)
-    for _ in range(count):
-        (left, right), (top, bottom) = (np.sort(random.choice(size + 1, 2, replace=False)) for size in (width, height))
-        yield int(left), int(top), int(right), int(bottom)
-
-
-def check_windows(path, wanted):
-    """Random windows of a file, and the whole file, against its pixels (H, W, 3)."""
-    with open_windows(path) as opened:
-        assert (opened.width, opened.height) == wanted.shape[1::-1]
-        assert np.array_equal(whole(opened), wanted)
-        for left, top, right, bottom in random_windows(opened.width, opened.height):
-            found = opened.read(left, top, right, bottom)
-            assert found.mode == "RGB"
-            assert np.array_equal(found, wanted[top:bottom, left:right]), (left, top, right, bottom)
 
 
 LAYOUTS = {
@@ -193,10 +158,8 @@ def test_unknown_ranges_are_refused(tmp_path, values, words):
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
-def test_windows_are_upright(tmp_path, turn, suffix):
-    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
-    path = saved_turned(tmp_path / f"x.{suffix}", COLOUR, turn, **options)
+def test_windows_are_upright(tmp_path, turn):
+    path = saved_turned(tmp_path / "x.tif", COLOUR, turn)
     wanted = np.asarray(read_picture(path))
     assert wanted.shape == ((60, 44, 3) if turn >= 5 else (44, 60, 3))
     check_windows(path, wanted)
@@ -261,12 +224,9 @@ def test_gdal_keeps_as_many_blocks_as_it_is_told():
         assert get_gdal_config("GDAL_CACHEMAX") == 128 * 2**20
 
 
-@pytest.mark.parametrize("suffix", ["tif", "png"])
-@pytest.mark.parametrize(
-    "window", [(-1, 0, 5, 5), (0, 0, 61, 5), (0, 0, 5, 45), (5, 0, 5, 5), (0, 9, 5, 3), (0, -2, 5, 3)]
-)
-def test_windows_beyond_the_picture_are_refused(tmp_path, suffix, window):
-    path = saved_turned(tmp_path / f"x.{suffix}", COLOUR, 1)
+@pytest.mark.parametrize("window", BEYOND)
+def test_windows_beyond_the_picture_are_refused(tmp_path, window):
+    path = saved_turned(tmp_path / "x.tif", COLOUR, 1)
     with open_windows(path) as opened, pytest.raises(InputError, match=r"is not inside the picture .*, which is 60x44"):
         opened.read(*window)
 
@@ -338,24 +298,47 @@ def test_pieces_of_too_many_pixels_are_refused_and_the_size_is_not(tmp_path, mon
             open_windows(path)
 
 
-def test_pictures_that_are_held_whole_are_limited(tmp_path, monkeypatch):
-    path = saved_turned(tmp_path / "x.png", COLOUR, 1)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
-    with pytest.raises(InputError, match=r"x\.png has 60x44 pixels, more than the limit of 0\.0015 megapixels"):
-        open_windows(path)
+def boxed(kind, content, long=False):
+    """A box of JPEG 2000, with a size of 32 or 64 bits."""
+    if long:
+        return struct.pack(">I4sQ", 1, kind, 16 + len(content)) + content
+    return struct.pack(">I4s", 8 + len(content), kind) + content
 
 
-def test_without_rasterio(tmp_path, monkeypatch):
-    """What Pillow can read is held whole; for anything else, the message says what to install."""
-    path = written(tmp_path / "x.tif", COLOUR.transpose(2, 0, 1), **LAYOUTS["tiles"])
-    monkeypatch.setattr(windows_module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "terrazzo.tools.data.raster", None)
-    check_windows(path, COLOUR)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
-    with pytest.raises(
-        InputError, match=r"x\.tif has .* pixels.*; or install what reads .* by windows: pip install .*huge"
-    ):
-        open_windows(path)
+def test_a_forged_size_among_the_metadata_of_jpeg_2000_does_not_count(tmp_path, monkeypatch):
+    """The size is that of the first codestream, as for GDAL."""
+    path, small = tmp_path / "x.jp2", io.BytesIO()
+    Image.fromarray(COLOUR).save(path, irreversible=False)
+    Image.fromarray(COLOUR[:8, :8]).save(small, "JPEG2000", irreversible=False, no_jp2=True)
+    content = path.read_bytes()
+    place = content.index(b"jp2c") - 4
+    start, end, codestream, small = content[:place], content[place:], content[place + 8 :], small.getvalue()
+    good = [
+        start + boxed(b"uuid", small) + end,
+        start + boxed(b"free", small, long=True) + end,
+        start + boxed(b"jp2c", codestream, long=True),
+        start + struct.pack(">I4s", 0, b"jp2c") + codestream,
+        start + boxed(b"JP2C", codestream) + boxed(b"jp2c", small),
+        start + boxed(b"free", bytes(2**20)) + end,
+    ]
+    bad = [
+        start + struct.pack(">I4sQ", 1, b"free", 2**64 - 16) + small + end,
+        start + struct.pack(">I4s", 0, b"free") + small + end,
+        start + boxed(b"jp2c", b"nothing" + codestream),
+    ]
+    for data in good:
+        path.write_bytes(data)
+        with open_windows(path) as opened:
+            assert np.array_equal(whole(opened), COLOUR)
+    for data in bad:
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"x\.jp2 is damaged: no JPEG 2000 codestream begins where it should"):
+            open_windows(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 32)
+    for data in good:
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"a tile of picture .* has 60x44 pixels"):
+            open_windows(path)
 
 
 def test_sources_by_windows(tmp_path, monkeypatch):

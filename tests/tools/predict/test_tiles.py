@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate, pad
 from terrazzo.errors import InputError
 from terrazzo.tools.data import rle
 from terrazzo.tools.data.windows import WholePicture
-from terrazzo.tools.predict import draw
+from terrazzo.tools.predict import draw, files
 from terrazzo.tools.predict.prediction import Things
 from terrazzo.tools.predict.tiles.boxes import BoxTiles
 from terrazzo.tools.predict.tiles.engine import check_tiles, tile_engine
@@ -95,7 +95,7 @@ def test_auto_gives_the_labels_of_the_whole_picture(size, more, how):
     long = [-(-side // 32) * 32 for side in size[::-1]]
     wanted = segmentor.logits(segmentor.inputs([image], long)).argmax(1)[0, : size[1], : size[0]]
     tiles = SegmentTiles(segmentor, 256, "auto", segmentor.model)
-    assert (tiles.note is None) == (how == "exact")
+    assert (tiles.note is None) if how == "exact" else ("run on 256 rows at a time instead" in tiles.note)
     prediction = tiles.predict(WholePicture("noise", image), 2, silent)
     assert prediction.record["tiles"]["how"] == how
     assert len(np.unique(wanted)) == 3
@@ -114,9 +114,23 @@ def test_seams_are_seen_where_tiles_do_not_overlap():
     assert differing.max() < 256 + 16
 
 
+@pytest.mark.parametrize("overlap", ["blend", 0])
+def test_inference_mode_ends_with_each_band(overlap):
+    segmentor, seen = Segmentor(network()), []
+    logits = segmentor.logits
+    segmentor.logits = lambda inputs: seen.append(torch.is_inference_mode_enabled()) or logits(inputs)
+    for band in SegmentTiles(segmentor, 64, overlap).run(WholePicture("noise", noise(100, 150)), 1, silent).bands:
+        assert band.labels.is_inference()
+        assert not torch.is_inference_mode_enabled()
+    assert seen
+    assert all(seen)
+
+
 def test_auto_refuses_a_model_that_is_not_known_and_looks_too_far():
     segmentor = Segmentor(network(Contrast()))
-    with pytest.raises(InputError, match=r"looks too far.*Contrast.*--overlap blend"):
+    with pytest.raises(
+        InputError, match=r"looks too far or its results depend on where a tile begins, and .*Contrast.*--overlap blend"
+    ):
         SegmentTiles(segmentor, 256, "auto", segmentor.model)
     with pytest.raises(InputError, match=r"stride, 32: use --tile 256"):
         SegmentTiles(segmentor, 250, "auto", segmentor.model)
@@ -269,9 +283,38 @@ def test_things_across_edges_are_found_once_and_whole(masks, batch):
     facts = prediction.record["tiles"]
     assert (facts["how"], facts["size"], facts["overlap"]) == ("boxes", 96, 32)
     assert facts["cut"] > 0
-    assert facts["doubled"] > 0
+    assert facts["duplicates"] > 0
     whole = BoxTiles(Blobs(masks), 300, 32).predict(WholePicture("blobs", Image.fromarray(pixels)), 1, silent)
     assert np.array_equal(np.asarray(whole.drawing)[..., 0] > 0, np.asarray(prediction.drawing)[..., 0] > 0)
+
+
+@pytest.mark.parametrize("size", [(100, 40), (40, 100), (40, 48), (64, 64)])
+def test_files_of_a_fixed_size_do_not_stretch_pictures_smaller_than_a_tile(size):
+    """Edge pixels pad the picture; a thing that goes on there ends with the picture, and another is left out."""
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    boxes = [(5, 10, 11, 14), (20, height - 8, 25, height), (width - 8, 20, width, 25)]
+    for left, top, right, bottom in boxes:
+        pixels[top:bottom, left:right] = 255
+
+    def run(images):
+        found = Blobs().things([Image.fromarray(images[0].permute(1, 2, 0).byte().numpy())])[0]
+        padding = torch.tensor([[62.0, 62.0, 64.0, 64.0]] if min(size) < 64 else []).reshape(-1, 4)
+        more = len(padding)
+        masks = torch.cat([found.masks.float(), torch.ones(more, 64, 64)])
+        labels, scores = (
+            torch.cat([found.labels, torch.zeros(more)]),
+            torch.cat([found.scores, torch.full((more,), 0.5)]),
+        )
+        return torch.cat([found.boxes, padding]), labels.long(), scores, masks
+
+    facts = {"task": "detection", "preparation": "{}", "outputs": "boxes, labels, scores, masks"}
+    tiles = tile_engine(files.predictor(run, facts, (64, 64)), 64, 32)
+    found, masks, _ = tiles.found(WholePicture("small", Image.fromarray(pixels)), 1, silent)
+    assert sorted(map(tuple, found.boxes.tolist())) == sorted(boxes)
+    for box, mask in zip(found.boxes.int().tolist(), masks):
+        assert (mask.left, mask.top) == tuple(box[:2])
+        assert mask.pixels.sum() == (box[2] - box[0]) * (box[3] - box[1])
 
 
 def test_a_picture_without_things():
@@ -291,17 +334,6 @@ def test_boxes_are_drawn_band_by_band_as_at_once():
         for top in range(0, 150, 40)
     ]
     assert np.array_equal(np.concatenate(bands), once)
-
-
-def test_run_lengths_of_a_part():
-    random = np.random.default_rng(0)
-    for corner in ((0, 0), (3, 4), (6, 8)):
-        part, whole = random.random((5, 4)) > 0.4, np.zeros((11, 12), bool)
-        whole[corner[0] : corner[0] + 5, corner[1] : corner[1] + 4] = part
-        assert rle.encode(part, (11, 12), corner) == rle.encode(whole)
-        assert np.array_equal(rle.decode(rle.encode(whole)), whole)
-    for full in (np.ones((3, 2), bool), np.zeros((3, 2), bool)):
-        assert np.array_equal(rle.decode(rle.encode(full)), full)
 
 
 @pytest.mark.parametrize(

@@ -258,25 +258,35 @@ def tiff_of(picture, tmp_path):
 
 
 def test_segmentor_on_tiles(run, trained, picture, tmp_path):
+    config, checkpoint = trained
+    out = tmp_path / "out"
+    call = ("infer", config, picture, "--checkpoint", checkpoint, "--out", out)
+    result = run(*call, "--tile", 64, "--overlap", "blend", "--batch", 2)
+    assert result.exit_code == 0, result.output
+    assert "where tiles overlap, " in result.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["floor.json", "floor.labels.png", "floor.overlay.jpg"]
+    facts = json.loads((out / "floor.json").read_text())["tiles"]
+    assert (facts["how"], facts["count"]) == ("blend", 4)
+    labels = np.asarray(Image.open(out / "floor.labels.png"))
+    assert labels.shape == (67, 91)
+    predictor = terrazzo.Predictor(config, checkpoint, device="cpu", tile=64, overlap="blend")
+    for item in (picture, np.asarray(Image.open(picture))):
+        assert np.array_equal(predictor(item, batch=2).labels, labels)
+
+
+def test_segmentor_on_tiles_of_a_picture_read_by_windows(run, trained, picture, tmp_path):
     pytest.importorskip("rasterio", reason="needs the extra 'huge'")
     config, checkpoint = trained
     out = tmp_path / "out"
     call = ("infer", config, picture, tiff_of(picture, tmp_path), "--checkpoint", checkpoint, "--out", out)
     result = run(*call, "--tile", 64, "--overlap", "blend", "--batch", 2)
     assert result.exit_code == 0, result.output
-    assert "where tiles overlap, " in result.stdout
     names = ("floor.json floor.labels.png floor.overlay.jpg", "windows.json windows.labels.tif windows.overlay.tif")
     assert sorted(path.name for path in out.iterdir()) == " ".join(names).split()
     records = [json.loads((out / f"{name}.json").read_text()) for name in ("floor", "windows")]
     assert records[0] | {"picture": None} == records[1] | {"picture": None}
-    assert records[0]["tiles"]["how"] == "blend"
-    assert records[0]["tiles"]["count"] == 4
     labels = [np.asarray(Image.open(out / name)) for name in ("floor.labels.png", "windows.labels.tif")]
-    assert labels[0].shape == (67, 91)
     assert np.array_equal(*labels)
-    predictor = terrazzo.Predictor(config, checkpoint, device="cpu", tile=64, overlap="blend")
-    for item in (picture, np.asarray(Image.open(picture))):
-        assert np.array_equal(predictor(item, batch=2).labels, labels[0])
     # JPEG changes colours a little; the legend is left out.
     drawings = [
         np.asarray(Image.open(out / name).convert("RGB"), np.int16)
@@ -287,6 +297,21 @@ def test_segmentor_on_tiles(run, trained, picture, tmp_path):
 
 
 def test_detector_on_tiles(run, detector, picture, tmp_path):
+    config, checkpoint = detector
+    out = tmp_path / "out"
+    result = run("infer", config, picture, "--checkpoint", checkpoint, "--out", out, "--min-score", 0, "--tile", 48)
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "floor.json").read_text())
+    facts = record["tiles"]
+    assert (facts["how"], facts["overlap"], facts["count"]) == ("boxes", 12, 6)
+    for thing in record["things"]:
+        left, top, right, bottom = thing["box"]
+        assert 0 <= left <= right <= 91
+        assert 0 <= top <= bottom <= 67
+        assert rle.decode(thing["mask"]).shape == (67, 91)
+
+
+def test_detector_on_tiles_of_a_picture_read_by_windows(run, detector, picture, tmp_path):
     pytest.importorskip("rasterio", reason="needs the extra 'huge'")
     config, checkpoint = detector
     out = tmp_path / "out"
@@ -295,14 +320,13 @@ def test_detector_on_tiles(run, detector, picture, tmp_path):
     assert result.exit_code == 0, result.output
     records = [json.loads((out / f"{name}.json").read_text()) for name in ("floor", "windows")]
     assert records[0] | {"picture": None} == records[1] | {"picture": None}
-    facts = records[0]["tiles"]
-    assert (facts["how"], facts["overlap"], facts["count"]) == ("boxes", 12, 6)
-    for thing in records[0]["things"]:
-        left, top, right, bottom = thing["box"]
-        assert 0 <= left <= right <= 91
-        assert 0 <= top <= bottom <= 67
-        assert rle.decode(thing["mask"]).shape == (67, 91)
     assert Image.open(out / "windows.overlay.tif").size == (91, 67)
+
+
+def test_digits_that_are_no_decimal_digits(refused, picture, tmp_path):
+    tiles = ("--tile", 64, "--overlap", "²")
+    assert "neither auto nor blend" in refused("infer", "resnet10t", picture, *tiles, "--out", tmp_path / "out")
+    assert "picture ² does not exist" in refused("infer", "resnet10t", "²", "--out", tmp_path / "out")
 
 
 def test_refused_tiles(refused, trained, detector, picture, tmp_path):

@@ -1,4 +1,4 @@
-"""Detectors on pictures in tiles: boxes that a tile's edge cuts are left to its neighbour, and doubles are united."""
+"""Detectors on pictures in tiles: boxes cut by a tile's edge are dropped, and duplicates are suppressed (NMS)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -85,15 +85,15 @@ class BoxTiles:
                 if things.masks is not None:
                     masks += [_placed(mask, *edges[:2]) for mask in things.masks[whole].numpy()]
             report(min(first + batch, len(places)), len(places))
-        united = Things(torch.cat(boxes), torch.cat(labels), torch.cat(scores), None)
-        kept = united.scores.argsort(descending=True, stable=True)
+        everything = Things(torch.cat(boxes), torch.cat(labels), torch.cat(scores), None)
+        kept = everything.scores.argsort(descending=True, stable=True)
         facts: dict = {"how": "whole"}
         if grid.count > 1:
-            kept = batched_nms(united.boxes, united.scores, united.labels, self.detector.iou_threshold)
+            kept = batched_nms(everything.boxes, everything.scores, everything.labels, self.detector.iou_threshold)
             facts = {"how": "boxes", "size": self.tile, "overlap": self.overlap, "count": grid.count}
-            facts |= {"cut": cut, "doubled": len(united.scores) - len(kept)}
+            facts |= {"cut": cut, "duplicates": len(everything.scores) - len(kept)}
         own = [masks[index] for index in kept.tolist()] if masks else None
-        return Things(united.boxes[kept], united.labels[kept], united.scores[kept], None), own, facts
+        return Things(everything.boxes[kept], everything.labels[kept], everything.scores[kept], None), own, facts
 
 
 def _cut(boxes: Tensor, edges: tuple[int, int, int, int], grid: Grid) -> Tensor:

@@ -7,9 +7,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.classifiers import ClassPredictor
 from terrazzo.tools.predict.prediction import Prediction
-from terrazzo.tools.predict.tiles.boxes import BoxTiles
 from terrazzo.tools.predict.tiles.grid import Report
-from terrazzo.tools.predict.tiles.segments import SegmentTiles
 
 
 class TileEngine(Protocol):
@@ -82,12 +80,16 @@ def tile_engine(engine: Any, tile: int, overlap: int | str | None) -> TileEngine
                 f"--overlap {overlap} is for segmentors: give a detector's tiles a number of pixels, larger than its "
                 "things"
             )
+        from terrazzo.tools.predict.tiles.boxes import BoxTiles
+
         return BoxTiles(engine, tile, tile // 4 if overlap is None else overlap)
     if hasattr(engine, "logits"):
         _check_file(size, tile)
         model = getattr(engine, "model", None)
         if model is not None and not hasattr(model, "encode_decode"):
             raise InputError(f"a {type(model).__name__} gives no logits for tiles: leave --tile out")
+        from terrazzo.tools.predict.tiles.segments import SegmentTiles
+
         default = "blend" if model is None else "auto"
         return SegmentTiles(engine, tile, default if overlap is None else overlap, model)
     kind = "a classifier" if isinstance(engine, ClassPredictor) else "a panoptic segmentor"

@@ -15,7 +15,9 @@ class Segmentor(Protocol):
     """A segmentor in three steps."""
 
     def inputs(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-        """Pictures as the model takes them, (B, 3, h, w); zeros make smaller pictures as large as `size`, (h, w)."""
+        """Pictures as the model takes them, (B, 3, H, W), padded on the right and below to `size` (h, w), or to a
+        file's fixed size.
+        """
         ...
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -82,6 +84,7 @@ def bands(
     return _seamed(segmentor, picture, grid, batch, done)
 
 
+@torch.inference_mode()
 def _seamed(
     segmentor: Segmentor, picture: Windows, grid: Grid, batch: int, done: Callable[[int], None]
 ) -> Iterator[Band]:
@@ -93,6 +96,7 @@ def _seamed(
         yield Band(row.first, labels)
 
 
+@torch.inference_mode()
 def _blended(
     segmentor: Segmentor,
     picture: Windows,

@@ -57,7 +57,7 @@ def _write_labels(out: Path, name: str, windows: Windows, tiles: SegmentTiles, b
     run = tiles.run(windows, batch, report)
     first = next(run.bands)
     names, colours = tiles.segmentor.classes()
-    size, place = (windows.width, windows.height), windows.georeference
+    size, georeference = (windows.width, windows.height), windows.georeference
     small = len(names) <= 256
     counts = np.zeros(len(names), np.int64)
     with contextlib.ExitStack() as files:
@@ -67,11 +67,11 @@ def _write_labels(out: Path, name: str, windows: Windows, tiles: SegmentTiles, b
                 *size,
                 dtype=np.uint8 if small else np.uint16,
                 palette=colours if small else None,
-                georeference=place,
+                georeference=georeference,
             )
         )
         overlay = files.enter_context(
-            TiledTiff(out / f"{name}.overlay.tif", *size, channels=3, lossy=True, georeference=place)
+            TiledTiff(out / f"{name}.overlay.tif", *size, channels=3, lossy=True, georeference=georeference)
         )
         above = np.zeros((0, windows.width), np.int16)  # the last row waits for its lower neighbour, for the outlines
         for top, labels in _bands(first, run.bands):
@@ -99,8 +99,8 @@ def _write_boxes(out: Path, name: str, windows: Windows, tiles: BoxTiles, batch:
     size = (windows.width, windows.height)
     record = box_record(size, found, masks, names, tiles.detector.min_score)
     texts, drawn = box_tags(record, colours)
-    place = windows.georeference
-    with TiledTiff(out / f"{name}.overlay.tif", *size, channels=3, lossy=True, georeference=place) as overlay:
+    georeference = windows.georeference
+    with TiledTiff(out / f"{name}.overlay.tif", *size, channels=3, lossy=True, georeference=georeference) as overlay:
         for top in range(0, size[1], _ROWS):
             rows = windows.read(0, top, size[0], min(top + _ROWS, size[1]))
             overlay.write(0, top, np.asarray(box_overlay(rows, found.boxes.numpy(), texts, drawn, masks, top, size)))

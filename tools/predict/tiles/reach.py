@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 _TOLERANCE = 1e-3
-"""Of the largest logit: rounding is below it, and another value of a pixel is above."""
+"""Relative to the largest logit: rounding errors are smaller, the effect of a changed pixel is larger."""
 
 
 def measured_reach(logits: Callable[[Tensor], Tensor], tile: int, stride: int, channels: int = 3) -> int | None:
-    """From how far inside a tile on its results do not depend on what is outside of the tile.
+    """The distance from a tile's edge beyond which results do not depend on what lies outside the tile.
 
     A frame of NaN, one stride wide, is laid into a tile of noise. NaN spreads through sums, products and maxima, also
     where a weight is small, so all other results are clean. Then the same noise is cut at another multiple of the

@@ -1,4 +1,7 @@
-"""Label maps without seams for models that look at the whole picture: each layer runs on some rows after others."""
+"""Label maps without seams for models that look at the whole picture.
+
+Each layer runs on one part of the rows after another.
+"""
 
 from collections.abc import Iterator
 

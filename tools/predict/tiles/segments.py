@@ -89,8 +89,8 @@ class SegmentTiles:
         except InputError as error:
             if reach is None:
                 raise InputError(
-                    f"no overlap of tiles of {self.tile} pixels is exact, because the model looks too far, and "
-                    f"{error}; use --overlap blend, or larger tiles"
+                    f"no overlap of tiles of {self.tile} pixels is exact, because the model looks too far or its "
+                    f"results depend on where a tile begins, and {error}; use --overlap blend, or larger tiles"
                 ) from None
             times = (self.tile / (self.tile - 2 * reach)) ** 2
             self.note = (
@@ -98,8 +98,9 @@ class SegmentTiles:
             )
             return 2 * reach
         self.note = (
-            f"the model looks further than a quarter of a tile of {self.tile} pixels, so its layers run on {self.tile} "
-            "rows after others instead: exact, without tiles, with the whole picture in memory"
+            f"the model looks further than a quarter of a tile of {self.tile} pixels, or its results depend on where a "
+            f"tile begins, so its layers run on {self.tile} rows at a time instead: exact, without tiles, with the "
+            "whole picture in memory"
         )
         return 0
 
@@ -129,7 +130,7 @@ class SegmentTiles:
             report(seen[0], grid.count)
 
         disagreement = Disagreement()
-        found = self._inferred(bands(self.segmentor, picture, grid, batch, done, disagreement))
+        found = bands(self.segmentor, picture, grid, batch, done, disagreement)
         return Run(found, lambda: self._facts(grid, disagreement))
 
     def _facts(self, grid: Grid, disagreement: Disagreement) -> dict:
@@ -143,13 +144,3 @@ class SegmentTiles:
         report(0, 1)
         yield from found
         report(1, 1)
-
-    @staticmethod
-    def _inferred(found: Iterator[Band]) -> Iterator[Band]:
-        """The bands, computed in inference mode; the mode does not last while the caller works on a band."""
-        while True:
-            with torch.inference_mode():
-                band = next(found, None)
-            if band is None:
-                return
-            yield band
