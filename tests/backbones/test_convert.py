@@ -32,6 +32,10 @@ MODELS = {
 }
 
 
+QUICK = ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3")
+COMPILED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
 def side(name):
     return MODELS[name]["img_size"]
 
@@ -115,8 +119,8 @@ def test_trains_copies_and_checkpoints(named):
 
 
 @torch.no_grad()
-def test_threads_and_compile(named):
-    """Two threads with different grids do not disturb each other, and Dynamo traces the whole model."""
+def test_threads(named):
+    """Two threads with different grids do not disturb each other."""
     name, vit = named
     model = terrazzo.convert_attention(vit, "hedgehog", layers=[1])
     images = [image((side(name), side(name)), batch=n) for n in (1, 2, 1, 2)]
@@ -124,9 +128,18 @@ def test_threads_and_compile(named):
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda x: model.forward_features(x), images))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("named", COMPILED, indirect=True)
+def test_compile(named):
+    """Dynamo traces the whole model."""
+    name, vit = named
+    model = terrazzo.convert_attention(vit, "hedgehog", layers=[1])
+    x = image((side(name), side(name)))
     torch.compiler.reset()
     compiled = torch.compile(model.forward_features, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images[0]), wanted[0])
+    torch.testing.assert_close(compiled(x), model.forward_features(x))
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ variant. `refused` names the tests of tests/support/capabilities.py that the fam
 its docstring, its configurations and its card. `untrained` holds single variants without weights. `cut_gradient` says
 that a part of the family's computation has no gradient by definition, so gradients differ from slopes. `shallow` holds,
 by representative, arguments that keep one block of each kind, for tests that would take minutes to compile or export.
-`operators_of` names another family whose exported files have this family's kinds of operators. OpenVINO, fp16, INT8 and
-the ONNX file of the classifier are tested on that family; on this family these tests are slow tests, which ran for its
-card, and the ONNX file holds features.
+`operators_of` names another family whose exported files have this family's kinds of operators. `OTHERS` and the ONNX
+file of the classifier are tested on that family; on this family these tests are slow tests, which ran for its card, and
+the ONNX file holds features.
 """
 
 import contextlib
@@ -57,6 +57,8 @@ COUNTED = ("test_arguments", "test_norm_outputs", "test_parameters_and_macs")
 variant's forward pass is in `test_features_only`."""
 FIRST = ("test_compile", "test_hub", "test_autocast", "test_traced", "test_older_onnx_exporter", "test_poolings")
 """Costly checks that run on the first representative; on other models they are slow."""
+OTHERS = ("test_openvino", "test_fp16", "test_int8", "test_compile", "test_forward_mode")
+"""Costly checks that are slow where `operators_of` is set: that family has them, and ONNX files trace the same code."""
 
 
 def output_and_gradients(run, model, x):
@@ -92,7 +94,7 @@ class BackboneContract(CapabilityContract):
             ("example", self.representatives[:1]),
         ):
             if fixture in metafunc.fixturenames:
-                if self.operators_of and metafunc.function.__name__ in ("test_openvino", "test_fp16", "test_int8"):
+                if self.operators_of and metafunc.function.__name__ in OTHERS:
                     quick = ()
                 models = [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in self.costs]
                 metafunc.parametrize(fixture, models, scope="class")

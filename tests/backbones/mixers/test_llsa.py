@@ -128,6 +128,10 @@ class TestLevel2(_LLSA):
     edge = 2
 
     @torch.no_grad()
+    def test_compiles(self):
+        self.compiled()
+
+    @torch.no_grad()
     def test_level_by_size(self):
         mixer = self.make(level="auto", edge=4)
         assert mixer.edges((127, 129)) == (4,)

@@ -89,6 +89,7 @@ SLOW = (
     "fcos_dinat-mini_fpn_1x_coco",
     "cascade-mask-rcnn_dinat-small_fpn_3x_coco",
     "mask2former_dinat-large_16xb1-lsj-100e_coco",
+    "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic",
     "mask-rcnn_dinat-mini_fpn_1x_coco",
 )
 """Configs that share most of their code with the others; the tests of `terrazzo infer` export a Mask R-CNN."""
