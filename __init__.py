@@ -5,9 +5,9 @@
     import timm, terrazzo
     model = timm.create_model("dinat_mini", features_only=True)
 
-`terrazzo.reduce` makes a plain timm ViT merge or drop tokens; `terrazzo.convert_attention` gives its attention layers
-another mechanism, one of `terrazzo.mixers()`, `terrazzo.conversion_plan` measures which layers take it best, and
-`terrazzo.calibrate` sets its thresholds from images.
+`terrazzo.reduce` makes a plain timm ViT merge or drop tokens, and `terrazzo.search_rates` learns how many in which
+block. `terrazzo.convert_attention` gives its attention layers another mechanism, one of `terrazzo.mixers()`,
+`terrazzo.conversion_plan` measures which layers take it best, and `terrazzo.calibrate` sets its thresholds from images.
 `terrazzo.reparameterize` joins the layers of a trained model that are separate for training only.
 `terrazzo.feature_pyramid` makes maps of four strides from a plain model, and `terrazzo.register_pyramid` gives these
 maps a name in timm. `terrazzo.Predictor` runs a model on pictures, as `terrazzo infer` does.
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from terrazzo.backbones._plan import conversion_plan as conversion_plan
     from terrazzo.backbones._reduce import reduce as reduce
     from terrazzo.backbones._reparameterize import reparameterize as reparameterize
+    from terrazzo.backbones._search_rates import search_rates as search_rates
     from terrazzo.backbones.mixers import mixers as mixers
     from terrazzo.gated_zoom._zoom import zoom as zoom
     from terrazzo.integrations.torchvision import torchvision_backbone as torchvision_backbone
@@ -54,6 +55,7 @@ _PLACES = {
     "reduce": "terrazzo.backbones._reduce",
     "register_pyramid": "terrazzo.backbones._feature_pyramid",
     "reparameterize": "terrazzo.backbones._reparameterize",
+    "search_rates": "terrazzo.backbones._search_rates",
     "torchvision_backbone": "terrazzo.integrations.torchvision",
     "zoom": "terrazzo.gated_zoom._zoom",
 }
