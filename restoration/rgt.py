@@ -26,8 +26,8 @@ from torchvision.ops import Permute
 
 from terrazzo.backbones._checks import number, whole, wholes
 from terrazzo.backbones._layers import init_linear, on_maps
-from terrazzo.backbones._recursion import Generalization, recursions_of
 from terrazzo.backbones._rectangles import WindowBias, rectangle_attention
+from terrazzo.backbones._recursion import Generalization, recursions_of
 from terrazzo.backbones._weights import any_prefix
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch.exporting import is_exporting, is_open
