@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from terrazzo.backbones._layers import join_windows, split_windows
-
 _APART = -100.0
 """What Swin adds to logits of tokens that stand together only because the map was rolled."""
 
@@ -89,7 +87,6 @@ def rectangle_attention(
     Returns:
         (B, H, W, heads, D).
     """
-    size, heads = tuple(query.shape[1:3]), query.shape[3]
     windows = [_windows(x, window, shift) for x in (query, key, value)]  # B rows columns heads N D
     bias = bias.to(query.dtype)
 
@@ -111,18 +108,18 @@ def rectangle_attention(
         upper = torch.cat([attended(body, body, bias), attended(body, last, bias + _APART * beside)], 2)
         corner = attended(last, last, bias + _APART * (below | beside))
         out = torch.cat([upper, torch.cat([attended(last, body, bias + _APART * below), corner], 2)], 1)
-    out = join_windows(out.transpose(3, 4).flatten(4).unflatten(3, window), size)
-    if any(shift):
-        out = out.roll(shift, (1, 2))
-    return out.unflatten(3, (heads, -1))
+    out = out.transpose(3, 4).unflatten(3, window)  # B rows columns h w heads D
+    out = out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return out.roll(shift, (1, 2)) if any(shift) else out
 
 
 def _windows(x: torch.Tensor, window: tuple[int, int], shift: tuple[int, int]) -> torch.Tensor:
     """(B, H, W, heads, D) to windows (B, rows, columns, heads, N, D) of the rolled map."""
-    heads, x = x.shape[3], x.flatten(3)
     if any(shift):
         x = x.roll((-shift[0], -shift[1]), (1, 2))
-    return split_windows(x, window).flatten(3, 4).unflatten(4, (heads, -1)).transpose(3, 4)
+    (rows, height), (columns, width) = ((side // edge, edge) for side, edge in zip(x.shape[1:3], window))
+    x = x.unflatten(2, (columns, width)).unflatten(1, (rows, height)).transpose(2, 3)
+    return x.flatten(3, 4).transpose(3, 4)
 
 
 def _apart(window: tuple[int, int], shift: tuple[int, int], axis: int, like: torch.Tensor) -> torch.Tensor:

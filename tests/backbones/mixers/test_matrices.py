@@ -22,6 +22,8 @@ CASES = [
     ("na", dict(kernel=3)),
     ("na", dict(kernel=3, dilation=2, bias=True)),
     ("na", dict(kernel=20)),
+    ("lsa", dict(split=(2, 4))),
+    ("lsa", dict(split=(2, 4), shifted=True, masked=False)),
 ]
 
 
