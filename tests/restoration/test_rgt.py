@@ -56,9 +56,8 @@ def test_parameters(name, count):
     assert model.upscale == int(name[-1])
 
 
-@pytest.mark.parametrize(
-    ("name", "macs"), [("rgt_s_x4", 191.46), pytest.param("rgt_x4", 248.91, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "macs"), [("rgt_s_x4", 191.46), ("rgt_x4", 248.91)])
 @torch.no_grad()
 def test_multiply_adds(name, macs):
     """Of convolutions, linear layers and the products of attention, for a picture of 128 x 128."""
@@ -83,6 +82,7 @@ class Loaded:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8 * case["stages"][0]["std"])
 
 
+@pytest.mark.slow
 def test_golden():
     """The authors' network, from its state dict. For this size it computes masks as we do."""
     loaded = Loaded()
@@ -358,9 +358,20 @@ def test_copies_and_bfloat16():
 
 @torch.no_grad()
 def test_compiles_without_a_break():
-    model, x = small(depth=(1, 2)), pictures(18, 20)
+    model, x = small(depth=(2,)), pictures(18, 20)
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiles_for_any_size():
+    """With a shifted block; more recursions of a larger picture make another graph."""
+    model = small(depth=(1, 2))
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for size in ((33, 47), (64, 70), (20, 1030)):
+        torch.testing.assert_close(compiled(pictures(*size)), model(pictures(*size)))
 
 
 def test_layer_decay():
@@ -389,7 +400,7 @@ def test_other_settings():
         (dict(c_ratio=0.3), "c_ratio times embed_dim 24 must be a multiple of num_heads 2, got 0.3"),
         (dict(recursions=0), "recursions must be 1 or more, or None for the authors' rule, got 0"),
         (dict(depth=()), "depth must be the number of blocks of each group"),
-        (dict(mlp_ratio=0.2), "mlp_ratio times embed_dim 24"),
+        (dict(mlp_ratio=0.3), "mlp_ratio times embed_dim 24"),
         (dict(resi_connection="2conv"), "resi_connection must be '1conv' or '3conv', got '2conv'"),
         (dict(features_only=True), "rgt_s_x2 gives pictures, and no classes or maps of features: leave out features"),
         (dict(num_classes=10), "leave out num_classes"),

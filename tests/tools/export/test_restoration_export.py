@@ -23,6 +23,7 @@ def exported(model, path, **options):
     return checked_export(OnnxForm(None), model, example, path, **options)
 
 
+@pytest.mark.slow
 def test_pictures_of_one_size(tmp_path):
     """Recursions may follow the size, because the file has one."""
     report = exported(network((2,)), tmp_path / "rgt.onnx")
