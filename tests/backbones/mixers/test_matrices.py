@@ -36,7 +36,7 @@ def lively(mixer):
                 if name.endswith("bias"):
                     parameter.fill_(OPEN)
                 continue
-            if "dwc" in name:
+            if "dwc" in name or "get_v" in name:
                 parameter.zero_()
                 continue
             noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
