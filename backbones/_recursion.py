@@ -55,9 +55,3 @@ class Generalization(nn.Module):
         """The tokens after `times` recursions, and h and w."""
         z = on_maps(x, *[self.reduction1] * times, self.dwconv, self.conv)
         return self.norm_act(z.flatten(1, 2)), tuple(z.shape[1:3])
-
-
-def reduced(grid: tuple[int, int], times: int) -> tuple[int, int]:
-    """Rows and columns of a map after `times` recursions."""
-    rows, columns = (side // STRIDE**times for side in grid)
-    return rows, columns

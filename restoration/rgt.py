@@ -291,7 +291,7 @@ class RGT(RestorationModel):
         shallow = self.conv_first((x - mean) * self.img_range)
         y = self.before_RG(shallow)
         for group in self.layers:
-            y = group(y, self.recursions, self.grad_checkpointing and not torch.jit.is_scripting())
+            y = group(y, self.recursions, self.grad_checkpointing)
         y = self.conv_after_body(self.norm(y).permute(0, 3, 1, 2)) + shallow
         y = self.conv_last(self.upsample(self.conv_before_upsample(y)))
         return y / self.img_range + mean
@@ -303,8 +303,9 @@ class RGT(RestorationModel):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from the first to the last layer, for layer-wise learning rate decay."""
-        blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)", None)]
-        return dict(stem=r"^conv_first|^before_RG", blocks=[(blocks, None)] if coarse else blocks)
+        groups = [(r"^layers\.(\d+)", None)]
+        blocks = [] if coarse else [(r"^layers\.(\d+)\.blocks\.(\d+)", None)]
+        return dict(stem=r"^conv_first|^before_RG", blocks=[*blocks, *groups])
 
 
 def _upsample(upscale: int, channels: int, **factory) -> nn.Sequential:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from terrazzo.backbones._rectangles import rectangle_attention
 from terrazzo.backbones._recursion import Generalization, power_below, recursions_of
+from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError, WeightsError
 from terrazzo.restoration import rgt
 from terrazzo.restoration.rgt import LocalAttention, RecursiveAttention
@@ -300,7 +301,7 @@ def test_mean_kernels_are_average_pooling():
 
 @pytest.mark.parametrize("key", ["params", "params_ema"])
 def test_checkpoints_of_basicsr(key, tmp_path):
-    """Files of the authors' program load strictly by both ways of timm, with masks and indices or without."""
+    """Files of the authors' program load strictly in every way, and their masks and indices are left out."""
     model = small()
     state = {f"module.{name}": value + 0.5 for name, value in model.state_dict().items()}
     state["module.layers.1.blocks.0.attn.attn_mask_0"] = torch.zeros(16, 32, 32)
@@ -312,7 +313,9 @@ def test_checkpoints_of_basicsr(key, tmp_path):
     assert not any(by_hand.load_state_dict(torch.load(tmp_path / "net_g.pth", weights_only=True)))
     overlay = dict(file=str(tmp_path / "net_g.pth"))
     pretrained = timm.create_model("rgt_s_x2", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
-    for found in (by_path, by_hand, pretrained):
+    by_us = small()
+    load_weights(by_us, "rgt_s_x2", str(tmp_path / "net_g.pth"))
+    for found in (by_path, by_hand, pretrained, by_us):
         for name, value in found.state_dict().items():
             assert torch.equal(value, state[f"module.{name}"]), name
 
@@ -378,9 +381,10 @@ def test_layer_decay():
     from timm.models._manipulate import group_parameters
 
     model = small()
-    groups = group_parameters(model, model.group_matcher())
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-    assert len(groups) > 5
+    for coarse, count in ((False, 9), (True, 4)):
+        groups = group_parameters(model, model.group_matcher(coarse))
+        assert sum(map(len, groups.values())) == len(list(model.parameters()))
+        assert len(groups) == count, groups.keys()
 
 
 @torch.no_grad()
