@@ -88,7 +88,6 @@ def rectangle_attention(
         (B, H, W, heads, D).
     """
     windows = [_windows(x, window, shift) for x in (query, key, value)]  # B rows columns heads N D
-    bias = bias.to(query.dtype)
 
     def attended(rows: slice, columns: slice, mask: torch.Tensor) -> torch.Tensor:
         parts = [x[:, rows, columns] for x in windows]
@@ -98,7 +97,8 @@ def rectangle_attention(
             more = (x[:, None, None].expand(-1, *counts[1:], -1, -1, -1).flatten(0, 2) for x in front)
             k, v = (torch.cat([x, y], 2) for x, y in zip(more, (k, v)))
             mask = F.pad(mask, (front[0].shape[2], 0))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale).unflatten(0, counts)
+        mask = mask[None].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).unflatten(0, counts)
 
     every, body, last = slice(None), slice(None, -1), slice(-1, None)
     if not any(shift):

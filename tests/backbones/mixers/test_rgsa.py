@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.mixer_contract import MixerContract, MixerPack, packs, place_of
+from support.seeded import build, image
 
+import terrazzo
 from terrazzo.errors import InputError
 
 GLOBAL = [name for name in packs("rgt_mixers") if name.startswith("rgsa")]
@@ -102,6 +104,24 @@ class TestRgsa(MixerContract):
         keys, values = place.projected(F.gelu(F.layer_norm(cells, (16,))))
         keys, values = torch.cat([k[:, :, :2], keys], 2), torch.cat([v[:, :, :2], values], 2)
         torch.testing.assert_close(found, F.scaled_dot_product_attention(q, keys, values))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+    def test_hosts_project_the_small_map(self, name):
+        """In a ViT and in an Eva with rotary positions; the keys of patches themselves are not read."""
+        patch = 14 if "eva" in name else 16
+        vit = build(name, embed_dim=48, num_heads=3, depth=1, img_size=8 * patch, dynamic_img_size=True)
+        terrazzo.convert_attention(vit, "rgsa")
+        attention, x, seen = vit.blocks[0].attn, image((8 * patch, 8 * patch)), []
+        hook = attention.mixer.register_forward_hook(lambda _, given, out: seen.append((given, out)))
+        wanted = vit.forward_features(x)
+        hook.remove()
+        (query, key, value, place), out = seen[0]
+        key, value = key.clone(), value.clone()
+        key[:, :, place.prefix :], value[:, :, place.prefix :] = torch.nan, torch.nan
+        torch.testing.assert_close(attention.mixer(query, key, value, place), out)
+        attention.mixer.generalization.reduction1.weight.mul_(-1)
+        assert not torch.allclose(vit.forward_features(x), wanted, atol=1e-4)
 
     @pytest.mark.parametrize("recursions", [0, 1.5])
     def test_refused_options(self, recursions):
