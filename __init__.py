@@ -1,6 +1,6 @@
 """terrazzo: sub-quadratic vision backbones for dense prediction.
 
-`import terrazzo` registers every backbone with timm, and that is all it does:
+`import terrazzo` registers every model with timm, and that is all it does:
 
     import timm, terrazzo
     model = timm.create_model("dinat_mini", features_only=True)
@@ -14,7 +14,7 @@ maps a name in timm. `terrazzo.Predictor` runs a model on pictures, as `terrazzo
 `terrazzo.torchvision_backbone` makes a backbone for torchvision's detectors. `terrazzo.spatial` has models compute one
 huge image on several ranks, or part after part on one device. `terrazzo.zoom` has a model look again where it pays.
 
-The order of both imports does not matter. If terrazzo comes first, it registers its backbones when timm is imported
+The order of both imports does not matter. If terrazzo comes first, it registers its models when timm is imported
 (`_timm_hook`), and everything else of this module is imported at first use.
 """
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from terrazzo import checkpoints as checkpoints
     from terrazzo import gated_zoom as gated_zoom
     from terrazzo import kernels as kernels
+    from terrazzo import restoration as restoration
     from terrazzo import spatial as spatial
     from terrazzo.backbones._calibrate import calibrate as calibrate
     from terrazzo.backbones._convert import convert_attention as convert_attention
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from terrazzo.integrations.torchvision import torchvision_backbone as torchvision_backbone
     from terrazzo.tools.predict.predictor import Predictor as Predictor
 
-_PACKAGES = ("backbones", "checkpoints", "gated_zoom", "kernels", "spatial")
+_PACKAGES = ("backbones", "checkpoints", "gated_zoom", "kernels", "restoration", "spatial")
 _PLACES = {
     "Predictor": "terrazzo.tools.predict.predictor",
     "calibrate": "terrazzo.backbones._calibrate",

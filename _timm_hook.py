@@ -1,4 +1,4 @@
-"""Registers the backbones with timm: at once if timm is imported, otherwise at the end of timm's import.
+"""Registers the models with timm: at once if timm is imported, otherwise at the end of timm's import.
 
 `import terrazzo` does not import timm itself, because timm brings PyTorch along, and `terrazzo --help` needs neither.
 A model cannot be created before timm is imported, so nobody can tell the difference.
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_BACKBONES = "terrazzo.backbones"
+_MODELS = ("terrazzo.backbones", "terrazzo.restoration")
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as the other finders do, and lets its loader import the backbones after timm."""
+    """Finds timm as the other finders do, and lets its loader import the models after timm."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -34,15 +34,20 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
             if module.__name__ == "timm":  # a loader of an archive loads other modules, too
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                importlib.import_module(_BACKBONES)
+                _import_models()
 
         spec.loader.exec_module = load_and_register
         return spec
 
 
+def _import_models() -> None:
+    for package in _MODELS:
+        importlib.import_module(package)
+
+
 def register() -> None:
-    """Register every backbone with timm now, or when timm is imported."""
+    """Register every model with timm now, or when timm is imported."""
     if "timm" in sys.modules:
-        importlib.import_module(_BACKBONES)
+        _import_models()
     elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterTimm())

@@ -33,11 +33,11 @@ _LICENCES = {
 
 _logger = logging.getLogger(__name__)
 
-_AVERAGED = ("state_dict_ema", "model_ema", "ema")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema", "params_ema")
 """Keys under which training programs keep averaged weights. mmengine's `ema_state_dict` is not among them: in its
 checkpoints `state_dict` has the average, and `ema_state_dict` the weights before averaging."""
 
-_WEIGHTS = ("state_dict", "model", "module", "model_state_dict", "net", "network", "weights")
+_WEIGHTS = ("state_dict", "model", "module", "model_state_dict", "net", "network", "weights", "params")
 
 MIXER = ".attn.mixer."
 """A part of the names of parameters that `convert_attention` adds."""
@@ -74,7 +74,7 @@ def weights_of(checkpoint: Any, ema: bool | None = None) -> dict[str, torch.Tens
     while (key := next((key for key in kept if isinstance(found.get(key), Mapping)), None)) is not None:
         found, kept = found[key], _WEIGHTS
     if ema and found is checkpoint:
-        raise InputError("has no averaged weights: no ema_state_dict, state_dict_ema, model_ema or ema")
+        raise InputError("has no averaged weights: no ema_state_dict, state_dict_ema, model_ema, ema or params_ema")
     weights = dict(_named(found, nested=found is not checkpoint))
     if not weights:
         averaged = [key for key in _AVERAGED if isinstance(checkpoint.get(key), Mapping)]

@@ -13,8 +13,8 @@ from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    *("backbones", "checkpoints", "gated_zoom", "integrations", "kernels", "necks", "openmmlab", "spatial"),
-    *("configs", "tools"),
+    *("backbones", "checkpoints", "gated_zoom", "integrations", "kernels", "necks", "openmmlab"),
+    *("restoration", "spatial", "configs", "tools"),
 )
 # Layer -> the layers of terrazzo that it may import.
 ARROWS = {
@@ -24,6 +24,7 @@ ARROWS = {
     "gated_zoom": {"errors", "checkpoints"},
     "integrations": {"_pictures", "errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
+    "restoration": {"errors", "kernels", "backbones"},
     "spatial": {"errors", "kernels", "backbones"},
     "openmmlab": {
         "_files",
@@ -34,6 +35,7 @@ ARROWS = {
         "checkpoints",
         "gated_zoom",
         "necks",
+        "restoration",
         "spatial",
     },
     "configs": {"openmmlab"},
@@ -49,6 +51,7 @@ ARROWS = {
         "gated_zoom",
         "necks",
         "openmmlab",
+        "restoration",
         "spatial",
     },
 }
@@ -76,6 +79,7 @@ FOREIGN = {
     "gated_zoom": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "integrations": {"detectron2", "mmengine", "mmcv", "onnx", "supervision", "torchvision", "ultralytics"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
+    "restoration": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "spatial": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
 }
 

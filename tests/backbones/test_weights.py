@@ -104,8 +104,8 @@ def test_no_weights_are_one_error(content, tmp_path):
 
 def test_averaged_weights_come_first_unless_they_are_not_wanted():
     plain, average = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
-    for key in ("state_dict_ema", "model_ema", "ema"):
-        checkpoint = {"state_dict": plain, key: average}
+    for key in ("state_dict_ema", "model_ema", "ema", "params_ema"):
+        checkpoint = {"params" if key == "params_ema" else "state_dict": plain, key: average}
         assert [weights_of(checkpoint, ema)["a"].item() for ema in (None, True, False)] == [1, 1, 0]
     checkpoint = {"state_dict": plain, "ema_state_dict": average}  # mmengine stores the average in state_dict
     assert [weights_of(checkpoint, ema)["a"].item() for ema in (None, True, False)] == [0, 1, 0]

@@ -74,7 +74,11 @@ class MixerContract:
         count = prefix + grid[0] * grid[1]
         x = torch.randn(batch, count, heads * head_dim, generator=generator, dtype=torch.float64).to(dtype)
         q, k, v = torch.randn(3, batch, heads, count, head_dim, generator=generator, dtype=torch.float64).to(dtype)
-        return q, k, v, place_of(grid, prefix, x, k)
+        return q, k, v, self.place(grid, prefix, x, k)
+
+    def place(self, grid, prefix, x, key):
+        """Where the tokens stand; a mixer that projects tokens of its own gets more."""
+        return place_of(grid, prefix, x, key)
 
     @pytest.mark.parametrize("grid", GRIDS)
     @torch.no_grad()
@@ -182,6 +186,6 @@ class MixerContract:
             x = torch.empty(1, 197, 16)
         mixer = self.make(torch.float32).to("meta")
         with FlopCounterMode(display=False) as counter:
-            out = mixer(*given, place_of((14, 14), 1, x, given[1]))
+            out = mixer(*given, self.place((14, 14), 1, x, given[1]))
         assert out.shape == given[2].shape
         assert counter.get_total_flops() > 0

@@ -22,6 +22,8 @@ CASES = [
     ("na", dict(kernel=3)),
     ("na", dict(kernel=3, dilation=2, bias=True)),
     ("na", dict(kernel=20)),
+    ("lsa", dict(split=(2, 4))),
+    ("lsa", dict(split=(2, 4), shifted=True, masked=False)),
 ]
 
 
@@ -34,7 +36,7 @@ def lively(mixer):
                 if name.endswith("bias"):
                     parameter.fill_(OPEN)
                 continue
-            if "dwc" in name:
+            if "dwc" in name or "get_v" in name:
                 parameter.zero_()
                 continue
             noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
