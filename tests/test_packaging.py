@@ -13,7 +13,7 @@ from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    *("backbones", "checkpoints", "gated_zoom", "integrations", "kernels", "necks", "openmmlab"),
+    *("backbones", "checkpoints", "clips", "gated_zoom", "integrations", "kernels", "necks", "openmmlab"),
     *("restoration", "spatial", "configs", "tools"),
 )
 # Layer -> the layers of terrazzo that it may import.
@@ -21,6 +21,7 @@ ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
     "checkpoints": {"_files", "errors", "backbones"},
+    "clips": {"errors", "kernels", "backbones"},
     "gated_zoom": {"errors", "checkpoints"},
     "integrations": {"_pictures", "errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
@@ -33,6 +34,7 @@ ARROWS = {
         "kernels",
         "backbones",
         "checkpoints",
+        "clips",
         "gated_zoom",
         "necks",
         "restoration",
@@ -76,6 +78,7 @@ FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba", "llvmlite"},
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "clips": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "gated_zoom": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "integrations": {"detectron2", "mmengine", "mmcv", "onnx", "supervision", "torchvision", "ultralytics"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
