@@ -22,6 +22,7 @@ CASES = [
     ("na", dict(kernel=3)),
     ("na", dict(kernel=3, dilation=2, bias=True)),
     ("na", dict(kernel=20)),
+    ("axial", {}),
 ]
 
 
