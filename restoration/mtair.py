@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs
-from timm.models._manipulate import checkpoint
+from timm.models._manipulate import checkpoint_seq
 from torch import nn
 
 from terrazzo.backbones._checks import number, whole, wholes
@@ -261,9 +261,7 @@ class MTAIR(RestorationModel):
         return self.output(self._run(self.refinement, y)) + x
 
     def _run(self, blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-        for block in blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return x
+        return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in SS2D.no_decay}
