@@ -349,10 +349,3 @@ def test_trains_validates_and_predicts(name, tiny_data, tmp_path):
     assert len(frames) == 7
     assert frames[0].masks.shape == (10, 64, 96)
     assert all(torch.equal(frame.instances_id, torch.arange(10)) for frame in frames)
-
-
-def test_importing_the_bridge_imports_no_mmdet():
-    from support.processes import run_code
-
-    done = run_code("import sys, terrazzo.openmmlab; print('mmdet' in sys.modules)")
-    assert done.stdout.strip() == "False", done.stderr
