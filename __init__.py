@@ -28,6 +28,7 @@ from terrazzo.errors import TerrazzoError as TerrazzoError
 if TYPE_CHECKING:
     from terrazzo import backbones as backbones
     from terrazzo import checkpoints as checkpoints
+    from terrazzo import clips as clips
     from terrazzo import gated_zoom as gated_zoom
     from terrazzo import kernels as kernels
     from terrazzo import restoration as restoration
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from terrazzo.integrations.torchvision import torchvision_backbone as torchvision_backbone
     from terrazzo.tools.predict.predictor import Predictor as Predictor
 
-_PACKAGES = ("backbones", "checkpoints", "gated_zoom", "kernels", "restoration", "spatial")
+_PACKAGES = ("backbones", "checkpoints", "clips", "gated_zoom", "kernels", "restoration", "spatial")
 _PLACES = {
     "Predictor": "terrazzo.tools.predict.predictor",
     "calibrate": "terrazzo.backbones._calibrate",

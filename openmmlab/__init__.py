@@ -24,6 +24,7 @@ from terrazzo.openmmlab import (
     _pycocotools,
     addresses,
     checkpoint,
+    clips,
     pictures,
     repairs,
     saving,
@@ -38,6 +39,7 @@ checkpoint.install()
 addresses.install()
 saving.install()
 pictures.install()
+clips.register()
 OPTIMIZERS.register_module(module=Lamb, force=True)
 
 from terrazzo.necks import FinerLevel, PlainPyramid  # noqa: E402

@@ -230,6 +230,36 @@ def write_person_keypoints(root, split, images):
     (folder / f"COCO_{split}_detections_AP_H_56_person.json").write_text(json.dumps(detections))
 
 
+def write_youtube_vis(root):
+    """Write YouTube-VIS 2021 as mmdet converts it: two videos of 4 and 7 frames; two objects move, one comes late."""
+    from mmdet.datasets import YouTubeVISDataset
+
+    YouTubeVISDataset.set_dataset_classes("2021")
+    names = YouTubeVISDataset.METAINFO["classes"]
+    random, size = np.random.default_rng(0), (96, 64)
+    for split in ("train", "valid"):
+        videos, images, annotations = [], [], []
+        for video, frames in enumerate((4, 7), 1):
+            shape = {"width": size[0], "height": size[1]}
+            videos.append({"id": video, "name": f"clip{video}", **shape})
+            (root / split / "JPEGImages" / f"clip{video}").mkdir(parents=True)
+            for frame in range(frames):
+                name, number = f"clip{video}/{frame:05d}.jpg", len(images) + 1
+                picture(random, size).save(root / split / "JPEGImages" / name)
+                images.append({"id": number, "video_id": video, "frame_id": frame, "file_name": name, **shape})
+                for instance in range(1 + (frame > 1)):
+                    x, y, w, h = 6 + 5 * frame + 20 * instance, 10 + 16 * instance, 24, 20
+                    corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+                    annotation = {"id": len(annotations) + 1, "image_id": number, "video_id": video}
+                    annotation |= {"category_id": 3 + instance, "instance_id": 2 * video + instance, "iscrowd": 0}
+                    annotations.append({**annotation, "bbox": [x, y, w, h], "area": w * h, "segmentation": [corners]})
+        categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+        content = {"videos": videos, "images": images, "annotations": annotations, "categories": categories}
+        file = root / "annotations" / f"youtube_vis_2021_{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+
+
 FULL_SIZE = {
     "imagenet": write_imagenet,
     "coco": write_coco,
@@ -237,5 +267,6 @@ FULL_SIZE = {
     "loveDA": write_loveda,
     "cityscapes": write_cityscapes,
     "split_ss_dota": write_dota,
+    "youtube_vis_2021": write_youtube_vis,
 }
 """The functions that write tiny versions of full-size data sets, by the names of the folders."""

@@ -24,6 +24,7 @@ CASES = [
     ("na", dict(kernel=20)),
     ("lsa", dict(split=(2, 4))),
     ("lsa", dict(split=(2, 4), shifted=True, masked=False)),
+    ("axial", {}),
 ]
 
 
