@@ -13,7 +13,17 @@ from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    *("backbones", "checkpoints", "gated_zoom", "integrations", "kernels", "necks", "openmmlab", "spatial"),
+    *(
+        "backbones",
+        "checkpoints",
+        "degradations",
+        "gated_zoom",
+        "integrations",
+        "kernels",
+        "necks",
+        "openmmlab",
+        "spatial",
+    ),
     *("configs", "tools"),
 )
 # Layer -> the layers of terrazzo that it may import.
@@ -21,6 +31,7 @@ ARROWS = {
     "kernels": {"errors"},
     "backbones": {"errors", "kernels"},
     "checkpoints": {"_files", "errors", "backbones"},
+    "degradations": {"errors"},
     "gated_zoom": {"errors", "checkpoints"},
     "integrations": {"_pictures", "errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
@@ -32,6 +43,7 @@ ARROWS = {
         "kernels",
         "backbones",
         "checkpoints",
+        "degradations",
         "gated_zoom",
         "necks",
         "spatial",
@@ -46,6 +58,7 @@ ARROWS = {
         "kernels",
         "backbones",
         "checkpoints",
+        "degradations",
         "gated_zoom",
         "necks",
         "openmmlab",
@@ -73,6 +86,7 @@ FOREIGN = {
     "kernels": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba", "llvmlite"},
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
+    "degradations": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "gated_zoom": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "integrations": {"detectron2", "mmengine", "mmcv", "onnx", "supervision", "torchvision", "ultralytics"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},
