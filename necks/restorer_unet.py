@@ -88,8 +88,8 @@ class RestorerUNet(BaseModule):
         for level in reversed(range(len(levels) - 1)):
             x = self.blocks[level](self.finer[level](x) + self.laterals[level](levels[level]))
         size = [side * self.upscale for side in image.shape[-2:]]
-        # with antialias=True, the kernel is MATLAB's (a = -1/2); nothing is antialiased where a picture grows
-        base = image if self.upscale == 1 else interpolate(image, size, mode="bicubic", antialias=True)
+        # a = -3/4: OpenVINO silently takes MATLAB's kernel (-1/2), which is PyTorch's with antialias=True, for this
+        base = image if self.upscale == 1 else interpolate(image, size, mode="bicubic", align_corners=False)
         return base + self.last(x)
 
 

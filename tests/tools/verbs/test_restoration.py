@@ -63,7 +63,7 @@ def test_infer(run, folder, checkpoint, tmp_path):
     assert Image.open(tmp_path / "plain" / "1.restored.png").size == (104, 80)
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_export(run, folder, checkpoint, form, tmp_path):
     pytest.importorskip("openvino" if form == "openvino" else "onnxruntime", reason="needs the extra 'export'")
     file = tmp_path / ("model.onnx" if form == "onnx" else "model.xml")
