@@ -21,7 +21,7 @@ from terrazzo.degradations.noise import GaussianNoise
 from terrazzo.degradations.rain import Rain
 from terrazzo.errors import InputError
 
-__all__ = ["KINDS", "Bicubic", "Degradation", "GaussianNoise", "Haze", "Rain", "degradation_of"]
+__all__ = ["Bicubic", "Degradation", "GaussianNoise", "Haze", "Rain", "degradation_of"]
 
 KINDS = {kind.__name__: kind for kind in (Bicubic, GaussianNoise, Rain, Haze)}
 """The degradations by the names that configs give as `type`."""

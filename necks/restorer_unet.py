@@ -73,8 +73,8 @@ class RestorerUNet(BaseModule):
         )
         self.blocks = nn.ModuleList(nn.Sequential(*[_Block(width) for _ in range(depth)]) for width in widths)
         self.last = nn.Sequential(nn.Conv2d(widths[0], 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale))
-        nn.init.zeros_(self.last[0].weight)
-        nn.init.zeros_(self.last[0].bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, image: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """From the picture (B, 3, H, W) in 0..1 and the encoder's maps to (B, 3, upscale H, upscale W)."""

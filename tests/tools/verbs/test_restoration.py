@@ -17,7 +17,7 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 model = dict(
-    backbone=dict(_delete_=True, name="resnet10t", out_indices=(1, 2, 3, 4)), neck=dict(channels=4)
+    backbone=dict(_delete_=True, name="resnet10t", out_indices=(1, 2)), neck=dict(channels=4)
 )
 """
 
@@ -63,7 +63,8 @@ def test_infer(run, folder, checkpoint, tmp_path):
     assert Image.open(tmp_path / "plain" / "1.restored.png").size == (104, 80)
 
 
-@pytest.mark.parametrize("form", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_export(run, folder, checkpoint, form, tmp_path):
     pytest.importorskip("openvino" if form == "openvino" else "onnxruntime", reason="needs the extra 'export'")
     file = tmp_path / ("model.onnx" if form == "onnx" else "model.xml")
