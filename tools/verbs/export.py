@@ -132,7 +132,7 @@ def command(
     if precision is not None and ready.task == "restoration":
         raise InputError(f"--{precision} is not measured for restorers: leave it out")
     height, width = ready.size
-    stride = coarsest_stride(ready.module)
+    stride = 1 if ready.task == "restoration" else coarsest_stride(ready.module)  # restorers reflect small pictures
     if min(ready.size) < stride:
         raise InputError(f"the image size is {height}x{width}; {ready.source} takes {stride}x{stride} and larger")
     # pt2 and aoti share a suffix, and so do float32 and the lower precisions.
