@@ -23,6 +23,7 @@ REFERENCE = {
     "terrazzo.necks": "What stands between a backbone and a head, where mmdet and mmseg have nothing.",
     "terrazzo.openmmlab": "What a config names after `custom_imports`. [The guide](../docs/openmmlab.md) shows how.",
     "terrazzo.clips": "What mixes the frames of a clip. [The guide](../docs/clips.md) shows how.",
+    "terrazzo.degradations": "Pictures made worse, to be restored. [The guide](../docs/restoration.md) shows how.",
     "terrazzo.gated_zoom": "A second look at the tiles where it pays. [The guide](../docs/zoom.md) shows how.",
     "terrazzo.spatial": "Huge images over several ranks. [The guide](../docs/spatial.md) shows how.",
     "terrazzo.errors": "What terrazzo raises on purpose.",

@@ -42,17 +42,20 @@ pictures.install()
 clips.register()
 OPTIMIZERS.register_module(module=Lamb, force=True)
 
-from terrazzo.necks import FinerLevel, PlainPyramid  # noqa: E402
+from terrazzo.necks import FinerLevel, PlainPyramid, RestorerUNet  # noqa: E402
 from terrazzo.openmmlab.backbone import TerrazzoBackbone  # noqa: E402
 from terrazzo.openmmlab.classifier import Classifier  # noqa: E402
 from terrazzo.openmmlab.conversion import AttentionConversion, Fidelity, StudentHook  # noqa: E402
 from terrazzo.openmmlab.datasets import ImageFolderDataset, Pictures, RotatedImages  # noqa: E402
+from terrazzo.openmmlab.degraded_pictures import DegradedPictures  # noqa: E402
 from terrazzo.openmmlab.finite import FiniteLossHook  # noqa: E402
 from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
 from terrazzo.openmmlab.monitoring import MonitoredMetricsHook  # noqa: E402
 from terrazzo.openmmlab.multi_task import DepthBeside, M3ViTDepthHead, M3ViTHead, MultiTask, TaskBackbone  # noqa: E402
 from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
+from terrazzo.openmmlab.restoration_quality import RestorationQuality  # noqa: E402
+from terrazzo.openmmlab.restorer import Restorer  # noqa: E402
 from terrazzo.openmmlab.roma_pretraining import RoMAPretraining  # noqa: E402
 from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
 from terrazzo.openmmlab.throughput import ThroughputHook  # noqa: E402
@@ -67,6 +70,7 @@ __all__ = [
     "Bfloat16OptimWrapper",
     "ClassificationAccuracy",
     "Classifier",
+    "DegradedPictures",
     "DepthBeside",
     "Fidelity",
     "FinerLevel",
@@ -79,6 +83,9 @@ __all__ = [
     "MultiTask",
     "Pictures",
     "PlainPyramid",
+    "RestorationQuality",
+    "Restorer",
+    "RestorerUNet",
     "RoMAPretraining",
     "RotatedImages",
     "SeededDataset",

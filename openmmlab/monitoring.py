@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.building import registered_class
+from terrazzo.openmmlab.restoration_quality import metric_names
 
 COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 PROPOSAL_ITEMS = ("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000")
@@ -153,4 +154,5 @@ _KEYS = {
     "IoUMetric": _iou,
     "ClassificationAccuracy": _accuracy,
     "CocoPanopticMetric": _panoptic,
+    "RestorationQuality": lambda metric: set(metric_names()),
 }

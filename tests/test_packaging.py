@@ -13,8 +13,8 @@ from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    *("backbones", "checkpoints", "clips", "gated_zoom", "integrations", "kernels", "necks", "openmmlab"),
-    *("restoration", "spatial", "configs", "tools"),
+    *("backbones", "checkpoints", "clips", "degradations", "gated_zoom", "integrations", "kernels", "necks"),
+    *("openmmlab", "restoration", "spatial", "configs", "tools"),
 )
 # Layer -> the layers of terrazzo that it may import.
 ARROWS = {
@@ -22,6 +22,7 @@ ARROWS = {
     "backbones": {"errors", "kernels"},
     "checkpoints": {"_files", "errors", "backbones"},
     "clips": {"errors", "kernels", "backbones"},
+    "degradations": {"errors"},
     "gated_zoom": {"errors", "checkpoints"},
     "integrations": {"_pictures", "errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
@@ -35,6 +36,7 @@ ARROWS = {
         "backbones",
         "checkpoints",
         "clips",
+        "degradations",
         "gated_zoom",
         "necks",
         "restoration",
@@ -50,6 +52,7 @@ ARROWS = {
         "kernels",
         "backbones",
         "checkpoints",
+        "degradations",
         "gated_zoom",
         "necks",
         "openmmlab",
@@ -79,6 +82,7 @@ FOREIGN = {
     "backbones": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "checkpoints": {"mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton"},
     "clips": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
+    "degradations": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "gated_zoom": {"timm", "mmengine", "mmcv", "mmdet", "mmseg", "onnx", "triton", "numba"},
     "integrations": {"detectron2", "mmengine", "mmcv", "onnx", "supervision", "torchvision", "ultralytics"},
     "openmmlab": {"mmdet", "mmseg", "onnx"},

@@ -26,7 +26,7 @@ from terrazzo.openmmlab.config import datasets
 from terrazzo.openmmlab.saving import find_latest_checkpoint
 from terrazzo.tools.files import check_folder
 
-TASKS = ("classification", "segmentation", "detection", "panoptic")
+TASKS = ("classification", "segmentation", "detection", "panoptic", "restoration")
 
 POINTS = ("begin", "end", "T_max", "milestones", "step_size", "periods", "total_steps")
 """The keys of mmengine's schedules that hold numbers of epochs or iterations, or lists of these numbers."""
@@ -37,6 +37,8 @@ def task_of(cfg: Config) -> str:
     settings = cfg.get("model") or {}
     if settings.get("type") == "Classifier":
         return "classification"
+    if settings.get("type") == "Restorer":
+        return "restoration"
     if "decode_head" in settings:
         return "segmentation"
     if "panoptic_fusion_head" in settings and (settings.get("test_cfg") or {}).get("panoptic_on", True):

@@ -17,7 +17,7 @@ from terrazzo.necks import PlainPyramid
 from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
 
 # These configs have tests of their own.
-OTHERS = ("conversion", "multitask", "pose", "pretraining", "rotated", "video", "zoom")
+OTHERS = ("conversion", "multitask", "pose", "pretraining", "restoration", "rotated", "video", "zoom")
 CONFIGS = {name: path for name, path in packaged_configs().items() if path.parent.name not in OTHERS}
 PANOPTIC = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
 

@@ -54,6 +54,11 @@ class Georeference:
     crs: Any
     transform: Affine
 
+    def enlarged(self, scale: int) -> "Georeference":
+        """Where the pixels of the picture lie after each became `scale` x `scale` pixels."""
+        a, b, c, d, e, f = self.transform[:6]
+        return Georeference(self.crs, Affine(a / scale, b / scale, c, d / scale, e / scale, f))
+
 
 class RasterWindows(Windows):
     """A TIFF or JPEG 2000 picture on disk.

@@ -60,6 +60,24 @@ class RawFeatures(RawClassifier):
         return tuple(self.model.forward_intermediates(self.normalised(image), intermediates_only=True))
 
 
+class RawRestorer(nn.Module):
+    """A restorer that takes and gives RGB pixels in 0..255.
+
+    Args:
+        model: from (B, 3, H, W) in 0..1 to (B, 3, s H, s W), with an attribute `upscale`, which is s.
+    """
+
+    output_names = ("restored",)
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        """From (B, 3, H, W), float RGB in 0..255, to (B, 3, s H, s W) in 0..255."""
+        return (255 * self.model(image / 255)).clamp(0, 255)
+
+
 class RawSegmentor(nn.Module):
     """An mmseg segmentor that takes RGB pixels as they are and gives results at their size.
 

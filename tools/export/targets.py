@@ -18,7 +18,7 @@ from terrazzo.backbones._reparameterize import reparameterize
 from terrazzo.checkpoints.records import metadata_of
 from terrazzo.errors import InputError
 from terrazzo.tools.data.floors import FloorMaker
-from terrazzo.tools.export.exportable import RawClassifier, RawFeatures, RawSegmentor
+from terrazzo.tools.export.exportable import RawClassifier, RawFeatures, RawRestorer, RawSegmentor
 from terrazzo.tools.inspect.trace import image_size
 from terrazzo.tools.mechanisms import Mechanism, refuse_changes
 from terrazzo.tools.models import pretrained_cfg
@@ -35,7 +35,7 @@ class Exportable:
         size: H, W.
         classes: class names, or None.
         source: the name that the user gave.
-        task: classification, features, segmentation, detection or panoptic.
+        task: classification, features, segmentation, detection, panoptic or restoration.
         preparation: what else `terrazzo infer --runtime` must know, JSON-ready: how pictures are cropped, colours.
         single: whether it takes only one image per run.
         config: its config, or None.
@@ -136,6 +136,41 @@ def detector_for_export(cfg, checkpoint: str | Path, size: tuple[int, int]) -> E
     return Exportable(module, size, facts["classes"], name, task, preparation, single=True, config=cfg)
 
 
+def restorer_for_export(
+    model: nn.Module,
+    name: str,
+    size: tuple[int, int] | None,
+    features: bool = False,
+    degradation: Mapping[str, Any] | None = None,
+    config: Any = None,
+) -> Exportable:
+    """A restorer or a restoration network, ready for export.
+
+    Args:
+        model: as in `RawRestorer`.
+        name: what it is called.
+        size: H, W of degraded pictures.
+        features: whether the user asks for feature maps, which it does not have.
+        degradation: what it was trained against, as settings; None for bicubic reduction if it enlarges.
+        config: its config, or None.
+
+    Raises:
+        InputError: there is no size, or feature maps are asked for.
+    """
+    if features:
+        raise InputError(f"{name} restores pictures and gives no feature maps: leave --features out")
+    if size is None:
+        raise InputError(
+            f"{name} takes pictures of any size, and a file is traced with one size; give it with --size H W"
+        )
+    if degradation is None and model.upscale > 1:
+        degradation = {"type": "Bicubic", "scale": model.upscale}
+    preparation = {"scale": model.upscale, "degradation": None if degradation is None else dict(degradation)}
+    return Exportable(
+        RawRestorer(model).eval(), image_size(size), None, name, "restoration", preparation, config=config
+    )
+
+
 def _cropping(data: Mapping[str, Any]) -> dict[str, Any]:
     """How timm resizes and crops a picture for a classifier."""
     return {key: data[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in data}
@@ -163,6 +198,8 @@ def exportable_of(
         own = size is None or tuple(size) == pretrained_cfg(name).input_size[1:]
         needed = "any" if any_size else None if own else size
         model = load_timm_model(name, checkpoint, pretrained, num_classes, needed, changes)
+        if isinstance(getattr(model, "upscale", None), int):
+            return restorer_for_export(model, name, size, features)
         data = resolve_model_data_config(model)
         size = size or tuple(data["input_size"][1:])
         module = (RawFeatures if features else RawClassifier)(model, data["mean"], data["std"]).eval()
@@ -184,6 +221,11 @@ def exportable_of(
         if size is None:
             raise InputError(f"{name} takes pictures of any size, and a file is for one size; give it with --size H W")
         return detector_for_export(cfg, checkpoint, image_size(size))
+    if task == "restoration":
+        with mm.quiet():
+            restorer, _ = mm.build_model(cfg, checkpoint)
+        degradation = mm.test_dataset(cfg).get("degradation")
+        return restorer_for_export(restorer, Path(cfg.filename).stem, size, degradation=degradation, config=cfg)
     if task == "segmentation":
         size = size or (cfg.model.get("data_preprocessor") or {}).get("size")
         if size is None:

@@ -1,13 +1,14 @@
 """What an exported file says about one picture: the same records and drawings as from PyTorch, without the model.
 
 A file is for images of one size, or of any size if it was exported that way. A classifier's picture is resized and
-cropped as timm does for the model. Any other picture is stretched to the file's size, and the results are scaled back
-to the picture's size.
+cropped as timm does for the model. A restorer's picture keeps its size. Any other picture is stretched to the file's
+size, and the results are scaled back to the picture's size.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from terrazzo.degradations.pixels import to_pixels
 from terrazzo.errors import InputError
 from terrazzo.tools.predict.draw import palette
 from terrazzo.tools.predict.prediction import (
@@ -27,6 +29,7 @@ from terrazzo.tools.predict.prediction import (
     label_prediction,
     panoptic_prediction,
 )
+from terrazzo.tools.predict.restorers import Restoring
 from terrazzo.tools.runtimes import open_file
 
 # mmdet's INSTANCE_OFFSET: panoptic segments number things with it.
@@ -97,8 +100,8 @@ class FilePredictor:
 
         Returns:
             For a classifier `scores` (classes); for a segmentor `labels` (H, W); for a panoptic segmentor `segments`
-            (H, W); for a detector `boxes` (N, 4: x1, y1, x2, y2), `labels` and `scores` (N), highest first, and perhaps
-            `masks` (N, H, W).
+            (H, W); for a restorer `restored` (3, s H, s W) in 0..1; for a detector `boxes` (N, 4: x1, y1, x2, y2),
+            `labels` and `scores` (N), highest first, and perhaps `masks` (N, H, W).
         """
         raise NotImplementedError
 
@@ -247,4 +250,24 @@ class _Boxes(FilePredictor):
         return names, self.colours(max(len(names), 1))
 
 
-_PREDICTORS = {"classification": _Classes, "segmentation": _Labels, "panoptic": _Segments, "detection": _Boxes}
+class _Restored(Restoring, FilePredictor):
+    def __init__(self, *arguments: Any):
+        FilePredictor.__init__(self, *arguments)
+        self.scale, self.degradation = self.preparation["scale"], self.preparation["degradation"]
+
+    def restored(self, inputs: Tensor) -> Tensor:
+        """Pictures (B, 3, s H, s W) in 0..1, one after another."""
+        return torch.cat([self.run(255 * one[None])[0] for one in inputs]) / 255
+
+    def results(self, image: Image.Image) -> dict[str, Tensor]:
+        (prediction,) = self.predict([image])
+        return {"restored": to_pixels(prediction.restored)}
+
+
+_PREDICTORS = {
+    "classification": _Classes,
+    "segmentation": _Labels,
+    "panoptic": _Segments,
+    "detection": _Boxes,
+    "restoration": _Restored,
+}

@@ -26,12 +26,13 @@ from terrazzo.tools.predict.prediction import (
     label_prediction,
     panoptic_prediction,
 )
+from terrazzo.tools.predict.restorers import RestorePredictor
 
 
 def config_predictor(
     cfg: Config, checkpoint: str | Path, device: torch.device, min_score: float = 0.3, resize: bool = True
 ) -> Engine:
-    """The predictor of a config's classifier, segmentor or detector.
+    """The predictor of a config's classifier, segmentor, detector or restorer.
 
     Args:
         cfg: what `terrazzo.openmmlab.config.load_config` gave.
@@ -50,6 +51,9 @@ def config_predictor(
     if task == "classification":
         transform = create_transform(**{key: value for key, value in dataset.transform.items() if key != "_scope_"})
         return ClassPredictor(model.backbone, transform, facts["classes"], device)
+    if task == "restoration":
+        stride = 1 if model.neck is None else model.neck.stride
+        return RestorePredictor(model, device, dataset.get("degradation"), stride)
     prepare = _Prepare(dataset.pipeline, resize)
     if task == "segmentation":
         return SegmentPredictor(model, prepare, facts["classes"], facts["palette"])

@@ -23,6 +23,9 @@ def write_prediction(out: Path, name: str, prediction: Prediction, tokens: Image
         if pixels is not None:
             with written_whole(out / f"{name}.{kind}.png") as temporary:
                 Image.fromarray(pixels).save(temporary)
+    if prediction.restored is not None:
+        with written_whole(out / f"{name}.restored.png") as temporary:
+            prediction.restored.save(temporary)
     # The JSON comes last: if it exists, the other files exist.
     with written_whole(out / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(prediction.record, indent=2) + "\n")

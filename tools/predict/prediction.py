@@ -25,12 +25,14 @@ class Prediction:
         draw: makes the drawing.
         labels: (H, W) class indices, for a segmentor.
         segments: (H, W) numbers of segments as in the record, 0 for none, for a panoptic segmentor.
+        restored: the picture that a restorer gives.
     """
 
     record: dict
     draw: Callable[[], Image.Image]
     labels: np.ndarray | None = None
     segments: np.ndarray | None = None
+    restored: Image.Image | None = None
 
     @functools.cached_property
     def drawing(self) -> Image.Image:

@@ -19,6 +19,7 @@ from terrazzo.tools.data.windows import WholePicture, Windows
 from terrazzo.tools.mechanisms import Mechanism, refuse_changes
 from terrazzo.tools.predict.classifiers import Engine, timm_predictor
 from terrazzo.tools.predict.prediction import Prediction
+from terrazzo.tools.predict.restorers import Degraded, Degrader, RestorePredictor
 from terrazzo.tools.predict.tiles.engine import TileEngine, check_tiles, predicted, tile_engine
 from terrazzo.tools.targets import is_config, load_timm_model, pick_device
 
@@ -36,7 +37,7 @@ class Seen(NamedTuple):
 
 
 class Predictor:
-    """Runs a classifier, segmentor or detector on pictures, and gives the records of `terrazzo infer`.
+    """Runs a classifier, segmentor, detector or restorer on pictures, and gives the records of `terrazzo infer`.
 
         predictor = terrazzo.Predictor("fpn_dinat-mini_floors", "work_dirs/floors/iter_40.pth")
         prediction = predictor("floor.png")
@@ -55,8 +56,10 @@ class Predictor:
         tile: side in pixels of the tiles into which pictures are cut, at their own resolution (docs/inference.md); None
             for whole pictures, prepared as the config says.
         overlap: how tiles of a picture overlap: a number of pixels, with a hard seam; "blend"; or "auto", for the
-            result of the whole picture. None is "auto" for a segmentor, "blend" for a segmentor's exported file, and a
-            quarter of a tile for a detector.
+            result of the whole picture. None is "auto" for a segmentor, "blend" for a segmentor's exported file and a
+            restorer, and a quarter of a tile for a detector.
+        degrade: whether to make pictures worse first, as a restorer's config makes its test data (or by bicubic
+            reduction, for a network that enlarges), and compare the restored pictures with them.
 
     Raises:
         InputError: a name, file or device that cannot be used, or arguments that do not go together.
@@ -75,6 +78,7 @@ class Predictor:
         changes: Sequence[Mechanism] = (),
         tile: int | None = None,
         overlap: int | str | None = None,
+        degrade: bool = False,
     ):
         if runtime not in RUNTIMES:
             raise InputError(f"runtime is {runtime!r}; choose one of {', '.join(RUNTIMES)}")
@@ -90,14 +94,14 @@ class Predictor:
         elif isinstance(model, nn.Module):
             if checkpoint or timm_only or changes:
                 raise InputError("a model in memory has its weights and classes: leave the other options out")
-            self.engine = _of_model(model, where)
+            self.engine = _of_network(model, where)
         elif isinstance(model, (str, Path)) and not is_config(str(model)):
             self.random = checkpoint is None and not pretrained
             if self.random:
                 message = f"{model} has random weights; give weights with checkpoint=FILE or pretrained=True"
                 warnings.warn(message, stacklevel=2)
             built = load_timm_model(str(model), checkpoint, pretrained, num_classes, changes=changes)
-            self.engine = timm_predictor(built, where)
+            self.engine = _of_network(built, where)
         else:
             refuse_changes(str(getattr(model, "filename", model)), changes)
             if timm_only:
@@ -105,6 +109,8 @@ class Predictor:
                     "pretrained weights and a number of classes are for timm models; a config takes only a checkpoint"
                 )
             self.engine = _of_config(model, checkpoint, where, min_score, tile is None)
+        if degrade:
+            self.degrader = Degrader(getattr(self.engine, "degradation", None))
         if tile is not None:
             self.tiles = tile_engine(self.engine, tile, overlap)
 
@@ -112,6 +118,8 @@ class Predictor:
     """The model, of any kind."""
     tiles: TileEngine | None = None
     """The model on pictures in tiles; None if pictures are not cut."""
+    degrader: Degrader | None = None
+    """What makes pictures worse; None if they are taken as they are."""
     random = False
     """Whether the weights are random numbers."""
 
@@ -126,7 +134,8 @@ class Predictor:
         Returns:
             A `Prediction`, or a list of a `Prediction` for each picture: its `record` is what `terrazzo infer` writes
             as JSON (`picture` is None for a picture without a path), its `drawing` the picture with the result on it;
-            a segmentor gives `labels`, class indices (H, W), and a panoptic segmentor `segments` (H, W).
+            a segmentor gives `labels`, class indices (H, W), a panoptic segmentor `segments` (H, W), and a restorer
+            `restored`, a picture of Pillow.
 
         Raises:
             InputError: a picture that cannot be read, or is no picture.
@@ -142,15 +151,41 @@ class Predictor:
         remaining = iter(pictures)
         if self.tiles is not None:
             for item in remaining:
-                windows, facts = _windows_of(item)
-                with windows:
-                    yield predicted(self.tiles, windows, facts, batch, lambda done, total: None)
+                yield self._in_tiles(item, batch)
             return
         while taken := [seen_of(item) for item in itertools.islice(remaining, batch)]:
-            predictions = self.engine.predict([seen.image for seen in taken])
-            for (image, facts), prediction in zip(taken, predictions, strict=True):
+            pairs = [self._degraded(seen) for seen in taken]
+            shown = [seen.image if pair is None else pair.image for seen, pair in zip(taken, pairs)]
+            for (image, facts), pair, found in zip(taken, pairs, self.engine.predict(shown), strict=True):
+                prediction = self._compared(found, pair)
                 record = {**facts, "width": image.width, "height": image.height, **prediction.record}
                 yield dataclasses.replace(prediction, record=record)
+
+    def _in_tiles(self, item: Any, batch: int) -> Prediction:
+        assert self.tiles is not None
+
+        def silent(done: int, total: int) -> None:
+            pass
+
+        if self.degrader is None:
+            windows, facts = _windows_of(item)
+            with windows:
+                return predicted(self.tiles, windows, facts, batch, silent)
+        seen = seen_of(item)
+        pair = self._degraded(seen)
+        assert pair is not None
+        found = self.tiles.predict(WholePicture(seen.facts["picture"], pair.image), batch, silent)
+        record = {**seen.facts, "width": seen.image.width, "height": seen.image.height, **found.record}
+        return self._compared(dataclasses.replace(found, record=record), pair)
+
+    def _degraded(self, seen: Seen) -> Degraded | None:
+        """The picture made worse, under the name of its file; None if pictures are taken as they are."""
+        if self.degrader is None:
+            return None
+        return self.degrader(seen.image, Path(seen.facts.get("picture") or "in memory").name)
+
+    def _compared(self, prediction: Prediction, pair: Degraded | None) -> Prediction:
+        return prediction if self.degrader is None or pair is None else self.degrader.compared(prediction, pair)
 
 
 def seen_of(item: Any) -> Seen:
@@ -218,7 +253,10 @@ def _of_file(runtime: str, model: object, min_score: float) -> Engine:
     return file_predictor(runtime, Path(model), min_score)
 
 
-def _of_model(model: nn.Module, device: torch.device) -> Engine:
+def _of_network(model: nn.Module, device: torch.device) -> Engine:
+    """The engine of a model of timm: a classifier, or a restoration network."""
+    if isinstance(getattr(model, "upscale", None), int):
+        return RestorePredictor(model, device)
     if not hasattr(model, "pretrained_cfg"):
         raise InputError(
             f"a {type(model).__name__} is not a model of timm, so nothing says how its pictures are prepared; name a "

@@ -64,7 +64,7 @@ def rows_of(config: str, configs: dict, done: dict[str, list[dict]]) -> list:
                 continue
             cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
             spread = (cuts[0], statistics.median(values), cuts[-1])
-            unit = "1" if metric == "loss" or "parameters" in metric else "%" if max(values) > 1 else "fraction"
+            unit = _unit(metric, max(values))
             rows.append(
                 results.Row(
                     "training",
@@ -81,6 +81,14 @@ def rows_of(config: str, configs: dict, done: dict[str, list[dict]]) -> list:
                 )
             )
     return rows
+
+
+def _unit(metric: str, largest: float) -> str:
+    if metric == "loss" or "parameters" in metric:
+        return "1"
+    if "psnr" in metric:
+        return "dB"
+    return "%" if largest > 1 else "fraction"
 
 
 def draw(done: dict[str, list[dict]], path: Path) -> None:

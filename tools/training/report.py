@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from terrazzo._files import written_whole
 from terrazzo._pictures import read_picture
+from terrazzo.degradations.pixels import to_image
 from terrazzo.errors import InputError, first_line
 from terrazzo.tools import mm
 from terrazzo.tools.predict import draw
@@ -122,6 +123,11 @@ class ReportHook(Hook):
                 return None
             score = float(sample["scores"][sample["pred_label"]])
             return Example(path, sample["gt_label"], (sample["pred_label"], score))
+        if self.task == "restoration":
+            if len(self.examples) >= EXAMPLES:
+                return None  # whole pictures: no more are kept than are drawn
+            before, restored, truth = (to_image(sample[key]) for key in ("degraded", "restored", "target"))
+            return Example(path, truth, (before.resize(truth.size, Image.Resampling.BICUBIC), restored))
         path = path or getattr(sample, "img_path", None)
         if self.task == "segmentation" and "gt_sem_seg" in sample and "pred_sem_seg" in sample:
             truth, found = (part.data[0].cpu().numpy() for part in (sample.gt_sem_seg, sample.pred_sem_seg))
@@ -149,6 +155,9 @@ class ReportHook(Hook):
 
     def sheet(self) -> Image.Image:
         """The examples: each picture with what is true and what was found."""
+        if self.task == "restoration":
+            rows = [[_fitted(picture) for picture in (*example.found, example.truth)] for example in self.examples]
+            return draw.grid(rows, ("degraded", "restored", "truth"), [])
         names = [*(self.names or ())]
         colours = draw.palette(max(len(names), 1), self.palette)
         pictures = [read_picture(example.path) for example in self.examples]

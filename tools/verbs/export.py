@@ -1,4 +1,4 @@
-"""`terrazzo export`: a classifier, segmentor or detector as one checked file."""
+"""`terrazzo export`: a classifier, segmentor, detector or restorer as one checked file."""
 
 import tempfile
 from collections.abc import Sequence
@@ -77,13 +77,14 @@ def command(
     data_root: Path | None,
     out: Path | None,
 ) -> int:
-    """Export a timm classifier, or the segmentor or detector of an OpenMMLab config, from raw pixels to results.
+    """Export a model of timm or of an OpenMMLab config (classifier, segmentor, detector, restorer), pixels to results.
 
     CHECKPOINT is a file of weights. A config needs it; without it, a timm model has random or --pretrained weights.
 
     The input is float RGB in 0..255, (batch, 3, H, W); normalisation is in the graph. The outputs are `logits` and, for
     a segmentor, `labels`, both at the input's size; for a detector, `boxes`, `scores`, `labels` and `masks` as its
-    config keeps them, non-maximum suppression included; for --features, `stride4` and so on.
+    config keeps them, non-maximum suppression included; for a restorer, `restored`, RGB in 0..255; for --features,
+    `stride4` and so on.
 
     The format pt2 is a torch.export program; aoti compiles this program to machine code, which needs a C++ compiler.
 
@@ -128,8 +129,10 @@ def command(
         raise InputError(
             f"{ready.source} is a detector: one image per run, of one size; leave --batch and --dynamic out"
         )
+    if precision is not None and ready.task == "restoration":
+        raise InputError(f"--{precision} is not measured for restorers: leave it out")
     height, width = ready.size
-    stride = coarsest_stride(ready.module)
+    stride = 1 if ready.task == "restoration" else coarsest_stride(ready.module)  # restorers reflect small pictures
     if min(ready.size) < stride:
         raise InputError(f"the image size is {height}x{width}; {ready.source} takes {stride}x{stride} and larger")
     # pt2 and aoti share a suffix, and so do float32 and the lower precisions.

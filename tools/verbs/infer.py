@@ -52,7 +52,10 @@ RUNTIMES = ("torch", "onnx", "openvino", "pt2", "aoti")
     type=Overlap(),
     metavar="auto|blend|N",
     help="How tiles overlap: auto (the whole picture's result), blend, or a number of pixels [default: auto; exported "
-    "files: blend; detectors: N / 4].",
+    "files and restorers: blend; detectors: N / 4].",
+)
+@click.option(
+    "--degrade", is_flag=True, help="Make pictures worse as a restorer's test data, and compare what it restores."
 )
 @click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Take every N-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Frames of a video, at most [default: all].")
@@ -78,6 +81,7 @@ def command(
     batch: int,
     tile: int | None,
     overlap: int | str | None,
+    degrade: bool,
     every: int,
     max_frames: int | None,
     runtime: str,
@@ -86,7 +90,7 @@ def command(
     device: str | None,
     zoom: ZoomOptions | None,
 ) -> None:
-    """Run a classifier, segmentor or detector on each IMAGE.
+    """Run a classifier, segmentor, detector or restorer on each IMAGE.
 
     An IMAGE is a picture, a video, a folder of pictures and videos (its subfolders, too), the address of a picture or
     stream (http://, rtsp://), or the number of a camera, such as 0. Videos need OpenCV. Ctrl-C ends a stream, and its
@@ -95,9 +99,12 @@ def command(
     MODEL_OR_CONFIG is a timm model name, or an OpenMMLab config by path or packaged name. If --runtime is not torch, it
     is a file that `terrazzo export` wrote in that format. For each picture the command writes NAME.overlay.jpg (the
     result drawn) and NAME.json; for a segmentor also NAME.labels.png (a class index for each pixel), for a panoptic
-    segmentor also NAME.segments.png (the number of a segment for each pixel; the JSON has its class), and with
-    --show-tokens also NAME.tokens.jpg. For each video it writes NAME.overlay.mp4 and NAME.jsonl: a line of JSON for
-    each frame.
+    segmentor also NAME.segments.png (the number of a segment for each pixel; the JSON has its class), for a restorer
+    also NAME.restored.png (the restored picture), and with --show-tokens also NAME.tokens.jpg. For each video it writes
+    NAME.overlay.mp4 and NAME.jsonl: a line of JSON for each frame.
+
+    With --degrade, a restorer's pictures are made worse first. The drawing shows a picture before, after and the truth,
+    and the JSON has PSNR and SSIM of both.
 
     With --tile, pictures keep their own resolution, and run through the model in tiles, --batch of them at a time.
     """
@@ -126,6 +133,8 @@ def command(
     clips = [source for source in sources if not isinstance(source, Picture)]
     if show_tokens and clips:
         raise InputError(f"--show-tokens is for pictures, and {clips[0].place} is a video; leave one of them out")
+    if degrade and clips:
+        raise InputError(f"--degrade is for pictures, and {clips[0].place} is a video; leave one of them out")
     check_folder(out)
     predictor = Predictor(
         model_or_config,
@@ -138,6 +147,7 @@ def command(
         changes=changes,
         tile=tile,
         overlap=overlap,
+        degrade=degrade,
     )
     if predictor.tiles is not None and predictor.tiles.note:
         click.echo(f"note: {predictor.tiles.note}", err=True)
@@ -179,7 +189,7 @@ def _records(
     from terrazzo.tools.predict.output import write_prediction
     from terrazzo.tools.predict.tiles.output import write_tiled
 
-    if predictor.tiles is not None:
+    if predictor.tiles is not None and predictor.degrader is None:
         for picture in pictures:
             yield picture, write_tiled(out, picture, predictor.tiles, batch, report)
         return
@@ -223,9 +233,11 @@ def _tile_progress(bar: "Progress") -> Callable[[int, int], None]:
 
 def _summary(record: dict) -> str:
     """What was found, in a few words."""
-    apart = record.get("tiles", {}).get("disagreement")
+    apart = record.get("tiles", {}).get("disagreement", {})
     words = _result(record)
-    if apart:
+    if "values" in apart:
+        words += f"; where tiles overlap, values differ by {apart['values']:.2f} of 255"
+    elif apart:
         words += (
             f"; where tiles overlap, {apart['labels']:.1%} of the labels differ, "
             f"and probabilities by {apart['probabilities']:.4f}"
@@ -238,6 +250,11 @@ def _result(record: dict) -> str:
         return ", ".join(f"{entry['label']} {entry['score']:.1%}" for entry in record["top"][:2])
     if record["task"] == "segmentation":
         return ", ".join(f"{name} {share:.0%}" for name, share in list(record["shares"].items())[:4])
+    if record["task"] == "restoration":
+        words = f"restored to {record['restored']['width']}x{record['restored']['height']}"
+        if "before" not in record:
+            return words
+        return f"{words}; PSNR on Y {record['before']['psnr_y']:.2f} before, {record['after']['psnr_y']:.2f} dB after"
     counts: dict[str, int] = {}
     for found in record["segments" if record["task"] == "panoptic" else "things"]:
         counts[found["label"]] = counts.get(found["label"], 0) + 1

@@ -120,7 +120,7 @@ def test_inference_mode_ends_with_each_band(overlap):
     logits = segmentor.logits
     segmentor.logits = lambda inputs: seen.append(torch.is_inference_mode_enabled()) or logits(inputs)
     for band in SegmentTiles(segmentor, 64, overlap).run(WholePicture("noise", noise(100, 150)), 1, silent).bands:
-        assert band.labels.is_inference()
+        assert band.values.is_inference()
         assert not torch.is_inference_mode_enabled()
     assert seen
     assert all(seen)

@@ -1,10 +1,10 @@
 """Whether the data that a config names is right, before anything is created, trained, tested or compared.
 
 `check_data` walks the data sets of the splits in use. The class of a data set decides what is checked: `coco`,
-`label_maps` or `folders`; for other classes, only that the files exist. Each of these modules collects facts about
-single files (`pictures`, `label_maps.read_map`, `coco.examine`) through `remembered.look`, which uses threads and
-caches the facts until a file changes. It compares the facts with the config each time. Messages name the file, the
-entry and the key.
+`label_maps`, `folders` or `degraded`; for other classes, only that the files exist. Each of these modules collects
+facts about single files (`pictures`, `label_maps.read_map`, `coco.examine`) through `remembered.look`, which uses
+threads and caches the facts until a file changes. It compares the facts with the config each time. Messages name
+the file, the entry and the key.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,9 @@ from mmengine.dataset import BaseDataset
 
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.datasets import ImageFolderDataset, RotatedImages
+from terrazzo.openmmlab.degraded_pictures import DegradedPictures
 from terrazzo.tools.data.checks.coco import check_coco
+from terrazzo.tools.data.checks.degraded import check_degraded
 from terrazzo.tools.data.checks.folders import check_folders
 from terrazzo.tools.data.checks.label_maps import check_segmentation
 from terrazzo.tools.data.checks.source import Source, evaluators, sources
@@ -71,6 +73,8 @@ def _check_source(cfg: Config, source: Source) -> None:
     kind = source.kind
     if issubclass(kind, (ImageFolderDataset, RotatedImages)):
         check_folders(source)
+    elif issubclass(kind, DegradedPictures):
+        check_degraded(source)
     elif hasattr(kind, "COCOAPI"):
         # A class with its own way of reading the file, such as LVIS, needs what only it knows.
         if {kind.load_data_list.__module__, kind.parse_data_info.__module__} <= set(_COCO_MODULES):

@@ -7,6 +7,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.classifiers import ClassPredictor
 from terrazzo.tools.predict.prediction import Prediction
+from terrazzo.tools.predict.restorers import Restoring
 from terrazzo.tools.predict.tiles.grid import Report
 
 
@@ -66,8 +67,8 @@ def tile_engine(engine: Any, tile: int, overlap: int | str | None) -> TileEngine
     Args:
         engine: the engine of a config, whose preparation does not resize, or of a file.
         tile: side of a tile in pixels.
-        overlap: as in `check_tiles`. None is "auto" for a segmentor, "blend" for a segmentor's file, and a quarter of
-            the tile for a detector.
+        overlap: as in `check_tiles`. None is "auto" for a segmentor, "blend" for a segmentor's file and a restorer,
+            and a quarter of the tile for a detector.
 
     Raises:
         InputError: the model is of a kind that tiles cannot divide, or takes no tiles of this size or overlap.
@@ -83,6 +84,11 @@ def tile_engine(engine: Any, tile: int, overlap: int | str | None) -> TileEngine
         from terrazzo.tools.predict.tiles.boxes import BoxTiles
 
         return BoxTiles(engine, tile, tile // 4 if overlap is None else overlap)
+    if isinstance(engine, Restoring):
+        _check_file(size, tile)
+        from terrazzo.tools.predict.tiles.pixels import PixelTiles
+
+        return PixelTiles(engine, tile, "blend" if overlap is None else overlap)
     if hasattr(engine, "logits"):
         _check_file(size, tile)
         model = getattr(engine, "model", None)
@@ -93,7 +99,7 @@ def tile_engine(engine: Any, tile: int, overlap: int | str | None) -> TileEngine
         default = "blend" if model is None else "auto"
         return SegmentTiles(engine, tile, default if overlap is None else overlap, model)
     kind = "a classifier" if isinstance(engine, ClassPredictor) else "a panoptic segmentor"
-    raise InputError(f"tiles are for segmentors and detectors, and this is {kind}: leave --tile out")
+    raise InputError(f"tiles are for segmentors, detectors and restorers, and this is {kind}: leave --tile out")
 
 
 def _check_file(size: tuple[int, int] | None, tile: int) -> None:

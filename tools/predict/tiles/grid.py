@@ -74,6 +74,14 @@ def _spans(length: int, tile: int, overlap: int, unit: int) -> list[Span]:
     return [Span(start, start + tile, first, last) for start, first, last in zip(starts, [0, *seams], [*seams, length])]
 
 
+def enlarged(grid: Grid, scale: int) -> Grid:
+    """The grid of what is `scale` times as large."""
+    rows, columns = (
+        [Span(*(scale * place for place in span)) for span in spans] for spans in (grid.rows, grid.columns)
+    )
+    return Grid(rows, columns, scale * grid.ramp)
+
+
 def zone(seam: int, ramp: int, span: Span) -> slice:
     """The pixels around a seam in which two tiles are blended, counted from the start of one of them."""
     return slice(seam - ramp // 2 - span.start, seam + ramp // 2 - span.start)

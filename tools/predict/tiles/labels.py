@@ -1,14 +1,15 @@
 """Label maps of tiles, put together band by band, so that logits never exist for a whole picture."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from terrazzo.tools.data.windows import Windows
-from terrazzo.tools.predict.tiles.grid import Grid, Span, weights, zone
+from terrazzo.tools.predict.tiles.grid import Grid
+from terrazzo.tools.predict.tiles.stitching import Band, blended, row_of_tiles, seamed
 
 
 class Segmentor(Protocol):
@@ -27,18 +28,6 @@ class Segmentor(Protocol):
     def labels(self, logits: Tensor) -> Tensor:
         """Class indices (B, h, w) of logits (B, classes, h, w)."""
         ...
-
-
-class Band(NamedTuple):
-    """Finished rows of a picture.
-
-    Attributes:
-        top: the first row.
-        labels: (rows, width) class indices.
-    """
-
-    top: int
-    labels: Tensor
 
 
 class Disagreement:
@@ -72,76 +61,23 @@ def bands(
     done: Callable[[int], None],
     disagreement: Disagreement,
 ) -> Iterator[Band]:
-    """The label map of a picture from the top to the bottom.
+    """The label map of a picture from the top to the bottom: values are class indices (rows, width).
 
     Args:
         batch: how many tiles run together.
         done: is told how many more tiles are done.
         disagreement: learns how far tiles differ, if the grid blends them.
     """
-    if grid.ramp:
-        return _blended(segmentor, picture, grid, batch, done, disagreement)
-    return _seamed(segmentor, picture, grid, batch, done)
 
+    def run(images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+        return segmentor.logits(segmentor.inputs(images, size))[:, :, : size[0], : size[1]]  # a file may take larger
 
-@torch.inference_mode()
-def _seamed(
-    segmentor: Segmentor, picture: Windows, grid: Grid, batch: int, done: Callable[[int], None]
-) -> Iterator[Band]:
-    for row in grid.rows:
-        labels = torch.zeros(row.last - row.first, grid.size[0], dtype=torch.int16)
-        for column, logits in _tiles(segmentor, picture, grid, row, batch, done):
-            own = logits[:, row.own, column.own]
-            labels[:, column.first : column.last] = segmentor.labels(own[None])[0]
-        yield Band(row.first, labels)
+    def tiles(index: int) -> Iterator[Tensor]:
+        return row_of_tiles(picture, grid, grid.rows[index], batch, run, done)
 
+    def finish(logits: Tensor) -> Tensor:
+        return segmentor.labels(logits[None])[0].to("cpu", torch.int16)
 
-@torch.inference_mode()
-def _blended(
-    segmentor: Segmentor,
-    picture: Windows,
-    grid: Grid,
-    batch: int,
-    done: Callable[[int], None],
-    disagreement: Disagreement,
-) -> Iterator[Band]:
-    """Weighted sums of logits, for the rows of one row of tiles."""
-    rows, columns, ramp = grid.rows, grid.columns, grid.ramp
-    across = [weights(columns, index, ramp) for index in range(len(columns))]
-    carried: Tensor | None = None  # sums of rows that the next row of tiles goes on with
-    above: list[Tensor] = []  # what the tiles above say about the rows around the seam
-    for index, row in enumerate(rows):
-        down = weights(rows, index, ramp)[:, None]
-        total, beside, below = torch.empty(0), None, []
-        for number, (column, logits) in enumerate(_tiles(segmentor, picture, grid, row, batch, done)):
-            logits = logits.float().cpu()
-            if number == 0:
-                total = logits.new_zeros(len(logits), row.end - row.start, grid.size[0])
-                if carried is not None:
-                    total[:, : carried.shape[1]] = carried
-            total[:, :, column.start : column.end] += logits * (down * across[number])
-            if beside is not None:
-                disagreement.add(beside, logits[:, :, zone(column.first, ramp, column)], segmentor.labels)
-            if above:
-                disagreement.add(above[number], logits[:, zone(row.first, ramp, row)], segmentor.labels)
-            beside = logits[:, :, zone(column.last, ramp, column)].clone()
-            below.append(logits[:, zone(row.last, ramp, row)].clone())
-        ready = (rows[index + 1].start if index + 1 < len(rows) else row.end) - row.start
-        yield Band(row.start, segmentor.labels(total[None, :, :ready])[0].to(torch.int16))
-        carried, above = total[:, ready:].clone(), below
-
-
-def _tiles(
-    segmentor: Segmentor, picture: Windows, grid: Grid, row: Span, batch: int, done: Callable[[int], None]
-) -> Iterator[tuple[Span, Tensor]]:
-    """The logits (classes, h, w) of each tile in a row of tiles."""
-    width, height = grid.size
-    for first in range(0, len(grid.columns), batch):
-        columns = grid.columns[first : first + batch]
-        images = [
-            picture.read(column.start, row.start, min(column.end, width), min(row.end, height)) for column in columns
-        ]
-        high, wide = row.end - row.start, columns[0].end - columns[0].start
-        logits = segmentor.logits(segmentor.inputs(images, (high, wide)))
-        yield from zip(columns, logits[:, :, :high, :wide], strict=True)  # a file may take larger images
-        done(len(columns))
+    if not grid.ramp:
+        return seamed(tiles, grid, finish)
+    return blended(tiles, grid, finish, lambda one, other: disagreement.add(one, other, segmentor.labels))

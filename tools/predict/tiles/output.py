@@ -2,12 +2,13 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from terrazzo._files import written_whole
+from terrazzo.degradations.pixels import to_image
 from terrazzo.tools.data.pictures import Picture
 from terrazzo.tools.data.windows import WholePicture, Windows
 from terrazzo.tools.predict.draw import box_overlay, tinted
@@ -16,8 +17,9 @@ from terrazzo.tools.predict.prediction import box_record, box_tags, label_record
 from terrazzo.tools.predict.tiles.boxes import BoxTiles
 from terrazzo.tools.predict.tiles.engine import TileEngine, predicted
 from terrazzo.tools.predict.tiles.grid import Report
-from terrazzo.tools.predict.tiles.labels import Band
+from terrazzo.tools.predict.tiles.pixels import PixelTiles
 from terrazzo.tools.predict.tiles.segments import SegmentTiles
+from terrazzo.tools.predict.tiles.stitching import Band
 
 _ROWS = 1024
 """Rows of an overlay with boxes that are drawn at once."""
@@ -26,7 +28,8 @@ _ROWS = 1024
 def write_tiled(out: Path, picture: Picture, tiles: TileEngine, batch: int, report: Report) -> dict:
     """Predict a picture and write its files: NAME.json and the drawing; for a segmentor the label map, too.
 
-    A picture that is read by windows gets NAME.overlay.tif and NAME.labels.tif, tiled and without a legend.
+    A picture that is read by windows gets NAME.overlay.tif and NAME.labels.tif, tiled and without a legend; or, from a
+    restorer, NAME.restored.tif alone.
 
     Args:
         out: the folder.
@@ -43,12 +46,29 @@ def write_tiled(out: Path, picture: Picture, tiles: TileEngine, batch: int, repo
             prediction = predicted(tiles, windows, facts, batch, report)
             write_prediction(out, picture.name, prediction)
             return prediction.record
-        write = _write_labels if isinstance(tiles, SegmentTiles) else _write_boxes
-        found = write(out, picture.name, windows, tiles, batch, report)
+        found = _writer(tiles)(out, picture.name, windows, tiles, batch, report)
         record = {**facts, "width": windows.width, "height": windows.height, **found}
         with written_whole(out / f"{picture.name}.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
         return record
+
+
+def _writer(tiles: TileEngine) -> Callable[..., dict]:
+    if isinstance(tiles, PixelTiles):
+        return _write_pixels
+    return _write_labels if isinstance(tiles, SegmentTiles) else _write_boxes
+
+
+def _write_pixels(out: Path, name: str, windows: Windows, tiles: PixelTiles, batch: int, report: Report) -> dict:
+    from terrazzo.tools.data.tiled_tiff import TiledTiff
+
+    scale, run = tiles.restorer.scale, tiles.run(windows, batch, report)
+    size = {"width": windows.width * scale, "height": windows.height * scale}
+    place = windows.georeference and windows.georeference.enlarged(scale)
+    with TiledTiff(out / f"{name}.restored.tif", **size, channels=3, georeference=place) as restored:
+        for band in run.bands:
+            restored.write(0, band.top, np.asarray(to_image(band.values)))
+    return {"task": "restoration", "scale": scale, "restored": size, "tiles": run.facts()}
 
 
 def _write_labels(out: Path, name: str, windows: Windows, tiles: SegmentTiles, batch: int, report: Report) -> dict:
@@ -86,9 +106,9 @@ def _write_labels(out: Path, name: str, windows: Windows, tiles: SegmentTiles, b
 
 
 def _bands(first: Band, rest: Iterator[Band]) -> Iterator[tuple[int, np.ndarray]]:
-    yield first.top, first.labels.numpy()
+    yield first.top, first.values.numpy()
     for band in rest:
-        yield band.top, band.labels.numpy()
+        yield band.top, band.values.numpy()
 
 
 def _write_boxes(out: Path, name: str, windows: Windows, tiles: BoxTiles, batch: int, report: Report) -> dict:

@@ -12,7 +12,8 @@ from terrazzo._pixel_limit import check_pixels
 from terrazzo.spatial import Part, tiled
 from terrazzo.spatial._operators import resize
 from terrazzo.tools.data.windows import Windows
-from terrazzo.tools.predict.tiles.labels import Band, Segmentor
+from terrazzo.tools.predict.tiles.labels import Segmentor
+from terrazzo.tools.predict.tiles.stitching import Band
 
 
 class ByRows:

@@ -14,9 +14,10 @@ from terrazzo.tools.data.windows import Windows
 from terrazzo.tools.predict.draw import Colour
 from terrazzo.tools.predict.prediction import Prediction, label_prediction
 from terrazzo.tools.predict.tiles.grid import Grid, Report, lay
-from terrazzo.tools.predict.tiles.labels import Band, Disagreement, Segmentor, bands
+from terrazzo.tools.predict.tiles.labels import Disagreement, Segmentor, bands
 from terrazzo.tools.predict.tiles.reach import measured_reach
 from terrazzo.tools.predict.tiles.rows import ByRows
+from terrazzo.tools.predict.tiles.stitching import Band
 
 
 class NamedSegmentor(Segmentor, Protocol):
@@ -107,7 +108,7 @@ class SegmentTiles:
     def predict(self, picture: Windows, batch: int, report: Report) -> Prediction:
         """The prediction, with the whole label map; the record has `tiles`."""
         run = self.run(picture, batch, report)
-        labels = np.concatenate([band.labels.numpy() for band in run.bands])
+        labels = np.concatenate([band.values.numpy() for band in run.bands])
         found = label_prediction(picture.read(0, 0, picture.width, picture.height), labels, *self.segmentor.classes())
         return dataclasses.replace(found, record={**found.record, "tiles": run.facts()})
 

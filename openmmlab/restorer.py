@@ -1,0 +1,158 @@
+"""Restoration of pictures, the fourth head: any restoration network, or any pyramid with a U-shaped decoder."""
+
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from terrazzo.checkpoints.loading import load_weights
+from terrazzo.errors import InputError
+from terrazzo.openmmlab._timm import create_model
+
+
+class CharbonnierLoss(nn.Module):
+    """The mean of sqrt((x - y)^2 + eps^2), a smooth L1 (LapSRN, arXiv 1704.03915).
+
+    Args:
+        eps: for values in 0..1.
+    """
+
+    def __init__(self, eps: float = 1e-3):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, found: Tensor, truth: Tensor) -> Tensor:
+        """A number, from two tensors of one shape."""
+        return torch.sqrt((found - truth) ** 2 + self.eps**2).mean()
+
+
+LOSSES = {loss.__name__: loss for loss in (nn.L1Loss, CharbonnierLoss)}
+
+
+@MODELS.register_module()
+class Restorer(BaseModel):
+    """A network from degraded pictures to restored pictures, as an mmengine model.
+
+    Args:
+        backbone: `name` and any other argument of `timm.create_model`; also `checkpoint`, a file of weights. Without a
+            neck, the name is of a restoration network: from (B, 3, H, W) to (B, 3, s H, s W), with an attribute
+            `upscale`, which is s. With a neck, these are the arguments of `TerrazzoBackbone`, and the name is of any
+            pyramid.
+        neck: `type="RestorerUNet"` and its arguments; `in_channels` and `strides` are the backbone's.
+        loss: `type` (L1Loss or CharbonnierLoss) and its arguments; by default L1Loss.
+        data_preprocessor: mmengine's; by default it only moves the batch to the device.
+        init_cfg: mmengine's; timm and `checkpoint` set the weights.
+
+    Attributes:
+        upscale: how many times larger restored pictures are.
+
+    Raises:
+        InputError: the model or the loss is unknown, or the model does not restore pictures.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        neck: dict | None = None,
+        loss: dict | None = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ):
+        super().__init__(data_preprocessor, init_cfg)
+        options: dict[str, Any] = {key: value for key, value in backbone.items() if key not in ("_scope_", "type")}
+        if not options.get("name"):
+            raise InputError(f"Restorer.backbone is {dict(backbone)}; it needs the name of a model")
+        if neck is None:
+            name, checkpoint = options.pop("name"), options.pop("checkpoint", None)
+            self.backbone = create_model(name, **options)
+            if not isinstance(getattr(self.backbone, "upscale", None), int):
+                raise InputError(
+                    f"model '{name}' does not restore pictures; name a restoration network, or give a "
+                    'neck=dict(type="RestorerUNet")'
+                )
+            if checkpoint is not None:
+                load_weights(self.backbone, name, checkpoint)
+            self.neck, self.upscale = None, self.backbone.upscale
+        else:
+            self.backbone = MODELS.build({**options, "type": "TerrazzoBackbone"})
+            places = {"in_channels": self.backbone.out_channels, "strides": self.backbone.strides}
+            self.neck = MODELS.build({**neck, **places})
+            self.upscale = self.neck.upscale
+            data = resolve_model_data_config(self.backbone.model)
+            for key in ("mean", "std"):
+                self.register_buffer(key, torch.tensor(data[key])[:, None, None], persistent=False)
+        arguments = dict(loss or {"type": "L1Loss"})
+        arguments.pop("_scope_", None)
+        kind = arguments.pop("type", "L1Loss")
+        if kind not in LOSSES:
+            raise InputError(f"loss '{kind}' is unknown; choose one of {', '.join(LOSSES)}")
+        self.loss = LOSSES[kind](**arguments)
+
+    def forward(
+        self,
+        inputs: Tensor | list[Tensor],
+        targets: Tensor | list[Tensor] | None = None,
+        img_path: list[str] | None = None,
+        mode: str = "tensor",
+    ) -> Any:
+        """Restores pictures.
+
+        Args:
+            inputs: degraded pictures, (B, 3, H, W) in about 0..1; for "predict", a list of B pictures of any sizes,
+                too.
+            targets: the truth, (B, 3, s H, s W), or a list.
+            img_path: the files of the pictures, which the data loader brings for error messages and reports.
+            mode: "loss" gives `{"loss": ...}`; "predict" a list of B dicts with `degraded` and `restored`, (3, H, W)
+                and (3, s H, s W), and, with targets, `target` and, with paths, `img_path`; "tensor" the restored
+                pictures (B, 3, s H, s W).
+        """
+        if mode == "predict":
+            return self._samples(inputs, targets, img_path)
+        inputs, targets = (_stacked(value) for value in (inputs, targets))
+        found = self.restore(inputs)
+        return {"loss": self.loss(found, targets)} if mode == "loss" else found
+
+    def restore(self, x: Tensor) -> Tensor:
+        """From (B, 3, H, W) of any H and W to (B, 3, s H, s W)."""
+        if self.neck is None:
+            return self.backbone(x)
+        height, width = x.shape[-2:]
+        x = _lengthened(_lengthened(x, -2, self.neck.stride), -1, self.neck.stride)
+        found = self.neck(x, self.backbone((x - self.mean) / self.std))
+        return found[..., : height * self.upscale, : width * self.upscale]
+
+    def init_weights(self) -> None:
+        """Leaves the weights as timm or the checkpoint set them; mmengine would initialise them again."""
+        self._is_init = True
+
+    def _samples(
+        self, inputs: Tensor | list[Tensor], targets: Tensor | list[Tensor] | None, img_path: list[str] | None
+    ) -> list[dict]:
+        alike = isinstance(inputs, Tensor) or len({one.shape for one in inputs}) == 1
+        restored = self.restore(_stacked(inputs)) if alike else [self.restore(one[None])[0] for one in inputs]
+        samples = [{"degraded": one, "restored": found.float()} for one, found in zip(inputs, restored)]
+        for key, values in (("target", targets), ("img_path", img_path)):
+            for sample, value in zip(samples, values if values is not None else ()):
+                sample[key] = value
+        return samples
+
+
+def _stacked(values: Tensor | list[Tensor] | None) -> Tensor | None:
+    return torch.stack(list(values)) if isinstance(values, (list, tuple)) else values
+
+
+def _lengthened(x: Tensor, axis: int, unit: int) -> Tensor:
+    """Reflects an axis at its end, the border pixel once, to a multiple of the unit; again and again if it is short.
+
+    By indices, because PyTorch's reflection pads by less than the side, and exporters fix its amount.
+    """
+    length = x.shape[axis]
+    if length == 1:
+        return x.repeat_interleave(unit, axis)
+    places = torch.arange(length + -length % unit, device=x.device)
+    period = places.new_full((), 2 * length - 2)  # exporters know the remainder of tensors alone, for open sizes
+    places = torch.remainder(places, period)
+    return x.index_select(axis, torch.minimum(places, period - places))

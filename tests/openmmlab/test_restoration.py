@@ -1,0 +1,256 @@
+"""The restorer, its neck, its data, its metric, and the packaged configs of restoration."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.registry import MODELS
+from PIL import Image
+from support.restoration import SMALL, TINY, write_pictures
+from torch.nn import functional as F
+
+from terrazzo.degradations import Bicubic
+from terrazzo.degradations.bicubic import enlarged
+from terrazzo.degradations.pixels import generator_of, to_pixels
+from terrazzo.degradations.quality import quality
+from terrazzo.errors import InputError
+from terrazzo.necks import RestorerUNet
+from terrazzo.openmmlab import DegradedPictures, RestorationQuality, Restorer
+from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
+from terrazzo.openmmlab.seeding import SeededDataset, SeededIndex
+
+CONFIGS = [name for name, path in packaged_configs().items() if path.parent.name == "restoration"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def unet(upscale=1, **options):
+    torch.manual_seed(0)
+    return Restorer(SMALL, dict(type="RestorerUNet", channels=8, upscale=upscale), **options).eval()
+
+
+def lively(model):
+    """The model with a last layer that is not zero."""
+    torch.nn.init.normal_(model.neck.last[0].weight, std=0.05, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("upscale", [1, 2])
+@pytest.mark.parametrize("size", [(40, 52), (7, 33), (1, 2)])
+def test_any_size_begins_as_the_picture_itself(upscale, size):
+    image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = unet(upscale)(image)
+    assert found.shape == (2, 3, upscale * size[0], upscale * size[1])
+    if upscale == 1:
+        assert torch.equal(found, image)
+    elif min(size) > 8:  # away from the border, where the picture was reflected
+        grown = F.interpolate(image, scale_factor=2, mode="bicubic")
+        torch.testing.assert_close(found[..., 4:-4, 4:-4], grown[..., 4:-4, 4:-4])
+
+
+def test_padding_reflects():
+    """A picture is restored as the middle of the picture that reflection makes of it."""
+    model = lively(unet())
+    image = torch.rand(1, 3, 40, 52, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(F.pad(image, (0, 12, 0, 24), mode="reflect"))
+        torch.testing.assert_close(model(image), whole[..., :40, :52])
+
+
+def test_every_parameter_learns():
+    model = lively(unet(2)).train()
+    loss = model(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 64, 64), mode="loss")["loss"]
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_losses_by_hand():
+    image, target = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    difference = image - target
+    l1 = unet()(image, target, mode="loss")["loss"]
+    torch.testing.assert_close(l1, difference.abs().mean())
+    charbonnier = unet(loss=dict(type="CharbonnierLoss", eps=0.1))(image, target, mode="loss")["loss"]
+    torch.testing.assert_close(charbonnier, torch.sqrt(difference**2 + 0.01).mean())
+
+
+def test_a_registered_restoration_network():
+    model = Restorer(dict(name=TINY, scale=2)).eval()
+    assert model.upscale == 2
+    image = torch.rand(1, 3, 9, 10)
+    assert torch.equal(model(image), model.backbone(image))
+    model.init_weights()
+    assert model._is_init
+
+
+def test_predictions_of_pictures_of_several_sizes():
+    model = lively(unet())
+    images = [torch.rand(3, 20, 24), torch.rand(3, 33, 40)]
+    samples = model(images, images, ["a.png", "b.png"], mode="predict")
+    for image, name, sample in zip(images, ("a.png", "b.png"), samples):
+        torch.testing.assert_close(sample["restored"], model(image[None])[0])
+        assert sample["target"] is image
+        assert sample["img_path"] == name
+    assert set(model(images[:1], mode="predict")[0]) == {"degraded", "restored"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": {}}, "needs the name of a model"),
+        ({"backbone": {"name": "resnet10t"}}, "does not restore pictures"),
+        ({"backbone": {"name": TINY}, "loss": {"type": "MSELoss"}}, "L1Loss, CharbonnierLoss"),
+    ],
+)
+def test_errors_of_the_restorer(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Restorer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strides": (4, 16)}, r"double, and gets \(4, 16\)"),
+        ({"strides": (3, 6)}, "powers of 2"),
+        ({"strides": (4, 8), "upscale": 0}, "upscale of RestorerUNet is 0"),
+    ],
+)
+def test_errors_of_the_neck(arguments, message):
+    with pytest.raises(InputError, match=message):
+        RestorerUNet((8, 8), **arguments)
+
+
+def test_a_neck_on_a_plain_backbone():
+    neck = RestorerUNet([24], [16], channels=4, upscale=1)
+    image = torch.rand(1, 3, 32, 48)
+    assert torch.equal(neck(image, [torch.rand(1, 24, 2, 3)]), image)
+
+
+def test_training_crops_are_pairs(pictures):
+    """With every seed, the degraded crop is the crop of the degraded picture, turned alike."""
+    data = DegradedPictures(str(pictures), "images/train", dict(type="Bicubic", scale=2), crop=24, training=True)
+    whole = [to_pixels(Image.open(file)) for file in data.files]
+    small = [Bicubic(2)(image, generator_of("")) for image in whole]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        item = data[seed % 2]
+        assert item["inputs"].shape == (3, 12, 12)
+        assert item["targets"].shape == (3, 24, 24)
+        assert _is_part_of(item["targets"], whole[seed % 2])
+        assert _is_part_of(item["inputs"], small[seed % 2])
+
+
+def _is_part_of(part, whole):
+    """Whether any turned and flipped form of a square occurs in a picture, up to rounding."""
+    side = part.shape[-1]
+    windows = whole.unfold(1, side, 1).unfold(2, side, 1)  # 3 rows columns side side
+    forms = [torch.rot90(x, turns, (-2, -1)) for x in (part, part.flip(-1)) for turns in range(4)]
+    return any(bool(((windows - form[:, None, None]).abs().amax((0, 3, 4)) < 1e-5).any()) for form in forms)
+
+
+def test_numbers_depend_on_the_place_in_the_run_and_not_on_the_process(pictures):
+    settings = dict(
+        type="DegradedPictures",
+        data_root=str(pictures),
+        split="images/train",
+        degradation=dict(type="GaussianNoise", sigma=(0, 50)),
+        crop=16,
+        training=True,
+    )
+    place = SeededIndex(1)
+    place.seed = 7
+    items = []
+    for draws in (0, 3):  # another process has drawn other numbers before
+        data = SeededDataset(settings)
+        torch.rand(draws)
+        items.append(data[place]["inputs"])
+    assert torch.equal(*items)
+    place.seed = 8
+    assert not torch.equal(items[0], SeededDataset(settings)[place]["inputs"])
+
+
+def test_tests_see_the_same_noise_each_time(pictures):
+    arguments = (str(pictures), "images/val", dict(type="GaussianNoise", sigma=25))
+    one, same = DegradedPictures(*arguments)[0], DegradedPictures(*arguments)[0]
+    assert torch.equal(one["inputs"], same["inputs"])
+    middle = DegradedPictures(*arguments, crop=16)[0]
+    height, width = one["targets"].shape[1:]
+    top, left = (height - 16) // 2, (width - 16) // 2
+    assert torch.equal(middle["targets"], one["targets"][:, top : top + 16, left : left + 16])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "images/none"}, "holds no pictures"),
+        ({"crop": 15}, "multiple of the degradation's scale, 2"),
+        ({"training": True}, "set crop"),
+        ({"degradation": {"type": "Blur"}}, "'Blur' is unknown"),
+    ],
+)
+def test_errors_of_the_data(pictures, arguments, message):
+    defaults = dict(data_root=str(pictures), split="images/val", degradation=dict(type="Bicubic", scale=2))
+    with pytest.raises(InputError, match=message):
+        DegradedPictures(**{**defaults, **arguments})
+
+
+def test_a_picture_smaller_than_the_crop(pictures):
+    data = DegradedPictures(str(pictures), "images/val", dict(type="Bicubic", scale=2), crop=64)
+    with pytest.raises(InputError, match="and the crop 64"):
+        data[0]
+
+
+def test_the_metric_is_the_mean_beside_the_baseline():
+    metric, samples = RestorationQuality(), []
+    generator = torch.Generator().manual_seed(0)
+    for size in (32, 40):
+        truth, small = (
+            torch.rand(3, size, size, generator=generator),
+            torch.rand(3, size // 2, size // 2, generator=generator),
+        )
+        samples.append({"target": truth, "degraded": small, "restored": (truth + 0.1).clamp(0, 1)})
+    metric.process({}, samples)
+    found = metric.evaluate(2)
+    restored = [quality(sample["restored"], sample["target"], 2) for sample in samples]
+    before = [quality(enlarged(sample["degraded"], 2), sample["target"], 2) for sample in samples]
+    assert len(found) == 8
+    for name in restored[0]:
+        assert found[f"restoration/{name}"] == pytest.approx(np.mean([one[name] for one in restored]))
+        assert found[f"restoration/input_{name}"] == pytest.approx(np.mean([one[name] for one in before]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(name, pictures, tmp_path):
+    """A config's model agrees with its data; it trains, validates and saves on tiny pictures with a small encoder."""
+    cfg = load_config(name, pictures)
+    backbone = cfg.model.backbone.name
+    if not timm.models.is_model(backbone):
+        pytest.skip(f"{backbone} is not registered yet")
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    for split in ("train", "val", "test"):
+        dataset = cfg[f"{split}_dataloader"].dataset
+        assert dataset.degradation == cfg.degradation
+        assert dataset.degradation.get("scale", 1) == model.upscale
+    if cfg.model.get("neck"):
+        cfg.model.backbone = {"name": SMALL["name"], "out_indices": SMALL["out_indices"]}
+        cfg.model.neck.channels = 4
+    else:
+        cfg.model.backbone = {"name": TINY, "scale": model.upscale}
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.num_workers, loader.persistent_workers = 0, False
+    cfg.train_dataloader.batch_size, cfg.train_dataloader.dataset.crop = 2, 24
+    cfg.train_cfg.max_iters, cfg.train_cfg.val_interval = 1, 1
+    runner = build_runner(cfg, tmp_path, seed=0, purpose="train")
+    runner.train()
+    assert math.isfinite(runner.message_hub.get_scalar("train/loss").current())
+    figures = {key: runner.message_hub.get_scalar(key).current() for key in runner.message_hub.log_scalars}
+    assert {"val/restoration/psnr_y", "val/restoration/input_ssim_rgb"} <= set(figures)
+    assert 5 < figures["val/restoration/psnr_y"] < 60
+    assert list(Path(tmp_path).glob("best_restoration_psnr_y*.pth"))
