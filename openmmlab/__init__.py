@@ -50,6 +50,7 @@ from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # 
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
 from terrazzo.openmmlab.monitoring import MonitoredMetricsHook  # noqa: E402
 from terrazzo.openmmlab.multi_task import DepthBeside, M3ViTDepthHead, M3ViTHead, MultiTask, TaskBackbone  # noqa: E402
+from terrazzo.openmmlab.path_accuracy import PathAccuracy  # noqa: E402
 from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
 from terrazzo.openmmlab.roma_pretraining import RoMAPretraining  # noqa: E402
 from terrazzo.openmmlab.seeding import SeededDataset, SeededSampler, SeedingHook  # noqa: E402
@@ -75,6 +76,7 @@ __all__ = [
     "M3ViTHead",
     "MonitoredMetricsHook",
     "MultiTask",
+    "PathAccuracy",
     "Pictures",
     "PlainPyramid",
     "RoMAPretraining",
