@@ -53,6 +53,7 @@ from terrazzo.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor  # 
 from terrazzo.openmmlab.metrics import ClassificationAccuracy  # noqa: E402
 from terrazzo.openmmlab.monitoring import MonitoredMetricsHook  # noqa: E402
 from terrazzo.openmmlab.multi_task import DepthBeside, M3ViTDepthHead, M3ViTHead, MultiTask, TaskBackbone  # noqa: E402
+from terrazzo.openmmlab.path_accuracy import PathAccuracy  # noqa: E402
 from terrazzo.openmmlab.precision import Bfloat16OptimWrapper  # noqa: E402
 from terrazzo.openmmlab.restoration_quality import RestorationQuality  # noqa: E402
 from terrazzo.openmmlab.restorer import Restorer  # noqa: E402
@@ -81,6 +82,7 @@ __all__ = [
     "M3ViTHead",
     "MonitoredMetricsHook",
     "MultiTask",
+    "PathAccuracy",
     "Pictures",
     "PlainPyramid",
     "RestorationQuality",

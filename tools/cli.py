@@ -28,6 +28,7 @@ VERBS = {
     "export": "Write a classifier, segmentor or detector as ONNX, checked against PyTorch.",
     "convert": "Write the weights of a checkpoint as safetensors.",
     "floors": "Make up pictures of terrazzo floors with labels, to try the commands on.",
+    "paths": "Make up images of paths to follow, with label maps or with answers.",
     "demo": "Train, evaluate, draw and export a small segmentor in minutes.",
     "probe": "Train a linear probe on a frozen backbone: what its features are good for.",
     "zoom": "Say what a second look at some tiles could gain on a data set.",

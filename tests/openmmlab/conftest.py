@@ -5,6 +5,8 @@ import timm
 import torch
 from support import tiny_data as data
 
+from terrazzo.tools.data.paths.folders import Asked, write_paths
+
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
@@ -22,6 +24,9 @@ def tiny_data(tmp_path_factory):
         elif name in ("camvid", "floors"):
             suffix, classes = (".jpg", 11) if name == "camvid" else (".png", 6)
             data.write_segmentation(root, suffix, classes, (128, 128))
+        elif name.startswith("paths-"):
+            root.mkdir()
+            write_paths(root, Asked(64, True, {"train": 2, "val": 2}, contour=6))
         elif name in ("bccd", "nuclei"):
             names = ("RBC", "WBC", "Platelets") if name == "bccd" else ("nucleus",)
             data.write_detection(root, names, (96, 64), masks=name == "nuclei")

@@ -11,16 +11,27 @@ from terrazzo.tools.inspect.timing import FORWARD
 
 WHAT = "scaling"
 MACS = "multiply-adds"
+_STEEPEST = 2.0
 _UPPER = 0.25
 """Sides whose pixels are at least this part of the largest side's make the exponent of large images."""
 
 
-def exponent(figures: Mapping[int, float]) -> float:
+def exponent(figures: Mapping[float, float]) -> float:
     """The slope of log(figure) over log(pixels), by least squares; `figures` are by side. NaN for fewer than two."""
     if len(figures) < 2:
         return math.nan
     pixels = [2 * math.log(side) for side in figures]
     return float(np.polyfit(pixels, np.log(list(figures.values())), 1)[0])
+
+
+def extrapolated(warm: Sequence[tuple[float, float]], side: float) -> float:
+    """Seconds at a side, by the last two of (side, seconds); by the steepest growth after the first."""
+    (last, time) = warm[-1]
+    power = _STEEPEST
+    if len(warm) > 1:
+        (before, less) = warm[-2]
+        power = min(_STEEPEST, max(1.0, math.log(time / less) / (2 * math.log(last / before))))
+    return time * (side / last) ** (2 * power)
 
 
 def upper(figures: Mapping[int, float]) -> dict[int, float]:

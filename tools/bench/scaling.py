@@ -33,7 +33,6 @@ from terrazzo.tools.options import UserPath, device_option
 from terrazzo.tools.targets import load_timm_model, pick_device, require_model
 
 SIDES = (224, 320, 448, 640, 896, 1280, 1792, 2048)
-_STEEPEST = 2.0
 
 
 @dataclass
@@ -149,7 +148,7 @@ def _measure(
     warm: list[tuple[int, float]] = []
     reason = None
     for side in sides:
-        if reason is None and warm and (guess := _extrapolated(warm, side)) > most:
+        if reason is None and warm and (guess := exponents.extrapolated(warm, side)) > most:
             reason = f"from side {side} on a call would take about {guess:.0f} s; see --most"
         if reason is None:
             try:
@@ -177,13 +176,3 @@ def _macs(name: str, side: int) -> float:
     except Exception as error:  # a model of timm may do what cannot be counted; its time is measured all the same
         click.echo(f"note: the multiply-adds of {name} cannot be counted: {reason_of(error)}", err=True)
         return math.nan
-
-
-def _extrapolated(warm: Sequence[tuple[int, float]], side: int) -> float:
-    """Seconds at a side, by the last two sides; by the steepest growth after the first."""
-    (last, time) = warm[-1]
-    power = _STEEPEST
-    if len(warm) > 1:
-        (before, less) = warm[-2]
-        power = min(_STEEPEST, max(1.0, math.log(time / less) / (2 * math.log(last / before))))
-    return time * (side / last) ** (2 * power)

@@ -4,9 +4,7 @@ import csv
 import fnmatch
 import importlib.metadata
 import importlib.util
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.doctor.faults import FAULTS
+from terrazzo.tools.processes import pool
 from terrazzo.tools.reports import zoo as zoo_results
 from terrazzo.tools.reports.zoo import BUILT, DISTRIBUTIONS, FAILED, FAULTY, LACKS, NO_MODEL, Examined, Finding
 
@@ -137,7 +136,7 @@ class Worker:
 
     def __init__(self, prepare: Callable[[], None]):
         self.prepare = prepare
-        self.pool = self._start()
+        self.pool = pool(1, self.prepare)
 
     def call(self, function: Callable, *args: Any) -> Any:
         """The function's value; None if the call killed the process."""
@@ -145,20 +144,11 @@ class Worker:
             return self.pool.submit(function, *args).result()
         except BrokenProcessPool:
             self.close()
-            self.pool = self._start()
+            self.pool = pool(1, self.prepare)
             return None
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
-
-    def _start(self) -> ProcessPoolExecutor:
-        # A process that is forked from this one would inherit PyTorch's threads half-way. A server has no threads, and
-        # imports what takes long once for all processes.
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload(["torch", "timm"])
-        return ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=self.prepare)
 
 
 def _write(path: Path, rows: list[Examined]) -> None:

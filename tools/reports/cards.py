@@ -188,7 +188,7 @@ def _configs(_: None) -> str:
     """Every packaged config, by the data that its name ends with, and by task."""
     found: dict[tuple[str, str], list[str]] = {}
     for path in sorted((results.ROOT / "configs").glob("[!_]*/*.py")):
-        data = re.sub(r"-\d+x\d+$|\d+$|-(instance|panoptic)$", "", path.stem.rsplit("_", 1)[-1])
+        data = re.sub(r"-\d+x\d+$|-?\d+$|-(instance|panoptic)$", "", path.stem.rsplit("_", 1)[-1])
         found.setdefault((data, path.parent.name), []).append(f"`{path.stem}`")
     return _markdown(("data", "task", "configs"), [(*key, ", ".join(names)) for key, names in sorted(found.items())])
 
