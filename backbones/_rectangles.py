@@ -1,6 +1,6 @@
 """Attention in rectangular windows, of RGT's local blocks and of the mixer `lsa`.
 
-Paper: Recursive Generalization Transformer for Image Super-Resolution, ICLR 2024, arXiv 2303.06373, section 3.2.
+Paper: Recursive Generalization Transformer for Image Super-Resolution, ICLR 2024, arXiv 2303.06373, section 3.
 """
 
 import torch

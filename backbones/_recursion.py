@@ -1,6 +1,6 @@
 """The small map that RGT's global attention reads: one strided convolution, applied again and again.
 
-Paper: Recursive Generalization Transformer for Image Super-Resolution, ICLR 2024, arXiv 2303.06373, section 3.3.
+Paper: Recursive Generalization Transformer for Image Super-Resolution, ICLR 2024, arXiv 2303.06373, section 3.
 """
 
 import torch
@@ -30,7 +30,7 @@ def recursions_of(grid: tuple[int, int], training: bool) -> int:
     They train with maps of 64 x 64, which are reduced twice in both. The number is never larger than the shorter side
     of the map allows, where the authors' code fails.
 
-    Source: arXiv 2303.06373, section 3.3, and the authors' code.
+    Source: arXiv 2303.06373, section 3, and the authors' code.
     """
     longer, shorter = max(grid), min(grid)
     times = power_below(longer // 4) if training else max(2, power_below(longer // 16))

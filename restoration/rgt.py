@@ -46,7 +46,7 @@ class LocalAttention(nn.Module):
     (B, H, W, C) to (B, H, W, C). The map is filled with zeros to multiples of the windows' longer side. Tokens of the
     filling take part in the softmax, as in the authors' code.
 
-    Source: arXiv 2303.06373, section 3.2.
+    Source: arXiv 2303.06373, section 3.
     """
 
     def __init__(self, dim: int, heads: int, split: tuple[int, int], shifted: bool, **factory):
@@ -85,7 +85,7 @@ class RecursiveAttention(Generalization):
 
     (B, H, W, C) to (B, H, W, C). The cost is 2 N N' (c + C) for the N' tokens of the small map, at most 63^2.
 
-    Source: arXiv 2303.06373, section 3.3.
+    Source: arXiv 2303.06373, section 3.
     """
 
     def __init__(self, dim: int, heads: int, ratio: float = 0.5, **factory):
@@ -159,7 +159,7 @@ class GatedMlp(nn.Module):
 class Block(nn.Module):
     """Attention and a gated MLP, each with a residual, and the scaled input of the block in addition (HAI).
 
-    Source: arXiv 2303.06373, section 3.4, hybrid adaptive integration.
+    Source: arXiv 2303.06373, section 3, hybrid adaptive integration.
     """
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, drop_path: float, **factory):

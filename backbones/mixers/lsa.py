@@ -38,7 +38,7 @@ class LocalRectangles(Mixer):
         masked: Whether patches beyond the border are absent. In the authors' code (False) they are zeros, which take
             part in the softmax.
 
-    Source: arXiv 2303.06373, section 3.2.
+    Source: arXiv 2303.06373, section 3.
     """
 
     open_sizes = False

@@ -31,7 +31,7 @@ class RecursiveGeneralization(Mixer):
         recursions: T; None for the authors' rule of evaluation: 2 for maps with a longer side below 1024, or 1 if the
             shorter side is below 16.
 
-    Source: arXiv 2303.06373, section 3.3.
+    Source: arXiv 2303.06373, section 3.
     """
 
     open_sizes = False
