@@ -1,5 +1,7 @@
 """Axial trajectory attention: the tracks of a clip's tokens along heights, then along widths."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,7 +36,7 @@ class AxialTrajectoryLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        factory = dict(device=device, dtype=dtype)
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
         self.height_attn = TrajectoryAttention(dim, heads, inner_dropout, **factory)
         self.width_attn = TrajectoryAttention(dim, heads, inner_dropout, **factory)
         self.dropout, self.inner_dropout = nn.Dropout(dropout), nn.Dropout(inner_dropout)

@@ -1,5 +1,7 @@
 """Tracks of queries across clips: trajectory attention over all clips, and convolutions along each query's track."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,7 +63,7 @@ class TemporalASPP(nn.Module):
 
     def __init__(self, dim: int = 256, dropout: float = 0.1):
         super().__init__()
-        options = dict(kernel_size=3, padding="same", padding_mode="replicate")
+        options: dict[str, Any] = dict(kernel_size=3, padding="same", padding_mode="replicate")
         self._aspp_conv0 = nn.Conv1d(dim, dim, dilation=1, **options)
         self._aspp_conv1 = nn.Conv1d(dim, dim, dilation=2, **options)
         self._aspp_conv2 = nn.Conv1d(dim, dim, dilation=3, **options)

@@ -1,5 +1,7 @@
 """Trajectory attention: each token follows one track through the frames, then attends along it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,7 +50,7 @@ class TrajectoryAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise InputError(f"heads must divide dim={dim}, got {heads}")
-        factory = dict(device=device, dtype=dtype)
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
         self.heads, self.attention_dropout, self.joined = heads, attention_dropout, joined
         self.scale = (dim // heads) ** -0.5
         if joined:
@@ -77,11 +79,14 @@ class TrajectoryAttention(nn.Module):
         """
         if frames < 1 or query.shape[1] % frames:
             raise InputError(f"frames must divide the number of tokens, got {frames} and {query.shape[1]}")
-        own, tracks = self._tracks(*self._projected(query, key, value), frames)
+        query, key, value = self._projected(query, key, value)
+        own, tracks = self._tracks(query, key, value, frames)
         first = self.proj_q(own) * self.scale
         return self.proj(self._along(first.unflatten(-1, (self.heads, -1)), tracks))
 
-    def _projected(self, query, key, value) -> list[torch.Tensor]:
+    def _projected(
+        self, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """Queries, keys and values (B, heads, F n, d)."""
         if self.joined:
             if key is not None or value is not None:
@@ -94,7 +99,9 @@ class TrajectoryAttention(nn.Module):
             given = self.q(query), self.k(key), self.v(value)
         return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in given]
 
-    def _tracks(self, query, key, value, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tracks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, frames: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of the own frame (B, F n, C), and those of all frames (B, F n, F, C)."""
         tokens, dropout = query.shape[2] // frames, self.attention_dropout if self.training else 0.0
         pooled, own = [], []
