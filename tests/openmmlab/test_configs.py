@@ -35,7 +35,7 @@ def cases():
         head, backbone = ("", parts[0]) if task == "classification" else parts[:2]
         # A family that trains with one dense head also trains with other dense heads.
         dense = task in ("detection", "segmentation")
-        kinds = {(task, kind) for kind in (head, re.sub(r"-\d+x\d+$", "", parts[-1]))}
+        kinds = {(task, kind) for kind in (head, re.sub(r"-\d+(x\d+)?$", "", parts[-1]))}
         kinds.add(("dense" if dense else task, backbone.split("-")[0]))
         marks = [pytest.mark.slow] if kinds <= seen else []
         seen |= kinds

@@ -19,7 +19,7 @@ def made():
     """Images of three kinds: published ones, and the dense form."""
     return {
         "32": list(paths(32, COUNT)),
-        "128": list(paths(128, 6)),
+        "128": list(paths(128, 4)),
         "dense": list(paths(128, 3, dense=True)),
     }
 

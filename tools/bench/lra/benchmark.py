@@ -1,10 +1,13 @@
 """`terrazzo bench lra`: accuracy of every mixer on tasks of Long Range Arena that can be made up."""
 
 import gc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
+from rich.progress import Progress
 
 from terrazzo.tools import results
 from terrazzo.tools.bench.lra.hosts import Entry, entries
@@ -84,10 +87,7 @@ def command(
         for number, entry in enumerate(found):
             bar.update(bar.task_ids[0], description=entry.name, completed=number)
             try:
-                figures = _measure(
-                    entry, chosen, patch, (training, test), budget, where,
-                    lambda part, number=number: bar.update(bar.task_ids[0], completed=number + part),
-                )  # fmt: skip
+                figures = _measure(entry, chosen, patch, (training, test), budget, where, partial(_show, bar, number))
             except Exception as error:  # whatever goes wrong, other networks are measured
                 reasons[entry.name] = reason_of(error)
                 gc.collect()
@@ -112,7 +112,20 @@ def command(
         click.echo(f"wrote {out}")
 
 
-def _measure(entry: Entry, chosen: Task, patch: int, data: tuple[Split, Split], budget: Budget, where, told):
+def _show(bar: Progress, number: int, part: float) -> None:
+    """Move the bar to the part of the time of a network that has passed."""
+    bar.update(bar.task_ids[0], completed=number + part)
+
+
+def _measure(
+    entry: Entry,
+    chosen: Task,
+    patch: int,
+    data: tuple[Split, Split],
+    budget: Budget,
+    where: torch.device,
+    told: Callable[[float], None],
+) -> dict[tuple[str, str], float]:
     """The figures of a network by metric and unit."""
     torch.manual_seed(budget.seed)
     network = entry.build(chosen, patch).to(where)

@@ -9,7 +9,6 @@ together from a seed and its number; `folders` keeps images on disk. The geometr
 paddles are exact segments here and not pixels, so images are alike in their statistics and not in their bits.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -20,8 +19,10 @@ from terrazzo.tools.data.paths.image import make
 from terrazzo.tools.data.paths.recipe import DENSE_SIZES as DENSE_SIZES
 from terrazzo.tools.data.paths.recipe import SIZES as SIZES
 from terrazzo.tools.data.paths.recipe import Recipe, dense_recipes, recipes
+from terrazzo.tools.processes import pool
 
 _CHUNK = 8
+"""Images that a process makes before it hands them over."""
 
 
 def paths(
@@ -67,14 +68,11 @@ def _made(
     recipes: Sequence[Recipe], seed: int, split: int, n: int, label: int | None, workers: int
 ) -> Iterator[PathImage]:
     one = partial(_numbered, recipes, seed, split, label)
-    with contextlib.ExitStack() as stack:
-        if workers == 1:
-            yield from map(one, range(n))
-        else:
-            from terrazzo.tools.processes import pool
-
-            # A chunk is what a worker makes before it hands over.
-            yield from stack.enter_context(pool(workers)).map(one, range(n), chunksize=_CHUNK)
+    if workers == 1:
+        yield from map(one, range(n))
+        return
+    with pool(workers) as processes:
+        yield from processes.map(one, range(n), chunksize=_CHUNK)
 
 
 def _numbered(recipes: Sequence[Recipe], seed: int, split: int, label: int | None, index: int) -> PathImage:
