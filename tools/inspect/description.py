@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import timm
 import torch
 from torch import nn
 
+from terrazzo.errors import InputError
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.trace import image_size, meta_outputs, taking
 from terrazzo.tools.mechanisms import Mechanism, changed
-from terrazzo.tools.models import build_for, family_of, pretrained_cfg, published_top1, require_model
+from terrazzo.tools.models import build_for, pretrained_cfg, published_top1, require_model
 
 
 def describe(
@@ -34,7 +36,7 @@ def describe(
         output = list(meta_outputs(model, size, in_chans).shape)
     return {
         "model": name,
-        "family": family_of(name.split(".", 1)[0]) or "timm",
+        "family": _family(name),
         "changes": [change.name for change in changes],
         "input": [1, in_chans, *size],
         "params": measured.params,
@@ -56,11 +58,17 @@ def describe(
     }
 
 
+def _family(name: str) -> str:
+    """The stem of the file that registers a model of terrazzo, backbone or restoration network; "timm" for others."""
+    package, *_, family = timm.models.model_entrypoint(name.split(".", 1)[0]).__module__.split(".")
+    return family if package == "terrazzo" else "timm"
+
+
 def _pyramid(name: str, size: tuple[int, int], in_chans: int) -> list[dict] | None:
     """Stride, channels and output shape of each feature map; None for a model that gives none."""
     try:
         model: nn.Module = build_for(name, size, in_chans=in_chans, features_only=True)
-    except (AttributeError, RuntimeError, AssertionError):
+    except (AttributeError, RuntimeError, AssertionError, InputError):
         return None
     maps = meta_outputs(model, size, in_chans)
     return [

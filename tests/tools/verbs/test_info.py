@@ -35,6 +35,14 @@ def test_models_of_timm_itself(run):
     assert json.loads(run("info", "resnet18", "--json").stdout)["family"] == "timm"
 
 
+@pytest.mark.parametrize(("name", "size"), [("rgt_s_x2", (128, 128)), ("mtair", (64, 64))])
+def test_restoration_networks(run, name, size):
+    facts = json.loads(run("info", name, "--size", "64", "64", "--json").output)
+    assert facts["family"] == name.split("_")[0]
+    assert facts["output"] == [1, 3, *size]
+    assert facts["pyramid"] is None
+
+
 def test_large_models_allocate_nothing(run):
     """A model with gigabytes of weights is described without building it."""
     facts = json.loads(run("info", "eva_giant_patch14_224", "--json").stdout)
