@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @click.option(
     "--ema",
     is_flag=True,
-    help="Take the averaged weights: ema_state_dict, as EMAHook saves it, or state_dict_ema, model_ema or ema.",
+    help="Take the averaged weights: ema_state_dict, as EMAHook saves it, or state_dict_ema, model_ema, ema, "
+    "params_ema.",
 )
 def command(checkpoint: Path, out: Path, ema: bool) -> None:
     """Write the weights of CHECKPOINT to OUT: a .safetensors file, or a .pth file that loads with weights_only.
