@@ -3,6 +3,7 @@
 Paper: DiffRate, ICCV 2023, arXiv 2305.17997, section 3. Official code: github.com/OpenGVLab/DiffRate.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from terrazzo.backbones._tokens import Reducer, State
-from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.dtypes import accumulator, without_autocast
 from terrazzo.kernels.token_reduction import ordered
 
 
@@ -60,14 +61,14 @@ class RatesState(State):
 
 
 class Kept(NamedTuple):
-    """Patches that a block leaves, whole numbers."""
+    """Patches that are left in a block, whole numbers."""
 
-    dropped: int
-    merged: int
+    after_dropping: int
+    after_merging: int
 
 
 class Rates(Reducer):
-    """DiffRate with learned counts: each block computes all tokens, and gives no weight to those that are removed.
+    """DiffRate with learned counts: each block computes all tokens, and gives no weight to removed tokens.
 
     With the counts that it found, it computes for the remaining tokens what the method "diffrate" computes.
 
@@ -88,9 +89,11 @@ class Rates(Reducer):
         return RatesState(grid=grid, prefix=prefix, depth=depth, maps=maps, reducer=self, left=grid[0] * grid[1])
 
     def attends(self, block: int) -> bool:
-        return True
+        return block >= min(self.blocks)
 
     def forward(self, block: nn.Module, x: torch.Tensor, state: RatesState) -> torch.Tensor:
+        if not self.attends(state.depth):
+            return super().forward(block, x, state)
         if state.size is None:
             state.size, state.mask = (torch.ones(x.shape[:2], device=x.device, dtype=accumulator(x)) for _ in range(2))
         weights: torch.Tensor = x.new_empty(0)
@@ -131,14 +134,21 @@ class Rates(Reducer):
 
         Counted are the linear layers and both products of attention.
         """
-        whole = torch.tensor(float(self.patches + vit.num_prefix_tokens), device=self.drops[0].logits.device)
+        return self._share(vit, [torch.stack([drops(), merges()]) for drops, merges in zip(self.drops, self.merges)])
+
+    def least_share(self, vit: nn.Module) -> float:
+        """The same if each block leaves one patch."""
+        return self._share(vit, [torch.ones(2)] * len(self.blocks)).item()
+
+    def _share(self, vit: nn.Module, left: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The part for the numbers of patches after dropping and after merging, (2,), of each reducing block."""
+        whole = left[0].new_tensor(float(self.patches + vit.num_prefix_tokens))
         tokens, found, most = whole, torch.zeros_like(whole), torch.zeros_like(whole)
         for depth, block in enumerate(vit.blocks):
             attention, mlp = (_products(part) for part in (block.attn, block.mlp))
             found = found + attention * tokens + 2 * vit.embed_dim * tokens**2
             if depth in self.blocks:
-                place = self.blocks.index(depth)
-                both = torch.stack([counts[place]() + vit.num_prefix_tokens for counts in (self.drops, self.merges)])
+                both = left[self.blocks.index(depth)] + vit.num_prefix_tokens
                 # Both counts get the gradient of the smaller number, so that the larger number can become the smaller.
                 tokens = both.sum() - both.sum().detach() + torch.minimum(tokens, both.min()).detach()
             found = found + mlp * tokens
@@ -171,27 +181,27 @@ def masked_attention(query: torch.Tensor, key: torch.Tensor, size: torch.Tensor,
     Returns:
         Weights (B, heads, N, N), in float32 at least.
     """
-    logits = query.to(accumulator(query)) @ key.to(accumulator(key)).transpose(2, 3) * query.shape[3] ** -0.5
-    logits = logits + size.log()[:, None, None]
-    own = torch.eye(mask.shape[1], device=mask.device, dtype=mask.dtype)
-    policy = mask[:, None, None] * (1 - own) + own
-    weights = (logits - logits.amax(3, keepdim=True).detach()).exp() * policy
-    return weights / weights.sum(3, keepdim=True)
+    with without_autocast(query):
+        logits = query.to(accumulator(query)) @ key.to(accumulator(key)).transpose(2, 3) * query.shape[3] ** -0.5
+        logits = logits + size.log()[:, None, None]
+        own = torch.eye(mask.shape[1], device=mask.device, dtype=mask.dtype)
+        policy = mask[:, None, None] * (1 - own) + own
+        weights = (logits - logits.amax(3, keepdim=True).detach()).exp() * policy
+        return weights / weights.sum(3, keepdim=True)
 
 
 def _merged(x: torch.Tensor, rank: torch.Tensor, kept: int, state: RatesState) -> torch.Tensor:
     """The tokens, with the means of groups in place of the best `kept` patches; the state gets the groups' sizes."""
-    prefix = state.prefix
-    patches = x[:, prefix:]
-    source = (rank >= kept) & (rank < state.left)
-    unit = F.normalize(patches.detach().to(accumulator(patches)), dim=2)
-    alike = (unit @ unit.transpose(1, 2)).masked_fill((rank >= kept)[:, None], -2)  # B source destination
-    share, onto = alike.max(2)
-    group = torch.where(source, onto, torch.arange(rank.shape[1], device=x.device))
-    joins = F.one_hot(group, rank.shape[1]).transpose(1, 2).to(x.dtype)  # B destination source
-    means = joins @ patches / joins.sum(2, keepdim=True).clamp(min=1)
-    best = (rank < kept)[..., None]
-    size = state.size[:, prefix:]
-    added = (joins.to(size.dtype) @ torch.where(source, size * share.clamp(min=0), size)[..., None])[..., 0]
-    state.size = torch.cat([state.size[:, :prefix], torch.where(best[..., 0], added, size)], 1)
-    return torch.cat([x[:, :prefix], torch.where(best, means, patches)], 1)
+    prefix, dtype = state.prefix, accumulator(x)
+    patches, size = x[:, prefix:].to(dtype), state.size[:, prefix:]
+    source, best = (rank >= kept) & (rank < state.left), rank < kept
+    with without_autocast(x):
+        unit = F.normalize(patches.detach(), dim=2)
+        alike = (unit @ unit.transpose(1, 2)).masked_fill(~best[:, None], -2)  # B source destination
+        share, onto = alike.max(2)
+        group = torch.where(source, onto, torch.arange(rank.shape[1], device=x.device))
+        joins = F.one_hot(group, rank.shape[1]).transpose(1, 2).to(dtype)  # B destination source
+        means = joins @ patches / joins.sum(2, keepdim=True).clamp(min=1)
+        sizes = joins @ torch.where(source, size * share.clamp(min=0), size)[..., None]
+    state.size = torch.cat([state.size[:, :prefix], torch.where(best, sizes[..., 0], size)], 1)
+    return torch.cat([x[:, :prefix], torch.where(best[..., None], means.to(x.dtype), x[:, prefix:])], 1)

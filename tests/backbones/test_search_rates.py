@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import terrazzo
 from terrazzo.backbones._rates import Counts, Rates, masked_attention
-from terrazzo.backbones._tokens import Reducer
-from terrazzo.errors import InputError
+from terrazzo.errors import InputError, NonFiniteError
 
 SMALL = dict(img_size=112, embed_dim=48, num_heads=3, depth=4, num_classes=10)
 HOSTS = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
@@ -124,21 +123,67 @@ def test_gradients():
     assert counts.logits.grad[-1] > 0 > counts.logits.grad[0]  # a token that helps raises the number
 
 
-def test_without_classes():
-    found = terrazzo.search_rates(vit(num_classes=0), batches(2), flops=0.6, blocks=(2,))
-    assert found["blocks"] == (2,)
-    assert len(found["keep"]) == 1
+def short(model, data, **options):
+    """A search of a few steps, which ends wherever it is."""
+    with pytest.warns(UserWarning, match=r"the search ended at 0\.\d\d of the multiply-adds, and 0\.90 was asked for"):
+        return terrazzo.search_rates(model, data, flops=0.9, **options)
 
 
-def test_another_loss():
+def test_blocks_are_in_order():
+    """Numbers fall from block to block, in whatever order blocks are given; one block is found in any model."""
+    found = short(vit(), batches(2), blocks=(3, 1, 3))
+    assert found["blocks"] == (1, 3)
+    numbers = [part for pair in found["keep"] for part in pair]
+    assert numbers == sorted(numbers, reverse=True)
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_class_tokens_are_compared(classes):
+    """A model that gives all tokens is compared by its class token: masked patches do not count."""
     seen = []
 
     def loss(found, wanted):
         seen.append((found.shape, wanted.shape))
         return (found - wanted).square().mean()
 
-    terrazzo.search_rates(vit(), batches(1), flops=0.6, loss=loss)
-    assert seen == [((2, 10), (2, 10))]
+    for model in (vit(num_classes=classes), vit(num_classes=classes, global_pool="")):
+        short(model, batches(1), loss=loss)
+    assert seen == [((2, classes or 48), (2, classes or 48))] * 2
+    short(build(HOSTS[0], features_only=True, **{**SMALL, "num_classes": 0}), batches(1))
+
+
+@torch.no_grad()
+def test_converted_blocks():
+    """Blocks in front of the first reducing block keep their mixers; a mixer behind it is refused."""
+    model, x = terrazzo.convert_attention(vit(), "na", layers=[0], kernel=3), image((112, 112))
+    rates = Rates((1, 2, 3), 49)
+    for counts in (*rates.drops, *rates.merges):
+        set_to(counts, 49)
+    reduced = terrazzo.reduce(copy.deepcopy(model), method="diffrate", blocks=(1, 2, 3))
+    reduced.reducer = rates
+    torch.testing.assert_close(reduced(x), model(x))
+    short(model, batches(1))
+    with pytest.raises(InputError, match="layer 2 has the mixer 'hedgehog'"):
+        terrazzo.search_rates(terrazzo.convert_attention(vit(), "hedgehog", layers=[2]), batches(1), flops=0.9)
+
+
+def test_forms_of_batches():
+    """One tensor, lists as data loaders give them, half precision, autocast and checkpointing."""
+    x = next(batches(1))
+    wanted = short(vit(), x)
+    assert short(vit(), [[x]]) == wanted
+    assert short(vit(), [x.double()]) == wanted
+    model = vit()
+    model.set_grad_checkpointing()
+    assert short(model, [x]) == wanted
+    short(vit().bfloat16(), [x])
+    with torch.autocast("cpu", torch.bfloat16):
+        short(vit(), [x])
+    query = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    given = query, query.flip(2), torch.ones(1, 9), torch.ones(1, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = masked_attention(*given)
+    assert torch.equal(found, masked_attention(*given))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +192,9 @@ def test_another_loss():
         ({}, dict(flops=0), "flops must be above 0"),
         ({}, dict(flops=1.5), "up to 1"),
         ({}, dict(flops=0.5, lr=0), "lr above 0"),
+        ({}, dict(flops=0.01), r"leave at least 0\.\d\d of the multiply-adds, and flops is 0\.01"),
         ({}, dict(flops=0.5, blocks=(7,)), "blocks must be some of 0 to 3"),
+        ({}, dict(flops=0.5, blocks=()), "names no block"),
         (dict(global_pool="avg"), dict(flops=0.5), "reads the class token"),
         (dict(class_token=False, global_pool="avg"), dict(flops=0.5), "no class token"),
     ],
@@ -157,12 +204,33 @@ def test_refusals(options, given, message):
         terrazzo.search_rates(vit(**options), batches(1), **given)
 
 
-def test_refused_data():
-    with pytest.raises(InputError, match="no batch"):
-        terrazzo.search_rates(vit(), [], flops=0.5)
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "no batch"),
+        ([torch.zeros(3, 112, 112)], r"got a tensor \(3, 112, 112\)"),
+        ([{"image": torch.zeros(1, 3, 112, 112)}], "got a dict"),
+        ([(torch.zeros(1, 3, 112, 112), torch.zeros(1), torch.zeros(1))], "got a tuple"),
+        ([(torch.zeros(1, 3, 112, 112), torch.zeros(1))], "no classes, so labels need a loss"),
+        ([torch.zeros(1, 3, 128, 128)], "does not take these images: Input height"),
+    ],
+)
+def test_refused_batches(data, message):
+    model = vit(num_classes=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        terrazzo.search_rates(model, data, flops=0.9)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "reducer")
+
+
+def test_other_refusals():
     model = vit(dynamic_img_size=True)
     with pytest.raises(InputError, match="one size"):
         terrazzo.search_rates(model, [*batches(1), *batches(1, 128)], flops=0.5)
     with pytest.raises(InputError, match="plain VisionTransformer"):
         terrazzo.search_rates(torch.nn.Linear(2, 2), batches(1), flops=0.5)
-    assert isinstance(terrazzo.reduce(model).reducer, Reducer)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        terrazzo.search_rates(model, batches(1), flops=0.5)
+    with pytest.raises(NonFiniteError, match="nan at step 0"):
+        terrazzo.search_rates(model, batches(1), flops=0.5, loss=lambda found, wanted: found.sum() * float("nan"))
