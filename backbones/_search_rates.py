@@ -128,7 +128,7 @@ def _taken(batch: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     Raises:
         InputError: The batch is something else.
     """
-    parts = (batch,) if isinstance(batch, torch.Tensor) else batch
+    parts: Any = (batch,) if isinstance(batch, torch.Tensor) else batch
     valid = isinstance(parts, Sequence) and len(parts) in (1, 2) and all(isinstance(x, torch.Tensor) for x in parts)
     if not valid or parts[0].dim() != 4:
         raise InputError(
