@@ -5,7 +5,9 @@ this one would inherit PyTorch's threads half-way; a server has no threads.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
@@ -71,4 +73,11 @@ def alone(function: Callable, *arguments: Any) -> Any:
 
 def _answer(sender: Connection, function: Callable, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sender.send(function(*arguments))
+
+
+def _end_with_parent() -> None:
+    """An interrupt may come while the process starts, when nobody knows yet that it must be ended."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
