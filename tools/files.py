@@ -39,14 +39,29 @@ def check_plot(path: Path) -> Path:
     return check_output_file(path)
 
 
+def check_new_folder(path: Path) -> Path:
+    """Return `path` if a whole folder can be put there: it does not exist, or is an empty folder; InputError if not."""
+    if path.is_symlink():
+        raise InputError(f"{path} is a link; name the folder itself, or another one")
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise InputError(f"{path} is not empty; name a new folder")
+        if path.samefile(Path.cwd()):
+            raise InputError(f"{path} is the current folder, which cannot be replaced; name a new folder in it")
+        if os.path.ismount(path):
+            raise InputError(f"{path} is a mount point, which cannot be replaced; name a new folder in it")
+    return check_folder(path)
+
+
 @contextlib.contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`; it becomes `path` if the block ends well and vanishes if not.
 
     Raises:
-        InputError: a file is in the way.
+        InputError: a file or a folder that is not empty is in the way, or the folder cannot be replaced. It comes
+            before the block runs.
     """
-    check_folder(path)
+    check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".partial-{path.name}-"))
     try:

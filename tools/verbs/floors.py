@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from terrazzo.errors import InputError
 from terrazzo.tools.files import folder_written_whole
 from terrazzo.tools.options import UserPath
 
@@ -25,8 +24,6 @@ def command(out: Path, train: int, val: int, size: int, seed: int) -> None:
     """
     from terrazzo.tools.data.floors import write_floors
 
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty; name a new folder")
     with folder_written_whole(out) as temporary:
         write_floors(temporary, train, val, size, seed)
     click.echo(f"wrote {train} floors to train on and {val} to evaluate on: {out}")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from terrazzo.errors import InputError
 from terrazzo.tools.files import folder_written_whole
 from terrazzo.tools.options import UserPath
 
@@ -39,8 +38,6 @@ def command(
     from terrazzo.tools.console import steps
     from terrazzo.tools.data.paths.folders import Asked, write_paths
 
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty; name a new folder")
     dense = form == "dense"
     asked = Asked(size, dense, {"train": train, "val" if dense else "test": val}, contour, seed)
     with folder_written_whole(out) as temporary, steps("paths", train + val) as done:

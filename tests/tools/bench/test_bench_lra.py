@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import terrazzo
+from terrazzo.errors import BackendError
 from terrazzo.tools import results
-from terrazzo.tools.bench.lra import hosts, training
+from terrazzo.tools.bench.lra import benchmark, hosts, training
 from terrazzo.tools.bench.lra.tasks import ACCURACY, IOU, PATH_ACCURACY, TASKS, Split
 from terrazzo.tools.data.listops import TOKENS, listops
 from terrazzo.tools.data.paths import paths
+from terrazzo.tools.data.paths.folders import read_pairs
 
 
 class FirstPixel(torch.nn.Module):
@@ -33,11 +35,28 @@ def toy():
     return Split(inputs, (inputs[:, 0, 0] > 0).long())
 
 
-def test_rows_and_table(run, tmp_path):
-    out, data = tmp_path / "rows.csv", tmp_path / "data"
-    options = ("--seconds", 0.1, "--train", 4, "--test", 3, "--batch", 2, "--patch", 8, "--device", "cpu")
-    chosen = ("--mixer", "softmax", "--mixer", "dydila,ratio=99", "--stages", "hedgehog,softmax,softmax,softmax")
-    done = run("bench", "lra", "pathfinder32", *chosen, *options, "--data", data, "--out", out)
+@pytest.fixture
+def broken(monkeypatch):
+    """Nothing can train these networks."""
+    names = set()
+    measure = benchmark._measure
+
+    def fail(entry, *given):
+        if entry.name in names:
+            raise BackendError("no kernel runs here")
+        return measure(entry, *given)
+
+    monkeypatch.setattr(benchmark, "_measure", fail)
+    return names
+
+
+def test_rows_and_table(run, tmp_path, monkeypatch, broken):
+    monkeypatch.chdir(tmp_path)
+    out, data = tmp_path / "rows.csv", tmp_path / "data" / "lra" / "pathfinder32-4-3-seed1"
+    broken.add("ssd")
+    options = ("--seconds", 0.1, "--train", 4, "--test", 3, "--batch", 2, "--patch", 8, "--seed", 1)
+    chosen = ("--mixer", "softmax", "--mixer", "ssd", "--stages", "hedgehog,softmax,softmax,softmax")
+    done = run("bench", "lra", "pathfinder32", *chosen, *options, "--device", "cpu", "--out", out)
     assert done.exit_code == 0, done.output
     rows = {(row.backend, row.metric): row.p50 for row in results.read(out)}
     names = {name for name, _ in rows}
@@ -47,10 +66,17 @@ def test_rows_and_table(run, tmp_path):
         for split in ("train", "test"):
             right = rows[name, f"{split} accuracy"] * 3 / 100
             assert right == pytest.approx(round(right), abs=1e-3)
-    assert "not run: dydila,ratio=99: InputError: " in done.output
+    assert "not run: ssd: BackendError: no kernel runs here" in done.output
     assert "chance is 50" in done.output
-    images = list(paths(32, 4))
-    assert len(list(data.rglob("train/*/*.png"))) == len(images)
+    kept, _ = read_pairs(data, "train")
+    assert np.array_equal(kept, [image.image for image in paths(32, 4, seed=1)])
+
+
+def test_if_nothing_ran(refused, tmp_path, broken):
+    broken |= {"softmax", "ssd"}
+    options = ("--seconds", 0.1, "--train", 2, "--test", 1, "--device", "cpu", "--data", tmp_path / "data")
+    found = refused("bench", "lra", "pathfinder32", "--mixer", "ssd", "--mixer", "softmax", *options)
+    assert "no network could be measured; ssd: BackendError: no kernel runs here" in found
 
 
 def test_training_learns_and_scores(toy):
@@ -131,10 +157,19 @@ def test_every_mixer_takes_part():
         (("butter",), "no task is called 'butter'; the tasks are pathfinder32"),
         (("pathfinder32", "--mixer", "butter"), "mixer must be one of"),
         (("pathfinder32", "--stages", "na,na"), "a mixer for each of 4 stages"),
+        (
+            ("pathfinder32", "--mixer", "softmax", "--mixer", "na,kernel=x"),
+            "na,kernel=x: kernel must be an int, got 'x'",
+        ),
+        (("listops", "--stages", "na,na,na,na"), "pyramid na/na/na/na: a pyramid needs a map"),
+        (("listops", "--data", "here"), "--data is for tasks with images, and listops has none"),
+        (("listops", "--workers", 1), "--workers is for tasks with images, and listops has none"),
         (("pathfinder32", "--out", "."), "is a folder"),
     ],
 )
 def test_refusals(refused, tmp_path, monkeypatch, arguments, words):
+    """They come before any data is made."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "steps", None)
     assert words in refused("bench", "lra", *arguments)
     assert not list(tmp_path.iterdir())

@@ -1,13 +1,16 @@
 """`terrazzo paths`: images of paths in folders that the house's tools read."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from terrazzo.errors import InputError
-from terrazzo.tools.data.paths import paths
+from terrazzo.tools.data import floors
+from terrazzo.tools.data.paths import folders, paths
 from terrazzo.tools.data.paths.folders import Asked, kept_paths, read_dense, read_pairs
 
 
@@ -48,9 +51,50 @@ def test_pairs_are_kept(run, tmp_path):
         kept_paths(root, Asked(32, False, {"train": 5, "test": 2}, contour=9))
     with pytest.raises(InputError, match="holds no path images"):
         kept_paths(tmp_path, asked)
+    (tmp_path / "paths.json").write_text("[32]")
+    with pytest.raises(InputError, match="holds no path images"):
+        kept_paths(tmp_path, asked)
     again = tmp_path / "again"
     assert run("paths", again, "--form", "pairs", "--size", 32, "--train", 5, "--val", 2, "--contour", 6).exit_code == 0
     assert (again / "paths.csv").read_bytes() == (root / "paths.csv").read_bytes()
+
+
+@pytest.mark.parametrize(("dense", "kind"), [(False, "train/different and train/same"), (True, "labels/train")])
+def test_lost_pictures_are_missed(tmp_path, dense, kind):
+    root = tmp_path / "empty"
+    root.mkdir()
+    asked = Asked(64, dense, {"train": 3, "val": 1}, contour=6)
+    assert kept_paths(root, asked) == root, "an empty folder is as good as none"
+    *_, last = kind.split(" and ")
+    for name in (".DS_Store", "._path_000000.png"):
+        (root / last / name).write_bytes(b"of the system")
+    assert kept_paths(root, asked) == root
+    read = read_dense if dense else read_pairs
+    assert all(len(part) == 3 for part in read(root, "train"))
+    (written, *_) = (path for folder in kind.split(" and ") for path in (root / folder).glob("path_*.png"))
+    written.unlink()
+    with pytest.raises(InputError, match=f"{root} has 2 of 3 images in {kind}; remove it"):
+        kept_paths(root, asked)
+
+
+@pytest.mark.parametrize("verb", ["paths", "floors"])
+def test_folders_that_cannot_be_replaced(refused, tmp_path, monkeypatch, verb):
+    """They are refused before any image is made."""
+    monkeypatch.setattr(folders, "write_paths", None)
+    monkeypatch.setattr(floors, "write_floors", None)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name in (".", here):
+        assert f"{name} is the current folder, which cannot be replaced" in refused(verb, name)
+    (tmp_path / "other").mkdir()
+    for target in ("other", "absent"):
+        (tmp_path / "link").symlink_to(tmp_path / target)
+        assert "link is a link; name the folder itself" in refused(verb, tmp_path / "link")
+        (tmp_path / "link").unlink()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "other")
+    assert "other is a mount point, which cannot be replaced" in refused(verb, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "other"]
 
 
 def test_refusals_write_nothing(refused, tmp_path):

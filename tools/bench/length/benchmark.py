@@ -23,7 +23,7 @@ WHAT, DENSE = "length", "softmax"
 LENGTHS = (1024, 4096, 16384, 65536)
 MEMORY = {FORWARD: "peak memory, forward", TRAINING: "peak memory, forward+backward"}
 _FITTED = 3
-"""The exponents are those of this many of the largest lengths."""
+"""Exponents are fitted to this many of the largest lengths."""
 
 
 @click.command()
@@ -57,8 +57,8 @@ def command(
     """Measure each MODEL at several numbers of tokens: time, peak memory, multiply-adds, and exponents of the growth.
 
     MODEL is a mixer, NAME[,KEY=VALUE...], in one layer of 64 channels and 4 heads, or a model of timm, whose tokens are
-    those of its first map. Softmax attention is measured beside mixers. Each length runs in a process of its own. A
-    length that the machine cannot hold, or that would take too long, stays in the table, with the reason.
+    the places of its first map. Softmax attention is measured beside mixers. Each length runs in a process of its own.
+    A length that the machine cannot hold, or that would take too long, stays in the table, with the reason.
     """
     lengths, models = _sorted_out(models, lengths)
     where = pick_device(device)

@@ -1,7 +1,6 @@
 """Measuring one model at one number of tokens, in a process of its own."""
 
 import contextlib
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +11,12 @@ from torch import nn
 from terrazzo.tools.bench.length.subject import build, subject
 from terrazzo.tools.inspect.memory import PeakMemory
 from terrazzo.tools.inspect.timing import FORWARD, TRAINING, Quantiles, interleaved, reason_of, throughput_timer
-from terrazzo.tools.processes import pool
+from terrazzo.tools.processes import ProcessEnded, alone
 
 TURNS = 5
 OUT_OF_MEMORY = "out of memory"
+_KILLED = -9
+"""The exit code of a process that the system ends for lack of memory: SIGKILL, which a process cannot catch."""
 _NO_ROOM = ("can't allocate memory", "not enough memory")  # PyTorch's words for a CPU
 
 
@@ -29,11 +30,10 @@ class Found(NamedTuple):
 
 def found(name: str, length: int, device: torch.device, seconds: float) -> Found:
     """Measure in a new process; a process that the system kills has run out of memory."""
-    with pool(1) as processes:
-        try:
-            return processes.submit(_measured, name, length, str(device), torch.get_num_threads(), seconds).result()
-        except BrokenProcessPool:
-            return Found({}, {}, OUT_OF_MEMORY)
+    try:
+        return alone(_measured, name, length, str(device), torch.get_num_threads(), seconds)
+    except ProcessEnded as ended:
+        return Found({}, {}, OUT_OF_MEMORY if ended.code == _KILLED else str(ended))
 
 
 def _measured(name: str, length: int, device: str, threads: int, seconds: float) -> Found:

@@ -43,7 +43,7 @@ def check(name: str) -> None:
 def subject(name: str, length: int) -> Subject:
     """What to build for a number of tokens, on a grid as near to a square as whole numbers allow.
 
-    The tokens of a model of timm are those of its first map, a plain ViT's patches.
+    The tokens of a model of timm are the places of its first map: a plain ViT's patches.
     """
     rows = next(rows for rows in range(math.isqrt(length), 0, -1) if length % rows == 0)
     grid = (rows, length // rows)

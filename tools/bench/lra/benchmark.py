@@ -9,6 +9,7 @@ import click
 import torch
 from rich.progress import Progress
 
+from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.bench.lra.hosts import Entry, entries
 from terrazzo.tools.bench.lra.tasks import Split, Task, task
@@ -43,9 +44,13 @@ WHAT, STEPS, PARAMETERS = "lra", "steps", "parameters"
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of everything.")
 @click.option(
-    "--data", "root", type=UserPath(), metavar="DIR", help="Folder that keeps the images [default: data/lra/TASK]."
+    "--data",
+    "root",
+    type=UserPath(),
+    metavar="DIR",
+    help="Folder that keeps the images [default: data/lra/TASK-TRAIN-TEST-seedSEED].",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes for images.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes for images [default: 1].")
 @device_option
 @click.option("--out", type=UserPath(), metavar="FILE.csv", help="Write the rows as CSV, after every network.")
 def command(
@@ -59,7 +64,7 @@ def command(
     patch: int,
     seed: int,
     root: Path | None,
-    workers: int,
+    workers: int | None,
     device: str | None,
     out: Path | None,
 ) -> None:
@@ -72,13 +77,20 @@ def command(
     recipes for each model and far longer training.
     """
     chosen = task(name)
+    for option, value in (("--data", root), ("--workers", workers)):
+        if chosen.sequence and value is not None:
+            raise click.UsageError(f"{option} is for tasks with images, and {name} has none")
     found = entries(mixers, stages, chosen)
+    if mixers or stages:
+        for entry in found:
+            entry.check(chosen, patch)
     where = pick_device(device)
     if out is not None:
         check_output_file(out)
-    root = check_folder(root or Path("data", "lra", name))
+    if not chosen.sequence:
+        root = check_folder(root or Path("data", "lra", f"{name}-{count}-{held}-seed{seed}"))
     with steps("data", count + held) as done:
-        training, test = chosen.load(root, count, held, seed, workers, done)
+        training, test = chosen.load(root, count, held, seed, workers or 1, done)
     budget = Budget(seconds, batch, seed)
     about = results.about(where, "timm")
     rows: list[results.Row] = []
@@ -99,16 +111,18 @@ def command(
             ]
             if out is not None:
                 results.write(out, rows)
-    if rows:
-        head, lines = table(rows)
-        print_table(lines, head, right=tuple(range(1, len(head))))
+    if not rows:
+        what, reason = next(iter(reasons.items()))
+        raise InputError(f"no network could be measured; {what}: {reason}")
+    head, lines = table(rows)
+    print_table(lines, head, right=tuple(range(1, len(head))))
     click.echo(
         f"{about[0]}; {about[1]}; {seconds:g} s of training each on {count} examples, batch {batch}, scored on "
         f"{min(count, held)} of them and on {held} others; chance is {chosen.chance:g}"
     )
     for what, reason in reasons.items():
         click.echo(f"not run: {what}: {reason}")
-    if out is not None and rows:
+    if out is not None:
         click.echo(f"wrote {out}")
 
 

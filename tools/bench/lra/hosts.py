@@ -26,6 +26,16 @@ class Entry:
     name: str
     build: Callable[[Task, int], nn.Module]
 
+    def check(self, task: Task, patch: int) -> None:
+        """InputError, with the network's name, if an option of it is wrong; it takes no memory."""
+        try:
+            with torch.device("meta"):
+                self.build(task, patch)
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from error
+        except Exception:  # it may compute with its weights, which are not there; the real network is tried later
+            return
+
 
 def vit(text: str) -> Entry:
     """The ViT with a mixer NAME[,KEY=VALUE...]. InputError if no mixer has the name."""
@@ -49,7 +59,7 @@ def pyramid(text: str) -> Entry:
         mixer_class(name)
 
     def build(task: Task, patch: int) -> nn.Module:
-        if task.grid[0] == 1:
+        if task.sequence:
             raise InputError("a pyramid needs a map, and this task is a sequence")
         return _network(task, "mixer_pyramid_tiny", dict(mixers=stages, **PYRAMID), tuple(range(_STAGES)))
 
@@ -65,7 +75,7 @@ def entries(names: Sequence[str], stages: Sequence[str], task: Task) -> list[Ent
     if names or stages:
         return list(dict.fromkeys([*map(vit, names), *map(pyramid, stages)]))
     found = [vit(name) for name in mixers()]
-    if task.grid[0] > 1:
+    if not task.sequence:
         found += [pyramid(f"{name},{name},softmax,softmax") for name in mixers()]
     return found
 

@@ -47,6 +47,7 @@ class Task:
         dense: whether every pixel has an answer.
         chance: the score in percent of answers that do not look.
         load: from a folder for images, counts of both splits, a seed, workers and a callback to training and test data.
+            A sequence needs neither the folder nor workers.
     """
 
     name: str
@@ -56,6 +57,11 @@ class Task:
     dense: bool
     chance: float
     load: Callable[..., tuple[Split, Split]]
+
+    @property
+    def sequence(self) -> bool:
+        """Whether the input is a sequence and not an image."""
+        return self.grid[0] == 1
 
     def encoded(self, inputs: torch.Tensor) -> torch.Tensor:
         """The host's input (B, channels, H, W): grey values from -1 to 1, or tokens as channels, padding as zeros."""
@@ -103,7 +109,7 @@ def _dense(size: int) -> Task:
     return Task(f"paths{size}", (size, size), 1, 3, True, 50.0, load)
 
 
-def _listops(root: Path, train: int, test: int, seed: int, workers: int, done: Callable[[], None]):
+def _listops(root: Path | None, train: int, test: int, seed: int, workers: int, done: Callable[[], None]):
     made = [listops(count, seed, split) for split, count in enumerate((train, test))]
     for _ in range(train + test):
         done()

@@ -36,7 +36,7 @@ def paths(
     single_paddles: bool = False,
     workers: int = 1,
 ) -> Iterator[PathImage]:
-    """Make path images; image i depends on the seed and the settings alone, whatever `n` and `workers` are.
+    """Make path images; image i depends on settings, seed, split and i alone, whatever `n` and `workers` are.
 
     Args:
         size: height and width in pixels, one of `SIZES`, or of `DENSE_SIZES` for the dense form.

@@ -32,6 +32,7 @@ CLASSES = ("background", "path", "other")
 PALETTE = ((0, 0, 0), (240, 228, 66), (0, 114, 178))
 IGNORE_INDEX = 255
 RECORD = "paths.json"
+_PREFIX = "path_"
 _COLUMNS = ("split", "name", "label", "first_x", "first_y", "last_x", "last_y", "distractors")
 
 
@@ -74,7 +75,7 @@ def write_paths(root: Path, asked: Asked, workers: int = 1, done: Callable[[], N
             (root / folder).mkdir(parents=True, exist_ok=True)
         made = paths(asked.size, count, asked.contour, asked.seed, split=number, dense=asked.dense, workers=workers)
         for index, image in enumerate(made):
-            name = f"path_{index:06d}.png"
+            name = f"{_PREFIX}{index:06d}.png"
             for folder, picture in _pictures(asked.dense, split, image):
                 Image.fromarray(picture).save(root / folder / name)
             discs = (f"{x:.3f}" for x in image.discs.flat)
@@ -101,30 +102,43 @@ def _pictures(dense: bool, split: str, image: PathImage) -> list[tuple[str, np.n
 
 
 def kept_paths(root: Path, asked: Asked, workers: int = 1, done: Callable[[], None] = lambda: None) -> Path:
-    """The folder with the images, written now if it is not there.
+    """The folder with the images, written now if it is not there or empty.
 
     Raises:
-        InputError: the folder is there and holds something else.
+        InputError: the folder is there and holds something else, or not all images.
     """
-    if not root.exists():
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         with folder_written_whole(root) as temporary:
             write_paths(temporary, asked, workers, done)
         return root
     try:
         record = json.loads((root / RECORD).read_text())
     except (OSError, ValueError):
-        raise InputError(f"{root} is there, and holds no path images; name another folder") from None
+        record = None
+    if not isinstance(record, dict):
+        raise InputError(f"{root} is there, and holds no path images; name another folder")
     wanted = asdict(asked)
     wrong = [f"{key} {record.get(key)} and not {value}" for key, value in wanted.items() if record.get(key) != value]
     if wrong:
         raise InputError(f"{root} holds other path images: {', '.join(wrong)}; name another folder, or remove it")
+    _check_complete(root, asked)
     return root
+
+
+def _check_complete(root: Path, asked: Asked) -> None:
+    """InputError if pictures were lost or came in addition since the folder was written."""
+    for split, count in asked.counts.items():
+        folders = _folders(asked.dense, split)
+        for together in [[folder] for folder in folders] if asked.dense else [folders]:
+            found = sum(len(_files(root / folder)) for folder in together)
+            if found != count:
+                raise InputError(f"{root} has {found} of {count} images in {' and '.join(together)}; remove it")
 
 
 def read_pairs(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, H, W) uint8 and labels (n,) of a split, in the order of their numbers."""
     found = sorted(
-        (path.name, path, label) for label, answer in enumerate(ANSWERS) for path in (root / split / answer).iterdir()
+        (path.name, path, label) for label, answer in enumerate(ANSWERS) for path in _files(root / split / answer)
     )
     return np.stack([_read(path) for _, path, _ in found]), np.array([label for *_, label in found])
 
@@ -132,9 +146,14 @@ def read_pairs(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def read_dense(root: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, classes, both (n, H, W) uint8, and instances (n, H, W) uint16 of a split."""
     images, labels, instances = (
-        np.stack([_read(path) for path in sorted((root / folder).iterdir())]) for folder in _folders(True, split)
+        np.stack([_read(path) for path in sorted(_files(root / folder))]) for folder in _folders(True, split)
     )
     return images, labels, instances
+
+
+def _files(folder: Path) -> list[Path]:
+    """The pictures of a folder, without files that a system puts there, such as .DS_Store and ._path_000000.png."""
+    return list(folder.glob(f"{_PREFIX}*.png"))
 
 
 def _read(path: Path) -> np.ndarray:
