@@ -3,8 +3,9 @@
     maps of a clip's frames -> AxialTrajectoryEncoder: heights, then widths, over all frames    (within a clip)
     queries of several clips -> CrossClipTracker: trajectories of queries, and a temporal ASPP  (across clips)
 
-They are plain PyTorch. `terrazzo.openmmlab.clips` puts them into mmdetection's video models. Frames of a batch of clips
-are batch-major everywhere: all frames of the first clip come first.
+The modules need no extra of terrazzo; the function `aligned` needs SciPy, which the extra `openmmlab` brings.
+`terrazzo.openmmlab.clips` puts the modules into mmdetection's video models. Frames of a batch of clips are batch-major
+everywhere: all frames of the first clip come first.
 
 Paper: A Simple Video Segmenter by Tracking Objects Along Axial Trajectories, TMLR 2024, arXiv 2311.18537 (first called
 MaXTron). Official code: github.com/TACJu/Axial-VS (Apache-2.0). Parameters have the authors' names.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from terrazzo.clips.trajectory import TrajectoryAttention
+from terrazzo.errors import InputError
 
 
 class AxialTrajectoryLayer(nn.Module):
@@ -18,9 +19,9 @@ class AxialTrajectoryLayer(nn.Module):
         dim: Channels C.
         hidden: Channels inside the perceptron.
         heads: Heads of both attentions.
-        dropout: Of both attentions' outputs; the authors call it `attn_drop`.
-        inner_dropout: Of the attentions' weights and of the perceptron; the authors call it `dropout`.
-        device, dtype: Of the parameters.
+        dropout: Dropout of both attentions' outputs; the authors call it `attn_drop`.
+        inner_dropout: Dropout of the attentions' weights and of the perceptron; the authors call it `dropout`.
+        device, dtype: Device and type of the parameters.
 
     Source: arXiv 2311.18537, section 3.2, and the authors' code, where one norm follows both attentions.
     """
@@ -54,8 +55,21 @@ class AxialTrajectoryLayer(nn.Module):
 
         Returns:
             (B T, H W, C).
+
+        Raises:
+            InputError: `x` and `position` do not fit together.
         """
-        x = x.unflatten(0, (-1, position.shape[1])).unflatten(2, position.shape[2:4])  # B T H W C
+        clips, frames, height, width = position.shape[:4]
+        if frames < 1 or len(x) % frames:
+            raise InputError(f"frames ({frames}) must divide the maps ({len(x)})")
+        if clips not in (1, len(x) // frames):
+            raise InputError(f"position must be of 1 clip or of all clips ({len(x) // frames}), got {clips}")
+        if x.shape[1:] != (height * width, position.shape[4]):
+            raise InputError(
+                f"maps of positions {height}x{width}x{position.shape[4]} must be "
+                f"(B T, {height * width}, {position.shape[4]}), got {tuple(x.shape)}"
+            )
+        x = x.unflatten(0, (-1, frames)).unflatten(2, (height, width))  # B T H W C
         x = self._axis(self.height_attn, x.permute(0, 3, 1, 2, 4), position.permute(0, 3, 1, 2, 4))  # B W T H C
         x = self._axis(self.width_attn, x.permute(0, 3, 2, 1, 4), position.permute(0, 2, 1, 3, 4))  # B H T W C
         x = self.norm1(x.transpose(1, 2).flatten(0, 1).flatten(1, 2))
@@ -63,7 +77,7 @@ class AxialTrajectoryLayer(nn.Module):
         return self.norm2(x + self.inner_dropout(self.linear2(hidden)))
 
     def _axis(self, attention: TrajectoryAttention, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Attention inside of each line: x (B, lines, T, tokens, C)."""
+        """Attention inside each line: x (B, lines, T, tokens, C)."""
         lines, placed = x.flatten(2, 3).flatten(0, 1), (x + position).flatten(2, 3).flatten(0, 1)
         out = lines + self.dropout(attention(placed, placed, lines, frames=x.shape[2]))
         return out.view(x.shape)
@@ -73,7 +87,7 @@ class AxialTrajectoryEncoder(nn.Module):
     """Axial trajectory layers, one after another; the authors call it `TemporalEncoder`.
 
     Args:
-        layers: How many.
+        layers: Number of layers.
         dim, hidden, heads, dropout: See `AxialTrajectoryLayer`.
     """
 

@@ -18,7 +18,7 @@ class CrossClipTracker(nn.Module):
     clips of each query, with a norm behind.
 
     Args:
-        layers: How many.
+        layers: Number of layers.
         dim: Channels C.
         heads: Heads of the attention.
         attention_dropout: Dropout of the attention's weights inside a clip.

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from terrazzo.errors import InputError
+
 
 def positions_3d(
     frames: int,
@@ -14,7 +16,7 @@ def positions_3d(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Sine positions (T, H, W, C) of a clip's pixels: those of rows and columns side by side, plus those of frames.
+    """Sine positions (T, H, W, C) of a clip's pixels: sines of rows and of columns side by side, plus sines of frames.
 
     An index, from 1, is divided by the largest one plus 1e-6 and multiplied by 2 pi. Even channels are sines and odd
     channels cosines. Rows have the first half of the channels, columns the second half, and frames all channels.
@@ -22,12 +24,17 @@ def positions_3d(
     Args:
         frames, height, width: T, H, W.
         dim: C, a multiple of 4.
-        temperature: Ratio of the longest wave's length to the shortest one's.
-        device, dtype: Of the result. The authors compute in float32.
+        temperature: Ratio of the longest wave's length to the length of the shortest wave.
+        device, dtype: Device and type of the result. The authors compute in float32.
+
+    Raises:
+        InputError: C is not a multiple of 4.
 
     Source: `PositionEmbeddingSine3D` of the authors' code; mmdet's `SinePositionalEncoding3D` gives the same, in
     float32 only.
     """
+    if dim < 1 or dim % 4:
+        raise InputError(f"dim must be a multiple of 4, got {dim}")
 
     def waves(count: int, channels: int) -> torch.Tensor:
         index = torch.arange(1, count + 1, device=device, dtype=dtype) / (count + 1e-6) * (2 * math.pi)

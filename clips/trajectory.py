@@ -30,7 +30,7 @@ class TrajectoryAttention(nn.Module):
         attention_dropout: Dropout of the first attention's weights.
         joined: Whether one layer `qkv` projects queries, keys and values, as in the authors' cross-clip module;
             otherwise `q`, `k` and `v` do, as in their within-clip module.
-        device, dtype: Of the parameters.
+        device, dtype: Device and type of the parameters.
 
     Raises:
         InputError: `heads` does not divide `dim`.
@@ -67,8 +67,8 @@ class TrajectoryAttention(nn.Module):
         """Mix the tokens of clips.
 
         Args:
-            query: (B, F n, C), all tokens of a frame before those of the next.
-            key, value: As `query`, which takes their place by default. A joined layer takes queries only.
+            query: (B, F n, C), all tokens of a frame before the tokens of the next frame.
+            key, value: Tensors like `query`; `query` itself by default. A joined layer takes queries only.
             frames: F.
 
         Returns:
@@ -102,7 +102,7 @@ class TrajectoryAttention(nn.Module):
     def _tracks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, frames: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of the own frame (B, F n, C), and those of all frames (B, F n, F, C)."""
+        """Pooled tokens of each token's own frame (B, F n, C), and of all frames (B, F n, F, C): its track."""
         tokens, dropout = query.shape[2] // frames, self.attention_dropout if self.training else 0.0
         pooled, own = [], []
         for frame in range(frames):

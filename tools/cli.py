@@ -49,6 +49,7 @@ EXTRAS = {
     "mmseg": "openmmlab",
     "pycocotools": "openmmlab",
     "torchmetrics": "openmmlab",
+    "scipy": "openmmlab",
     "matplotlib": "openmmlab",
     "cv2": "video",
     "rasterio": "huge",

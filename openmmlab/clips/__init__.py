@@ -1,7 +1,7 @@
 """Axial-VS in mmdetection's video models: a pixel decoder for clips, and heads for clips and whole videos.
 
-Configs name the classes below. They are built on mmdet's, and `terrazzo.openmmlab` does not import mmdet. So what is
-registered is a function for each class, which imports it when a model is built.
+Configs name the classes below. They are built on mmdet's classes, and `terrazzo.openmmlab` does not import mmdet. So a
+function is registered for each class, which imports the class when a model is built.
 """
 
 import importlib
@@ -16,7 +16,7 @@ CLASSES = {
     "CrossClipTrackHead": "cross_clip_head",
     "CrossClipVideo": "video",
 }
-"""Where each class is."""
+"""The module of each class."""
 
 
 def _register(name: str, module: str) -> None:

@@ -20,7 +20,7 @@ class CrossClipTrackHead(ClipTrackHead):
         num_cross_clip_layers: Layers of the tracker.
         trajectory_dropout: Dropout of the weights of the tracker's attention.
         aspp_dropout: Dropout behind the tracker's convolutions.
-        options: Those of mmdet's head.
+        options: Options of mmdet's head.
 
     Raises:
         InputError: `num_clips` does not divide `num_frames`, or the pixel decoder's clips have another length.
@@ -67,20 +67,21 @@ class CrossClipTrackHead(ClipTrackHead):
         ]
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As PyTorch's; frozen parts stay in evaluation."""
+        """Set the mode as PyTorch does; frozen parts stay in evaluation."""
         super().train(mode)
         for part in self._frozen():
             part.eval()
         return self
 
     def forward(self, x: tuple[Tensor, ...], data_samples: list | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """Class and mask logits of videos; see `ClipTrackHead`. In evaluation, too, after each layer of the tracker."""
+        """Class and mask logits of videos, as `ClipTrackHead` returns them; the layers are the tracker's."""
         frames = self.num_frames if self.training else len(x[0])
         videos = [level.unflatten(0, (-1, frames)) for level in x]
         decoded = [self._clips([level[index] for level in videos]) for index in range(len(videos[0]))]
         queries, features = (torch.stack(parts) for parts in zip(*decoded))  # B clips Q C; B frames C h w
+        layers = self.tracker(queries)
         classes, masks = [], []
-        for layer in self.tracker(queries):
+        for layer in layers if self.training else layers[-1:]:
             layer = self.transformer_decoder.post_norm(layer)
             share = self.activation_proj(layer).softmax(1)
             classes.append(self.cls_embed((layer * share).sum(1)))

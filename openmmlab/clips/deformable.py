@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from terrazzo.clips import AxialTrajectoryEncoder
 
 HEADS = 8
-"""Heads of the trajectory attention, whatever the deformable attention has: so it is in the authors' code."""
+"""Heads of the trajectory attention, however many the deformable attention has, as in the authors' code."""
 
 
 class AxialTrajectoryDeformableAttention(MultiScaleDeformableAttention):
-    """Multi-scale deformable attention whose samples mix with those of the other frames, before the last projection.
+    """Multi-scale deformable attention whose samples mix with samples of other frames, before the last projection.
 
     On each of the first levels, f becomes f + gamma TE(f), where TE is an `AxialTrajectoryEncoder` over the frames of a
     clip. With gamma = 0, this is mmcv's deformable attention.
 
     Args:
-        num_temporal_levels: How many levels, from the lowest resolution, mix frames.
+        num_temporal_levels: Number of levels, from the lowest resolution, that mix frames.
         num_temporal_layers: Layers of TE.
         num_temporal_dim: Hidden channels of TE's perceptrons.
         attn_drop: Dropout of the outputs of TE's attentions.
-        skip_connect: Whether TE is added to its input, times gamma; otherwise TE takes its place.
-        options: Those of mmcv's `MultiScaleDeformableAttention`; `batch_first` is True.
+        skip_connect: Whether gamma TE(f) is added to f; otherwise TE(f) replaces f.
+        options: Options of mmcv's `MultiScaleDeformableAttention`; `batch_first` is True.
 
     Source: arXiv 2311.18537, section 3.2; `MultiScaleDeformableAxialTrajectoryAttention` of the authors' code.
     """
@@ -61,18 +61,18 @@ class AxialTrajectoryDeformableAttention(MultiScaleDeformableAttention):
         key_padding_mask: Tensor | None = None,
         **unused,
     ) -> Tensor:
-        """Attend inside of frames, and mix frames; no pixel is padding.
+        """Attend inside frames, and mix frames; no pixel is padding.
 
         Args:
             query: (B T, N, C), the pixels of all levels, from low to high resolution.
-            query_pos: As `query`, added before offsets and weights are computed.
+            query_pos: (B T, N, C), added to `query` before offsets and weights are computed.
             query_pos3d: For each temporal level, positions (1, T, H, W, C) of its pixels in the clip.
             reference_points: (B T, N, levels, 2), x and y from 0 to 1.
             spatial_shapes: (levels, 2), rows and columns.
             level_start_index: (levels,), the first pixel of each level.
 
         Returns:
-            As `query`, which is added.
+            (B T, N, C), with `query` added.
         """
         count, heads, points = query.shape[1], self.num_heads, self.num_points
         placed, value = query + query_pos, self.value_proj(query).unflatten(-1, (heads, -1))
@@ -89,7 +89,7 @@ class AxialTrajectoryDeformableAttention(MultiScaleDeformableAttention):
         return query + self.dropout(self.output_proj(self._mixed(sampled, spatial_shapes, query_pos3d)))
 
     def _mixed(self, x: Tensor, spatial_shapes: Tensor, positions: list[Tensor]) -> Tensor:
-        """Samples (B T, N, C), those of the temporal levels mixed with the other frames'."""
+        """The samples (B T, N, C); on temporal levels, they are mixed with samples of other frames."""
         levels = list(x.split(spatial_shapes.prod(1).tolist(), 1))
         for index, position in enumerate(positions):
             mixed = self.temporal_layer(levels[index], position)
@@ -101,8 +101,8 @@ class ClipEncoder(Mask2FormerTransformerEncoder):
     """The encoder of mmdet's pixel decoder, whose attention also mixes frames.
 
     Args:
-        temporal: Options of `AxialTrajectoryDeformableAttention` beside those of mmcv's attention.
-        options: Those of mmdet's encoder.
+        temporal: Options of `AxialTrajectoryDeformableAttention` that mmcv's attention does not have.
+        options: Options of mmdet's encoder.
 
     Attributes:
         positions: For each temporal level, positions (1, T, H, W, C) of its pixels in their clip, for the next call.
@@ -117,5 +117,5 @@ class ClipEncoder(Mask2FormerTransformerEncoder):
             layer.self_attn = AxialTrajectoryDeformableAttention(**layer.self_attn_cfg, **temporal)
 
     def forward(self, **given) -> Tensor:
-        """As mmdet's."""
+        """Encode as mmdet's encoder does, with `positions`."""
         return super().forward(query_pos3d=self.positions, **given)

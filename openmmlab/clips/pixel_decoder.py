@@ -23,7 +23,7 @@ class AxialTrajectoryPixelDecoder(MSDeformAttnPixelDecoder):
         num_frames: T, frames of a clip. Frames beyond the last full clip are a clip of their own.
         num_temporal_levels, num_temporal_layers, num_temporal_dim, attn_drop, skip_connect: See
             `AxialTrajectoryDeformableAttention`.
-        options: Those of mmdet's pixel decoder.
+        options: Options of mmdet's pixel decoder.
 
     Raises:
         InputError: `num_frames` is less than 1, or there are more temporal levels than levels.
@@ -70,18 +70,18 @@ class AxialTrajectoryPixelDecoder(MSDeformAttnPixelDecoder):
         self.register_load_state_dict_pre_hook(take_official_names)
 
     def init_weights(self) -> None:
-        """As the authors: mmdet's, but offsets and weights of the deformable attention are drawn, and not 0."""
+        """Initialize as the authors do: as mmdet, but with random offsets and weights of the deformable attention."""
         super().init_weights()
         for parameter in self.encoder.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_normal_(parameter)
 
     def forward(self, feats: list[Tensor], num_frames: int | None = None) -> tuple[Tensor, list[Tensor]]:
-        """As mmdet's, for frames of clips.
+        """Decode as mmdet's decoder does, for frames of clips.
 
         Args:
             feats: Maps (B T, C, h, w) of each level, from high to low resolution.
-            num_frames: T; None for the decoder's own.
+            num_frames: T; by default, the decoder's own.
 
         Returns:
             The mask feature (B T, C, H / 4, W / 4), and maps of three levels, from low to high resolution.

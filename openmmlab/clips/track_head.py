@@ -32,10 +32,10 @@ class ClipTrackHead(Mask2FormerTrackHead):
 
     It trains as mmdet's head does, on clips of `num_frames` frames. In a longer video, a query of a clip continues the
     query of the clip before that it resembles most, by the best assignment of all; class logits are the mean over
-    clips. Clips of a video have `num_frames` frames or one fewer; shorter videos are one clip.
+    clips. A longer video is cut into as few clips as possible, with lengths that differ by one at most.
 
     Args:
-        options: Those of mmdet's head.
+        options: Options of mmdet's head.
 
     Raises:
         InputError: The pixel decoder's clips have another length.
@@ -68,7 +68,7 @@ class ClipTrackHead(Mask2FormerTrackHead):
 
         Args:
             x: The backbone's maps (B T, C, h, w). In evaluation B is 1, and T is the length of the video.
-            data_samples: Not used; mmdet's head has them, too.
+            data_samples: Not used; it is here because mmdet passes it.
 
         Returns:
             Logits (B, Q, classes + 1) and (B, Q, T, h, w): in training after each layer, in evaluation after the last.

@@ -12,7 +12,7 @@ class CrossClipVideo(Mask2FormerVideo):
         self.backbone.requires_grad_(False)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As PyTorch's; the backbone stays in evaluation."""
+        """Set the mode as PyTorch does; the backbone stays in evaluation."""
         super().train(mode)
         self.backbone.eval()
         return self

@@ -1,5 +1,7 @@
 """The axial layer against the official code's packs, its cost, and its ONNX file."""
 
+import re
+
 import pytest
 import torch
 from support.golden_packs import ROOT, Pack
@@ -7,6 +9,7 @@ from support.mixer_contract import MixerPack, packs
 from torch.utils.flop_counter import FlopCounterMode
 
 from terrazzo.clips import AxialTrajectoryEncoder, AxialTrajectoryLayer, positions_3d
+from terrazzo.errors import InputError
 
 PACKS = [name for name in packs("axial_trajectory") if name.startswith("layer_")]
 
@@ -71,6 +74,26 @@ def test_gradients_reach_all_parameters():
     layer = AxialTrajectoryLayer(16, 32, 4)
     layer(torch.randn(6, 20, 16), positions_3d(3, 4, 5, 16)[None]).square().sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("maps", "position", "message"),
+    [
+        ((5, 20, 16), (1, 3, 4, 5, 16), "frames (3) must divide the maps (5)"),
+        ((9, 20, 16), (2, 3, 4, 5, 16), "position must be of 1 clip or of all clips (3), got 2"),
+        ((6, 21, 16), (1, 3, 4, 5, 16), "maps of positions 4x5x16 must be (B T, 20, 16), got (6, 21, 16)"),
+        ((6, 20, 16), (1, 3, 4, 5, 8), "maps of positions 4x5x8 must be (B T, 20, 8), got (6, 20, 16)"),
+    ],
+)
+def test_refused_shapes(maps, position, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        AxialTrajectoryLayer(16, 32, 4)(torch.zeros(maps), torch.zeros(position))
+
+
+@pytest.mark.parametrize("dim", [0, 6])
+def test_refused_channels_of_positions(dim):
+    with pytest.raises(InputError, match=f"dim must be a multiple of 4, got {dim}"):
+        positions_3d(3, 4, 5, dim)
 
 
 @torch.no_grad()

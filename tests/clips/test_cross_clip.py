@@ -1,10 +1,14 @@
 """The tracker across clips against the official code's packs, and the matching of queries."""
 
+import re
+import sys
+
 import pytest
 import torch
 from support.golden_packs import ROOT, Pack, normal, sampled
 
 from terrazzo.clips import CrossClipTracker, TemporalASPP, aligned
+from terrazzo.errors import InputError, install_command
 
 
 @pytest.mark.parametrize("name", ["cross_clip_T1", "cross_clip_T4"])
@@ -62,3 +66,27 @@ def test_aligned():
     before, order = torch.randn(7, 16), torch.randperm(7)
     queries = 3 * before[order] + 0.01 * torch.randn(7, 16)  # lengths do not matter
     torch.testing.assert_close(queries[aligned(queries, before)], 3 * before, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("shapes", [((7, 16), (6, 16)), ((7, 16), (7, 8)), ((7,), (7,))])
+def test_aligned_refuses_other_shapes(shapes):
+    message = f"the queries of both clips must have the same shape (Q, C), got {shapes[0]} and {shapes[1]}"
+    with pytest.raises(InputError, match=re.escape(message)):
+        aligned(*map(torch.ones, shapes))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1])
+def test_aligned_refuses_what_is_not_finite(number, place):
+    given = [torch.ones(7, 16), torch.ones(7, 16)]
+    given[place][3, 2] = number
+    with pytest.raises(InputError, match="queries must be finite, got NaN or infinite numbers"):
+        aligned(*given)
+
+
+def test_without_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    message = f"matching queries needs SciPy: {install_command('openmmlab')}"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(message)) as caught:
+        aligned(torch.ones(7, 16), torch.ones(7, 16))
+    assert caught.value.name == "scipy"

@@ -243,8 +243,27 @@ def test_near_online_head():
     torch.testing.assert_close(classes[0, order], (first.classes[-1][0, order] + later.classes[-1][0]) / 2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("frames", "wanted"), [(4, [4]), (6, [3, 3]), (11, [4, 4, 3])])
+def test_lengths_of_clips(frames, wanted):
+    """A video is cut into as few clips of 5 frames at most as possible, with lengths that differ by one at most."""
+    head, found = head_of(NEAR), []
+    decode = head.decode
+
+    def counted(x, length):
+        found.append(length)
+        return decode(x, length)
+
+    head.decode = counted
+    assert head(maps(frames))[1][0].shape == (1, 10, frames, 16, 24)
+    assert found == wanted
+
+
 def test_offline_head():
-    """Only the tracker and the prediction heads learn; a short last clip is filled, and cut off again."""
+    """Only the tracker and the prediction heads learn; a short last clip is filled, and cut off again.
+
+    In evaluation the logits are those of the tracker's last layer.
+    """
     decoder = small(OFFLINE).model.track_head.pixel_decoder
     decoder.num_frames = 2
     head = head_of(OFFLINE, num_frames=4, num_clips=2, pixel_decoder=decoder).train()
@@ -260,11 +279,20 @@ def test_offline_head():
     head.eval()
     video = maps(5)
     with torch.no_grad():
-        classes, masks = head(video)
-        assert masks[-1].shape == (1, 10, 5, 16, 24)
+        (classes,), (masks,) = head(video)
+        assert (classes.shape, masks.shape) == ((1, 10, 41), (1, 10, 5, 16, 24))
         filled = [torch.cat([x, x[-1:]]) for x in video]
-        torch.testing.assert_close(head(filled)[1][-1][:, :, :5], masks[-1])
-        torch.testing.assert_close(head(filled)[0][-1], classes[-1])
+        (filled_classes,), (filled_masks,) = head(filled)
+        torch.testing.assert_close(filled_masks[:, :, :5], masks)
+        torch.testing.assert_close(filled_classes, classes)
+        # In training a video has 4 frames. The head's parts stay in evaluation here, so that there is no dropout.
+        short = [x[:4] for x in video]
+        (classes,), (masks,) = head(short)
+        head.training = True
+        all_classes, all_masks = head(short)
+        assert len(all_classes) == len(all_masks) == 4
+        torch.testing.assert_close(classes, all_classes[-1])
+        torch.testing.assert_close(masks, all_masks[-1])
 
 
 def test_offline_parameters():
@@ -285,25 +313,6 @@ def test_offline_parameters():
 def test_refused_lengths(name, options, message):
     with pytest.raises(InputError, match=message):
         head_of(name, **options)
-
-
-@pytest.mark.parametrize("name", [NEAR, OFFLINE])
-def test_official_names_load(name):
-    """A checkpoint with the authors' names (mmdet 2) fills every parameter of the model."""
-    model, other = lively(MODELS.build(small(name).model)), MODELS.build(small(name).model)
-    official = {}
-    for key, value in model.state_dict().items():
-        key = key.replace("track_head.", "panoptic_head.").replace("head.tracker.", "head.")
-        if "pixel_decoder.encoder" in key:
-            key = key.replace(".self_attn.", ".attentions.0.").replace(".ffn.", ".ffns.0.")
-        if "transformer_decoder" in key:
-            key = key.replace(".cross_attn.", ".attentions.0.").replace(".self_attn.", ".attentions.1.")
-            key = key.replace(".ffn.", ".ffns.0.")
-        official[key] = value
-    assert any(".attentions.0." in key for key in official)
-    other.load_state_dict(official)
-    wanted = model.state_dict()
-    assert all(torch.equal(value, wanted[key]) for key, value in other.state_dict().items())
 
 
 def test_the_plain_head_takes_the_pixel_decoder():

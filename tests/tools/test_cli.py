@@ -79,6 +79,7 @@ def test_traceback_on_request(shell):
         (InputError("two\n  lines"), "error: two lines"),
         (BackendError("no"), "error: no"),
         (ModuleNotFoundError("no", name="mmengine.config"), install_command("openmmlab")),
+        (ModuleNotFoundError("no", name="scipy"), install_command("openmmlab")),
         (ModuleNotFoundError("no", name="onnxscript"), install_command("export")),
         (PermissionError(13, "Permission denied", "/somewhere"), "error: /somewhere: Permission denied"),
     ],
