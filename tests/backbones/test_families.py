@@ -63,7 +63,7 @@ def test_a_new_file_is_found(tmp_path):
     copy.mkdir()
     for name in ("__init__.py", "_timm_hook.py", "_version.py", "errors.py"):
         shutil.copy(ROOT / name, copy)
-    for name in ("backbones", "kernels"):
+    for name in ("backbones", "kernels", "restoration"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "backbones" / "toy.py").write_text(TOY)
     for shared in ("_no_family.py", "no_family/__init__.py"):

@@ -246,7 +246,8 @@ def test_one_graph_for_any_size():
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", [False, True])
 def test_onnx(dense, tmp_path):
     """Exports of logits and of dense maps are right, and use operators that TensorRT documents."""
     onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")

@@ -138,7 +138,7 @@ class TestPortable:
             options = dict(backend="portable")
             torch.testing.assert_close(compiled(*arguments, **options), ssd(*arguments, **options))
 
-    @pytest.mark.parametrize("example", [100, 40])
+    @pytest.mark.parametrize("example", [pytest.param(100, marks=pytest.mark.slow), 40])
     def test_onnx(self, example, tmp_path):
         """The file has matrix products and no Scan, and takes any length, also from an example of one chunk."""
         onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")

@@ -29,7 +29,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("maps", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_shares_are_hit(maps):
     """A share is reached to within what a token weighs, by every method where vectors count; `measure` agrees."""
     with torch.device("meta"):
