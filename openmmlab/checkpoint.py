@@ -7,6 +7,7 @@ import collections
 import io
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from mmengine.logging import HistoryBuffer, MessageHub, print_log
 from mmengine.model.weight_init import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader
+from torch.nn.parameter import UninitializedTensorMixin
 
 from terrazzo.checkpoints import files
 from terrazzo.checkpoints._pickles import DEPTH, Refused, check_key
@@ -30,6 +32,9 @@ from terrazzo.errors import InputError
 
 HISTORY = "terrazzo.history"
 """The key that marks a dict as a saved HistoryBuffer."""
+
+WRAPPED = ((r"^module\.", ""),)
+"""The prefix of a wrapper's weights and what takes its place, as mmengine's functions have it by default."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.Tensor, torch.Size, torch.dtype)
 PLAIN += (torch.device, torch.layout)
@@ -147,19 +152,53 @@ def load_checkpoint(
     map_location: Any = None,
     strict: bool = False,
     logger: Any = None,
-    revise_keys: Sequence[tuple[str, str]] = ((r"^module\.", ""),),
+    revise_keys: Sequence[tuple[str, str]] = WRAPPED,
 ) -> dict:
     """mmengine's function, which loads what fits and only logs the rest; this also compares the record of mixers.
 
     Raises:
-        InputError: the checkpoint is of a model with other mixers or another token reduction; see `check_changes`.
+        InputError: the checkpoint is of a model with other mixers or another token reduction; see `check_changes`. Or
+            it has no weight of the model.
     """
     mm = mmengine.runner.checkpoint
     checkpoint = mm._load_checkpoint(filename, map_location, logger)
     if not isinstance(checkpoint, dict):
         raise InputError(f"checkpoint '{filename}' holds a {type(checkpoint).__name__}, and weights are in a dict")
     check_changes(model, recorded(checkpoint, filename), filename, arguments)
+    check_weights(model, checkpoint, filename, revise_keys)
     return mm._load_checkpoint_to_model(model, checkpoint, strict, logger, list(revise_keys))
+
+
+def check_weights(
+    model: torch.nn.Module, checkpoint: dict, filename: str, revise_keys: Sequence[tuple[str, str]] = WRAPPED
+) -> None:
+    """Checks that a checkpoint has at least one weight of a model: mmengine only logs what does not fit.
+
+    Args:
+        model: the model that gets the weights, or a wrapper around it.
+        checkpoint: the content of the file.
+        filename: the file, for the message.
+        revise_keys: patterns in the names of the file, and what takes their place.
+
+    Raises:
+        InputError: no tensor has the name and the shape of a weight.
+    """
+    own = {name.removeprefix("module."): value.shape for name, value in model.state_dict().items() if _has_shape(value)}
+    weights = checkpoint.get("state_dict", checkpoint)
+    for name, value in weights.items() if isinstance(weights, dict) else ():
+        for pattern, replacement in revise_keys:
+            name = re.sub(pattern, replacement, name)
+        if name in own and _has_shape(value) and value.shape == own[name]:
+            return
+    if own:
+        raise InputError(
+            f"checkpoint '{filename}' has no weight of this model; for an official file set "
+            f"model.backbone.checkpoint={filename}"
+        )
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, UninitializedTensorMixin)
 
 
 @WEIGHT_INITIALIZERS.register_module(name="Pretrained", force=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
 from terrazzo.openmmlab._timm import create_model
+from terrazzo.restoration._reflection import lengthened
 
 
 class CharbonnierLoss(nn.Module):
@@ -113,14 +114,21 @@ class Restorer(BaseModel):
             return self._samples(inputs, targets, img_path)
         inputs, targets = (_stacked(value) for value in (inputs, targets))
         found = self.restore(inputs)
-        return {"loss": self.loss(found, targets)} if mode == "loss" else found
+        if mode != "loss":
+            return found
+        if found.shape != targets.shape:
+            raise InputError(
+                f"the model enlarges {self.upscale} times, and the truth is {tuple(targets.shape[2:])} for "
+                f"{tuple(inputs.shape[2:])}; set degradation.scale or neck.upscale"
+            )
+        return {"loss": self.loss(found, targets)}
 
     def restore(self, x: Tensor) -> Tensor:
         """From (B, 3, H, W) of any H and W to (B, 3, s H, s W)."""
         if self.neck is None:
             return self.backbone(x)
         height, width = x.shape[-2:]
-        x = _lengthened(_lengthened(x, -2, self.neck.stride), -1, self.neck.stride)
+        x = lengthened(lengthened(x, -2, self.neck.stride), -1, self.neck.stride)
         found = self.neck(x, self.backbone((x - self.mean) / self.std))
         return found[..., : height * self.upscale, : width * self.upscale]
 
@@ -142,17 +150,3 @@ class Restorer(BaseModel):
 
 def _stacked(values: Tensor | list[Tensor] | None) -> Tensor | None:
     return torch.stack(list(values)) if isinstance(values, (list, tuple)) else values
-
-
-def _lengthened(x: Tensor, axis: int, unit: int) -> Tensor:
-    """Reflects an axis at its end, the border pixel once, to a multiple of the unit; again and again if it is short.
-
-    By indices, because PyTorch's reflection pads by less than the side, and exporters fix its amount.
-    """
-    length = x.shape[axis]
-    if length == 1:
-        return x.repeat_interleave(unit, axis)
-    places = torch.arange(length + -length % unit, device=x.device)
-    period = places.new_full((), 2 * length - 2)  # exporters know the remainder of tensors alone, for open sizes
-    places = torch.remainder(places, period)
-    return x.index_select(axis, torch.minimum(places, period - places))

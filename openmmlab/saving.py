@@ -21,6 +21,7 @@ from terrazzo._files import remove_partial
 from terrazzo.backbones._hosts import record_of
 from terrazzo.checkpoints.records import arguments, check_changes, meta_of, recorded
 from terrazzo.errors import InputError
+from terrazzo.openmmlab.checkpoint import check_weights
 
 
 class _RemovingLater:
@@ -71,9 +72,10 @@ class SafeCheckpointHook(CheckpointHook):
         checkpoint.setdefault("meta", {}).update(meta_of(record_of(unwrapped(runner.model))))
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Compares the checkpoint's record with the model; called before the weights are loaded."""
+        """Compares the checkpoint's record and names with the model; called before the weights are loaded."""
         filename = runner._load_from or find_latest_checkpoint(runner.work_dir)
         check_changes(unwrapped(runner.model), recorded(checkpoint, filename), filename, arguments)
+        check_weights(unwrapped(runner.model), checkpoint, filename)
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         with self._removing_later():

@@ -9,6 +9,7 @@ from torch import nn
 
 from terrazzo.backbones._checks import check_image
 from terrazzo.backbones._weights import load_strictly
+from terrazzo.restoration._reflection import lengthened
 
 
 class RestorationModel(nn.Module):
@@ -49,7 +50,9 @@ class RestorationModel(nn.Module):
         """
         check_image(x, self.in_chans)
         height, width = x.shape[2:]
-        out = self.restore(_enlarged(x, self.least_side(), self.multiple))
+        for axis in (2, 3):
+            x = lengthened(x, axis, self.multiple, self.least_side())
+        out = self.restore(x)
         return out[:, :, : self.upscale * height, : self.upscale * width]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -67,20 +70,3 @@ class RestorationModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, as timm's optimizers ask for them."""
         return set()
-
-
-def _enlarged(x: torch.Tensor, least: int, multiple: int) -> torch.Tensor:
-    """Pictures (B, C, H, W) with sides of at least `least` and multiples of `multiple`."""
-    for axis in (2, 3):
-        side = x.shape[axis]
-        wanted = max(least, (side + multiple - 1) // multiple * multiple) if multiple > 1 or side < least else side
-        if wanted != side:
-            x = x.index_select(axis, _reflected(side, wanted, x.device))
-    return x
-
-
-def _reflected(side: int, wanted: int, device: torch.device) -> torch.Tensor:
-    """Positions of `wanted` pixels that go back and forth over a line of `side` pixels, (wanted,)."""
-    period = max(1, 2 * (side - 1))
-    position = torch.arange(wanted, device=device) % period
-    return torch.minimum(position, period - position) if side > 1 else torch.zeros_like(position)

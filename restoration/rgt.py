@@ -285,7 +285,7 @@ class RGT(RestorationModel):
         if self.recursions is None and is_exporting() and any(is_open(side) for side in x.shape[2:]):
             raise InputError(
                 "RGT reduces maps more often for larger pictures, so its exports have one size; for open sizes fix the "
-                "number, create_model(name, recursions=2)"
+                "number, create_model(name, recursions=2), or model.backbone.recursions=2 in a config of Restorer"
             )
         mean = self._mean(x)
         shallow = self.conv_first((x - mean) * self.img_range)

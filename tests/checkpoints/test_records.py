@@ -208,7 +208,8 @@ def test_mmengine_compares_it_too(suffix, tmp_path):
         mmengine.runner.load_checkpoint(Wrapped(build()), path)
     plain = write(Wrapped(build()), tmp_path / f"plain{suffix}")
     mmengine.runner.load_checkpoint(Wrapped(build(HEDGEHOG)), plain)
-    mmengine.runner.load_checkpoint(Wrapped(torch.nn.Linear(2, 2)), plain)
+    with pytest.raises(InputError, match=r"plain\.\w+' has no weight of this model"):
+        mmengine.runner.load_checkpoint(Wrapped(torch.nn.Linear(2, 2)), plain)
 
 
 def test_backbones_take_weights_by_init_cfg(tmp_path):

@@ -1,6 +1,7 @@
 """The restorer, its neck, its data, its metric, and the packaged configs of restoration."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,13 @@ def test_losses_by_hand():
     torch.testing.assert_close(l1, difference.abs().mean())
     charbonnier = unet(loss=dict(type="CharbonnierLoss", eps=0.1))(image, target, mode="loss")["loss"]
     torch.testing.assert_close(charbonnier, torch.sqrt(difference**2 + 0.01).mean())
+
+
+@pytest.mark.parametrize(("upscale", "truth"), [(1, (32, 40)), (2, (16, 20))])
+def test_model_and_data_of_different_scales(upscale, truth):
+    message = re.escape(f"enlarges {upscale} times, and the truth is {truth} for (16, 20); ")
+    with pytest.raises(InputError, match=message + "set degradation.scale or neck.upscale"):
+        unet(upscale)(torch.rand(2, 3, 16, 20), torch.rand(2, 3, *truth), mode="loss")
 
 
 def test_a_registered_restoration_network():
@@ -254,3 +262,37 @@ def test_configs(name, pictures, tmp_path):
     assert {"val/restoration/psnr_y", "val/restoration/input_ssim_rgb"} <= set(figures)
     assert 5 < figures["val/restoration/psnr_y"] < 60
     assert list(Path(tmp_path).glob("best_restoration_psnr_y*.pth"))
+
+
+@pytest.fixture
+def tuned(pictures, tmp_path):
+    """A function that trains one iteration of a config from a file of weights; the trained model."""
+    name = next(name for name in CONFIGS if "denoising" in name)
+    options = {
+        "model": dict(_delete_=True, type="Restorer", backbone=dict(name=TINY, scale=1)),
+        "train_dataloader": dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(crop=16)),
+        "val_dataloader": dict(num_workers=0, persistent_workers=False),
+        "optim_wrapper.optimizer.lr": 0.0,
+        "train_cfg.max_iters": 1,
+    }
+
+    def train(weights):
+        torch.save(weights, tmp_path / "weights.pth")
+        cfg = load_config(name, pictures, options)
+        runner = build_runner(cfg, tmp_path, seed=0, load_from=tmp_path / "weights.pth")
+        runner.train()
+        return runner.model
+
+    return train
+
+
+def test_weights_of_another_model_are_refused(tuned):
+    """BasicSR's files have the weights under other keys: mmengine would log so, and train from random weights."""
+    state = timm.create_model(TINY, scale=1).state_dict()
+    with pytest.raises(InputError, match=r"weights\.pth' has no weight of this model; .* model\.backbone\.checkpoint="):
+        tuned({"params": state, "params_ema": state})
+
+
+def test_a_part_of_the_weights_is_enough(tuned):
+    model = tuned({"state_dict": {"module.backbone.first.bias": torch.arange(8.0), "backbone.third": torch.ones(1)}})
+    assert torch.equal(model.backbone.first.bias, torch.arange(8.0))

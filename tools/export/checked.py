@@ -17,8 +17,11 @@ from terrazzo.tools.export.parity import LABEL_LIMIT, RELATIVE_LIMIT, Parity, co
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.runtimes import as_tuple
 
-# Rows and columns that are added to an example to try an open size.
-LARGER = (32, 64)
+# Rows and columns that are added to an example to try an open size. They are odd, because a file may take only the
+# multiples of a number that its example is a multiple of.
+LARGER = (33, 65)
+# The same for models that take only multiples of their patches.
+LARGER_IN_PATCHES = (32, 64)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def checked_export(
         input_names: names of the inputs in the file.
         output_names: names of the outputs in the file; None for output_0, output_1, ...
         dynamic: which of "batch" and "hw" (height and width) to leave open; a batch that is larger by 1 than the
-            example's, or images that are `LARGER` pixels higher and wider, are compared, too.
+            example's, or images that are `LARGER` pixels higher and wider, are compared, too; `LARGER_IN_PATCHES`
+            pixels if the module does not take images of that size.
         metadata: texts to store in the file.
         relative_limit: largest max |difference| / max |reference| of real-valued outputs.
         label_limit: largest share of differing elements of integer outputs.
@@ -148,9 +152,10 @@ def checked_export(
     inputs = {"example": arguments, **{name: as_tuple(value) for name, value in (checks or {}).items()}}
     if "batch" in dynamic:
         inputs["larger batch"] = tuple(torch.cat([value, value[:1].flip(-1)]) for value in arguments)
+    compared = reference or module
+    references = {name: _expected(compared, value) for name, value in inputs.items()}
     if "hw" in dynamic:
-        inputs["larger image"] = tuple(pad(value, (0, LARGER[1], 0, LARGER[0]), "replicate") for value in arguments)
-    references = {name: _expected(reference or module, value) for name, value in inputs.items()}
+        inputs["larger image"], references["larger image"] = _larger(compared, arguments)
     count = len(references["example"])
     names = tuple(output_names or (f"output_{index}" for index in range(count)))
     if len(names) != count:
@@ -174,6 +179,20 @@ def checked_export(
         volume = sum(file.with_suffix(suffix).stat().st_size for suffix in form.suffixes)
         _publish(file, form.suffixes, path)
     return Report(path, volume, parities, version, divergence)
+
+
+def _larger(
+    reference: Callable[..., Tensor | Sequence[Tensor]], inputs: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Larger images than these, and PyTorch's results."""
+    odd, even = (
+        tuple(pad(value, (0, more[1], 0, more[0]), "replicate") for value in inputs)
+        for more in (LARGER, LARGER_IN_PATCHES)
+    )
+    try:
+        return odd, _expected(reference, odd)
+    except InputError:
+        return even, _expected(reference, even)
 
 
 @torch.no_grad()
