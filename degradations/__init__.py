@@ -5,7 +5,8 @@ A degradation is called as `degrade(clean, generator)`: from a clean picture (3,
 
 - `task`: super-resolution, denoising, deraining or dehazing;
 - `scale`: how many times smaller the degraded picture is; H and W are multiples of it;
-- `reach`: how many pixels of the clean picture around a window decide about the degraded window.
+- `reach`: how many pixels of the clean picture around a window decide about the degraded window; None if a window
+  differs with its place in the picture, so that the whole picture must be degraded.
 """
 
 import inspect
@@ -32,7 +33,7 @@ class Degradation(Protocol):
 
     task: str
     scale: int
-    reach: int
+    reach: int | None
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         """From (3, H, W) in 0..1 to (3, H / scale, W / scale)."""

@@ -92,8 +92,8 @@ class DegradedPictures(Dataset):
             most = (side - self.crop) // scale
             place = int(torch.randint(most + 1, (), generator=generator)) if self.training else most // 2
             start, end = place * scale, place * scale + self.crop
-            first = max(start - reach, 0)
-            seen.append(slice(first, min(end + reach, side)))
+            first, last = (0, side) if reach is None else (max(start - reach, 0), min(end + reach, side))
+            seen.append(slice(first, last))
             own.append(slice((start - first) // scale, (end - first) // scale))
         degraded = self.degradation(clean[:, seen[0], seen[1]], generator)[:, own[0], own[1]]
         inside = [slice(part.start * scale, part.stop * scale) for part in own]

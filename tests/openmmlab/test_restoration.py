@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -144,6 +145,34 @@ def test_training_crops_are_pairs(pictures):
         assert item["targets"].shape == (3, 24, 24)
         assert _is_part_of(item["targets"], whole[seed % 2])
         assert _is_part_of(item["inputs"], small[seed % 2])
+
+
+def test_crops_of_haze_are_parts_of_the_hazed_picture(pictures):
+    """The depth recedes through the whole picture, so a crop has a part of the veil, as in validation."""
+    data = DegradedPictures(str(pictures), "images/train", dict(type="Haze"), crop=16, training=True)
+    degrade, hazed = data.degradation, []
+
+    def noted(clean, generator):
+        hazed.append(degrade(clean, generator))
+        return hazed[-1]
+
+    data.degradation = mock.Mock(side_effect=noted, scale=1, reach=degrade.reach)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        inputs = data[0]["inputs"]
+        assert inputs.shape == (3, 16, 16)
+        assert hazed[-1].shape == (3, 40, 52)
+        assert _is_part_of(inputs, hazed[-1])
+
+
+@pytest.mark.parametrize("degradation", [dict(type="Haze"), dict(type="Bicubic", scale=2)])
+def test_the_middle_of_a_test_picture_is_degraded_as_in_the_whole(pictures, degradation):
+    arguments = (str(pictures), "images/val", degradation)
+    whole, middle = DegradedPictures(*arguments)[0], DegradedPictures(*arguments, crop=16)[0]
+    scale = degradation.get("scale", 1)
+    for key, unit in (("inputs", scale), ("targets", 1)):
+        top, left, side = (12 // unit, 18 // unit, 16 // unit)
+        torch.testing.assert_close(middle[key], whole[key][:, top : top + side, left : left + side])
 
 
 def _is_part_of(part, whole):
