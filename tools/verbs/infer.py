@@ -245,6 +245,10 @@ def _summary(record: dict) -> str:
     return words
 
 
+def _psnr(value: float | None) -> str:
+    return "infinite (exact)" if value is None else f"{value:.2f} dB"
+
+
 def _result(record: dict) -> str:
     if record["task"] == "classification":
         return ", ".join(f"{entry['label']} {entry['score']:.1%}" for entry in record["top"][:2])
@@ -254,7 +258,8 @@ def _result(record: dict) -> str:
         words = f"restored to {record['restored']['width']}x{record['restored']['height']}"
         if "before" not in record:
             return words
-        return f"{words}; PSNR on Y {record['before']['psnr_y']:.2f} before, {record['after']['psnr_y']:.2f} dB after"
+        before, after = (_psnr(record[key]["psnr_y"]) for key in ("before", "after"))
+        return f"{words}; PSNR on Y {before} before, {after} after"
     counts: dict[str, int] = {}
     for found in record["segments" if record["task"] == "panoptic" else "things"]:
         counts[found["label"]] = counts.get(found["label"], 0) + 1
