@@ -9,18 +9,17 @@ A degradation is called as `degrade(clean, generator)`: from a clean picture (3,
   differs with its place in the picture, so that the whole picture must be degraded.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from terrazzo._settings import built
 from terrazzo.degradations.bicubic import Bicubic
 from terrazzo.degradations.haze import Haze
 from terrazzo.degradations.noise import GaussianNoise
 from terrazzo.degradations.rain import Rain
-from terrazzo.errors import InputError
 
 __all__ = ["Bicubic", "Degradation", "GaussianNoise", "Haze", "Rain", "degradation_of"]
 
@@ -47,14 +46,6 @@ def degradation_of(settings: Mapping[str, Any]) -> Degradation:
         settings: `type`, one of `KINDS`, and its arguments.
 
     Raises:
-        InputError: the type or an argument is unknown, or an argument has no meaning.
+        InputError: the type or an argument is unknown, or an argument is missing or has no meaning.
     """
-    arguments = {key: value for key, value in settings.items() if key != "_scope_"}
-    name = arguments.pop("type", None)
-    if name not in KINDS:
-        raise InputError(f"the degradation {name!r} is unknown; choose a type among {', '.join(KINDS)}")
-    known = inspect.signature(KINDS[name]).parameters
-    unknown = [key for key in arguments if key not in known]
-    if unknown:
-        raise InputError(f"the degradation {name} has no argument {unknown[0]!r}; it has {', '.join(known)}")
-    return KINDS[name](**arguments)
+    return built("degradation", KINDS, settings)
