@@ -237,7 +237,7 @@ def test_tests_see_the_same_noise_each_time(pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "images/none"}, "holds no pictures"),
+        ({"split": "images/none"}, "images/none' does not exist"),
         ({"crop": 15}, "multiple of the degradation's scale, 2"),
         ({"training": True}, "set crop"),
         ({"degradation": {"type": "Blur"}}, "'Blur' is unknown"),
@@ -247,6 +247,14 @@ def test_errors_of_the_data(pictures, arguments, message):
     defaults = dict(data_root=str(pictures), split="images/val", degradation=dict(type="Bicubic", scale=2))
     with pytest.raises(InputError, match=message):
         DegradedPictures(**{**defaults, **arguments})
+
+
+def test_a_file_in_place_of_the_folder_and_an_empty_folder(pictures, tmp_path):
+    with pytest.raises(InputError, match="is a file"):
+        DegradedPictures(str(pictures), "images/val/0.png", dict(type="Haze"))
+    (tmp_path / ".hidden.png").touch()
+    with pytest.raises(InputError, match="holds no pictures"):
+        DegradedPictures(str(tmp_path), "", dict(type="Haze"))
 
 
 def test_a_picture_smaller_than_the_crop(pictures):

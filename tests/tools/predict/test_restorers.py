@@ -218,6 +218,10 @@ def test_a_failed_drawing_leaves_the_restored_picture(tmp_path):
 def test_refusals(network, picture):
     with pytest.raises(InputError, match="merges and drops no tokens"):
         TokenWatch(RestorePredictor(network, torch.device("cpu")))
+    oblong = RestorePredictor(network, torch.device("cpu"))
+    oblong.size = (40, 60)
+    with pytest.raises(InputError, match="takes images of 40x60, and tiles are square: export it with a square --size"):
+        tile_engine(oblong, 40, None)
     with pytest.raises(InputError, match="leave --degrade out"):
         terrazzo.Predictor(timm.create_model(TINY, scale=1), device="cpu", degrade=True)
     with pytest.raises(InputError, match="leave --degrade out"):
