@@ -103,6 +103,27 @@ def is_picture(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
+def is_hidden(path: str | Path, folder: str | Path) -> bool:
+    """Whether a name below a folder begins with a dot, such as `._photo.jpg` or `.ipynb_checkpoints/photo.jpg`."""
+    return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+
+
+def pictures_inside(folder: str | Path) -> list[Path]:
+    """The pictures anywhere in a data folder, sorted, without hidden files and folders.
+
+    Raises:
+        InputError: the folder does not exist, or holds no pictures.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"data folder '{folder}' {what}; unpack the data there, or set data_root")
+    found = sorted(path for path in folder.rglob("*") if is_picture(path) and not is_hidden(path, folder))
+    if not found:
+        raise InputError(f"data folder '{folder}' holds no pictures; put pictures there, or set data_root")
+    return found
+
+
 def spread(pictures: Sequence[P], count: int) -> list[P]:
     """At most `count` of the pictures, evenly spread: neighbours in a folder are often alike."""
     count = min(count, len(pictures))

@@ -5,21 +5,21 @@ A degradation is called as `degrade(clean, generator)`: from a clean picture (3,
 
 - `task`: super-resolution, denoising, deraining or dehazing;
 - `scale`: how many times smaller the degraded picture is; H and W are multiples of it;
-- `reach`: how many pixels of the clean picture around a window decide about the degraded window.
+- `reach`: how many pixels of the clean picture around a window decide about the degraded window; None if a window
+  differs with its place in the picture, so that the whole picture must be degraded.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from terrazzo._settings import built
 from terrazzo.degradations.bicubic import Bicubic
 from terrazzo.degradations.haze import Haze
 from terrazzo.degradations.noise import GaussianNoise
 from terrazzo.degradations.rain import Rain
-from terrazzo.errors import InputError
 
 __all__ = ["Bicubic", "Degradation", "GaussianNoise", "Haze", "Rain", "degradation_of"]
 
@@ -32,7 +32,7 @@ class Degradation(Protocol):
 
     task: str
     scale: int
-    reach: int
+    reach: int | None
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         """From (3, H, W) in 0..1 to (3, H / scale, W / scale)."""
@@ -46,14 +46,6 @@ def degradation_of(settings: Mapping[str, Any]) -> Degradation:
         settings: `type`, one of `KINDS`, and its arguments.
 
     Raises:
-        InputError: the type or an argument is unknown, or an argument has no meaning.
+        InputError: the type or an argument is unknown, or an argument is missing or has no meaning.
     """
-    arguments = {key: value for key, value in settings.items() if key != "_scope_"}
-    name = arguments.pop("type", None)
-    if name not in KINDS:
-        raise InputError(f"the degradation {name!r} is unknown; choose a type among {', '.join(KINDS)}")
-    known = inspect.signature(KINDS[name]).parameters
-    unknown = [key for key in arguments if key not in known]
-    if unknown:
-        raise InputError(f"the degradation {name} has no argument {unknown[0]!r}; it has {', '.join(known)}")
-    return KINDS[name](**arguments)
+    return built("degradation", KINDS, settings)

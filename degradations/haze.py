@@ -28,7 +28,7 @@ class Haze:
 
     task = "dehazing"
     scale = 1
-    reach = 0
+    reach = None  # the depth spans the whole picture
 
     def __init__(self, beta: float | Sequence[float] = (0.6, 1.8), airlight: float | Sequence[float] = (0.7, 1.0)):
         self.beta = span("beta of Haze", beta)

@@ -1,5 +1,6 @@
 """White Gaussian noise, as benchmarks of denoising add it."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,10 +43,11 @@ def span(what: str, value: float | Sequence[float], least: float = 0.0, most: fl
     Raises:
         InputError: it is something else.
     """
-    pair = (value, value) if isinstance(value, (int, float)) else tuple(value)
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if (
         len(pair) != 2
-        or not all(isinstance(part, (int, float)) for part in pair)
+        or not all(isinstance(part, (int, float)) and not isinstance(part, bool) for part in pair)
+        or not all(map(math.isfinite, pair))
         or not (least <= pair[0] <= pair[1] <= most)
     ):
         limit = f"{least:g} to {most:g}" if most < float("inf") else f"at least {least:g}"

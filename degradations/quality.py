@@ -7,6 +7,9 @@ from terrazzo.errors import InputError, install_command
 
 NAMES = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 
+MOST_PSNR = 100.0
+"""dB that count for an exact picture in a mean; else one exact picture would make the mean infinite."""
+
 _BORDER = 5
 """Half of SSIM's window of 11 pixels: only windows inside the picture count."""
 

@@ -11,9 +11,19 @@ from timm.data import auto_augment, create_transform
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from terrazzo._pictures import is_picture, read_picture, spread
+from terrazzo._pictures import is_hidden, is_picture, pictures_inside, read_picture, spread
 from terrazzo.errors import InputError
 from terrazzo.openmmlab.adaptive_rotation import AdaptiveRotation
+
+
+class _Folders(ImageFolder):
+    """torchvision's, without hidden folders such as `.ipynb_checkpoints`."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = sorted(path.name for path in Path(directory).iterdir() if path.is_dir() and path.name[0] != ".")
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: index for index, name in enumerate(names)}
 
 
 @DATASETS.register_module()
@@ -38,7 +48,12 @@ class ImageFolderDataset(Dataset):
         if not folder.is_dir():
             raise InputError(f"data folder '{folder}' does not exist; unpack the data there or set data_root")
         try:
-            self.images = ImageFolder(str(folder), _transform(transform), loader=read_picture, is_valid_file=is_picture)
+            self.images = _Folders(
+                str(folder),
+                _transform(transform),
+                loader=read_picture,
+                is_valid_file=lambda path: is_picture(path) and not is_hidden(path, folder),
+            )
         except FileNotFoundError as error:
             raise InputError(f"data folder '{folder}' does not have one folder of images per class: {error}") from error
         wanted: Sequence[str] = (metainfo or {}).get("classes") or self.images.classes
@@ -75,10 +90,7 @@ class RotatedImages(Dataset):
     metainfo: dict = {}
 
     def __init__(self, data_root: str, split: str, transform: dict, rotation: dict | None = None):
-        folder = Path(data_root) / split
-        self.files = sorted(path for path in folder.rglob("*") if is_picture(path))
-        if not self.files:
-            raise InputError(f"data folder '{folder}' holds no images; unpack the data there or set data_root")
+        self.files = pictures_inside(Path(data_root) / split)
         self.transform = _transform(transform)
         self.rotate = AdaptiveRotation(**{key: value for key, value in (rotation or {}).items() if key != "_scope_"})
 
@@ -117,10 +129,7 @@ class Pictures(Dataset):
             raise InputError(f"most must be a number of images from 1, or None for all, got {most!r}")
         self.files: list[Path] = []
         for name in [folders] if isinstance(folders, str) else folders:
-            folder = Path(data_root) / name
-            found = sorted(path for path in folder.rglob("*") if is_picture(path))
-            if not found:
-                raise InputError(f"data folder '{folder}' holds no images; add images, or set data_root or folders")
+            found = pictures_inside(Path(data_root) / name)
             self.files += found if most is None else spread(found, most)
         if not self.files:
             raise InputError("folders is empty; name folders with images, or leave it out for all of data_root")

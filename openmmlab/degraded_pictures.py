@@ -7,7 +7,7 @@ from mmengine.registry import DATASETS
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from terrazzo._pictures import is_picture, read_picture
+from terrazzo._pictures import pictures_inside, read_picture
 from terrazzo.degradations import degradation_of
 from terrazzo.degradations.pixels import generator_of, in_multiples, to_pixels
 from terrazzo.errors import InputError
@@ -15,7 +15,7 @@ from terrazzo.errors import InputError
 
 @DATASETS.register_module()
 class DegradedPictures(Dataset):
-    """Clean pictures anywhere under `data_root/split`, each with a degraded copy.
+    """Clean pictures anywhere under `data_root/split`, each with a degraded copy; hidden files are left out.
 
     In training, the crop, its flips and turns and the degradation are drawn from PyTorch's generator, which
     `SeededDataset` seeds by the place in the run: the numbers depend on the run's seed, the epoch and the place, and
@@ -42,9 +42,7 @@ class DegradedPictures(Dataset):
 
     def __init__(self, data_root: str, split: str, degradation: dict, crop: int | None = None, training: bool = False):
         self.folder = Path(data_root) / split
-        self.files = sorted(path for path in self.folder.rglob("*") if is_picture(path))
-        if not self.files:
-            raise InputError(f"data folder '{self.folder}' holds no pictures; put pictures there or set data_root")
+        self.files = pictures_inside(self.folder)
         self.degradation = degradation_of(degradation)
         if crop is not None and (type(crop) is not int or crop < 1 or crop % self.degradation.scale):
             raise InputError(
@@ -92,8 +90,8 @@ class DegradedPictures(Dataset):
             most = (side - self.crop) // scale
             place = int(torch.randint(most + 1, (), generator=generator)) if self.training else most // 2
             start, end = place * scale, place * scale + self.crop
-            first = max(start - reach, 0)
-            seen.append(slice(first, min(end + reach, side)))
+            first, last = (0, side) if reach is None else (max(start - reach, 0), min(end + reach, side))
+            seen.append(slice(first, last))
             own.append(slice((start - first) // scale, (end - first) // scale))
         degraded = self.degradation(clean[:, seen[0], seen[1]], generator)[:, own[0], own[1]]
         inside = [slice(part.start * scale, part.stop * scale) for part in own]

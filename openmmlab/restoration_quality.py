@@ -6,7 +6,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
 from terrazzo.degradations.bicubic import enlarged
-from terrazzo.degradations.quality import NAMES, quality
+from terrazzo.degradations.quality import MOST_PSNR, NAMES, quality
 
 
 @METRICS.register_module()
@@ -15,7 +15,7 @@ class RestorationQuality(BaseMetric):
 
     For super-resolution, as many pixels as the scale are left out on each side. `input_psnr_y` and so on are the same
     figures of the pictures before the network: the degraded picture, or the low-resolution picture enlarged by MATLAB's
-    bicubic.
+    bicubic. The PSNR of a picture counts as 100 dB at most: an exact picture's is infinite, and so would be the mean.
     """
 
     default_prefix = "restoration"
@@ -32,7 +32,11 @@ class RestorationQuality(BaseMetric):
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         """The means over all pictures."""
-        return {name: sum(result[name] for result in results) / len(results) for name in metric_names()}
+        return {name: sum(_bounded(name, result[name]) for result in results) / len(results) for name in metric_names()}
+
+
+def _bounded(name: str, value: float) -> float:
+    return min(value, MOST_PSNR) if "psnr" in name else value
 
 
 def metric_names() -> list[str]:

@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from terrazzo._settings import built, check_arguments, plain
 from terrazzo.checkpoints.loading import load_weights
 from terrazzo.errors import InputError
 from terrazzo.openmmlab._timm import create_model
@@ -42,7 +43,8 @@ class Restorer(BaseModel):
             neck, the name is of a restoration network: from (B, 3, H, W) to (B, 3, s H, s W), with an attribute
             `upscale`, which is s. With a neck, these are the arguments of `TerrazzoBackbone`, and the name is of any
             pyramid.
-        neck: `type="RestorerUNet"` and its arguments; `in_channels` and `strides` are the backbone's.
+        neck: `type`, by default RestorerUNet, and its arguments without `in_channels` and `strides`, which are the
+            backbone's.
         loss: `type` (L1Loss or CharbonnierLoss) and its arguments; by default L1Loss.
         data_preprocessor: mmengine's; by default it only moves the batch to the device.
         init_cfg: mmengine's; timm and `checkpoint` set the weights.
@@ -51,7 +53,7 @@ class Restorer(BaseModel):
         upscale: how many times larger restored pictures are.
 
     Raises:
-        InputError: the model or the loss is unknown, or the model does not restore pictures.
+        InputError: the model, the neck, the loss or an argument is unknown, or the model does not restore pictures.
     """
 
     def __init__(
@@ -79,18 +81,12 @@ class Restorer(BaseModel):
             self.neck, self.upscale = None, self.backbone.upscale
         else:
             self.backbone = MODELS.build({**options, "type": "TerrazzoBackbone"})
-            places = {"in_channels": self.backbone.out_channels, "strides": self.backbone.strides}
-            self.neck = MODELS.build({**neck, **places})
+            self.neck = _neck(neck, self.backbone)
             self.upscale = self.neck.upscale
             data = resolve_model_data_config(self.backbone.model)
             for key in ("mean", "std"):
                 self.register_buffer(key, torch.tensor(data[key])[:, None, None], persistent=False)
-        arguments = dict(loss or {"type": "L1Loss"})
-        arguments.pop("_scope_", None)
-        kind = arguments.pop("type", "L1Loss")
-        if kind not in LOSSES:
-            raise InputError(f"loss '{kind}' is unknown; choose one of {', '.join(LOSSES)}")
-        self.loss = LOSSES[kind](**arguments)
+        self.loss = built("loss", LOSSES, {} if loss is None else loss, default="L1Loss")
 
     def forward(
         self,
@@ -146,6 +142,25 @@ class Restorer(BaseModel):
             for sample, value in zip(samples, values if values is not None else ()):
                 sample[key] = value
         return samples
+
+
+def _neck(settings: dict, backbone: nn.Module) -> nn.Module:
+    """The neck of these settings, on a `TerrazzoBackbone`.
+
+    Raises:
+        InputError: the type or an argument is unknown, or an argument is the backbone's.
+    """
+    arguments = plain("neck", settings)
+    own = {"in_channels": backbone.out_channels, "strides": backbone.strides}
+    taken = [key for key in own if key in arguments]
+    if taken:
+        raise InputError(f"the neck takes {taken[0]} from the backbone: leave it out")
+    name = arguments.pop("type", "RestorerUNet")
+    kind = MODELS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise InputError(f"the neck {name!r} is unknown; RestorerUNet is one")
+    check_arguments(f"neck {name}", kind, {**arguments, **own})
+    return kind(**arguments, **own)
 
 
 def _stacked(values: Tensor | list[Tensor] | None) -> Tensor | None:

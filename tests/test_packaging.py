@@ -22,7 +22,7 @@ ARROWS = {
     "backbones": {"errors", "kernels"},
     "checkpoints": {"_files", "errors", "backbones"},
     "clips": {"errors", "kernels", "backbones"},
-    "degradations": {"errors"},
+    "degradations": {"_settings", "errors"},
     "gated_zoom": {"errors", "checkpoints"},
     "integrations": {"_pictures", "errors", "backbones", "tools"},
     "necks": {"errors", "kernels", "backbones"},
@@ -31,6 +31,7 @@ ARROWS = {
     "openmmlab": {
         "_files",
         "_pictures",
+        "_settings",
         "errors",
         "kernels",
         "backbones",

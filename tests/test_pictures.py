@@ -12,7 +12,15 @@ import pytest
 from PIL import Image, ImageFile, Jpeg2KImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from terrazzo import _pictures, _pixel_limit
-from terrazzo._pictures import PictureWarning, check_same_turn, is_plain, orientation, read_picture, upright_size
+from terrazzo._pictures import (
+    PictureWarning,
+    check_same_turn,
+    is_plain,
+    orientation,
+    pictures_inside,
+    read_picture,
+    upright_size,
+)
 from terrazzo._pixel_limit import VARIABLE, allowed_megapixels
 from terrazzo.errors import InputError
 
@@ -389,3 +397,12 @@ def test_unreadable_pictures_are_refused_by_name(tmp_path):
         for function in (read_picture, orientation, upright_size):
             with pytest.raises(InputError, match=f"{path.name} (does not exist|cannot be read)"):
                 function(path)
+
+
+def test_hidden_pictures_are_left_out(tmp_path):
+    """Data folders also hold what systems and editors put there; a dot above the folder itself hides nothing."""
+    folder = tmp_path / ".cache" / "pictures"
+    for name in ("b.jpg", "sub/a.PNG", "._b.jpg", ".ipynb_checkpoints/b-checkpoint.jpg", "sub/.x/c.png", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert pictures_inside(folder) == [folder / "b.jpg", folder / "sub" / "a.PNG"]

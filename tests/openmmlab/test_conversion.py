@@ -292,7 +292,7 @@ def test_pictures(tiny_data, tmp_path):
     assert len(some) == 6
     assert [file.parent.name for file in some.files[:3]] == ["AnnualCrop", "Highway", "PermanentCrop"]
     for options, message in (
-        (dict(folders=["train", "none"]), "none' holds no images"),
+        (dict(folders=["train", "none"]), "none' does not exist"),
         (dict(folders=[]), "folders is empty"),
         (dict(most=0), "most must be a number of images from 1"),
     ):

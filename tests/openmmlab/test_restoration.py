@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -56,6 +57,10 @@ def test_any_size_begins_as_the_picture_itself(upscale, size):
         torch.testing.assert_close(found[..., 4:-4, 4:-4], grown[..., 4:-4, 4:-4])
 
 
+def test_the_neck_has_a_default_type():
+    assert isinstance(Restorer(SMALL, dict(channels=4)).neck, RestorerUNet)
+
+
 def test_padding_reflects():
     """A picture is restored as the middle of the picture that reflection makes of it."""
     model = lively(unet())
@@ -66,10 +71,18 @@ def test_padding_reflects():
 
 
 def test_every_parameter_learns():
-    model = lively(unet(2)).train()
-    loss = model(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 64, 64), mode="loss")["loss"]
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    """A gradient that is zero everywhere would be a part that nothing uses; layers that begin at zero would hide it."""
+    model = unet(2).train()
+    generator = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        if not value.any():
+            torch.nn.init.normal_(value, std=0.05, generator=generator)
+    image, target = (torch.rand(2, 3, side, side, generator=generator) for side in (64, 128))
+    model(image, target, mode="loss")["loss"].backward()
+    still = [
+        name for name, value in model.named_parameters() if value.grad is None or not float(value.grad.abs().sum()) > 0
+    ]
+    assert not still
 
 
 def test_losses_by_hand():
@@ -114,6 +127,15 @@ def test_predictions_of_pictures_of_several_sizes():
         ({"backbone": {}}, "needs the name of a model"),
         ({"backbone": {"name": "resnet10t"}}, "does not restore pictures"),
         ({"backbone": {"name": TINY}, "loss": {"type": "MSELoss"}}, "L1Loss, CharbonnierLoss"),
+        (
+            {"backbone": {"name": TINY}, "loss": {"type": "CharbonnierLoss", "epsilon": 1}},
+            "loss CharbonnierLoss has no argument 'epsilon'; it has eps",
+        ),
+        ({"backbone": {"name": TINY}, "loss": "L1Loss"}, "the loss is 'L1Loss'; it must be a dict"),
+        ({"backbone": SMALL, "neck": {"type": "FPX"}}, "the neck 'FPX' is unknown"),
+        ({"backbone": SMALL, "neck": {"chanels": 4}}, "RestorerUNet has no argument 'chanels'"),
+        ({"backbone": SMALL, "neck": {"in_channels": [8]}}, "in_channels from the backbone: leave it out"),
+        ({"backbone": SMALL, "neck": {"strides": [4]}}, "strides from the backbone: leave it out"),
     ],
 )
 def test_errors_of_the_restorer(arguments, message):
@@ -152,6 +174,34 @@ def test_training_crops_are_pairs(pictures):
         assert item["targets"].shape == (3, 24, 24)
         assert _is_part_of(item["targets"], whole[seed % 2])
         assert _is_part_of(item["inputs"], small[seed % 2])
+
+
+def test_crops_of_haze_are_parts_of_the_hazed_picture(pictures):
+    """The depth recedes through the whole picture, so a crop has a part of the veil, as in validation."""
+    data = DegradedPictures(str(pictures), "images/train", dict(type="Haze"), crop=16, training=True)
+    degrade, hazed = data.degradation, []
+
+    def noted(clean, generator):
+        hazed.append(degrade(clean, generator))
+        return hazed[-1]
+
+    data.degradation = mock.Mock(side_effect=noted, scale=1, reach=degrade.reach)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        inputs = data[0]["inputs"]
+        assert inputs.shape == (3, 16, 16)
+        assert hazed[-1].shape == (3, 40, 52)
+        assert _is_part_of(inputs, hazed[-1])
+
+
+@pytest.mark.parametrize("degradation", [dict(type="Haze"), dict(type="Bicubic", scale=2)])
+def test_the_middle_of_a_test_picture_is_degraded_as_in_the_whole(pictures, degradation):
+    arguments = (str(pictures), "images/val", degradation)
+    whole, middle = DegradedPictures(*arguments)[0], DegradedPictures(*arguments, crop=16)[0]
+    scale = degradation.get("scale", 1)
+    for key, unit in (("inputs", scale), ("targets", 1)):
+        top, left, side = (12 // unit, 18 // unit, 16 // unit)
+        torch.testing.assert_close(middle[key], whole[key][:, top : top + side, left : left + side])
 
 
 def _is_part_of(part, whole):
@@ -196,7 +246,7 @@ def test_tests_see_the_same_noise_each_time(pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "images/none"}, "holds no pictures"),
+        ({"split": "images/none"}, "images/none' does not exist"),
         ({"crop": 15}, "multiple of the degradation's scale, 2"),
         ({"training": True}, "set crop"),
         ({"degradation": {"type": "Blur"}}, "'Blur' is unknown"),
@@ -206,6 +256,14 @@ def test_errors_of_the_data(pictures, arguments, message):
     defaults = dict(data_root=str(pictures), split="images/val", degradation=dict(type="Bicubic", scale=2))
     with pytest.raises(InputError, match=message):
         DegradedPictures(**{**defaults, **arguments})
+
+
+def test_a_file_in_place_of_the_folder_and_an_empty_folder(pictures, tmp_path):
+    with pytest.raises(InputError, match="is a file"):
+        DegradedPictures(str(pictures), "images/val/0.png", dict(type="Haze"))
+    (tmp_path / ".hidden.png").touch()
+    with pytest.raises(InputError, match="holds no pictures"):
+        DegradedPictures(str(tmp_path), "", dict(type="Haze"))
 
 
 def test_a_picture_smaller_than_the_crop(pictures):
@@ -233,13 +291,33 @@ def test_the_metric_is_the_mean_beside_the_baseline():
         assert found[f"restoration/input_{name}"] == pytest.approx(np.mean([one[name] for one in before]))
 
 
+def test_an_exact_picture_counts_as_100_db():
+    """Otherwise the mean would be infinite, and no later checkpoint would be better."""
+    metric = RestorationQuality()
+    truth = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    worse = (truth + 0.1).clamp(0, 1)
+    metric.process({}, [{"target": truth, "degraded": truth, "restored": found} for found in (truth, worse)])
+    found = metric.evaluate(2)
+    assert found["restoration/psnr_y"] == pytest.approx((100 + quality(worse, truth)["psnr_y"]) / 2)
+    assert found["restoration/input_psnr_rgb"] == 100
+    assert found["restoration/ssim_y"] < 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [({"degradation.scale": 4}, 4), ({"val_dataloader.dataset.degradation.scale": 3}, 2)]
+)
+def test_options_of_the_degradation_reach_the_data(pictures, option, value):
+    """`degradation` is a variable of the config, which its three loaders use; a loader's own setting is its alone."""
+    cfg = load_config("rgt-s-x2_super-resolution_4xb8-500k_pictures-128x128", pictures, option)
+    own = option.get("val_dataloader.dataset.degradation.scale", value)
+    found = [cfg[f"{split}_dataloader"].dataset.degradation.scale for split in ("train", "val", "test")]
+    assert found == [value, own, value]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs(name, pictures, tmp_path):
-    """A config's model agrees with its data; it trains, validates and saves on tiny pictures with a small encoder."""
+    """A config's model agrees with its data; it trains, validates and saves on tiny pictures with a small model."""
     cfg = load_config(name, pictures)
-    backbone = cfg.model.backbone.name
-    if not timm.models.is_model(backbone):
-        pytest.skip(f"{backbone} is not registered yet")
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     for split in ("train", "val", "test"):
@@ -250,7 +328,8 @@ def test_configs(name, pictures, tmp_path):
         cfg.model.backbone = {"name": SMALL["name"], "out_indices": SMALL["out_indices"]}
         cfg.model.neck.channels = 4
     else:
-        cfg.model.backbone = {"name": TINY, "scale": model.upscale}
+        assert cfg.model.backbone == {"name": "rgt_s_x2"}
+        cfg.model.backbone.update(depth=(1,), embed_dim=24, num_heads=2, split_size=(4, 8))
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.num_workers, loader.persistent_workers = 0, False
     cfg.train_dataloader.batch_size, cfg.train_dataloader.dataset.crop = 2, 24

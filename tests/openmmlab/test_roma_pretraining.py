@@ -144,7 +144,7 @@ def test_data(tiny_data):
     assert len(changed)
     assert (changed >= torch.tensor([top, left])).all()
     assert (changed < torch.tensor([top + side, left + side])).all()
-    with pytest.raises(InputError, match="holds no images"):
+    with pytest.raises(InputError, match="does not exist"):
         RotatedImages(str(root), "nothing", dict(input_size=64))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from terrazzo._pictures import SUFFIXES, is_picture, read_picture
+from terrazzo._pictures import SUFFIXES, is_hidden, is_picture, read_picture
 from terrazzo.errors import InputError
 from terrazzo.tools.data.windows import Windows, open_windows
 
@@ -61,7 +61,7 @@ def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
     """Collect pictures from files and folders (not their subfolders) and make sure that each can be read.
 
     Args:
-        places: files, and folders to take every picture of.
+        places: files, and folders to take every picture of, without hidden files.
 
     Raises:
         InputError: a place does not exist, a folder has no pictures, or a picture cannot be read.
@@ -69,7 +69,8 @@ def find_pictures(places: Iterable[str | Path]) -> list[Picture]:
     paths: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            inside = sorted(path for path in place.iterdir() if is_picture(path) and path.is_file())
+            shown = (path for path in place.iterdir() if not is_hidden(path, place))
+            inside = sorted(path for path in shown if is_picture(path) and path.is_file())
             if not inside:
                 raise InputError(f"folder {place} has no pictures; the suffixes read are {', '.join(SUFFIXES)}")
             paths += inside

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from terrazzo._pictures import SUFFIXES, is_picture
+from terrazzo._pictures import SUFFIXES, is_hidden, is_picture
 from terrazzo.errors import InputError
 from terrazzo.tools.data import clips
 from terrazzo.tools.data.clips import Clip, open_clip
@@ -70,7 +70,7 @@ def _inside(folder: Path, apart: Path | None) -> list[Path]:
     apart = None if apart is None else apart.resolve()
     found = []
     for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or not path.is_file():
+        if is_hidden(path, folder) or not path.is_file():
             continue
         if apart is not None and folder.resolve() != apart and path.resolve().is_relative_to(apart):
             continue

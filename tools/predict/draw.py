@@ -227,6 +227,15 @@ def panels(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int 
     return sheet
 
 
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """The picture in its shape, with `side` pixels on its longer side; as it is if that has fewer."""
+    if max(image.size) <= side:
+        return image
+    small = image.copy()
+    small.thumbnail((side, side))
+    return small
+
+
 def legend_height(size: tuple[int, int], texts: Sequence[str]) -> int:
     """Pixels of the strip that a legend of these texts adds to a picture of a size, (width, height)."""
     return _legend(Image.new("1", size), [(text, _INK) for text in texts]).height

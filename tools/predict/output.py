@@ -9,23 +9,26 @@ from PIL import Image
 
 from terrazzo._files import written_whole
 from terrazzo.tools.data.clips import ClipWriter
-from terrazzo.tools.predict.draw import PAPER, legend_height
+from terrazzo.tools.predict.draw import PAPER, legend_height, shrunk
 from terrazzo.tools.predict.prediction import LEGEND_ENTRIES, Prediction
+
+_JPEG_SIDE = 65500
+"""Pixels of a side, at most, that libjpeg writes."""
 
 
 def write_prediction(out: Path, name: str, prediction: Prediction, tokens: Image.Image | None = None) -> None:
     """Write NAME.json, NAME.overlay.jpg and whatever else there is into a folder; each file whole or not at all."""
+    if prediction.restored is not None:  # before the drawings, which may fail
+        with written_whole(out / f"{name}.restored.png") as temporary:
+            prediction.restored.save(temporary)
     for kind, drawing in (("overlay", prediction.drawing), ("tokens", tokens)):
         if drawing is not None:
             with written_whole(out / f"{name}.{kind}.jpg") as temporary:
-                drawing.save(temporary, quality=92)
+                shrunk(drawing, _JPEG_SIDE).save(temporary, quality=92)
     for kind, pixels in (("labels", prediction.labels), ("segments", prediction.segments)):
         if pixels is not None:
             with written_whole(out / f"{name}.{kind}.png") as temporary:
                 Image.fromarray(pixels).save(temporary)
-    if prediction.restored is not None:
-        with written_whole(out / f"{name}.restored.png") as temporary:
-            prediction.restored.save(temporary)
     # The JSON comes last: if it exists, the other files exist.
     with written_whole(out / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(prediction.record, indent=2) + "\n")

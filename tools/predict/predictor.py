@@ -59,7 +59,9 @@ class Predictor:
             result of the whole picture. None is "auto" for a segmentor, "blend" for a segmentor's exported file and a
             restorer, and a quarter of a tile for a detector.
         degrade: whether to make pictures worse first, as a restorer's config makes its test data (or by bicubic
-            reduction, for a network that enlarges), and compare the restored pictures with them.
+            reduction, for a network that enlarges), and compare the restored pictures with them. The random numbers
+            are those of the file's name without its folder, and degraded pictures are cut to 8 bits, so the figures are
+            not those of `terrazzo test`.
 
     Raises:
         InputError: a name, file or device that cannot be used, or arguments that do not go together.

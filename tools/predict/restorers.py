@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,11 @@ from terrazzo.degradations.bicubic import enlarged
 from terrazzo.degradations.pixels import generator_of, in_multiples, to_image, to_pixels
 from terrazzo.degradations.quality import quality
 from terrazzo.errors import InputError
-from terrazzo.tools.predict.draw import panels
+from terrazzo.tools.predict.draw import panels, shrunk
 from terrazzo.tools.predict.prediction import Prediction, by_shape
+
+_PANEL = 4096
+"""Pixels of the longer side of each picture in a drawing, at most."""
 
 
 class Restoring:
@@ -126,6 +130,8 @@ class Degrader:
     def compared(self, prediction: Prediction, pair: Degraded) -> Prediction:
         """The prediction of a degraded picture with the truth: figures in the record, and three pictures drawn.
 
+        The PSNR of a picture that is exactly the truth is infinite, and None in the record.
+
         Raises:
             InputError: the model does not undo the degradation's scale, or the picture is too small for SSIM.
         """
@@ -138,7 +144,8 @@ class Degrader:
         record["degradation"] = self.degradation.task
         for key, image in (("before", before), ("after", prediction.restored)):
             figures = quality(to_pixels(image), truth, border)
-            record[key] = {name: round(value, 4) for name, value in figures.items()}
+            # JSON knows no infinity, which is the PSNR of an exact picture
+            record[key] = {name: round(value, 4) if math.isfinite(value) else None for name, value in figures.items()}
         draw = functools.partial(_sheet, before, prediction.restored, scale, pair.truth)
         return dataclasses.replace(prediction, record=record, draw=draw)
 
@@ -157,11 +164,10 @@ def restored_prediction(image: Image.Image, restored: Image.Image, scale: int) -
 
 
 def _sheet(before: Image.Image, after: Image.Image, scale: int, truth: Image.Image | None = None) -> Image.Image:
-    """The pictures beside each other."""
+    """The pictures beside each other; large pictures are drawn smaller."""
     title = "before" if scale == 1 else f"before (bicubic x{scale})"
-    if truth is None:
-        return panels([before, after], [title, "after"])
-    return panels([before, after, truth], [title, "after", "truth"])
+    pictures = [before, after] if truth is None else [before, after, truth]
+    return panels([shrunk(picture, _PANEL) for picture in pictures], [title, "after", "truth"][: len(pictures)])
 
 
 def _grown(image: Image.Image, scale: int) -> Image.Image:

@@ -40,7 +40,6 @@ class TokenWatch:
     """
 
     def __init__(self, predictor: Engine):
-        self.mean, self.std = _normalised_by(predictor)
         found = [
             module for module in predictor.model.modules() if isinstance(getattr(module, "reducer", None), Reducer)
         ]
@@ -49,6 +48,7 @@ class TokenWatch:
                 "the model merges and drops no tokens, so there is nothing to show; "
                 "MCTF and AS-ViT do: see terrazzo list 'mctf*' and 'asvit*'"
             )
+        self.mean, self.std = _normalised_by(predictor)
         self.host = found[0]
         self.images: torch.Tensor | None = None
         patches = self.host.stem if hasattr(self.host, "stem") else self.host.patch_embed

@@ -104,7 +104,9 @@ def command(
     NAME.overlay.mp4 and NAME.jsonl: a line of JSON for each frame.
 
     With --degrade, a restorer's pictures are made worse first. The drawing shows a picture before, after and the truth,
-    and the JSON has PSNR and SSIM of both.
+    and the JSON has PSNR and SSIM of both. The random numbers of noise, rain and haze are those of the file's name
+    without its folder, and the worse picture is cut to 8 bits: the figures are near those of `terrazzo test`, and not
+    the same.
 
     With --tile, pictures keep their own resolution, and run through the model in tiles, --batch of them at a time.
     """
@@ -245,6 +247,10 @@ def _summary(record: dict) -> str:
     return words
 
 
+def _psnr(value: float | None) -> str:
+    return "infinite (exact)" if value is None else f"{value:.2f} dB"
+
+
 def _result(record: dict) -> str:
     if record["task"] == "classification":
         return ", ".join(f"{entry['label']} {entry['score']:.1%}" for entry in record["top"][:2])
@@ -254,7 +260,8 @@ def _result(record: dict) -> str:
         words = f"restored to {record['restored']['width']}x{record['restored']['height']}"
         if "before" not in record:
             return words
-        return f"{words}; PSNR on Y {record['before']['psnr_y']:.2f} before, {record['after']['psnr_y']:.2f} dB after"
+        before, after = (_psnr(record[key]["psnr_y"]) for key in ("before", "after"))
+        return f"{words}; PSNR on Y {before} before, {after} after"
     counts: dict[str, int] = {}
     for found in record["segments" if record["task"] == "panoptic" else "things"]:
         counts[found["label"]] = counts.get(found["label"], 0) + 1

@@ -131,7 +131,7 @@ def test_pictures_without_labels(check, tmp_path):
     cut(root / "deep" / "1.jpg")
     assert "1.jpg is damaged or cut short" in check(config, root, "train")
     shutil.rmtree(root / "deep")
-    assert "holds no images" in check(config, root, "train")
+    assert "holds no pictures" in check(config, root, "train")
 
 
 def test_an_unknown_data_set_is_named(check, data):

@@ -15,9 +15,12 @@ from terrazzo.degradations.pixels import to_image, to_pixels
 from terrazzo.degradations.quality import quality
 from terrazzo.errors import InputError
 from terrazzo.tools.data.windows import WholePicture
+from terrazzo.tools.predict.output import write_prediction
+from terrazzo.tools.predict.prediction import Prediction
 from terrazzo.tools.predict.restorers import RestorePredictor
 from terrazzo.tools.predict.tiles.engine import tile_engine
 from terrazzo.tools.predict.tiles.output import write_tiled
+from terrazzo.tools.predict.tokens import TokenWatch
 
 
 def silent(done, total):
@@ -72,6 +75,26 @@ def test_tiles(network, picture, whole, overlap, tile):
         assert facts["how"] == {"auto": "exact", 8: "hard"}.get(overlap, "blend")
         assert ("disagreement" in facts) == (facts["how"] == "blend")
         assert facts["overlap"] == (6 if overlap == "auto" else 8)  # the measure counts the frame, too
+
+
+class MeanColour(torch.nn.Module):
+    """Twice the size, all of it in the mean colour of what the network sees: no two tiles agree."""
+
+    upscale = 2
+
+    def forward(self, x):
+        return x.mean((2, 3), keepdim=True).expand(-1, -1, 2 * x.shape[2], 2 * x.shape[3])
+
+
+def test_a_blend_by_hand():
+    """Two tiles that share 8 of 56 columns, which are 16 columns at twice the size: a ramp from one to the other."""
+    pixels = np.zeros((24, 56, 3), np.uint8)
+    pixels[:, 28:] = (80, 160, 240)
+    left, right = pixels[:, :32].mean((0, 1)), pixels[:, 24:].mean((0, 1))
+    share = np.concatenate([np.zeros(48), (np.arange(16) + 0.5) / 16, np.ones(48)])[:, None]
+    found = terrazzo.Predictor(MeanColour(), device="cpu", tile=32, overlap="blend")(pixels).restored
+    assert found.size == (112, 48)
+    assert np.abs(np.asarray(found) - (left * (1 - share) + right * share)).max() <= 0.51
 
 
 def test_tiles_that_share_nothing_have_seams(network, picture, whole):
@@ -167,7 +190,38 @@ def test_files(network, picture, whole, runtime, tmp_path):
         terrazzo.Predictor(opened, runtime=runtime, tile=32, overlap="auto")
 
 
-def test_refusals(picture):
+def test_wide_pictures_are_drawn_smaller(network, tmp_path):
+    """A JPEG ends at 65500 pixels, and two pictures of 40000 pixels would stand beside each other."""
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 20000, 3), dtype=np.uint8)
+    prediction = terrazzo.Predictor(network, device="cpu")(pixels)
+    write_prediction(tmp_path, "wide", prediction)
+    assert Image.open(tmp_path / "wide.restored.png").size == (40000, 32)
+    drawn = Image.open(tmp_path / "wide.overlay.jpg")
+    drawn.load()
+    assert 2 * 4096 < drawn.width < 2.2 * 4096
+
+
+def test_any_drawing_fits_a_jpeg(tmp_path):
+    write_prediction(tmp_path, "long", Prediction({}, lambda: Image.new("RGB", (3, 70000))))
+    assert Image.open(tmp_path / "long.overlay.jpg").size == (3, 65500)
+
+
+def test_a_failed_drawing_leaves_the_restored_picture(tmp_path):
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        write_prediction(tmp_path, "large", Prediction({}, fail, restored=Image.new("RGB", (4, 4))))
+    assert [path.name for path in tmp_path.iterdir()] == ["large.restored.png"]
+
+
+def test_refusals(network, picture):
+    with pytest.raises(InputError, match="merges and drops no tokens"):
+        TokenWatch(RestorePredictor(network, torch.device("cpu")))
+    oblong = RestorePredictor(network, torch.device("cpu"))
+    oblong.size = (40, 60)
+    with pytest.raises(InputError, match="takes images of 40x60, and tiles are square: export it with a square --size"):
+        tile_engine(oblong, 40, None)
     with pytest.raises(InputError, match="leave --degrade out"):
         terrazzo.Predictor(timm.create_model(TINY, scale=1), device="cpu", degrade=True)
     with pytest.raises(InputError, match="leave --degrade out"):

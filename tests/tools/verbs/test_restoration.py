@@ -92,6 +92,20 @@ def test_a_network_of_timm(run, folder, tmp_path):
     assert json.loads((tmp_path / "0.json").read_text())["tiles"]["how"] == "exact"
 
 
+def test_an_exact_picture_has_no_psnr_in_json(run, tmp_path):
+    """Black stays black through bicubic reduction and enlargement: its PSNR is infinite."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
+    result = run("infer", TINY, tmp_path / "black.png", "--degrade", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "PSNR on Y infinite (exact) before" in " ".join(result.output.split())
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    record = json.loads((tmp_path / "out" / "black.json").read_text(), parse_constant=refuse)
+    assert record["before"] == {"psnr_y": None, "ssim_y": 1.0, "psnr_rgb": None, "ssim_rgb": 1.0}
+
+
 def test_refusals(refused, folder, checkpoint, tmp_path):
     config, picture = folder / "config.py", folder / "images" / "val" / "0.png"
     assert "leave --degrade out" in refused("infer", "resnet10t", picture, "--degrade", "--out", tmp_path / "out")

@@ -103,7 +103,14 @@ def tile_engine(engine: Any, tile: int, overlap: int | str | None) -> TileEngine
 
 
 def _check_file(size: tuple[int, int] | None, tile: int) -> None:
-    if size is not None and size != (tile, tile):
+    if size is None:
+        return
+    if size[0] != size[1]:
+        raise InputError(
+            f"the file takes images of {size[0]}x{size[1]}, and tiles are square: export it with a square --size, or "
+            "with --dynamic hw"
+        )
+    if size != (tile, tile):
         raise InputError(
             f"the file takes images of {size[0]}x{size[1]}, not tiles of {tile}x{tile}: use tiles of its size, or "
             "export it with --dynamic hw"
