@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 
 help:
 	@echo "make demo      set up, then train, evaluate, draw and export a small segmentor (about 6 minutes)"
-	@echo "make test      set up, then run the tests (12 to 25 minutes on 2 cores)"
+	@echo "make test      set up, then run the tests (15 to 35 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     ruff: lint and format; mypy: the types of the public names"
 	@echo "make docs      the documents as a site, in build/site"
