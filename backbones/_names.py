@@ -7,11 +7,11 @@ import timm
 from terrazzo.errors import InputError
 
 
-def family_of(name: str) -> str | None:
-    """The terrazzo family (the stem of its file) that registers model `name`; None for a model of timm's own."""
+def family_of(name: str, package: str = "backbones") -> str | None:
+    """The family (the stem of its file) in a package of terrazzo that registers model `name`; None for other models."""
     module = timm.models.model_entrypoint(name.split(".", 1)[0]).__module__
     family = module.rsplit(".", 1)[-1]
-    return family if module.startswith("terrazzo.backbones.") and not family.startswith("_") else None
+    return family if module.startswith(f"terrazzo.{package}.") and not family.startswith("_") else None
 
 
 def registered_models() -> dict[str, str]:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+POSITIVE = click.FloatRange(min=0, min_open=True)
+"""A number above 0, such as a time."""
+
 
 class UserPath(click.Path):
     """A path as a user writes it: a leading `~` is the home folder, which a shell does not expand after `=`."""
@@ -55,7 +58,7 @@ def max_megapixels_option(function: Callable) -> Callable:
 
     return click.option(
         "--max-megapixels",
-        type=click.FloatRange(0, min_open=True),
+        type=POSITIVE,
         metavar="N",
         callback=allow,
         expose_value=False,

@@ -1,14 +1,7 @@
 """A U-shaped restorer on DiNAT-Mini against haze: one process, batch 8, 10000 iterations."""
 
-_base_ = ["../_base_/pictures.py", "../_base_/restoration_10k.py"]
-custom_imports = dict(imports=["terrazzo.openmmlab"])
+_base_ = "../_base_/restorer-unet_dinat-mini.py"
 degradation = dict(_delete_=True, type="Haze")
 train_dataloader = dict(dataset=dict(degradation=degradation))
 val_dataloader = dict(dataset=dict(degradation=degradation))
 test_dataloader = val_dataloader
-model = dict(
-    type="Restorer",
-    backbone=dict(name="dinat_mini", drop_path_rate=0.0),
-    neck=dict(type="RestorerUNet", channels=32, depth=1, upscale=1),
-    loss=dict(type="CharbonnierLoss"),
-)

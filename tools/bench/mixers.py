@@ -15,7 +15,7 @@ from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.data.pictures import find_pictures
 from terrazzo.tools.files import check_output_file, check_plot
 from terrazzo.tools.mechanisms import calibrate_option, chosen, mechanism_options, of_mixer, without_parameters
-from terrazzo.tools.options import UserPath, device_option, weights_options
+from terrazzo.tools.options import POSITIVE, UserPath, device_option, weights_options
 from terrazzo.tools.targets import load_timm_model, pick_device
 
 SIZES = ((336, 448), (672, 896), (1008, 1344), (1792, 1792))
@@ -52,7 +52,7 @@ SIZES = ((336, 448), (672, 896), (1008, 1344), (1792, 1792))
 @device_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=2.0,
     show_default=True,
     help="Time for each model and size; there are at least three turns.",

@@ -20,13 +20,11 @@ from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.timing import FORWARD, interleaved, throughput_timer
 from terrazzo.tools.mechanisms import on_meta
-from terrazzo.tools.options import UserPath, device_option, weights_options
+from terrazzo.tools.options import POSITIVE, UserPath, device_option, weights_options
 from terrazzo.tools.targets import load_timm_model, pick_device
 
 _R = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
 _SHARES = (0.9, 0.75, 0.6, 0.5)
-
-_positive = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -81,7 +79,7 @@ _positive = click.FloatRange(min=0, min_open=True)
 )
 @weights_options
 @device_option
-@click.option("--seconds", type=_positive, default=2.0, show_default=True, help="Time for each figure.")
+@click.option("--seconds", type=POSITIVE, default=2.0, show_default=True, help="Time for each figure.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows as CSV.")
 def command(
     model: str,

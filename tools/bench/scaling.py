@@ -29,7 +29,7 @@ from terrazzo.tools.inspect.timing import (
     throughput_timer,
 )
 from terrazzo.tools.models import build_on_meta, options_for
-from terrazzo.tools.options import UserPath, device_option
+from terrazzo.tools.options import POSITIVE, UserPath, device_option
 from terrazzo.tools.targets import load_timm_model, pick_device, require_model
 
 SIDES = (224, 320, 448, 640, 896, 1280, 1792, 2048)
@@ -58,7 +58,7 @@ class _Found:
 @device_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=1.0,
     show_default=True,
     help="Time for each model and side.",
@@ -68,7 +68,7 @@ class _Found:
 )
 @click.option(
     "--most",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=30.0,
     show_default=True,
     help="Leave out sides at which one call would take more than this many seconds.",

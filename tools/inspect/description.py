@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import timm
 import torch
 from torch import nn
 
@@ -10,7 +9,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.trace import image_size, meta_outputs, taking
 from terrazzo.tools.mechanisms import Mechanism, changed
-from terrazzo.tools.models import build_for, pretrained_cfg, published_top1, require_model
+from terrazzo.tools.models import build_for, family_of, pretrained_cfg, published_top1, require_model
 
 
 def describe(
@@ -28,6 +27,7 @@ def describe(
         InputError: unknown name, a size that the model cannot take, or a change that does not fit the model.
     """
     require_model(name)
+    bare = name.split(".", 1)[0]
     cfg = pretrained_cfg(name)
     size = image_size(tuple(cfg.input_size[1:]) if size is None else size)
     model = changed(build_for(name, size, in_chans=in_chans), changes)
@@ -36,7 +36,7 @@ def describe(
         output = list(meta_outputs(model, size, in_chans).shape)
     return {
         "model": name,
-        "family": _family(name),
+        "family": family_of(bare) or family_of(bare, "restoration") or "timm",
         "changes": [change.name for change in changes],
         "input": [1, in_chans, *size],
         "params": measured.params,
@@ -56,12 +56,6 @@ def describe(
             "description": cfg.description,
         },
     }
-
-
-def _family(name: str) -> str:
-    """The stem of the file that registers a model of terrazzo, backbone or restoration network; "timm" for others."""
-    package, *_, family = timm.models.model_entrypoint(name.split(".", 1)[0]).__module__.split(".")
-    return family if package == "terrazzo" else "timm"
 
 
 def _pyramid(name: str, size: tuple[int, int], in_chans: int) -> list[dict] | None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from terrazzo.degradations.bicubic import enlarged
 from terrazzo.degradations.pixels import generator_of, in_multiples, to_image, to_pixels
 from terrazzo.degradations.quality import quality
 from terrazzo.errors import InputError
+from terrazzo.restoration._reflection import lengthened
 from terrazzo.tools.predict.draw import panels, shrunk
 from terrazzo.tools.predict.prediction import Prediction, by_shape
 
@@ -177,8 +177,4 @@ def _grown(image: Image.Image, scale: int) -> Image.Image:
 
 def _reflected(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Pixels (3, h, w) in 0..1, reflected on the right and below to `size`, as a restorer reflects a whole picture."""
-    pixels = to_pixels(image)
-    down, right = size[0] - image.height, size[1] - image.width
-    if not (down or right):
-        return pixels
-    return torch.from_numpy(np.pad(pixels.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect"))
+    return lengthened(lengthened(to_pixels(image), 1, 1, size[0]), 2, 1, size[1])

@@ -8,7 +8,7 @@ import click
 
 from terrazzo.errors import InputError
 from terrazzo.tools.bench.registry import BENCHMARKS, KINDS, module_of
-from terrazzo.tools.options import device_option
+from terrazzo.tools.options import POSITIVE, device_option
 
 _PASSES = {"forward": ("forward",), "training": ("forward+backward",), "both": ("forward", "forward+backward")}
 
@@ -60,7 +60,7 @@ def _list(context: click.Context, parameter: click.Parameter, kind: str | None) 
 @device_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Time for each figure; by default 2, and 0.3 on a GPU.",
 )
 @click.option("--pass", "passes", type=click.Choice(list(_PASSES)), help="Operators: both; backbones: forward.")

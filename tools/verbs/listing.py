@@ -14,7 +14,7 @@ from terrazzo.tools.reports.cards import MODELS
 @click.argument("pattern", required=False)
 @click.option("--family", help="Only the models of this family, such as dinat.")
 def command(pattern: str | None, family: str | None) -> None:
-    """Name terrazzo's models: parameters, the authors' ImageNet-1K top-1, input size.
+    """Name terrazzo's backbones: parameters, the authors' ImageNet-1K top-1, input size.
 
     PATTERN is a part of the name, or a glob such as 'dinat_*'.
     """

@@ -16,7 +16,7 @@ from terrazzo.tools.files import check_output_file
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.timing import FORWARD, TRAINING, reason_of
 from terrazzo.tools.models import build_on_meta
-from terrazzo.tools.options import UserPath, device_option
+from terrazzo.tools.options import POSITIVE, UserPath, device_option
 from terrazzo.tools.targets import pick_device
 
 WHAT, DENSE = "length", "softmax"
@@ -38,14 +38,14 @@ _FITTED = 3
 @device_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=1.0,
     show_default=True,
     help="Time for each figure; there are at least five calls.",
 )
 @click.option(
     "--most",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=30.0,
     show_default=True,
     help="Do not run lengths at which forward and backward would take more than this many seconds.",

@@ -17,7 +17,7 @@ from terrazzo.tools.bench.lra.training import Budget, evaluate, train
 from terrazzo.tools.console import human, print_table, progress, steps
 from terrazzo.tools.files import check_folder, check_output_file
 from terrazzo.tools.inspect.timing import reason_of
-from terrazzo.tools.options import UserPath, device_option
+from terrazzo.tools.options import POSITIVE, UserPath, device_option
 from terrazzo.tools.targets import pick_device
 
 WHAT, STEPS, PARAMETERS = "lra", "steps", "parameters"
@@ -31,7 +31,7 @@ WHAT, STEPS, PARAMETERS = "lra", "steps", "parameters"
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=60.0,
     show_default=True,
     help="Time of training for each network.",
