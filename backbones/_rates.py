@@ -33,7 +33,7 @@ class Counts(nn.Module):
         return mean + (mean.ceil() - mean).detach()
 
     def kept(self, rank: torch.Tensor, before: int) -> torch.Tensor:
-        """1 for patches that stay, and 0 for those that this block removes, in the shape of `rank`.
+        """1 for patches that stay, and 0 for patches that this block removes, in the shape of `rank`.
 
         The gradient of a patch is that of the probability that the number is larger than its rank.
 

@@ -49,7 +49,7 @@ def search_rates(
             the first reducing block may have mixers.
         batches: Images (B, 3, H, W) of one size, or pairs of images and labels (B,). The paper finds 1000 images
             enough. With the authors' `lr` a search needs more than 500 steps, so go over your images several times.
-        flops: The wanted multiply-adds, as a part of those of all blocks, above 0 and up to 1.
+        flops: The wanted multiply-adds, as a part of the whole model's blocks, above 0 and up to 1.
         blocks: Blocks that may reduce; None for all but the first, as the authors have it.
         lr: Learning rate of the counts.
         loss: Another loss of the outputs, given the labels, or without labels the outputs of the whole model.
@@ -63,7 +63,7 @@ def search_rates(
             valid, images have several sizes, or `flops` cannot be reached, or a number is not valid.
         NonFiniteError: The loss is NaN or infinite.
 
-    Source: arXiv 2305.17997, section 3. Unlike the official code, sizes of merged tokens are those of "diffrate" at
+    Source: arXiv 2305.17997, section 3. Unlike the official code, merged tokens have the sizes that "diffrate" gives at
     inference, and the part of the multiply-adds is of the blocks alone.
     """
     flops, lr = number("flops", flops), number("lr", lr)

@@ -14,7 +14,7 @@ class Haze:
     """Veils a picture J as far-away things are veiled: J t + A (1 - t) with t = exp(-beta d), in steps of 1/255.
 
     The model is Koschmieder's, as Narasimhan and Nayar write it ("Vision and the atmosphere", IJCV 48(3), 2002). The
-    bounds of the airlight A and of beta are those of RESIDE (arXiv 1712.04143). RESIDE knows the depth d of its
+    bounds of the airlight A and of beta are RESIDE's (arXiv 1712.04143). RESIDE knows the depth d of its
     pictures. A folder of pictures has no depth, so d is made up: half a plane that recedes to the upper edge, half a
     smooth random field, together 0 to 1. The veil is right, and its place in the picture is not.
 

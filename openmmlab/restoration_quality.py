@@ -1,4 +1,4 @@
-"""PSNR and SSIM of restored pictures, beside those of the degraded pictures."""
+"""PSNR and SSIM of restored pictures, beside the same figures of the degraded pictures."""
 
 from collections.abc import Sequence
 

@@ -39,7 +39,7 @@ class Axial(Mixer):
 
 
 def _lines(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: Place, columns: bool) -> torch.Tensor:
-    """The patches (B, heads, H W, D) after attention to the tokens in front and to those of the own column or row."""
+    """The patches (B, heads, H W, D) after attention to the tokens in front and to patches of their column or row."""
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         x = x[:, :, place.prefix :].unflatten(2, place.grid)  # B heads H W D

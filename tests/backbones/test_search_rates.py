@@ -33,7 +33,7 @@ def set_to(counts: Counts, number: int) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 @torch.no_grad()
 def test_masked_tokens_are_tokens_that_are_not_there(name):
-    """With the same numbers the class tokens are those of the method "diffrate", which takes tokens away."""
+    """With the same numbers the class tokens equal the method "diffrate", which takes tokens away."""
     model, x = vit(name).double(), image((112, 112), batch=3).double()
     numbers = ((40, 33), (33, 33), (20, 9))
     rates = Rates((1, 2, 3), 49)

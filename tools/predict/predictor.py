@@ -60,8 +60,8 @@ class Predictor:
             restorer, and a quarter of a tile for a detector.
         degrade: whether to make pictures worse first, as a restorer's config makes its test data (or by bicubic
             reduction, for a network that enlarges), and compare the restored pictures with them. The random numbers
-            are those of the file's name without its folder, and degraded pictures are cut to 8 bits, so the figures are
-            not those of `terrazzo test`.
+            depend on the file's name without its folder, and degraded pictures are cut to 8 bits, so `terrazzo test`
+            gives other figures.
 
     Raises:
         InputError: a name, file or device that cannot be used, or arguments that do not go together.

@@ -104,8 +104,8 @@ def command(
     NAME.overlay.mp4 and NAME.jsonl: a line of JSON for each frame.
 
     With --degrade, a restorer's pictures are made worse first. The drawing shows a picture before, after and the truth,
-    and the JSON has PSNR and SSIM of both. The random numbers of noise, rain and haze are those of the file's name
-    without its folder, and the worse picture is cut to 8 bits: the figures are near those of `terrazzo test`, and not
+    and the JSON has PSNR and SSIM of both. The random numbers of noise, rain and haze depend on the file's name
+    without its folder, and the worse picture is cut to 8 bits: the figures are near the figures of `terrazzo test`, not
     the same.
 
     With --tile, pictures keep their own resolution, and run through the model in tiles, --batch of them at a time.
