@@ -185,16 +185,30 @@ def check_weights(
     """
     own = {name.removeprefix("module."): value.shape for name, value in model.state_dict().items() if _has_shape(value)}
     weights = checkpoint.get("state_dict", checkpoint)
+    found: dict[str, Any] = {}
     for name, value in weights.items() if isinstance(weights, dict) else ():
         for pattern, replacement in revise_keys:
             name = re.sub(pattern, replacement, name)
-        if name in own and _has_shape(value) and value.shape == own[name]:
-            return
-    if own:
+        found[name] = value
+
+    def fits() -> bool:
+        return any(name in own and _has_shape(value) and value.shape == own[name] for name, value in found.items())
+
+    if not own or fits():
+        return
+    _rename(model, found)
+    if not fits():
         raise InputError(
             f"checkpoint '{filename}' has no weight of this model; for an official file set "
             f"model.backbone.checkpoint={filename}"
         )
+
+
+def _rename(model: torch.nn.Module, weights: dict[str, Any]) -> None:
+    """Give weights the names that the model's own hooks give them when it loads them."""
+    for prefix, module in model.named_modules():
+        for hook in module._load_state_dict_pre_hooks.values():
+            hook(weights, f"{prefix}." if prefix else "", {}, True, [], [], [])
 
 
 def _has_shape(value: Any) -> bool:
