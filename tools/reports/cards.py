@@ -246,6 +246,13 @@ def _scaling(_: None) -> str:
     return _measured(_SCALING, table, "terrazzo bench scaling --out FILE")
 
 
+def _tiled(_: None) -> str:
+    """What `terrazzo bench tiled` found."""
+    from terrazzo.tools.bench.tiled import table
+
+    return _measured("tiled_cpu.csv", table, "terrazzo bench tiled --out FILE")
+
+
 def _field(name: str) -> str:
     """What `terrazzo probe field` found, from field_NAME.csv."""
     from terrazzo.tools.probe.field import radii_of
@@ -317,6 +324,7 @@ TABLES: dict[str, Callable[[str | None], str]] = {
     "mixer_speed": _mixer_speed,
     "probe": _probe,
     "scaling": _scaling,
+    "tiled": _tiled,
     "field": _field,
     "binding": _binding,
     "reducers": _reducers,

@@ -17,7 +17,7 @@ _SECONDS = {"cuda": 0.3}
 
 
 _COMMANDS = {
-    **{"reduce": "reduction", "mixers": "mixers", "scaling": "scaling"},
+    **{"reduce": "reduction", "mixers": "mixers", "scaling": "scaling", "tiled": "tiled"},
     **{"length": "length.benchmark", "lra": "lra.benchmark"},
 }
 """Benchmarks of models that a user names, and their modules in `terrazzo.tools.bench`."""
@@ -89,7 +89,8 @@ def command(
 
     `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by fewer tokens, and `terrazzo bench
     mixers MODEL` what it gains and loses by other mixers. `terrazzo bench scaling` measures how the time of models
-    grows with the image, and `terrazzo bench length` how time and memory grow with the number of tokens. `terrazzo
+    grows with the image, `terrazzo bench tiled` what a huge image needs by
+    parts of its rows, and `terrazzo bench length` how time and memory grow with the number of tokens. `terrazzo
     bench lra TASK` trains every mixer on a task of Long Range Arena. See their --help.
     """
     module = module_of(name)
