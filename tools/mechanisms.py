@@ -35,10 +35,17 @@ class Mechanism:
     change: "Callable[[nn.Module], nn.Module]"
 
     def on(self, model: "nn.Module") -> "nn.Module":
-        """A changed copy of a model, with the model's own weights; InputError if the change does not fit the model."""
+        """A changed copy of a model, with the model's own weights; InputError if the change does not fit the model.
+
+        Parameters that the mechanism adds are random numbers of their own seed, so that a mechanism's figures do not
+        depend on what else is measured with it.
+        """
+        import torch
+
         from terrazzo.backbones._shared import shared_copy
 
-        with self.blamed():
+        with self.blamed(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             return self.change(shared_copy(model)).eval()
 
     @contextlib.contextmanager

@@ -78,3 +78,19 @@ def test_mixers_without_parameters(model):
     found = without_parameters(model)
     assert {"llsa"} <= set(found) <= set(mixers()) - {"softmax", "hedgehog"}
     assert of_mixer("llsa").on(model).conversion
+
+
+def test_added_parameters_do_not_depend_on_what_was_made_before():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2, img_size=64)
+    (soft,) = chosen(["soft"], [], [])
+    once, state = soft.on(model), torch.get_rng_state()
+    torch.rand(7)
+    again = soft.on(model)
+    added = dict(once.named_parameters()).keys() - dict(model.named_parameters()).keys()
+    assert added
+    assert all(torch.equal(once.get_parameter(name), again.get_parameter(name)) for name in added)
+    torch.set_rng_state(state)
+    drawn = torch.rand(3)
+    torch.set_rng_state(state)
+    soft.on(model)
+    assert torch.equal(torch.rand(3), drawn)  # the caller's random numbers go on as before

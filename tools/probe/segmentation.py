@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+import torch
 from timm.data import resolve_model_data_config
 
 from terrazzo._files import written_whole
@@ -73,6 +74,7 @@ def command(
     if out is not None:
         check_folder(out)
     Scores(2, 255)  # before any work: torchmetrics may be missing
+    torch.manual_seed(seed)  # of random weights
     whole = load_timm_model(model, checkpoint, pretrained, size=size, any_record=True).to(where)
     models = {mechanism: mechanism.on(whole) for mechanism in mechanisms}
     data = read_labelled(data_root)
