@@ -10,13 +10,12 @@ from terrazzo.errors import InputError
 from terrazzo.kernels.selective_scan import without_loops
 from terrazzo.tools.data.pictures import Picture
 from terrazzo.tools.export.run import EXIT_PARITY, check_precision, checked, form_of, without_engine
+from terrazzo.tools.export.suffixes import SUFFIXES, check_suffix, format_for
 from terrazzo.tools.export.targets import coarsest_stride, exportable_of, floor, photo
 from terrazzo.tools.export.tensorrt.plan import ranges, why_no_engine
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.mechanisms import Mechanism, change_options
 from terrazzo.tools.options import UserPath, config_options
-
-FORMATS = ("onnx", "tensorrt", "openvino", "pt2", "aoti")
 
 
 @click.command()
@@ -26,7 +25,7 @@ FORMATS = ("onnx", "tensorrt", "openvino", "pt2", "aoti")
 @click.option("--pretrained", is_flag=True, help="Download the published weights of a timm model.")
 @change_options
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of a timm model's checkpoint.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="onnx", show_default=True, help="File format.")
+@click.option("--format", "form", type=click.Choice(list(SUFFIXES)), help="[default: by FILE's suffix, or onnx]")
 @click.option("--size", type=int, nargs=2, metavar="H W", help="Image size [default: the model's own].")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per run.")
 @click.option(
@@ -62,7 +61,7 @@ def command(
     pretrained: bool,
     changes: Sequence[Mechanism],
     num_classes: int | None,
-    form: str,
+    form: str | None,
     size: tuple[int, int] | None,
     batch: int,
     dynamic: tuple[str, ...],
@@ -97,6 +96,9 @@ def command(
     --fp16 and --int8 write an ONNX file in lower precision. With a config's test data (--data-root), as many layers
     stay in float32 as the metric requires; a table beside the file has both figures and each layer's error.
     """
+    if out is not None:
+        check_output_file(out)
+    form = form or format_for(out)
     if opset is not None and form in ("pt2", "aoti"):
         raise InputError(f"--opset is for ONNX; {form} files have no opset: leave it out")
     if no_loops and "hw" in dynamic:
@@ -106,10 +108,11 @@ def command(
     lacking = why_no_engine() if form == "tensorrt" else None
     writer = form_of(form, opset, lacking)
     suffix = writer.suffixes[0]
-    if out is not None:
-        out = check_output_file(out.with_suffix(suffix) if form == "tensorrt" else out)
     if precision is not None:
         check_precision(precision, form, batch, dynamic)
+    if out is not None:
+        check_suffix(out, form)
+        out = check_output_file(out.with_suffix(suffix))  # TensorRT's file is an engine or a graph
     picture = None if image is None else Picture(image, image.name).read()
     if checkpoint is not None and weights is not None:
         raise InputError("CHECKPOINT and --checkpoint name the same thing; give one of them")

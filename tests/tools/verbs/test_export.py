@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from terrazzo.tools.export import checked as checked_export
+from terrazzo.tools.export.suffixes import SUFFIXES
 from terrazzo.tools.export.tensorrt import operators as tensorrt_operators
 from terrazzo.tools.verbs import export
 
@@ -62,6 +63,12 @@ def test_other_formats(run, tmp_path, form, names, name):
     assert result.exit_code == 0, result.output
     assert result.stdout.count("passed") == 3
     assert sorted(file.name for file in tmp_path.iterdir()) == names
+
+
+def test_the_suffix_says_the_format(run, tmp_path):
+    result = run("export", "resnet10t", "--size", 64, 64, "--out", tmp_path / "m.pt2")
+    assert result.exit_code == 0, result.output
+    assert torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 
 def test_failed_weights_lie_beside_the_failed_file(run, tmp_path, monkeypatch):
@@ -144,10 +151,10 @@ def _always_wrong(names, source, *rest):
     return tuple(checked_export.Parity(name, source, 1.0, 1e-4, False) for name in names)
 
 
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", SUFFIXES)
 def test_a_place_that_cannot_be_written(refused, tmp_path, monkeypatch, form):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or mode != os.W_OK)
-    out = tmp_path / "new" / ("m.xml" if form == "openvino" else "m.out")
+    out = tmp_path / "new" / f"m{SUFFIXES[form][0]}"
     assert f"{tmp_path} is read-only" in refused("export", "resnet10t", "--format", form, "--out", out)
     assert not list(tmp_path.iterdir())
 
@@ -182,6 +189,9 @@ def test_refusals(refused, trained, tmp_path):
     for form in ("pt2", "aoti"):
         assert f"{form} files have no opset" in refused("export", "resnet10t", "--format", form, "--opset", 20, *out)
     assert "must end in .xml" in refused("export", "resnet10t", "--format", "openvino", "--size", 32, 32, *out)
+    for wrong in ("model", "model.tflite", "v1.5"):
+        reason = refused("export", "resnet10t", "--out", tmp_path / "out" / wrong)
+        assert f"{wrong} must end in .onnx, .engine, .xml or .pt2, which say the format" in reason
     assert "--features is for timm models" in refused("export", config, "--features", *out)
     assert not (tmp_path / "out").exists()
 
