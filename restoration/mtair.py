@@ -183,6 +183,7 @@ class MTAIR(RestorationModel):
     the outer network, ours for the blocks (see the module).
     """
 
+    tasks = ("denoising", "deraining", "dehazing")
     multiple = 8
 
     def __init__(
