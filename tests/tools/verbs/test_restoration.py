@@ -110,7 +110,6 @@ def test_refusals(refused, folder, checkpoint, tmp_path):
     config, picture = folder / "config.py", folder / "images" / "val" / "0.png"
     assert "leave --degrade out" in refused("infer", "resnet10t", picture, "--degrade", "--out", tmp_path / "out")
     assert "give it with --size H W" in refused("export", config, checkpoint)
-    assert "not measured for restorers" in refused("export", config, checkpoint, "--size", 32, 32, "--fp16")
     assert "no feature maps" in refused("export", TINY, "--features", "--size", 32, 32)
     assert "52x40 pixels, less than the crop of 64" in refused(
         "train", config, "--work-dir", tmp_path / "work", "--cfg-options", "train_dataloader.dataset.crop=64"
