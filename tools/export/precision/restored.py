@@ -14,8 +14,8 @@ from terrazzo.tools.export.targets import Exportable
 from terrazzo.tools.predict.restorers import Degrader, reflected
 
 ERROR = 1e-2
-"""The largest error of restored pictures, rms of the difference / rms, that passes if no data set decides: 46 dB and
-more, because a picture's rms is about half of white."""
+"""The largest `sensitivity.output_error` of a restorer that passes if no data set decides. For a picture, whose rms is
+about half of white, it is 46 dB."""
 
 _HELD_OUT = 4  # one picture of so many is compared on, and the others set ranges
 _MOST_HELD_OUT = 8
