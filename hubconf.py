@@ -37,14 +37,14 @@ def _entry(name: str):
         return timm.create_model(name, pretrained=pretrained, **kwargs)
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{name}, with the arguments of timm.create_model: num_classes, features_only, in_chans, ..."
+    entry.__doc__ = f"{name}, with the arguments of timm.create_model, such as in_chans, and those of the model."
     return entry
 
 
 def _names() -> list[str]:
-    from terrazzo.backbones._names import registered_models
+    from terrazzo.backbones._names import EVERY_MODEL, registered_models
 
-    return list(registered_models())
+    return list(registered_models(EVERY_MODEL))
 
 
 _import_this_checkout()

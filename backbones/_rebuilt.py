@@ -17,7 +17,7 @@ from torch import nn
 
 from terrazzo.backbones._convert import convert_attention
 from terrazzo.backbones._hosts import KEPT, REBUILT, check_host
-from terrazzo.backbones._names import check_name, family_of
+from terrazzo.backbones._names import EVERY_MODEL, check_name, family_of
 from terrazzo.backbones._record import Record, checked
 from terrazzo.backbones._reduce import reduce
 from terrazzo.backbones._weights import filter_of
@@ -80,7 +80,7 @@ def terrazzo_changed_vit(
     if not isinstance(base, str) or base == REBUILT:
         raise InputError(f"{where} base is {base!r}, and must be the name of a model of timm")
     check_name(base)
-    if family_of(base) is not None:
+    if family_of(base, EVERY_MODEL) is not None:
         raise InputError(f"{where} base is {base!r}, which is no model of timm's own")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:

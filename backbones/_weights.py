@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from terrazzo.backbones._names import registered_models
+from terrazzo.backbones._names import EVERY_MODEL, registered_models
 from terrazzo.errors import InputError, WeightsError, first_line
 
 RECONSTRUCTED = "reconstructed from the paper; no official weights are public"
@@ -247,7 +247,7 @@ def load_strictly(model: nn.Module, checkpoint: Any, load: Callable[[Mapping[str
 def nearest(weights: dict[str, torch.Tensor]) -> str | None:
     """The terrazzo model that has the most of these tensors, by name and shape; None if no model has half of them."""
     families: dict[str, list[str]] = {}
-    for name, family in registered_models().items():
+    for name, family in registered_models(EVERY_MODEL).items():
         families.setdefault(family, []).append(name)
     closest = max(families.values(), key=lambda names: _likeness(weights, names[0])[0])
     best = max(closest, key=lambda name: _likeness(weights, name)[1])

@@ -19,6 +19,7 @@ class RestorationModel(nn.Module):
     bottom border, and cuts their result off again.
 
     Attributes:
+        tasks: What the authors train it for, in words of `terrazzo.degradations`; `terrazzo list` prints them.
         upscale: Factor of both sides, a whole number.
         in_chans: Channels of pictures.
         multiple: Sides that `restore` takes are multiples of this number.
@@ -26,6 +27,7 @@ class RestorationModel(nn.Module):
         num_classes: 0, which timm asks for when it loads weights.
     """
 
+    tasks: tuple[str, ...] = ()
     multiple = 1
     num_classes = 0
 

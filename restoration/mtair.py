@@ -139,7 +139,7 @@ class PromptBlock(nn.Module):
 
     def __init__(self, dim: int, prompt_dim: int, size: int, heads: int = 4, **factory):
         super().__init__()
-        self.prompt_param = nn.Parameter(torch.empty(1, PROMPTS, prompt_dim, size, size, **factory).uniform_())
+        self.prompt_param = nn.Parameter(torch.empty(PROMPTS, prompt_dim, size, size, **factory).uniform_())
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1, **factory))
         self.linear_layer = nn.Linear(dim, PROMPTS, **factory)
         self.conv3x3 = _conv(prompt_dim, prompt_dim, 3, **factory)
@@ -149,7 +149,7 @@ class PromptBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shares = self.linear_layer(x.mean((2, 3))).softmax(1)
-        prompt = torch.einsum("bp,pchw->bchw", shares, self.prompt_param[0])
+        prompt = torch.einsum("bp,pchw->bchw", shares, self.prompt_param)
         prompt = F.interpolate(prompt, x.shape[2:], mode="bilinear", align_corners=False)
         key, value = self.kv(self.conv3x3(prompt)).chunk(2, 1)
         return x + self.project_out(channel_attention(self.q(x), key, value, self.temperature))
@@ -183,6 +183,7 @@ class MTAIR(RestorationModel):
     the outer network, ours for the blocks (see the module).
     """
 
+    tasks = ("denoising", "deraining", "dehazing")
     multiple = 8
 
     def __init__(
@@ -294,8 +295,16 @@ _UNUSED = re.compile(r"^(chnl_reduce\d|reduce_noise_channel_\d)\.")
 
 @any_prefix
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict of the authors' class, without the convolutions that their forward pass never uses."""
-    return {name: value for name, value in state_dict.items() if not _UNUSED.search(name)}
+    """A state dict of the authors' class, without the convolutions that their forward pass never uses.
+
+    Their prompts have five axes, the first of length 1; here they have four, because `model.to(memory_format=
+    torch.channels_last)` takes no others.
+    """
+    return {
+        name: value[0] if name.endswith("prompt_param") and value.ndim == 5 else value
+        for name, value in state_dict.items()
+        if not _UNUSED.search(name)
+    }
 
 
 default_cfgs = generate_default_cfgs(

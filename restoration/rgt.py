@@ -220,6 +220,8 @@ class RGT(RestorationModel):
             size, and on training or evaluation. It may be set at any time.
     """
 
+    tasks = ("super-resolution",)
+
     def __init__(
         self,
         upscale: int = 2,

@@ -19,7 +19,7 @@ from terrazzo.tools import interrupts
 from terrazzo.tools.interrupts import Interrupted, LeaveAtOnce, end_children, terminable
 
 VERBS = {
-    "list": "Name the models, with parameters, published accuracy and input.",
+    "list": "Name the models, with parameters, and published accuracy or scale.",
     "info": "Describe one model: cost, pyramid, weights.",
     "explain": "Say what each operator of a model runs on, why, and what it costs.",
     "train": "Train what an OpenMMLab config describes.",

@@ -8,6 +8,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
+from terrazzo.backbones._names import EVERY_MODEL as EVERY_MODEL
 from terrazzo.backbones._names import check_name
 from terrazzo.backbones._names import family_of as family_of
 from terrazzo.backbones._names import registered_models as registered_models

@@ -67,6 +67,7 @@ def test_not_strict_is_as_pytorch_has_it():
         pytest.param(
             *("mambavision_t", "mambavision_t2", "it is nearest to model 'mambavision_t'"), marks=pytest.mark.slow
         ),
+        pytest.param("rgt_s_x2", "mtair", "it is nearest to model 'rgt_s_x2'", marks=pytest.mark.slow),
         ("vmamba_small_s2l15", "vmamba_tiny_s2l5", "it has too many 180, such as stages.2.blocks.5"),
         ("resnet18", "mctf_deit_tiny", "no terrazzo model is similar"),
     ],

@@ -26,7 +26,9 @@ spec = importlib.util.spec_from_file_location("hubconf", folder + "/hubconf.py")
 hubconf = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hubconf)
 names = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"]  # as torch.hub.list
-assert set(names) == set(terrazzo.backbones._names.registered_models())
+assert set(names) == set(terrazzo.backbones._names.registered_models(terrazzo.backbones._names.EVERY_MODEL))
+network = torch.hub.load(folder, "rgt_s_x2", source="local", depth=(1,), embed_dim=8, num_heads=2)
+assert network(torch.rand(1, 3, 16, 18)).shape == (1, 3, 32, 36)
 print(hubconf.dinat_mini.__doc__)
 """
 
@@ -37,7 +39,7 @@ def test_loads_from_a_folder_of_any_name(tmp_path):
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    for name in ("backbones", "checkpoints", "integrations", "kernels"):
+    for name in ("backbones", "checkpoints", "integrations", "kernels", "restoration"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     done = run_code(CODE, folder, tmp_path / "weights.pth", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

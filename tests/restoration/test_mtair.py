@@ -1,39 +1,19 @@
 """MTAIR: the outer network of the authors' code, the blocks of our choice, any size, checkpoints."""
 
 import copy
-import pickle
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+from support.restoration_contract import network, pictures
 
-import terrazzo  # noqa: F401
 from terrazzo.backbones._weights import RECONSTRUCTED
 from terrazzo.errors import InputError, WeightsError
 from terrazzo.restoration import mtair
 
-SMALL = dict(
-    dim=8,
-    num_blocks=(1, 1, 1, 1),
-    num_refinement_blocks=1,
-    heads=(1, 2, 4, 4),
-    prompt_dims=(4, 6, 8, 8),
-    prompt_sizes=(16, 8, 4, 2),
-)
-
 
 def small(**options):
-    torch.manual_seed(0)
-    model = timm.create_model("mtair", **{**SMALL, **options}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def pictures(*size, batch=1):
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+    return network("mtair", **options)
 
 
 def count(module):
@@ -95,18 +75,6 @@ def test_zero_output_is_the_identity():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(8, 8), (13, 21), (3, 40), (1, 1)])
-def test_any_size(size):
-    """A picture is reflected up to multiples of 8; the result is that of the reflected picture, cut."""
-    model, x = small(), pictures(*size, batch=2)
-    out = model(x)
-    assert out.shape == x.shape
-    assert torch.isfinite(out).all()
-    if size == (13, 21):
-        torch.testing.assert_close(out, model(F.pad(x, (0, 3, 0, 3), mode="reflect"))[:, :, :13, :21])
-
-
-@torch.no_grad()
 def test_channel_attention():
     """Against the formula, one head after another; its cost grows with the pixels, and its matrix does not."""
     q, k, v = torch.randn(3, 2, 12, 5, 7, dtype=torch.float64)
@@ -132,31 +100,19 @@ def test_prompts():
     block.linear_layer.weight.zero_()
     block.linear_layer.bias.copy_(torch.tensor([0.0, 0.0, 1e4, 0.0, 0.0]))
     other = copy.deepcopy(block)
-    other.prompt_param[:, [0, 1, 3, 4]] = 7
+    other.prompt_param[[0, 1, 3, 4]] = 7
     x = torch.randn(2, 8, 12, 20)
     torch.testing.assert_close(block(x), other(x))  # the third prompt alone counts
-    other.prompt_param[:, 2] = other.prompt_param[:, 2].flip(-1)
+    other.prompt_param[2] = other.prompt_param[2].flip(-1)
     assert not torch.allclose(block(x), other(x), atol=1e-5)
-
-
-def test_gradients_and_checkpointing():
-    model, x = small().train(), pictures(16, 16)
-    grads = []
-    for enabled in (False, True):
-        model.set_grad_checkpointing(enabled)
-        model.zero_grad()
-        model(x).square().sum().backward()
-        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert all(grad.abs().sum() > 0 for grad in grads[0].values())
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad)
 
 
 @torch.no_grad()
 def test_checkpoints():
-    """The authors' unused convolutions, and the prefix of their training program, do no harm."""
+    """The authors' unused convolutions, a prefix and the first axis of their prompts do no harm."""
     model, other = small(), small()
     state = {f"net.{name}": value + 0.1 for name, value in model.state_dict().items()}
+    state |= {name: value[None] for name, value in state.items() if name.endswith("prompt_param")}
     unused = {"chnl_reduce1": (64, 64), "chnl_reduce3": (256, 320), "reduce_noise_channel_2": (96, 224)}
     state |= {f"net.{name}.weight": torch.zeros(*shape, 1, 1) for name, shape in unused.items()}
     other.load_state_dict({"state_dict": state})
@@ -180,8 +136,6 @@ def test_official_names():
 
 def test_marked_as_a_reconstruction():
     assert timm.get_pretrained_cfg("mtair").description == RECONSTRUCTED
-    assert RECONSTRUCTED in " ".join(mtair.__doc__.split())
-    assert small().upscale == 1
 
 
 def test_weight_decay_and_layer_decay():
@@ -193,17 +147,6 @@ def test_weight_decay_and_layer_decay():
     groups = param_groups_layer_decay(model, 0.05, kept, layer_decay=0.5)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert len({group["lr_scale"] for group in groups}) == 9
-
-
-@torch.no_grad()
-def test_autocast_copies_and_compiles():
-    model, x = small(), pictures(16, 16)
-    wanted = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (model(x) - wanted).abs().max() < 0.1
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), wanted)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), wanted)
 
 
 @pytest.mark.slow
@@ -222,14 +165,8 @@ def test_onnx(tmp_path):
         (dict(heads=(1, 2, 4)), "heads must have a value for each of 4 levels, got 3"),
         (dict(heads=(3, 2, 4, 4)), "heads must divide the channels of each level, got 3 for 8"),
         (dict(num_blocks=(0, 1, 1, 1)), "must be at least 1"),
-        (dict(features_only=True), "gives pictures"),
     ],
 )
 def test_refused(options, message):
     with pytest.raises(InputError, match=message):
         small(**options)
-
-
-def test_a_tensor_that_is_no_picture():
-    with pytest.raises(InputError):
-        small()(torch.rand(1, 4, 16, 16))

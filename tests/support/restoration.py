@@ -13,6 +13,23 @@ SMALL = dict(name="resnet10t", out_indices=(1, 2, 3, 4))
 """A small pyramid."""
 
 
+SMALL_NETWORKS = {
+    "mtair": dict(
+        dim=8,
+        num_blocks=(1, 1, 1, 1),
+        num_refinement_blocks=1,
+        heads=(1, 2, 4, 4),
+        prompt_dims=(4, 6, 8, 8),
+        prompt_sizes=(16, 8, 4, 2),
+    ),
+    "rgt": dict(depth=(3, 2), embed_dim=24, num_heads=2, split_size=(4, 8)),
+}
+"""Arguments that make a family's networks small, by family; another family is tested at its own size."""
+
+WITHOUT_GRADIENT = {"rgt": ".pos."}
+"""Parts of names, by family: what has no gradient in so small a network, such as a norm of one channel."""
+
+
 class TinyRestorer(nn.Module):
     """The picture, each pixel repeated `scale` times, plus what two convolutions add."""
 

@@ -6,7 +6,7 @@ import pytest
 from timm.models import PretrainedCfg
 
 from terrazzo.errors import InputError
-from terrazzo.tools.models import published_top1
+from terrazzo.tools.models import published_top1, require_model
 from terrazzo.tools.targets import is_config
 
 
@@ -30,6 +30,12 @@ def test_models_and_configs_are_told_apart(tmp_path):
     assert is_config("some/where.py")
     with pytest.raises(InputError, match="nor is there a config"):
         is_config("dinat_minny")
+
+
+@pytest.mark.parametrize(("name", "close"), [("rgt_s_x22", "rgt_s_x2"), ("mtairr", "mtair"), ("resnet500", "resnet50")])
+def test_close_names(name, close):
+    with pytest.raises(InputError, match=rf"no model is called '{name}'; did you mean (\w+, )*{close}\b"):
+        require_model(name)
 
 
 def test_without_mmengine_models_still_work(monkeypatch):

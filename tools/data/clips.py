@@ -114,15 +114,16 @@ class _Reader:
 
 
 class ClipWriter:
-    """Writes an MP4 file; all frames get the first frame's size, in even numbers.
+    """Writes a video; all frames get the first frame's size, in even numbers.
 
     Args:
-        path: the file.
+        path: the file; .mkv is lossless (FFV1 in RGB), and any other suffix is MPEG-4 Part 2, for drawings.
         rate: frames per second.
-        background: the colour of a frame's area that a smaller picture leaves free.
+        background: the colour of a frame's area that a smaller picture leaves free; None to repeat the picture's last
+            row and column there.
     """
 
-    def __init__(self, path: Path, rate: float, background: tuple[int, int, int]):
+    def __init__(self, path: Path, rate: float, background: tuple[int, int, int] | None):
         self.path, self.rate, self.background, self.writer = path, rate, background, None
 
     def add(self, image: Image.Image, height: int = 0) -> None:
@@ -130,12 +131,22 @@ class ClipWriter:
         if self.writer is None:
             cv2 = _opencv()
             self.size = tuple(side + side % 2 for side in (image.width, max(image.height, height)))
-            self.writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, self.size)
+            codec = cv2.VideoWriter_fourcc(*("FFV1" if self.path.suffix == ".mkv" else "mp4v"))
+            self.writer = cv2.VideoWriter(str(self.path), codec, self.rate, self.size)
             if not self.writer.isOpened():
                 raise InputError(f"OpenCV cannot write the video {self.path} of {self.size[0]}x{self.size[1]} pixels")
+        self.writer.write(np.ascontiguousarray(self._filled(image)[..., ::-1]))
+
+    def _filled(self, image: Image.Image) -> np.ndarray:
+        """The picture at the video's size, (H, W, 3)."""
+        width, height = self.size
+        if self.background is None:
+            pixels = np.asarray(image)[:height, :width]
+            free = ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0))
+            return np.pad(pixels, free, mode="edge")
         sheet = Image.new("RGB", self.size, self.background)
         sheet.paste(image, (0, 0))
-        self.writer.write(np.ascontiguousarray(np.asarray(sheet)[..., ::-1]))
+        return np.asarray(sheet)
 
     def close(self) -> None:
         """Finish the file."""

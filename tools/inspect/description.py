@@ -9,7 +9,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools.inspect.measure import measure
 from terrazzo.tools.inspect.trace import image_size, meta_outputs, taking
 from terrazzo.tools.mechanisms import Mechanism, changed
-from terrazzo.tools.models import build_for, family_of, pretrained_cfg, published_top1, require_model
+from terrazzo.tools.models import EVERY_MODEL, build_for, family_of, pretrained_cfg, published_top1, require_model
 
 
 def describe(
@@ -36,7 +36,7 @@ def describe(
         output = list(meta_outputs(model, size, in_chans).shape)
     return {
         "model": name,
-        "family": family_of(bare) or family_of(bare, "restoration") or "timm",
+        "family": family_of(bare, EVERY_MODEL) or "timm",
         "changes": [change.name for change in changes],
         "input": [1, in_chans, *size],
         "params": measured.params,

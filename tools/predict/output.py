@@ -35,7 +35,9 @@ def write_prediction(out: Path, name: str, prediction: Prediction, tokens: Image
 
 
 class ClipOutput:
-    """NAME.overlay.mp4 and NAME.jsonl, a line of JSON for each frame; both whole, or neither.
+    """NAME.overlay.mp4 and NAME.jsonl, a line of JSON for each frame; all whole, or none.
+
+    From a restorer also NAME.restored.mkv, lossless. A video has even sides: an odd side gets its last pixels twice.
 
     Args:
         out: the folder.
@@ -49,6 +51,7 @@ class ClipOutput:
 
     def __init__(self, out: Path, name: str, rate: float, live: bool):
         self.out, self.name, self.rate, self.live, self.count = out, name, rate, live, 0
+        self.restored: ClipWriter | None = None
 
     def __enter__(self) -> "ClipOutput":
         with contextlib.ExitStack() as stack:
@@ -65,6 +68,11 @@ class ClipOutput:
         if self.count == 0 and record.get("classes"):  # a later frame may have more classes in its legend
             size = (record["width"], record["height"])
             height = size[1] + legend_height(size, [f"{name} 100 %" for name in record["classes"][:LEGEND_ENTRIES]])
+        if prediction.restored is not None:
+            if self.restored is None:
+                video = self.files.enter_context(written_whole(self.out / f"{self.name}.restored.mkv"))
+                self.restored = ClipWriter(video, self.rate, None)
+            self.restored.add(prediction.restored)
         self.writer.add(prediction.drawing, height)
         self.lines.write(json.dumps(record) + "\n")
         self.count += 1
@@ -74,6 +82,8 @@ class ClipOutput:
     ) -> None:
         self.lines.close()
         self.writer.close()
+        if self.restored is not None:
+            self.restored.close()
         if self.count and self.live and isinstance(error, KeyboardInterrupt):
             self.files.close()
         else:

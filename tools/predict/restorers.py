@@ -48,7 +48,7 @@ class Restoring:
 
     def inputs(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
         """Pictures as the model takes them, (B, 3, h, w), reflected to `size` (h, w), or to a file's fixed size."""
-        return torch.stack([_reflected(image, self.size or size) for image in images])
+        return torch.stack([reflected(image, self.size or size) for image in images])
 
     def _together(self, images: list[Image.Image]) -> list[Prediction]:
         width, height = images[0].size
@@ -175,6 +175,6 @@ def _grown(image: Image.Image, scale: int) -> Image.Image:
     return image if scale == 1 else to_image(enlarged(to_pixels(image), scale))
 
 
-def _reflected(image: Image.Image, size: tuple[int, int]) -> Tensor:
+def reflected(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Pixels (3, h, w) in 0..1, reflected on the right and below to `size`, as a restorer reflects a whole picture."""
     return lengthened(lengthened(to_pixels(image), 1, 1, size[0]), 2, 1, size[1])

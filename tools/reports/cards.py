@@ -23,21 +23,24 @@ CARDS = results.FOLDER.parent
 
 
 MODELS = results.FOLDER / "models.csv"
+COUNTS = {"backbones": MODELS, "restoration": results.FOLDER / "restoration.csv"}
+"""Files of counts, by the package of terrazzo that registers the models."""
+
 _SCALING = "scaling_cpu.csv"
 
 
-def measure_models() -> list[results.Row]:
-    """Parameters, multiply-adds and activations of every registered model at its default size."""
+def measure_models(package: str = "backbones") -> list[results.Row]:
+    """Parameters, multiply-adds and activations of every model that a package registers, at its default size."""
     from terrazzo.tools.models import registered_models
 
-    with click.progressbar(sorted(registered_models()), label="counting") as models:
+    with click.progressbar(sorted(registered_models((package,))), label=f"counting {package}") as models:
         return [row for name in models for row in measure_model(name)]
 
 
 def measure_model(name: str) -> list[results.Row]:
     """Parameters, multiply-adds and activations of a registered model at its default size."""
     from terrazzo.tools.inspect.measure import measure
-    from terrazzo.tools.models import build_on_meta, family_of, pretrained_cfg
+    from terrazzo.tools.models import EVERY_MODEL, build_on_meta, family_of, pretrained_cfg
 
     size = pretrained_cfg(name).input_size
     found = measure(build_on_meta(name), size[1:], size[0])
@@ -49,7 +52,7 @@ def measure_model(name: str) -> list[results.Row]:
     ):
         count = float(value)
         # A count does not depend on where or when it was made.
-        facts = (family_of(name), name, f"1x{'x'.join(map(str, size))}", "float32", "meta", metric, "1")
+        facts = (family_of(name, EVERY_MODEL), name, f"1x{'x'.join(map(str, size))}", "float32", "meta", metric, "1")
         rows.append(results.Row(*facts, count, count, count, "any", "any", ""))
     return rows
 

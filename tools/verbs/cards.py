@@ -15,7 +15,8 @@ def command(check: bool, count: bool) -> int:
     if not (results.ROOT / "README.md").exists():
         raise InputError("the pages are in a source checkout of terrazzo; this is an installed copy")
     if count and not check:
-        results.write(cards.MODELS, cards.measure_models())
+        for package, path in cards.COUNTS.items():
+            results.write(path, cards.measure_models(package))
     stale = []
     pages = cards.pages()
     listed = catalogue.registered()

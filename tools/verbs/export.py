@@ -42,9 +42,7 @@ from terrazzo.tools.options import UserPath, config_options
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    default=0.5,
-    show_default=True,
-    help="Points of the config's metric, of 100, that --fp16 and --int8 may cost.",
+    help="Points of the config's metric, of 100, that --fp16 and --int8 may cost [default: 0.5, or 0.1 dB].",
 )
 @click.option(
     "--pictures",
@@ -70,7 +68,7 @@ def command(
     opset: int | None,
     image: Path | None,
     precision: str | None,
-    tolerance: float,
+    tolerance: float | None,
     pictures: Path | None,
     overrides: dict,
     data_root: Path | None,
@@ -94,7 +92,8 @@ def command(
     the engine elsewhere is printed. The suffix of FILE is .engine or .onnx accordingly.
 
     --fp16 and --int8 write an ONNX file in lower precision. With a config's test data (--data-root), as many layers
-    stay in float32 as the metric requires; a table beside the file has both figures and each layer's error.
+    stay in float32 as the metric requires; a table beside the file has both figures and each layer's error. Restored
+    pictures are also compared with float32's, on pictures that set no ranges.
     """
     if out is not None:
         check_output_file(out)
@@ -132,8 +131,6 @@ def command(
         raise InputError(
             f"{ready.source} is a detector: one image per run, of one size; leave --batch and --dynamic out"
         )
-    if precision is not None and ready.task == "restoration":
-        raise InputError(f"--{precision} is not measured for restorers: leave it out")
     height, width = ready.size
     stride = 1 if ready.task == "restoration" else coarsest_stride(ready.module)  # restorers reflect small pictures
     if min(ready.size) < stride:
@@ -152,7 +149,9 @@ def command(
     else:
         from terrazzo.tools.export.precision import lowering as lowered_export
 
-        samples, metric = lowered_export.evidence(ready, precision, pictures)
+        samples, metric, held_out = lowered_export.evidence(ready, precision, pictures)
+        if tolerance is None:
+            tolerance = 0.1 if ready.task == "restoration" else 0.5
         points = lowered_export.measure(metric)
         graph = out.with_suffix(".onnx")
         with tempfile.TemporaryDirectory(prefix="terrazzo-float32-") as folder:
@@ -160,7 +159,9 @@ def command(
             report = checked(plain, ready, batch, dynamic, seen, Path(folder) / graph.name, kept=False)
             if not report.passed:
                 return EXIT_PARITY
-            result = lowered_export.lower_file(report.path, precision, graph, samples, points, tolerance, ready.source)
+            result = lowered_export.lower_file(
+                report.path, precision, graph, samples, points, tolerance, ready.source, held_out
+            )
             if not lowered_export.tell(result):
                 return EXIT_PARITY
             if form == "tensorrt" and lacking is None:

@@ -101,7 +101,7 @@ def command(
     result drawn) and NAME.json; for a segmentor also NAME.labels.png (a class index for each pixel), for a panoptic
     segmentor also NAME.segments.png (the number of a segment for each pixel; the JSON has its class), for a restorer
     also NAME.restored.png (the restored picture), and with --show-tokens also NAME.tokens.jpg. For each video it writes
-    NAME.overlay.mp4 and NAME.jsonl: a line of JSON for each frame.
+    NAME.overlay.mp4 and NAME.jsonl: a line of JSON for each frame; for a restorer also NAME.restored.mkv (lossless).
 
     With --degrade, a restorer's pictures are made worse first. The drawing shows a picture before, after and the truth,
     and the JSON has PSNR and SSIM of both. The random numbers of noise, rain and haze depend on the file's name

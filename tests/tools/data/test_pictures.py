@@ -52,8 +52,8 @@ def test_infer_sees_one_scene(run, trained, scene, tmp_path):
 
 def test_calibration_sees_one_scene(scene):
     """`export --int8 --pictures` calibrates on these pictures."""
-    ready = SimpleNamespace(config=None, size=SIZE)
-    samples, _ = lowered_export.evidence(ready, "int8", scene)
+    ready = SimpleNamespace(config=None, size=SIZE, task="classification")
+    samples = lowered_export.evidence(ready, "int8", scene).samples
     assert len(samples) == 6
     for (sample,) in samples:
         assert np.array_equal(sample[0, 0], GREY)

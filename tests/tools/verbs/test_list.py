@@ -4,27 +4,39 @@ import timm
 
 
 def test_names_every_model_and_nothing_else(run):
-    from terrazzo.tools.models import registered_models
+    from terrazzo.tools.models import EVERY_MODEL, registered_models
 
-    models = registered_models()
-    assert "dinat_mini" in models
+    models = registered_models(EVERY_MODEL)
+    assert {"dinat_mini", "rgt_s_x2", "mtair"} <= models.keys()
     assert "resnet18" not in models
     assert all(timm.is_model(name) for name in models)
     result = run("list")
     assert result.exit_code == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()[1:-1]] == list(models)
+    first = [(line.split() or [""])[0] for line in result.stdout.splitlines()]
+    assert [name for name in first if name not in ("model", "top-1:", "")] == list(models)
 
 
 def test_counts_where_nobody_did(run, monkeypatch):
-    before = run("list", "dinat_mini").stdout
+    before = [run("list", name).stdout for name in ("dinat_mini", "rgt_s_x2")]
     monkeypatch.setattr("terrazzo.tools.verbs.listing.results.read", lambda *_: [])
-    assert run("list", "dinat_mini").stdout == before
+    assert [run("list", name).stdout for name in ("dinat_mini", "rgt_s_x2")] == before
 
 
 def test_row(run):
     lines = run("list", "dinat_mini").stdout.splitlines()
     row = next(line for line in lines if line.split()[0] == "dinat_mini")
     assert row.split()[1:5] == ["dinat", "19.98", "81.8", "224x224"]
+
+
+def test_rows_of_restoration_networks(run):
+    """Only their section if the pattern or the family leaves no backbone; scale and tasks in place of accuracy."""
+    lines = run("list", "--family", "rgt").stdout.splitlines()
+    assert lines[0].split()[:6] == ["model", "family", "params", "(M)", "scale", "tasks"]
+    names = [f"{name}_x{scale}" for name in ("rgt", "rgt_s") for scale in (2, 3, 4)]
+    assert sorted(line.split()[0] for line in lines[1:]) == sorted(names)
+    row = next(line for line in lines if line.startswith("rgt_s_x2"))
+    assert row.split() == ["rgt_s_x2", "rgt", "10.05", "x2", "super-resolution", "apache-2.0"]
+    assert run("list", "mta*").stdout.splitlines()[1].split()[1:5] == ["mtair", "45.89", "x1", "denoising,"]
 
 
 def test_a_reconstruction_has_no_weights(run):

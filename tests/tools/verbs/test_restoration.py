@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from support.restoration import TINY, write_pictures
@@ -92,6 +93,68 @@ def test_a_network_of_timm(run, folder, tmp_path):
     assert json.loads((tmp_path / "0.json").read_text())["tiles"]["how"] == "exact"
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Three frames of 46 x 36 pixels, stored without loss."""
+    pytest.importorskip("cv2", reason="needs the extra 'video'")
+    from terrazzo.tools.data.clips import ClipWriter
+
+    path = tmp_path_factory.mktemp("clip") / "clip.mkv"
+    writer, random = ClipWriter(path, 10, None), np.random.default_rng(1)
+    for _ in range(3):
+        coarse = Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        writer.add(coarse.resize((46, 36), Image.Resampling.BICUBIC))
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tile", [None, 20])
+def test_video(run, refused, clip, tile, tmp_path):
+    """Each frame of the restored video is the restored frame, to the bit."""
+    import terrazzo
+    from terrazzo.tools.data.clips import open_clip
+
+    torch.manual_seed(0)
+    torch.save(timm.create_model(TINY).state_dict(), tmp_path / "w.pth")
+    out, options = tmp_path / "out", () if tile is None else ("--tile", tile)
+    result = run("infer", TINY, clip, "--checkpoint", tmp_path / "w.pth", *options, "--batch", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.iterdir()) == ["clip.jsonl", "clip.overlay.mp4", "clip.restored.mkv"]
+    restored = open_clip(str(out / "clip.restored.mkv"), "restored", live=False)
+    assert restored.rate == 10
+    predictor = terrazzo.Predictor(TINY, tmp_path / "w.pth", tile=tile)
+    frames = list(open_clip(str(clip), "clip", live=False).frames())
+    found = list(restored.frames())
+    assert len(frames) == len(found) == 3
+    for frame, own in zip(frames, found):
+        assert own.image.size == (92, 72)
+        assert np.array_equal(np.asarray(own.image), np.asarray(predictor(frame.image).restored))
+    record = json.loads((out / "clip.jsonl").read_text().splitlines()[2])
+    assert (record["frame"], record["restored"]) == (2, {"width": 92, "height": 72})
+    assert "--degrade is for pictures" in refused("infer", TINY, clip, "--degrade", "--out", tmp_path / "other")
+
+
+def test_a_damaged_video_leaves_nothing(refused, tmp_path):
+    pytest.importorskip("cv2", reason="needs the extra 'video'")
+    video, out = tmp_path / "clip.mkv", tmp_path / "out"
+    video.write_bytes(b"no video")
+    assert "is damaged, empty or in no format" in refused("infer", TINY, video, "--out", out)
+    assert not out.exists()
+
+
+def test_odd_sides_of_a_video(tmp_path):
+    """The last pixels are there twice."""
+    pytest.importorskip("cv2", reason="needs the extra 'video'")
+    from terrazzo.tools.data.clips import ClipWriter, open_clip
+
+    pixels = np.random.default_rng(0).integers(0, 255, (17, 21, 3), dtype=np.uint8)
+    writer = ClipWriter(tmp_path / "odd.mkv", 10, None)
+    writer.add(Image.fromarray(pixels))
+    writer.close()
+    (frame,) = open_clip(str(tmp_path / "odd.mkv"), "odd", live=False).frames()
+    assert np.array_equal(np.asarray(frame.image), np.pad(pixels, ((0, 1), (0, 1), (0, 0)), mode="edge"))
+
+
 def test_an_exact_picture_has_no_psnr_in_json(run, tmp_path):
     """Black stays black through bicubic reduction and enlargement: its PSNR is infinite."""
     Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
@@ -110,7 +173,6 @@ def test_refusals(refused, folder, checkpoint, tmp_path):
     config, picture = folder / "config.py", folder / "images" / "val" / "0.png"
     assert "leave --degrade out" in refused("infer", "resnet10t", picture, "--degrade", "--out", tmp_path / "out")
     assert "give it with --size H W" in refused("export", config, checkpoint)
-    assert "not measured for restorers" in refused("export", config, checkpoint, "--size", 32, 32, "--fp16")
     assert "no feature maps" in refused("export", TINY, "--features", "--size", 32, 32)
     assert "52x40 pixels, less than the crop of 64" in refused(
         "train", config, "--work-dir", tmp_path / "work", "--cfg-options", "train_dataloader.dataset.crop=64"

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import onnx
@@ -19,6 +20,8 @@ from terrazzo.errors import InputError
 from terrazzo.tools.console import print_table
 from terrazzo.tools.data.pictures import Picture, find_pictures
 from terrazzo.tools.export.precision.low import Half, Int8, Precision
+from terrazzo.tools.export.precision.restored import ERROR as RESTORED_ERROR
+from terrazzo.tools.export.precision.restored import degraded_inputs, held_out, psnr_to
 from terrazzo.tools.export.precision.sensitivity import Lowered, lower, output_error
 from terrazzo.tools.export.targets import Exportable, floor, noise, photo
 from terrazzo.tools.predict.files import FilePredictor, file_predictor
@@ -30,6 +33,7 @@ _CALIBRATION, _COMPARED = 64, 4
 SUFFIX = ".precision.csv"
 
 Points = Mapping[str, float]
+Samples = Sequence[tuple[Tensor, ...]]
 Metric = Callable[[FilePredictor], Points]
 
 
@@ -42,8 +46,9 @@ class LoweredFile:
         table: the CSV beside it: points before and after, and every layer's error.
         lowered: the graph, and which layers stay.
         layers: the number of layers.
-        before, after: points from 0 to 100 of the metrics that decide, by name; empty without data.
+        before, after: points from 0 to 100, or dB, of the metrics that decide, by name; empty without data.
         error: the relative error of the outputs, 0..1.
+        psnr: of a restorer, dB of its pictures against float32's, on pictures that set no ranges.
     """
 
     path: Path
@@ -53,10 +58,25 @@ class LoweredFile:
     before: Points
     after: Points
     error: float
+    psnr: float | None = None
 
 
-def evidence(ready: Exportable, name: str, pictures: Path | None) -> tuple[list[tuple[Tensor, ...]], Metric | None]:
-    """What decides about a lower precision: inputs for real images, and the metric of a file; None without a config.
+class Evidence(NamedTuple):
+    """What decides about a lower precision.
+
+    Attributes:
+        samples: inputs for real images.
+        metric: the metric of a file; None without a config.
+        held_out: of a restorer, further inputs, which its pictures are compared on.
+    """
+
+    samples: Samples
+    metric: Metric | None
+    held_out: Samples = ()
+
+
+def evidence(ready: Exportable, name: str, pictures: Path | None) -> Evidence:
+    """What decides about a lower precision.
 
     Args:
         ready: the model.
@@ -64,8 +84,9 @@ def evidence(ready: Exportable, name: str, pictures: Path | None) -> tuple[list[
         pictures: a folder; None for the config's training data, or else for drawn pictures.
 
     Raises:
-        InputError: the data is not there, or INT8 has no pictures to set its ranges by.
+        InputError: the data is not there, or INT8 has no pictures to set its ranges by, or a restorer has only one.
     """
+    restores = ready.task == "restoration"
     metric = None
     if ready.config is not None:
         from terrazzo.tools.data.checks import check_data
@@ -80,8 +101,12 @@ def evidence(ready: Exportable, name: str, pictures: Path | None) -> tuple[list[
     elif name == "int8":
         raise InputError("--int8 sets its ranges by pictures: name a folder of pictures with --pictures DIR")
     else:
-        return [(floor(ready.size, 1),), (noise(ready.size, 1),)], None
-    return [(photo(picture.read(), ready.size, 1),) for picture in found], metric
+        drawn = [(floor(ready.size, 1),), (noise(ready.size, 1),)]
+        return Evidence(drawn, None, drawn[:1] if restores else ())
+    if restores:
+        samples, rest = held_out(degraded_inputs(ready, found))
+        return Evidence(samples, metric, rest)
+    return Evidence([(photo(picture.read(), ready.size, 1),) for picture in found], metric)
 
 
 def lower_file(
@@ -92,6 +117,7 @@ def lower_file(
     points: Callable[[Path], Points] | None,
     tolerance: float,
     variant: str,
+    rest: Samples = (),
 ) -> LoweredFile:
     """Write a file with as many layers in lower precision as the tolerance allows.
 
@@ -101,8 +127,10 @@ def lower_file(
         out: the file to write; `.failed` is added if no choice of layers is good enough.
         samples: the graph's inputs for real images, one tuple per image.
         points: measures a file; None without data, then the error of the outputs decides.
-        tolerance: how many points may be lost.
+        tolerance: how many points, or dB, may be lost.
         variant: the file's name in the table.
+        rest: of a restorer, inputs that its pictures are compared on; then errors of restored pictures have another
+            limit, `restored.ERROR`.
 
     Raises:
         InputError: there is nothing to lower or no image to set ranges by, or the model finds nothing in the test data.
@@ -121,7 +149,7 @@ def lower_file(
             return lost(before, measured)
 
         if points is None:
-            lowered = lower(precision, compared, error_of, precision.limit)
+            lowered = lower(precision, compared, error_of, RESTORED_ERROR if rest else precision.limit)
         else:
             before = dict(points(file))
             if not before:
@@ -134,9 +162,10 @@ def lower_file(
     path = out if lowered.passed else out.with_name(f"{out.name}.failed")
     with written_whole(path) as temporary:
         temporary.write_bytes(lowered.model.SerializeToString())
-    error = error_of(precision.measurable(lowered.kept))
+    measurable = precision.measurable(lowered.kept)
+    error, psnr = error_of(measurable), psnr_to(model, rest)(measurable) if rest else None
     table = out.with_name(f"{out.stem}{SUFFIX}")
-    result = LoweredFile(path, table, lowered, len(precision.layers), before, dict(measured), error)
+    result = LoweredFile(path, table, lowered, len(precision.layers), before, dict(measured), error, psnr)
     write(table, _rows(result, variant, "x".join(map(str, samples[0][0].shape)), file.stat().st_size))
     return result
 
@@ -158,6 +187,8 @@ def tell(result: LoweredFile) -> bool:
         tell_points(result.before, result.after, name)
     else:
         click.echo("there is no test data to decide by: name a config with its data")
+    if result.psnr is not None:
+        click.echo(f"{name} against float32, on pictures that set no ranges: PSNR {result.psnr:.1f} dB")
     worst = sorted(lowered.errors.items(), key=lambda item: item[1], reverse=True)[:5]
     print_table([(layer, f"{error:.1e}") for layer, error in worst], ("most changed layers", "error"), right=(1,))
     click.echo(f"the outputs change by {result.error:.1e}; {len(lowered.kept)} of {result.layers} layers in float32")
@@ -175,7 +206,11 @@ def tell_points(before: Points, after: Points, name: str) -> None:
         (metric, f"{value:.2f}", f"{after.get(metric, 0.0):.2f}", f"{after.get(metric, 0.0) - value:+.2f}")
         for metric, value in before.items()
     ]
-    print_table(rows, ("points", "float32", name, "change"), right=(1, 2, 3))
+    print_table(rows, (" or ".join(sorted(set(map(unit_of, before)))), "float32", name, "change"), right=(1, 2, 3))
+
+
+def unit_of(metric: str) -> str:
+    return "dB" if "psnr" in metric else "points"
 
 
 def _rows(result: LoweredFile, variant: str, shape: str, volume: int) -> list[Row]:
@@ -186,8 +221,10 @@ def _rows(result: LoweredFile, variant: str, shape: str, volume: int) -> list[Ro
     def row(dtype: str, metric: str, unit: str, value: float) -> Row:
         return Row("precision", variant, shape, dtype, "onnxruntime", metric, unit, value, value, value, *last)
 
-    rows = [row("float32", metric, "points", value) for metric, value in result.before.items()]
-    rows += [row(lowered.precision, metric, "points", value) for metric, value in result.after.items()]
+    rows = [row("float32", metric, unit_of(metric), value) for metric, value in result.before.items()]
+    rows += [row(lowered.precision, metric, unit_of(metric), value) for metric, value in result.after.items()]
+    if result.psnr is not None:
+        rows.append(row(lowered.precision, "PSNR against float32", "dB", result.psnr))
     rows += [
         row("float32", "file size", "MiB", volume / 2**20),
         row(lowered.precision, "file size", "MiB", lowered.model.ByteSize() / 2**20),

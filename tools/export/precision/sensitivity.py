@@ -74,10 +74,10 @@ def lower(
 def output_error(precision: Precision, samples: Sequence[tuple[Tensor, ...]]) -> Callable[[onnx.ModelProto], float]:
     """A loss without data: the mean relative error, 0..1, of the values that layers pass to the rest of the graph."""
     names = frontier(precision.model)
-    expected = [_values(precision.model, names, sample) for sample in samples]
+    expected = [values(precision.model, names, sample) for sample in samples]
 
     def loss(model: onnx.ModelProto) -> float:
-        found = (_values(model, names, sample) for sample in samples)
+        found = (values(model, names, sample) for sample in samples)
         errors = [_error(mine[name], theirs[name]) for mine, theirs in zip(expected, found) for name in names]
         return float(np.mean([min(error, 1.0) for error in errors]))
 
@@ -108,7 +108,7 @@ def layer_errors(
     for start in range(0, len(last), _AT_ONCE):
         part = dict(list(last.items())[start : start + _AT_ONCE])
         for sample in samples:
-            mine, theirs = (_values(model, list(part.values()), sample) for model in (precision.model, lowered))
+            mine, theirs = (values(model, list(part.values()), sample) for model in (precision.model, lowered))
             for layer, name in part.items():
                 errors[layer] = max(errors[layer], _error(mine[name], theirs[name]))
     return errors
@@ -137,7 +137,7 @@ def _real(model: onnx.ModelProto) -> set[str]:
     }
 
 
-def _values(model: onnx.ModelProto, names: Sequence[str], sample: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+def values(model: onnx.ModelProto, names: Sequence[str], sample: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
     """The values with these names inside a graph."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
