@@ -84,12 +84,19 @@ class ZoomDetector(Zoom):
         factors = [images.shape[side] / small.shape[side] for side in (3, 2)] * 2
         return [found._replace(boxes=found.boxes * found.boxes.new_tensor(factors)) for found in result]
 
+    def _check_refinement(self) -> None:
+        """A refinement is of logits."""
+        if self.refine:
+            raise InputError(
+                f"refine=True corrects the logits of segmentors, and a {type(self.passes.model).__name__} gives boxes"
+            )
+
     def untrained_scores(self, result: list[Boxes], grid: Grid) -> Tensor:
         if self.score == "random":
             return torch.rand(len(result), grid.rows, grid.columns, device=result[0].scores.device)
         return torch.stack([uncertainty(found, grid) for found in result])
 
-    def _united(
+    def united(
         self, coarse: list[Boxes], fine: Sequence[Sequence[Boxes]], grid: Grid, chosen: Sequence[Sequence[int]]
     ) -> list[Boxes]:
         return [unite(found, crops, grid, tiles, self.passes.iou) for found, crops, tiles in zip(coarse, fine, chosen)]

@@ -64,7 +64,7 @@ def test_nms_is_as_strict_as_the_detector_s(settings, count):
     model = Dots()
     model.test_cfg = settings
     zoom = terrazzo.zoom(model, scale=4, tile=40, halo=8, stride=8)
-    (found,) = zoom._united([boxes()], [[boxes(one, two)]], GRID, [[0]])
+    (found,) = zoom.united([boxes()], [[boxes(one, two)]], GRID, [[0]])
     assert len(found.scores) == count
 
 
@@ -128,6 +128,11 @@ def test_masks_are_refused():
     model.with_mask = True
     with pytest.raises(InputError, match="gives masks"):
         terrazzo.zoom(model)
+
+
+def test_a_refinement_is_refused():
+    with pytest.raises(InputError, match="corrects the logits of segmentors, and a Dots gives boxes"):
+        terrazzo.zoom(Dots(), refine=True)
 
 
 def test_a_detector_of_mmdetection(tmp_path):

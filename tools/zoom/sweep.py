@@ -12,7 +12,7 @@ from mmengine.config import Config
 from torch.nn import functional as F
 
 from terrazzo.errors import InputError
-from terrazzo.gated_zoom._fusion import enlarged, fuse
+from terrazzo.gated_zoom._fusion import enlarged
 from terrazzo.gated_zoom._labels import gain
 from terrazzo.gated_zoom._scores import tile_scores
 from terrazzo.gated_zoom._zoom import Zoom, megapixels, tiles_within
@@ -110,7 +110,7 @@ def _results(
     yield (FULL, 1.0), passes(inputs), len(inputs) * size[0] * size[1] / 1e6
     seen, every = zoom.coarse(inputs), list(range(grid.count))
     coarse, fine = enlarged(seen.result, size), zoom.fine(inputs, grid, [every] * len(inputs))
-    whole = torch.stack([fuse(y, crops, grid, every) for y, crops in zip(coarse, fine)])
+    whole = zoom.united(coarse, fine, grid, [every] * len(inputs))
     ranks = {name: seen.scores if name == "region" else tile_scores(name, seen.result, grid) for name in scores}
     ignored = passes.model.decode_head.ignore_index
     ranks[ORACLE] = gain(coarse, whole, _truth(samples, inputs), grid, ignored, passes.threshold)
@@ -119,8 +119,9 @@ def _results(
         for budget in budgets:
             most = tiles_within(budget, grid)
             chosen = [[] if off else v.flatten().topk(most).indices.tolist() for off, v in zip(spared, values)]
-            logits = torch.stack([fuse(y, [c[i] for i in t], grid, t) for y, c, t in zip(coarse, fine, chosen)])
-            yield (name, budget), logits, sum(megapixels(seen.pixels, grid, len(tiles)) for tiles in chosen)
+            crops = [[found[index] for index in tiles] for found, tiles in zip(fine, chosen)]
+            result = zoom.united(coarse, crops, grid, chosen)
+            yield (name, budget), result, sum(megapixels(seen.pixels, grid, len(tiles)) for tiles in chosen)
 
 
 def _truth(samples: Sequence, inputs: torch.Tensor) -> torch.Tensor:

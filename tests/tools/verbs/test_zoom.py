@@ -19,7 +19,8 @@ SIZES = ("--zoom-tile", 32, "--zoom-halo", 16, "--zoom-stride", 16)
 def heads(tmp_path_factory):
     """A file of trained heads for the segmentor of `trained`, whose gate spares every picture."""
     torch.manual_seed(0)
-    made = Heads(128, scale=2, tile=32)
+    made = Heads(128, scale=2, tile=32, classes=6)
+    torch.nn.init.normal_(made.refine.mix.bias, std=10)
     made.trained[:] = True
     made.thresholds[:] = torch.tensor([0.5, 1.0])
     path = tmp_path_factory.mktemp("heads") / "heads.pth"
@@ -49,6 +50,9 @@ def test_test(run, trained, floors, heads, tmp_path):
     spared, _ = metrics(run, trained, floors, tmp_path / "spared.json", *options)
     assert spared["gated off (%)"] == 100
     assert spared["megapixels per picture"] == pytest.approx(32**2 / 1e6)
+    refined, _ = metrics(run, trained, floors, tmp_path / "refined.json", *options, "--zoom-gate", 0, "--zoom-refine")
+    assert refined["gated off (%)"] == 0
+    assert refined["mIoU"] != plain["mIoU"]  # this refinement adds random numbers
 
 
 def test_sweep(run, trained, floors, heads, tmp_path):
@@ -96,6 +100,8 @@ def test_refusals(refused, trained, floors, detector, picture):
     assert "its file must end with .png, got x.csv" in refused(*sweep, "x.csv")
     assert "must be a multiple" in refused(*test, "--zoom", 2, "--zoom-tile", 40)
     assert "needs a trained region head" in refused(*test, "--zoom", 2, "--zoom-score", "region")
+    assert "refine=True needs a trained refinement" in refused(*test, "--zoom", 2, "--zoom-refine")
+    assert "--zoom-refine is for a zoom" in refused(*test, "--zoom-refine")
     infer = ("infer", detector[0], picture, "--checkpoint", detector[1], "--zoom", 2)
     assert "gives masks" in refused(*infer)
     assert "--zoom is for segmentors and detectors" in refused("infer", "resnet10t", picture, "--zoom", 2)
