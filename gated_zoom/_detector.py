@@ -71,7 +71,11 @@ class ZoomDetector(Zoom):
 
     def _predict(self, images: Tensor, samples: Sequence[Any], rescale: bool = True) -> Any:
         """`predict` of a detector of mmdetection, with this zoom."""
-        for sample, found in zip(samples, self(images)):
+        return self.predictions(self(images), samples, rescale)
+
+    def predictions(self, result: list[Boxes], samples: Sequence[Any], rescale: bool = True) -> Sequence[Any]:
+        """The data samples of OpenMMLab with the boxes of a result, by default in the pictures' own size."""
+        for sample, found in zip(samples, result):
             boxes = found.boxes
             height, width = sample.metainfo["img_shape"][:2]
             boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], 2).flatten(1)
@@ -91,8 +95,11 @@ class ZoomDetector(Zoom):
                 f"refine=True corrects the logits of segmentors, and a {type(self.passes.model).__name__} gives boxes"
             )
 
-    def untrained_scores(self, result: list[Boxes], grid: Grid) -> Tensor:
-        if self.score == "random":
+    def full_size(self, result: list[Boxes], grid: Grid) -> list[Boxes]:
+        return result
+
+    def untrained_scores(self, result: list[Boxes], grid: Grid, name: str | None = None) -> Tensor:
+        if (name or self.score) == "random":
             return torch.rand(len(result), grid.rows, grid.columns, device=result[0].scores.device)
         return torch.stack([uncertainty(found, grid) for found in result])
 

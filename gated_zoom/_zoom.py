@@ -215,15 +215,23 @@ class Zoom(nn.Module):
         """The result of the coarse pass with the places of the picture, where its places matter."""
         return result
 
-    def untrained_scores(self, result: Any, grid: Grid) -> Tensor:
-        """Scores of tiles without a region head, (B, rows, columns)."""
-        return tile_scores(self.score, result, grid)
+    def full_size(self, result: Any, grid: Grid) -> Any:
+        """The result of the coarse pass in the picture's size."""
+        return enlarged(result, (grid.height, grid.width))
+
+    def untrained_scores(self, result: Any, grid: Grid, name: str | None = None) -> Tensor:
+        """Scores of tiles without a region head, (B, rows, columns); by default those of `score`."""
+        return tile_scores(name or self.score, result, grid)
 
     def united(self, coarse: Any, fine: Sequence[Sequence[Any]], grid: Grid, chosen: Sequence[Sequence[int]]) -> Any:
         """The results of both passes as one."""
         refinement = self.heads.refine if self.refine and self.heads is not None else None
-        logits = enlarged(coarse, (grid.height, grid.width))
+        logits = self.full_size(coarse, grid)
         return torch.stack([fuse(y, crops, grid, tiles, refinement) for y, crops, tiles in zip(logits, fine, chosen)])
+
+    def predictions(self, result: Any, samples: Sequence[Any]) -> Any:
+        """The data samples of OpenMMLab with a result, in the pictures' own size."""
+        return self.passes.model.postprocess_result(result, samples)
 
     def _checked_score(self, name: str | None) -> str:
         trained = self.heads is not None and bool(self.heads.trained[0])

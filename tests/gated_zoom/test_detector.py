@@ -10,7 +10,7 @@ from torch import nn
 import terrazzo
 from terrazzo.errors import InputError
 from terrazzo.gated_zoom import Boxes, Grid
-from terrazzo.gated_zoom._boxes import new_boxes, tiles_of, uncertainty, unite
+from terrazzo.gated_zoom._boxes import new_boxes, recovered, tiles_of, uncertainty, unite
 
 GRID = Grid(80, 80, 40, 10)
 """Four tiles; crops of 60 x 60."""
@@ -78,6 +78,22 @@ def test_targets_and_scores_of_tiles():
     assert uncertainty(coarse, GRID).tolist() == [[pytest.approx(0.36), 0], [0, 1]]  # the large box does not count
 
 
+def test_what_a_fine_pass_recovers():
+    """Only missed boxes that the fine pass of their own tile finds, with their class."""
+    truth = boxes((5, 5, 15, 15, 1, 0), (50, 5, 60, 15, 1, 0), (70, 5, 78, 15, 1, 0), (50, 50, 60, 60, 1, 1))
+    coarse = boxes((5, 5, 15, 15, 0.9, 0), (50, 5, 60, 15, 0.1, 0), (50, 50, 60, 60, 0.9, 0))  # weak; another class
+    nothing, at = boxes(), (30, 5, 40, 15, 0.9, 0)  # the crop of tile 1 begins at x = 20
+    assert recovered(coarse, [boxes((5, 5, 15, 15, 0.9, 0)), boxes(at), nothing, nothing], truth, GRID).tolist() == [
+        [0, 1],
+        [0, 0],
+    ]
+    both = boxes(at, (50, 5, 58, 15, 0.9, 0))
+    ours, others = boxes((30, 30, 40, 40, 0.9, 1)), boxes((30, 30, 40, 40, 0.9, 0))
+    assert recovered(coarse, [both, both, nothing, ours], truth, GRID).tolist() == [[0, 2], [0, 1]]
+    assert recovered(coarse, [nothing, nothing, boxes(at), others], truth, GRID).sum() == 0
+    assert recovered(boxes(), [boxes()] * 4, boxes(), GRID).sum() == 0
+
+
 class Dots(nn.Module):
     """Stands for a detector: a box of 2 x 2 around each pixel above .5, surer the brighter it is."""
 
@@ -112,6 +128,29 @@ def test_a_fine_pass_finds_what_the_coarse_pass_misses():
     assert look.megapixels == [pytest.approx((20**2 + 4 * 56**2) / 1e6)] * 2
     image[0, :, 16:32, 52:68] = 0.8
     assert terrazzo.zoom(model, scale=4, tile=40, halo=8, budget=0.25, stride=8).look(image).tiles[0] == [1]
+
+
+def test_gains_by_an_annotation_in_the_picture_s_own_size():
+    pytest.importorskip("mmengine", reason="needs the extra 'openmmlab'")
+    from terrazzo.tools.zoom.gains import gains
+
+    image = torch.zeros(1, 3, 80, 80)
+    image[0, :, 20, 60] = 1.0
+    zoom = terrazzo.zoom(Dots(), scale=4, tile=40, halo=8, stride=8)
+    grid = zoom.grid(image)
+    fine = zoom.fine(image, grid, [range(4)])
+    own = torch.tensor([[29.75, 9.75, 30.75, 10.75]])  # half the size of the input
+    truth = SimpleNamespace(bboxes=own, labels=torch.tensor([0]))
+
+    class Sample(SimpleNamespace):
+        def __contains__(self, name):
+            return hasattr(self, name)
+
+    sample = Sample(gt_instances=truth, metainfo=dict(scale_factor=(2.0, 2.0)))
+    found = gains(zoom, image, [sample], grid, zoom.coarse(image).result, fine)
+    assert found.tolist() == [[[0, 1], [0, 0]]]
+    with pytest.raises(InputError, match="has no boxes"):
+        gains(zoom, image, [Sample()], grid, zoom.coarse(image).result, fine)
 
 
 def test_coarse_boxes_are_in_the_picture():
