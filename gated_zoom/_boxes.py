@@ -92,6 +92,29 @@ def new_boxes(coarse: Boxes, fine: Sequence[Boxes], grid: Grid, least: float = 0
     return counts.clamp(max=1).view(grid.rows, grid.columns)
 
 
+def recovered(coarse: Boxes, fine: Sequence[Boxes], truth: Boxes, grid: Grid, least: float = 0.3) -> Tensor:
+    """Gains of tiles by the annotation: the annotated boxes that the coarse pass misses and the fine pass finds.
+
+    A box is found by a box of its class with an IoU of at least .5. It counts for the tile that holds its centre.
+
+    Args:
+        coarse: In the picture.
+        fine: Boxes in the crops of all tiles, in their order.
+        truth: The annotated boxes, in the picture; their scores do not count.
+        grid: The tiles.
+        least: Boxes with lower scores do not count.
+
+    Returns:
+        (rows, columns), numbers of boxes.
+    """
+    missed = truth.at(~_matched(truth, coarse.at(coarse.scores >= least)))
+    tiles, counts = tiles_of(missed.boxes, grid), coarse.scores.new_zeros(grid.count)
+    for index, found in enumerate(fine):
+        found = moved(found.at(found.scores >= least), grid.crop(index))
+        counts[index] = _matched(missed.at(tiles == index), found).sum()
+    return counts.view(grid.rows, grid.columns)
+
+
 def uncertainty(coarse: Boxes, grid: Grid) -> Tensor:
     """Scores of tiles without training: 4 p (1 - p), summed over the coarse boxes with their centre in the tile.
 

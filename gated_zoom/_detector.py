@@ -71,7 +71,11 @@ class ZoomDetector(Zoom):
 
     def _predict(self, images: Tensor, samples: Sequence[Any], rescale: bool = True) -> Any:
         """`predict` of a detector of mmdetection, with this zoom."""
-        for sample, found in zip(samples, self(images)):
+        return self.predictions(self(images), samples, rescale)
+
+    def predictions(self, result: list[Boxes], samples: Sequence[Any], rescale: bool = True) -> Sequence[Any]:
+        """The data samples of OpenMMLab with the boxes of a result, by default in the pictures' own size."""
+        for sample, found in zip(samples, result):
             boxes = found.boxes
             height, width = sample.metainfo["img_shape"][:2]
             boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], 2).flatten(1)
@@ -84,12 +88,22 @@ class ZoomDetector(Zoom):
         factors = [images.shape[side] / small.shape[side] for side in (3, 2)] * 2
         return [found._replace(boxes=found.boxes * found.boxes.new_tensor(factors)) for found in result]
 
-    def untrained_scores(self, result: list[Boxes], grid: Grid) -> Tensor:
-        if self.score == "random":
+    def _check_refinement(self) -> None:
+        """A refinement is of logits."""
+        if self.refine:
+            raise InputError(
+                f"refine=True corrects the logits of segmentors, and a {type(self.passes.model).__name__} gives boxes"
+            )
+
+    def full_size(self, result: list[Boxes], grid: Grid) -> list[Boxes]:
+        return result
+
+    def untrained_scores(self, result: list[Boxes], grid: Grid, name: str | None = None) -> Tensor:
+        if (name or self.score) == "random":
             return torch.rand(len(result), grid.rows, grid.columns, device=result[0].scores.device)
         return torch.stack([uncertainty(found, grid) for found in result])
 
-    def _united(
+    def united(
         self, coarse: list[Boxes], fine: Sequence[Sequence[Boxes]], grid: Grid, chosen: Sequence[Sequence[int]]
     ) -> list[Boxes]:
         return [unite(found, crops, grid, tiles, self.passes.iou) for found, crops, tiles in zip(coarse, fine, chosen)]

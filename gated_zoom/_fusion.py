@@ -1,6 +1,6 @@
 """Coarse and fine logits become one map."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,13 @@ def enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear")
 
 
-def fuse(coarse: Tensor, fine: Sequence[Tensor], grid: Grid, chosen: Sequence[int]) -> Tensor:
+def fuse(
+    coarse: Tensor,
+    fine: Sequence[Tensor],
+    grid: Grid,
+    chosen: Sequence[int],
+    refinement: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Replace coarse logits inside of the chosen tiles, and blend both in the halos around them.
 
     A pixel of a chosen tile gets the tile's own fine logits. Elsewhere fine logits count by a ramp, which falls from 1
@@ -33,6 +39,7 @@ def fuse(coarse: Tensor, fine: Sequence[Tensor], grid: Grid, chosen: Sequence[in
         fine: N logits (C, h, w) of the crops.
         grid: The tiles.
         chosen: N indices of tiles.
+        refinement: Corrects the result, from coarse logits, fused logits and ramp (1, H, W); None for nothing.
 
     Returns:
         (C, H, W); `coarse` itself if no tile is chosen.
@@ -51,7 +58,7 @@ def fuse(coarse: Tensor, fine: Sequence[Tensor], grid: Grid, chosen: Sequence[in
     for index, logits in zip(chosen, fine):
         inner, crop = grid.inner(index), grid.crop(index)
         out[(..., *inner.slices)] = logits[(..., *_inside(inner, crop).slices)]
-    return out
+    return out if refinement is None else refinement(coarse, out, highest)
 
 
 def _inside(inner: Window, crop: Window) -> Window:

@@ -1,4 +1,4 @@
-"""The trained parts: which tiles a fine pass improves, and whether a picture needs one."""
+"""The trained parts: which tiles a fine pass improves, whether a picture needs one, and how both passes are fused."""
 
 import os
 from typing import Any
@@ -55,18 +55,52 @@ class Gate(nn.Module):
         return self.score(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))[:, 0]
 
 
+class Refinement(nn.Module):
+    """Corrects fused logits by a 3 x 3 convolution on both passes and on where tiles lie.
+
+    The correction fades out with the ramp of the halos, so logits away from the tiles stay as they are. It starts at 0.
+
+    Args:
+        classes: Channels of the logits.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+        self.mix = nn.Conv2d(2 * classes + 1, classes, 3, padding=1)
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, coarse: Tensor, fused: Tensor, ramp: Tensor) -> Tensor:
+        """The corrected logits of a picture, (classes, H, W).
+
+        Args:
+            coarse: (classes, H, W), of the coarse pass.
+            fused: (classes, H, W): logits of the fine pass in the tiles, of the coarse pass away from them.
+            ramp: (1, H, W), from 1 in the tiles to 0 at the end of the halos.
+
+        Raises:
+            InputError: The logits have another number of classes.
+        """
+        if len(coarse) != self.classes:
+            raise InputError(f"the refinement was trained for {self.classes} classes, and the model has {len(coarse)}")
+        return fused + ramp * self.mix(torch.cat([coarse, fused, ramp])[None])[0]
+
+
 class Heads(nn.Module):
-    """Region head and gate, with what they were trained for; the state dict has all of it.
+    """Region head, gate and refinement, with what they were trained for; the state dict has all of it.
 
     Args:
         in_channels: Channels of the features.
         scale, tile, budget: What the heads are trained for.
+        classes: Channels of a segmentor's logits; None for heads without a refinement.
 
     Attributes:
         region: The `RegionHead`.
         gate: The `Gate`.
+        refine: The `Refinement`, or None.
         settings: `scale`, `tile` and `budget` as numbers.
-        trained: Whether region head and gate are trained.
+        trained: Whether region head, gate and refinement are trained.
         thresholds: Of region head and gate, as probabilities, chosen for the budget.
     """
 
@@ -74,11 +108,14 @@ class Heads(nn.Module):
     trained: Tensor
     thresholds: Tensor
 
-    def __init__(self, in_channels: int, scale: float = 4, tile: int = 192, budget: float = 0.25):
+    def __init__(
+        self, in_channels: int, scale: float = 4, tile: int = 192, budget: float = 0.25, classes: int | None = None
+    ):
         super().__init__()
         self.region, self.gate = RegionHead(in_channels), Gate(in_channels)
+        self.refine = None if classes is None else Refinement(classes)
         self.register_buffer("settings", torch.tensor([float(scale), float(tile), float(budget)]))
-        self.register_buffer("trained", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("trained", torch.zeros(3, dtype=torch.bool))
         self.register_buffer("thresholds", torch.tensor([1.0, 0.0]))
 
 
@@ -96,7 +133,8 @@ def load_heads(place: str | os.PathLike) -> Heads:
         raise InputError(
             f"{os.fspath(place)} has no heads of a zoom; name the heads.pth that a training of a zoom config wrote"
         )
-    heads = Heads(weight.shape[1])
+    mix = own.get("refine.mix.weight")
+    heads = Heads(weight.shape[1], classes=len(mix) if isinstance(mix, Tensor) and mix.dim() else None)
     try:
         heads.load_state_dict(own)
     except RuntimeError as error:

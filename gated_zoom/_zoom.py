@@ -73,7 +73,7 @@ class Zoom(nn.Module):
     Attributes:
         passes: The model.
         heads: The trained heads, or None.
-        scale, tile, halo, budget, gate, region, score, stride, batch: As in `terrazzo.zoom`.
+        scale, tile, halo, budget, gate, region, score, refine, stride, batch: As in `terrazzo.zoom`.
         on_look: Is called with each `Look`; None for nothing.
     """
 
@@ -94,6 +94,7 @@ class Zoom(nn.Module):
         megapixels: float | None = None,
         heads: Heads | str | os.PathLike | None = None,
         score: str | None = None,
+        refine: bool = False,
         features: str | None = None,
         stride: int = 32,
         batch: int = 8,
@@ -115,6 +116,8 @@ class Zoom(nn.Module):
         self.gate = self._threshold("gate", gate)
         self.region = None if region is None else self._threshold("region", region)
         self._check_heads()
+        self.refine = refine
+        self._check_refinement()
         self.on_look: Callable[[Look], None] | None = None
 
     def grid(self, images: Tensor) -> Grid:
@@ -131,7 +134,7 @@ class Zoom(nn.Module):
         grid, coarse = self.grid(images), self.coarse(images)
         gated = self.gated_off(coarse)
         chosen = [[] if off else self.choose(scores, grid, coarse.pixels) for off, scores in zip(gated, coarse.scores)]
-        result = self._united(coarse.result, self.fine(images, grid, chosen), grid, chosen)
+        result = self.united(coarse.result, self.fine(images, grid, chosen), grid, chosen)
         found = Look(result, coarse, chosen, grid, gated)
         if self.on_look is not None:
             self.on_look(found)
@@ -212,14 +215,23 @@ class Zoom(nn.Module):
         """The result of the coarse pass with the places of the picture, where its places matter."""
         return result
 
-    def untrained_scores(self, result: Any, grid: Grid) -> Tensor:
-        """Scores of tiles without a region head, (B, rows, columns)."""
-        return tile_scores(self.score, result, grid)
+    def full_size(self, result: Any, grid: Grid) -> Any:
+        """The result of the coarse pass in the picture's size."""
+        return enlarged(result, (grid.height, grid.width))
 
-    def _united(self, coarse: Any, fine: Sequence[Sequence[Any]], grid: Grid, chosen: Sequence[Sequence[int]]) -> Any:
+    def untrained_scores(self, result: Any, grid: Grid, name: str | None = None) -> Tensor:
+        """Scores of tiles without a region head, (B, rows, columns); by default those of `score`."""
+        return tile_scores(name or self.score, result, grid)
+
+    def united(self, coarse: Any, fine: Sequence[Sequence[Any]], grid: Grid, chosen: Sequence[Sequence[int]]) -> Any:
         """The results of both passes as one."""
-        logits = enlarged(coarse, (grid.height, grid.width))
-        return torch.stack([fuse(y, crops, grid, tiles) for y, crops, tiles in zip(logits, fine, chosen)])
+        refinement = self.heads.refine if self.refine and self.heads is not None else None
+        logits = self.full_size(coarse, grid)
+        return torch.stack([fuse(y, crops, grid, tiles, refinement) for y, crops, tiles in zip(logits, fine, chosen)])
+
+    def predictions(self, result: Any, samples: Sequence[Any]) -> Any:
+        """The data samples of OpenMMLab with a result, in the pictures' own size."""
+        return self.passes.model.postprocess_result(result, samples)
 
     def _checked_score(self, name: str | None) -> str:
         trained = self.heads is not None and bool(self.heads.trained[0])
@@ -244,6 +256,13 @@ class Zoom(nn.Module):
         if isinstance(value, str) or not 0 <= value <= 1:
             raise InputError(f"{name} is {value!r}; give a probability from 0 to 1, or 'stored'")
         return float(value)
+
+    def _check_refinement(self) -> None:
+        """A refinement must be trained."""
+        if self.refine and (self.heads is None or self.heads.refine is None or not self.heads.trained[2]):
+            raise InputError(
+                "refine=True needs a trained refinement: pass heads=FILE of a training with stage='refine'"
+            )
 
     def _check_heads(self) -> None:
         """Heads answer for the scale and the tiles that they were trained for."""
@@ -294,7 +313,8 @@ def zoom(
             included, in place of `budget`. `region`: a tile gets a fine pass only if its score is higher; "stored" as
             for `gate`. `heads`: trained heads, or their file. `score`: "region" (with trained heads, the default),
             "entropy" (the default without heads), "margin" or "random"; for detectors "uncertainty" (the default
-            without heads), "region" or "random". `features`: the module whose output the heads
+            without heads), "region" or "random". `refine`: correct the fused logits of a segmentor by the trained
+            refinement of `heads`, a 3 x 3 convolution; False by default. `features`: the module whose output the heads
             see, "backbone" by default. `stride`: the model's stride, 32 by default; 1 if places do not matter to it.
             `batch`: crops that run together, 8 by default.
 

@@ -1,6 +1,6 @@
 """Training the heads of a gated zoom: the mmengine model, its metric, and the hook that stores thresholds.
 
-The base model is frozen. One head is trained at a time: first the region head, then the gate.
+The base model is frozen. One head is trained at a time: first the region head, then the gate, then the refinement.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from terrazzo.openmmlab.checkpoint import load_checkpoint, save_checkpoint
 from terrazzo.openmmlab.conversion.sharing import Aside
 from terrazzo.openmmlab.saving import unwrapped
 
-STAGES = ("region", "gate")
+STAGES = ("region", "gate", "refine")
 LABELS = ("agreement", "annotation")
 SCALES = (1, 2, 4, 8)
 """The scales whose classes are compared for the gate."""
@@ -47,7 +47,9 @@ class ZoomHeads(BaseModel):
     corrects ("annotation"). On a detector it learns in which tiles a fine pass finds new boxes, and there is no gate.
     The gate learns whether the scale changes more than `eps` of a picture's pixels; the
     classes at scales 1, 1/2, 1/4 and 1/8 must be consistent, and pictures that need a fine pass count as much in the
-    loss as all others. Checkpoints have the heads alone. `ZoomHeadsHook` writes `heads.pth` with thresholds.
+    loss as all others. The refinement learns the annotated classes by cross-entropy, from the fusion of the tiles that
+    the region head chooses for the budget (without a trained region head, an untrained score). Checkpoints have the
+    heads alone. `ZoomHeadsHook` writes `heads.pth` with thresholds.
 
     Source: Q-Zoom, arXiv 2604.06912, section 3, in a form for dense prediction.
 
@@ -55,7 +57,7 @@ class ZoomHeads(BaseModel):
         base: settings of a segmentor of mmsegmentation or a detector of mmdetection without masks; it should be trained
             at both scales.
         checkpoint: its weights.
-        stage: "region" or "gate".
+        stage: "region", "gate" or "refine".
         labels: "agreement" or "annotation", what the region head learns.
         scale, tile, halo, budget, stride, batch, features: as in `terrazzo.zoom`.
         eps: share of pixels.
@@ -95,17 +97,18 @@ class ZoomHeads(BaseModel):
         model = revert_sync_batchnorm(MODELS.build(base))  # it is frozen, and has no batches to join
         load_checkpoint(model, checkpoint, "cpu", strict=True)
         zoom = make_zoom(model, scale, tile, halo, budget, 0, stride=stride, batch=batch, features=features)
-        if isinstance(zoom, ZoomDetector) and (stage == "gate" or labels == "annotation"):
+        is_detector = isinstance(zoom, ZoomDetector)
+        if is_detector and (stage != "region" or labels == "annotation"):
             raise InputError(
                 f"stage={stage!r}, labels={labels!r} is for segmentors; a detector has region and agreement"
             )
-        _, maps = zoom.eval().passes.with_features(torch.zeros(1, 3, 2 * stride, 2 * stride))
+        found, maps = zoom.eval().passes.with_features(torch.zeros(1, 3, 2 * stride, 2 * stride))
         if maps is None:
             raise InputError(f"a {type(model).__name__} has no backbone: name the module with features=NAME")
         self.stage, self.labels, self.eps = stage, labels, eps
         self.aside = Aside(zoom)
         self.data_preprocessor = AsInTests(model.data_preprocessor)
-        self.heads = Heads(maps.shape[1], scale, tile, budget)
+        self.heads = Heads(maps.shape[1], scale, tile, budget, None if is_detector else found.shape[1])
         self.heads.requires_grad_(False)
         getattr(self.heads, stage).requires_grad_(True)
         self.register_buffer("seen", torch.zeros(2), persistent=False)  # pictures of the gate: easy, in need
@@ -122,7 +125,7 @@ class ZoomHeads(BaseModel):
             inputs: B 3 H W, prepared for the segmentor.
             data_samples: mmseg's, with `gt_sem_seg` for labels="annotation".
             mode: "loss" gives the loss of the stage; "predict" a list of B dicts for `ZoomQuality`; "tensor" the logits
-                of region head (B, rows, columns) or gate (B,).
+                of region head (B, rows, columns) or gate (B,), or the refined logits (B, classes, H, W).
         """
         small, grid = reduced(inputs, self.zoom.scale), self.zoom.grid(inputs)
         with torch.no_grad():
@@ -131,6 +134,8 @@ class ZoomHeads(BaseModel):
         assert features is not None
         if self.stage == "gate":
             return self._gate(inputs, coarse, features, mode)
+        if self.stage == "refine":
+            return self._refine(inputs, coarse, features, data_samples, mode)
         found = self.heads.region(features, grid)
         if mode == "tensor":
             return found
@@ -159,15 +164,49 @@ class ZoomHeads(BaseModel):
         fine = torch.stack([fuse(y, parts, grid, every) for y, parts in zip(coarse, crops)])
         if self.labels == "agreement":
             return disagreement(coarse, fine, grid, self.zoom.passes.threshold)
+        truth = self._truth(inputs, data_samples, "labels='annotation'")
+        return gain(coarse, fine, truth, grid, self._ignored, self.zoom.passes.threshold)
+
+    @property
+    def _ignored(self) -> int:
+        """The class of pixels that do not count."""
+        return self.zoom.passes.model.decode_head.ignore_index
+
+    def _truth(self, inputs: Tensor, data_samples: Sequence[Any] | None, who: str) -> Tensor:
+        """The annotated classes (B, H, W)."""
         if not data_samples or "gt_sem_seg" not in data_samples[0]:
-            raise InputError("labels='annotation' needs label maps, and the data has none: use labels='agreement'")
+            raise InputError(f"{who} needs label maps, and the data has none")
         truth = torch.stack([sample.gt_sem_seg.data[0].to(inputs.device) for sample in data_samples])
-        if truth.shape[1:] != size:
+        if truth.shape[1:] != inputs.shape[2:]:
             raise InputError(
-                f"label maps are {tuple(truth.shape[1:])} and images {tuple(size)}: let the pipeline resize both"
+                f"label maps are {tuple(truth.shape[1:])} and images {tuple(inputs.shape[2:])}: let the pipeline "
+                "resize both"
             )
-        ignored = self.zoom.passes.model.decode_head.ignore_index
-        return gain(coarse, fine, truth, grid, ignored, self.zoom.passes.threshold)
+        return truth.long()
+
+    def _refine(
+        self, inputs: Tensor, found: Tensor, features: Tensor, data_samples: Sequence[Any] | None, mode: str
+    ) -> Any:
+        grid, most, heads = self.zoom.grid(inputs), tiles_within(self.zoom.budget, self.zoom.grid(inputs)), self.heads
+        with torch.no_grad():
+            scores = heads.region(features, grid) if heads.trained[0] else self.zoom.untrained_scores(found, grid)
+            chosen = scores.flatten(1).topk(most, 1).indices.tolist()
+            crops, coarse = self.zoom.fine(inputs, grid, chosen), enlarged(found, inputs.shape[2:])
+        parts = list(zip(coarse, crops, chosen))
+        refined = torch.stack([fuse(y, fine, grid, tiles, heads.refine) for y, fine, tiles in parts])
+        if mode == "tensor":
+            return refined
+        truth = self._truth(inputs, data_samples, "stage='refine'")
+        if mode == "loss":
+            heads.trained[2] = True
+            return {"loss_refine": _pixel_loss(refined, truth, self._ignored)}
+        plain = torch.stack([fuse(y, fine, grid, tiles) for y, fine, tiles in parts])
+        maps = (classes_of(logits, self.zoom.passes.threshold) for logits in (plain, refined))
+        count = max(2, found.shape[1])
+        return [
+            dict(zip(("plain", "refined"), (_confusion(y, t, count, self._ignored) for y in pair)))
+            for *pair, t in zip(*maps, truth)
+        ]
 
     def _gate(self, inputs: Tensor, coarse: Tensor, features: Tensor, mode: str) -> Any:
         found = self.heads.gate(features)
@@ -195,6 +234,23 @@ class ZoomHeads(BaseModel):
         return [None if answers is None else answers[scales.index(self.zoom.scale)] for answers in found]
 
 
+def _pixel_loss(logits: Tensor, truth: Tensor, ignored: int) -> Tensor:
+    """Mean cross-entropy of the pixels that count, of logits (B, C, H, W) and classes (B, H, W); 0 without a pixel."""
+    counts = truth != ignored
+    if logits.shape[1] == 1:
+        each = F.binary_cross_entropy_with_logits(logits[:, 0], (truth == 1).to(logits), reduction="none")
+    else:
+        each = F.cross_entropy(logits, truth, ignore_index=ignored, reduction="none")
+    return (each * counts).sum() / counts.sum().clamp(min=1)
+
+
+def _confusion(found: Tensor, truth: Tensor, classes: int, ignored: int) -> Tensor:
+    """Counts of (true, found) classes, (classes, classes)."""
+    kept = (truth < classes) & (truth != ignored)
+    pairs = truth[kept] * classes + found[kept]
+    return torch.bincount(pairs.flatten(), minlength=classes**2).view(classes, classes).cpu()
+
+
 class AsInTests(nn.Module):
     """Prepares images as in tests, also in training: whole pictures, without padding to a training size."""
 
@@ -218,6 +274,8 @@ class ZoomQuality(BaseMetric):
 
     Gate: `easy_spared` and `needed_spared`, the share in percent of the pictures that the gate spares at
     `gate_threshold`; at most 5 % of the pictures in need are spared. `dropped`, the share of inconsistent pictures.
+
+    Refinement: `miou_plain` and `miou_refined`, the mIoU in percent of the fusion without and with it, for the budget.
     """
 
     default_prefix = "zoom"
@@ -228,7 +286,17 @@ class ZoomQuality(BaseMetric):
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         """The metrics of all pictures."""
+        if "refined" in results[0]:
+            return {
+                f"miou_{name}": _miou(torch.stack([r[name] for r in results]).sum(0)) for name in ("plain", "refined")
+            }
         return _of_gate(results) if "gate" in results[0] else _of_region(results)
+
+
+def _miou(matrix: Tensor) -> float:
+    """The mean IoU in percent over the classes that are there, of counts (true, found)."""
+    both, matrix = matrix.diag().double(), matrix.double()
+    return 100 * float((both / (matrix.sum(0) + matrix.sum(1) - both)).nanmean())
 
 
 def _of_region(results: list[dict]) -> dict[str, float]:

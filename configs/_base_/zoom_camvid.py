@@ -1,7 +1,7 @@
 """Heads of a zoom on CamVid: whole pictures, AdamW, 600 iterations; the last fifth of train is held out.
 
-CamVid's val is one slow scene, so thresholds are chosen on the held-out fifth. Without annotation, the label maps are
-not used: `model.labels=annotation` uses them.
+CamVid's val is one slow scene, so thresholds are chosen on the held-out fifth. Region head and gate learn without
+annotation; `model.labels=annotation` and the refinement use the label maps.
 """
 
 _base_ = "camvid.py"

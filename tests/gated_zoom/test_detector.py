@@ -10,7 +10,7 @@ from torch import nn
 import terrazzo
 from terrazzo.errors import InputError
 from terrazzo.gated_zoom import Boxes, Grid
-from terrazzo.gated_zoom._boxes import new_boxes, tiles_of, uncertainty, unite
+from terrazzo.gated_zoom._boxes import new_boxes, recovered, tiles_of, uncertainty, unite
 
 GRID = Grid(80, 80, 40, 10)
 """Four tiles; crops of 60 x 60."""
@@ -64,7 +64,7 @@ def test_nms_is_as_strict_as_the_detector_s(settings, count):
     model = Dots()
     model.test_cfg = settings
     zoom = terrazzo.zoom(model, scale=4, tile=40, halo=8, stride=8)
-    (found,) = zoom._united([boxes()], [[boxes(one, two)]], GRID, [[0]])
+    (found,) = zoom.united([boxes()], [[boxes(one, two)]], GRID, [[0]])
     assert len(found.scores) == count
 
 
@@ -76,6 +76,22 @@ def test_targets_and_scores_of_tiles():
     fine[3] = boxes((30, 30, 40, 40, 0.9, 1), (35, 10, 45, 20, 0.9, 0))  # another class, and another new box
     assert new_boxes(coarse, fine, GRID).tolist() == [[0, 1], [0, 1]]
     assert uncertainty(coarse, GRID).tolist() == [[pytest.approx(0.36), 0], [0, 1]]  # the large box does not count
+
+
+def test_what_a_fine_pass_recovers():
+    """Only missed boxes that the fine pass of their own tile finds, with their class."""
+    truth = boxes((5, 5, 15, 15, 1, 0), (50, 5, 60, 15, 1, 0), (70, 5, 78, 15, 1, 0), (50, 50, 60, 60, 1, 1))
+    coarse = boxes((5, 5, 15, 15, 0.9, 0), (50, 5, 60, 15, 0.1, 0), (50, 50, 60, 60, 0.9, 0))  # weak; another class
+    nothing, at = boxes(), (30, 5, 40, 15, 0.9, 0)  # the crop of tile 1 begins at x = 20
+    assert recovered(coarse, [boxes((5, 5, 15, 15, 0.9, 0)), boxes(at), nothing, nothing], truth, GRID).tolist() == [
+        [0, 1],
+        [0, 0],
+    ]
+    both = boxes(at, (50, 5, 58, 15, 0.9, 0))
+    ours, others = boxes((30, 30, 40, 40, 0.9, 1)), boxes((30, 30, 40, 40, 0.9, 0))
+    assert recovered(coarse, [both, both, nothing, ours], truth, GRID).tolist() == [[0, 2], [0, 1]]
+    assert recovered(coarse, [nothing, nothing, boxes(at), others], truth, GRID).sum() == 0
+    assert recovered(boxes(), [boxes()] * 4, boxes(), GRID).sum() == 0
 
 
 class Dots(nn.Module):
@@ -114,6 +130,29 @@ def test_a_fine_pass_finds_what_the_coarse_pass_misses():
     assert terrazzo.zoom(model, scale=4, tile=40, halo=8, budget=0.25, stride=8).look(image).tiles[0] == [1]
 
 
+def test_gains_by_an_annotation_in_the_picture_s_own_size():
+    pytest.importorskip("mmengine", reason="needs the extra 'openmmlab'")
+    from terrazzo.tools.zoom.gains import gains
+
+    image = torch.zeros(1, 3, 80, 80)
+    image[0, :, 20, 60] = 1.0
+    zoom = terrazzo.zoom(Dots(), scale=4, tile=40, halo=8, stride=8)
+    grid = zoom.grid(image)
+    fine = zoom.fine(image, grid, [range(4)])
+    own = torch.tensor([[29.75, 9.75, 30.75, 10.75]])  # half the size of the input
+    truth = SimpleNamespace(bboxes=own, labels=torch.tensor([0]))
+
+    class Sample(SimpleNamespace):
+        def __contains__(self, name):
+            return hasattr(self, name)
+
+    sample = Sample(gt_instances=truth, metainfo=dict(scale_factor=(2.0, 2.0)))
+    found = gains(zoom, image, [sample], grid, zoom.coarse(image).result, fine)
+    assert found.tolist() == [[[0, 1], [0, 0]]]
+    with pytest.raises(InputError, match="has no boxes"):
+        gains(zoom, image, [Sample()], grid, zoom.coarse(image).result, fine)
+
+
 def test_coarse_boxes_are_in_the_picture():
     image = torch.zeros(1, 3, 78, 82)
     image[0, :, 32:48, 52:68] = 1.0
@@ -128,6 +167,11 @@ def test_masks_are_refused():
     model.with_mask = True
     with pytest.raises(InputError, match="gives masks"):
         terrazzo.zoom(model)
+
+
+def test_a_refinement_is_refused():
+    with pytest.raises(InputError, match="corrects the logits of segmentors, and a Dots gives boxes"):
+        terrazzo.zoom(Dots(), refine=True)
 
 
 def test_a_detector_of_mmdetection(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 import terrazzo
 from terrazzo.errors import InputError
-from terrazzo.gated_zoom import Grid, Heads
+from terrazzo.gated_zoom import Grid, Heads, load_heads
 from terrazzo.gated_zoom._fusion import enlarged, fuse, reduced
 
 
@@ -302,3 +302,48 @@ def test_a_segmentor_of_mmsegmentation(segmentor):
             assert torch.equal(found.pred_sem_seg.data[0], found.seg_logits.data.argmax(0))
     assert [len(look.tiles) for look in seen] == [2]
     assert zoom.passes.with_features(torch.zeros(1, 3, 64, 64))[1].shape == (1, 64, 16, 16)
+
+
+def refining(classes, scale=4, tile=20):
+    """Heads with a refinement that counts as trained, and changes nothing so far."""
+    heads = Heads(8, scale=scale, tile=tile, classes=classes)
+    heads.trained[2] = True
+    return heads
+
+
+@torch.no_grad()
+def test_refinement():
+    """It starts as the plain fusion; then it corrects tiles and halos, and nothing away from them."""
+    model, images, heads = plain().eval(), torch.randn(2, 3, 61, 83), refining(3)
+    options = dict(tile=20, halo=4, stride=1, budget=0.3)
+    fused = terrazzo.zoom(model, **options).look(images)
+    zoom = terrazzo.zoom(model, heads=heads, refine=True, **options)
+    assert zoom.score == "entropy"
+    assert torch.equal(zoom(images), fused.result)
+    torch.nn.init.normal_(heads.refine.mix.weight)
+    found = zoom.look(images)
+    assert found.megapixels == fused.megapixels
+    for picture, tiles in enumerate(found.tiles):
+        changed, inside = (found.result != fused.result)[picture].any(0), torch.zeros(61, 83, dtype=torch.bool)
+        near = inside.clone()
+        for index in tiles:
+            inner = found.grid.inner(index)
+            inside[inner.slices] = True
+            near[max(0, inner.top - 4) : inner.bottom + 4, max(0, inner.left - 4) : inner.right + 4] = True
+        assert changed[inside].all()
+        assert not changed[~near].any()
+    for spared in (dict(budget=0), dict(gate=1)):
+        look = terrazzo.zoom(model, heads=heads, refine=True, **(options | spared)).look(images)
+        assert torch.equal(look.result, enlarged(look.coarse.result, (61, 83)))
+
+
+def test_refinement_refusals(tmp_path):
+    options = dict(tile=20, halo=4, stride=1, refine=True)
+    untrained = Heads(8, tile=20, classes=3)
+    for heads in (None, Heads(8, tile=20), untrained):
+        with pytest.raises(InputError, match="refine=True needs a trained refinement"):
+            terrazzo.zoom(plain(), heads=heads, **options)
+    with pytest.raises(InputError, match="trained for 5 classes, and the model has 3"):
+        terrazzo.zoom(plain(), heads=refining(5), **options)(torch.randn(1, 3, 40, 40))
+    torch.save({f"heads.{name}": value for name, value in refining(5).state_dict().items()}, tmp_path / "heads.pth")
+    assert load_heads(tmp_path / "heads.pth").refine.classes == 5

@@ -1,4 +1,4 @@
-"""Training the heads of a zoom from the packaged configs: region head, then gate, on tiny data."""
+"""Training the heads of a zoom from the packaged configs: region head, gate, refinement, on tiny data."""
 
 import math
 
@@ -9,12 +9,14 @@ from mmengine.registry import MODELS
 import terrazzo
 from terrazzo.errors import InputError
 from terrazzo.gated_zoom import load_heads
+from terrazzo.gated_zoom._fusion import enlarged
 from terrazzo.openmmlab import ZoomHeads, ZoomQuality
 from terrazzo.openmmlab.config import build_runner, load_config, packaged_configs
 from terrazzo.openmmlab.zoom_heads import gate_threshold
 
 CONFIGS = [name for name, path in packaged_configs().items() if path.parent.name == "zoom"]
 REGION, GATE = (f"zoom-{stage}_fpn-attnet-xxs_1xb2-600_camvid-480x360" for stage in ("region", "gate"))
+REFINE = "zoom-refine_fpn-attnet-xxs_1xb2-147_camvid-480x360"
 BACKBONE = {"name": "resnet10t", "out_indices": (1, 2, 3, 4)}
 TINY = {"tile": 32, "halo": 16, "budget": 0.5}
 
@@ -59,7 +61,7 @@ def test_region_head_then_gate(base, tmp_path):
     logged = {name.removeprefix("val/zoom/"): value for name, value in runner.message_hub.log_scalars.items()}
     assert {"spearman", "captured", "captured_untrained", "captured_random", "region_threshold"} <= set(logged)
     heads = load_heads(tmp_path / "agreement" / "heads.pth")
-    assert heads.trained.tolist() == [True, False]
+    assert heads.trained.tolist() == [True, False, False]
     assert float(heads.thresholds[0]) == pytest.approx(logged["region_threshold"].current())
     assert not torch.equal(heads.region.score.weight, before["region.score.weight"])
     assert torch.equal(heads.gate.score.weight, before["gate.score.weight"])
@@ -70,7 +72,7 @@ def test_region_head_then_gate(base, tmp_path):
     runner.train()
     both = load_heads(tmp_path / "gate" / "heads.pth")
     assert torch.equal(both.region.score.weight, heads.region.score.weight)
-    assert both.trained.tolist() == [True, True]
+    assert both.trained.tolist() == [True, True, False]
     zoomed = terrazzo.zoom(
         zoom.passes.model, tile=32, halo=16, stride=16, heads=tmp_path / "gate" / "heads.pth", gate=0, budget=0.5
     )
@@ -78,6 +80,41 @@ def test_region_head_then_gate(base, tmp_path):
     assert zoomed.score == "region"
     assert look.result.shape == (1, 11, 64, 96)
     assert len(look.tiles[0]) == 3
+
+
+def test_refinement(base, tmp_path):
+    """Its training changes the refinement alone and lowers the loss; the zoom uses it where tiles lie."""
+    root, file = base
+    cfg = tiny(REFINE, root, **{"model.checkpoint": file, "train_cfg.max_iters": 6, "load_from": None})
+    cfg.optim_wrapper.optimizer.lr = 0.002
+    runner = build_runner(cfg, tmp_path, seed=0)
+    before = {name: value.clone() for name, value in runner.model.heads.state_dict().items()}
+    runner.train()
+    losses = runner.message_hub.get_scalar("train/loss_refine").data[0]
+    assert losses[-1] < losses[0]
+    heads = load_heads(tmp_path / "heads.pth")
+    assert heads.trained.tolist() == [False, False, True]
+    changed = {name for name, value in heads.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed - {"thresholds", "trained"} == {"refine.mix.weight", "refine.mix.bias"}
+    logged = {name.removeprefix("val/zoom/"): value for name, value in runner.message_hub.log_scalars.items()}
+    assert 0 <= logged["miou_plain"].current() <= 100
+    assert 0 <= logged["miou_refined"].current() <= 100
+
+    options = dict(tile=32, halo=16, stride=16, heads=heads, budget=0.5)
+    model, images = runner.model.zoom.passes.model, torch.randn(1, 3, 64, 96)
+    plain, refined = (terrazzo.zoom(model, refine=refine, **options).look(images) for refine in (False, True))
+    inner = plain.grid.inner(plain.tiles[0][0])
+    assert plain.tiles == refined.tiles
+    assert (plain.result != refined.result)[(..., *inner.slices)].any()
+    spared = terrazzo.zoom(model, refine=True, **(options | dict(budget=0))).look(images)
+    assert torch.equal(spared.result, enlarged(spared.coarse.result, (64, 96)))
+
+
+def test_quality_of_a_refinement():
+    """Two classes and four pixels: one error is an IoU of 2/3 and 1/2."""
+    plain, refined = torch.tensor([[2, 0], [1, 1]]), torch.tensor([[2, 0], [0, 2]])
+    found = ZoomQuality().compute_metrics([dict(plain=plain, refined=refined)] * 2)
+    assert found == {"miou_plain": pytest.approx(100 * (2 / 3 + 1 / 2) / 2), "miou_refined": 100}
 
 
 def test_gate_learns_from_consistent_pictures_alone(base, monkeypatch):
@@ -105,7 +142,7 @@ def test_gate_looks_once_at_each_scale(base):
     assert sorted(widths) == [12, 24, 48, 96]
 
 
-FAST = ("zoom-base_fpn-attnet-xxs_1xb4-10k_camvid-480x360", GATE)
+FAST = ("zoom-base_fpn-attnet-xxs_1xb4-10k_camvid-480x360", GATE, REFINE)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in CONFIGS])
@@ -151,7 +188,7 @@ def test_quality_of_scores():
     ("options", "text"),
     [
         ({"model.checkpoint": None}, "name the file of its training"),
-        ({"model.stage": "both"}, "stage is 'both'; choose region or gate"),
+        ({"model.stage": "both"}, "stage is 'both'; choose region or gate or refine"),
         ({"model.labels": "none"}, "labels is 'none'; choose agreement or annotation"),
         ({"model.tile": 100}, "multiple of the model's stride"),
     ],

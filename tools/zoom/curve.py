@@ -10,6 +10,7 @@ from terrazzo.tools.zoom.sweep import FULL, ORACLE, Point
 _NAMES = {
     "region": "region head",
     "entropy": "entropy of the coarse pass",
+    "uncertainty": "uncertainty of the coarse boxes",
     "random": "random tiles",
     ORACLE: "oracle: what the fine pass corrects",
 }

@@ -24,7 +24,7 @@ class ZoomOptions:
     """What a user asked for; None stands for the default, or for what the heads were trained with.
 
     Attributes:
-        scale, budget, tile, halo, stride, score: As in `terrazzo.zoom`.
+        scale, budget, tile, halo, stride, score, refine: As in `terrazzo.zoom`.
         heads: A file.
         gate: A probability; None for the threshold of the heads.
     """
@@ -37,6 +37,7 @@ class ZoomOptions:
     heads: Path | None = None
     score: str | None = None
     gate: float | None = None
+    refine: bool = False
 
     def make(self, model: "nn.Module | None") -> "Zoom":
         """The zoom of a model of OpenMMLab. InputError if it cannot be made, or `model` is of another kind."""
@@ -63,6 +64,7 @@ class ZoomOptions:
             stride=self.stride,
             heads=heads,
             score=self.score,
+            refine=self.refine,
         )
         return made.eval()
 
@@ -99,6 +101,7 @@ _OPTIONS = (
         ),
     ),
     ("gate", dict(type=click.FloatRange(0, 1), help="Threshold of the gate [default: that of the heads].")),
+    ("refine", dict(is_flag=True, default=None, help="Segmentors: correct fused logits by the heads' refinement.")),
     ("tile", dict(type=click.IntRange(min=1), help="Side of a tile in pixels [default: that of the heads, else 192].")),
     ("halo", dict(type=click.IntRange(min=0), help="Pixels around a tile that the model sees, too [default: 32].")),
     ("stride", dict(type=click.IntRange(min=1), help="The model's stride [default: 32].")),

@@ -6,27 +6,26 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
-from torch.nn import functional as F
+from mmengine.evaluator import Evaluator
 
 from terrazzo.errors import InputError
-from terrazzo.gated_zoom._fusion import enlarged, fuse
-from terrazzo.gated_zoom._labels import gain
-from terrazzo.gated_zoom._scores import tile_scores
 from terrazzo.gated_zoom._zoom import Zoom, megapixels, tiles_within
 from terrazzo.openmmlab.checkpoint import load_file
 from terrazzo.openmmlab.config import build_runner
 from terrazzo.tools import mm
 from terrazzo.tools.console import progress
 from terrazzo.tools.training.evaluation import plain_metric
+from terrazzo.tools.zoom.gains import gains
 from terrazzo.tools.zoom.options import ZoomOptions
 
 BUDGETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 FULL = "full pass"
 ORACLE = "oracle"
-"""Tiles in the order of the wrong pixels that the fine pass corrects, by the annotation."""
+"""Tiles in the order of what the fine pass corrects by the annotation: wrong pixels, or missed boxes."""
 HEADLINES = ("mIoU", "mDice", "mFscore")
 
 
@@ -64,7 +63,8 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
         budgets: Shares of the tiles.
 
     Raises:
-        InputError: The config has no test data or no segmentor, or the checkpoint or the heads do not fit.
+        InputError: The config has no test data, or no annotation in it, or another model than a segmentor or detector;
+            the checkpoint or the heads do not fit; or the model finds nothing.
     """
     if not cfg.get("test_dataloader") or not cfg.get("test_evaluator"):
         raise InputError(f"config {cfg.filename} has no test_dataloader and test_evaluator; there is nothing to test")
@@ -75,14 +75,10 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
         mm.load_exactly(runner.model, load_file(checkpoint, "cpu"), checkpoint)
         model, loader = runner.model.eval(), runner.test_dataloader
         zoom = dataclasses.replace(options, score=None).make(model)
-        if not zoom.passes.is_segmentor:
-            raise InputError(f"--sweep is for segmentors, and the model is a {type(model).__name__}: use --zoom alone")
-        scores = (*(["region"] if zoom.heads is not None and zoom.heads.trained[0] else []), "entropy", "random")
+        trained = ["region"] if zoom.heads is not None and zoom.heads.trained[0] else []
+        scores = (*trained, zoom.untrained[0], "random")
         keys = [(FULL, 1.0), *((score, budget) for score in (*scores, ORACLE) for budget in budgets)]
-        evaluators = {}
-        for key in keys:
-            evaluators[key] = runner.build_evaluator(copy.deepcopy(cfg.test_evaluator))
-            evaluators[key].dataset_meta = loader.dataset.metainfo
+        evaluators = _evaluators(runner.test_evaluator, loader.dataset.metainfo, keys)
         seen = dict.fromkeys(keys, 0.0)
         bar.update(bar.task_ids[0], total=len(loader))
         count = 0
@@ -90,51 +86,53 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
             data = model.data_preprocessor(batch, False)
             inputs, samples = data["inputs"], data["data_samples"]
             count += len(inputs)
-            for key, logits, used in _results(zoom, inputs, samples, scores, budgets):
+            for key, result, used in _results(zoom, inputs, samples, scores, budgets):
                 seen[key] += used
-                found = model.postprocess_result(logits, copy.deepcopy(samples))
-                evaluators[key].process(found, batch)
+                evaluators[key].process(zoom.predictions(result, copy.deepcopy(samples)), batch)
             bar.advance(bar.task_ids[0])
-        points = []
-        for (score, budget), evaluator in evaluators.items():
-            name, value = _headline(evaluator.evaluate(count), cfg)
-            points.append(Point(score, budget, seen[score, budget] / count, name, value, count))
-    return points
+        numbers = {key: _numbers(evaluator.evaluate(count)) for key, evaluator in evaluators.items()}
+    name = _headline(list(numbers.values()), cfg)
+    # Metrics of boxes say nothing of a model that finds nothing at all.
+    return [Point(*key, seen[key] / count, name, found.get(name, 0.0), count) for key, found in numbers.items()]
 
 
 def _results(
     zoom: Zoom, inputs: torch.Tensor, samples: Sequence, scores: Sequence[str], budgets: Sequence[float]
-) -> Iterator[tuple[tuple[str, float], torch.Tensor, float]]:
-    """For each score and budget the logits (B, classes, H, W) of a batch, and the megapixels of all its pictures."""
-    grid, size, passes = zoom.grid(inputs), inputs.shape[2:], zoom.passes
-    yield (FULL, 1.0), passes(inputs), len(inputs) * size[0] * size[1] / 1e6
+) -> Iterator[tuple[tuple[str, float], Any, float]]:
+    """For each score and budget the result of a batch, as of the zoom, and the megapixels of all its pictures."""
+    grid = zoom.grid(inputs)
+    yield (FULL, 1.0), zoom.passes(inputs), len(inputs) * grid.height * grid.width / 1e6
     seen, every = zoom.coarse(inputs), list(range(grid.count))
-    coarse, fine = enlarged(seen.result, size), zoom.fine(inputs, grid, [every] * len(inputs))
-    whole = torch.stack([fuse(y, crops, grid, every) for y, crops in zip(coarse, fine)])
-    ranks = {name: seen.scores if name == "region" else tile_scores(name, seen.result, grid) for name in scores}
-    ignored = passes.model.decode_head.ignore_index
-    ranks[ORACLE] = gain(coarse, whole, _truth(samples, inputs), grid, ignored, passes.threshold)
+    coarse, fine = zoom.full_size(seen.result, grid), zoom.fine(inputs, grid, [every] * len(inputs))
+    ranks = {n: seen.scores if n == "region" else zoom.untrained_scores(seen.result, grid, n) for n in scores}
+    ranks[ORACLE] = gains(zoom, inputs, samples, grid, coarse, fine)
     for name, values in ranks.items():
         spared = zoom.gated_off(seen) if name == "region" else [False] * len(inputs)
         for budget in budgets:
             most = tiles_within(budget, grid)
-            chosen = [[] if off else v.flatten().topk(most).indices.tolist() for off, v in zip(spared, values)]
-            logits = torch.stack([fuse(y, [c[i] for i in t], grid, t) for y, c, t in zip(coarse, fine, chosen)])
-            yield (name, budget), logits, sum(megapixels(seen.pixels, grid, len(tiles)) for tiles in chosen)
+            chosen = [[] if off else sorted(v.flatten().topk(most).indices.tolist()) for off, v in zip(spared, values)]
+            crops = [[found[index] for index in tiles] for found, tiles in zip(fine, chosen)]
+            used = sum(megapixels(seen.pixels, grid, len(tiles)) for tiles in chosen)
+            yield (name, budget), zoom.united(coarse, crops, grid, chosen), used
 
 
-def _truth(samples: Sequence, inputs: torch.Tensor) -> torch.Tensor:
-    """The annotation (B, H, W) in the size of the inputs; the data has it in the pictures' own size."""
-    if not samples or "gt_sem_seg" not in samples[0]:
-        raise InputError("a sweep compares with the annotation, and the test data has no label maps")
-    maps = [sample.gt_sem_seg.data[None].float() for sample in samples]
-    same = [F.interpolate(labels, inputs.shape[2:], mode="nearest-exact")[0, 0].long() for labels in maps]
-    return torch.stack(same).to(inputs.device)
+def _evaluators(evaluator: Evaluator, metainfo: dict, keys: Sequence[tuple[str, float]]) -> dict:
+    """An evaluator for each key; all share the annotation that COCO's metrics have read."""
+    evaluator.dataset_meta = metainfo
+    read = [api for api in (getattr(metric, "_coco_api", None) for metric in evaluator.metrics) if api is not None]
+    return {key: copy.deepcopy(evaluator, {id(api): api for api in read}) for key in keys}
 
 
-def _headline(metrics: dict, cfg: Config) -> tuple[str, float]:
-    plain = {name: value for name, value in ((n, plain_metric(v)) for n, v in metrics.items()) if type(value) is float}
-    if not plain:
-        raise InputError(f"the test_evaluator of {cfg.filename} gives no number to draw")
-    name = next((name for name in HEADLINES if name in plain), next(iter(plain)))
-    return name, plain[name]
+def _numbers(metrics: dict) -> dict[str, float]:
+    plain = ((name, plain_metric(value)) for name, value in metrics.items())
+    return {name: value for name, value in plain if type(value) is float}
+
+
+def _headline(numbers: Sequence[dict[str, float]], cfg: Config) -> str:
+    """The name of the number to draw: mIoU and its like, or the first, such as COCO's mAP of boxes."""
+    names = list(dict.fromkeys(name for found in numbers for name in found))
+    if not names:
+        raise InputError(
+            f"the test_evaluator of {cfg.filename} gives no number to draw; a detector that finds nothing has none"
+        )
+    return next((name for name in HEADLINES if name in names), names[0])

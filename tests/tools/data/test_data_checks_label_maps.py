@@ -120,6 +120,14 @@ def test_a_map_without_a_picture(check, copy):
     assert f"{copy / 'labels' / 'train' / '5.png'} has no picture" in said
 
 
+def test_maps_of_pictures_that_indices_leave_out(check, copy):
+    """As in the configs of a zoom, which hold out a part of train; a map without a picture is still told."""
+    part = {"train_dataloader.dataset.indices": 2, "val_dataloader.dataset.indices": -1}
+    assert check(CAMVID, copy, "train", "val", **part) == ""
+    (copy / "images" / "train" / "5.jpg").unlink()
+    assert "labels/train/5.png has no picture and is not read" in check(CAMVID, copy, "train", **part)
+
+
 def test_pictures_of_another_suffix(check, copy):
     for path in (copy / "images" / "train").iterdir():
         path.rename(path.with_suffix(".JPG"))

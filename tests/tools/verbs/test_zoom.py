@@ -2,12 +2,14 @@
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import tiny_data
 
-from terrazzo.gated_zoom import Heads
+from terrazzo.gated_zoom import Boxes, Heads
 from terrazzo.tools import results
 from terrazzo.tools.zoom.oracle import OracleRow
 from terrazzo.tools.zoom.sweep import Point
@@ -19,7 +21,8 @@ SIZES = ("--zoom-tile", 32, "--zoom-halo", 16, "--zoom-stride", 16)
 def heads(tmp_path_factory):
     """A file of trained heads for the segmentor of `trained`, whose gate spares every picture."""
     torch.manual_seed(0)
-    made = Heads(128, scale=2, tile=32)
+    made = Heads(128, scale=2, tile=32, classes=6)
+    torch.nn.init.normal_(made.refine.mix.bias, std=10)
     made.trained[:] = True
     made.thresholds[:] = torch.tensor([0.5, 1.0])
     path = tmp_path_factory.mktemp("heads") / "heads.pth"
@@ -49,6 +52,9 @@ def test_test(run, trained, floors, heads, tmp_path):
     spared, _ = metrics(run, trained, floors, tmp_path / "spared.json", *options)
     assert spared["gated off (%)"] == 100
     assert spared["megapixels per picture"] == pytest.approx(32**2 / 1e6)
+    refined, _ = metrics(run, trained, floors, tmp_path / "refined.json", *options, "--zoom-gate", 0, "--zoom-refine")
+    assert refined["gated off (%)"] == 0
+    assert refined["mIoU"] != plain["mIoU"]  # this refinement adds random numbers
 
 
 def test_sweep(run, trained, floors, heads, tmp_path):
@@ -75,6 +81,68 @@ def test_sweep(run, trained, floors, heads, tmp_path):
     assert found["entropy", 0.5].megapixels == pytest.approx(alone["megapixels per picture"])
 
 
+BOXES = """_base_ = {base!r}
+custom_imports = dict(imports=["terrazzo.openmmlab"])
+model = dict(backbone=dict(name="resnet10t", out_indices=(2, 3, 4)))
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(96, 64), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test_pipeline))
+"""
+
+
+def bright_boxes(self, images):
+    """Stands for a detector: bright areas of at least 100 pixels, once for each of three classes."""
+    from mmengine.structures import InstanceData
+
+    self.container, found = InstanceData, []
+    for image in images:
+        parts = cv2.connectedComponentsWithStats((image.mean(0) > 0).byte().numpy())[2][1:]
+        x, y, width, height, area = torch.from_numpy(parts).float().repeat(3, 1).T
+        places = torch.stack([x, y, x + width, y + height], 1)
+        labels = torch.arange(3).repeat_interleave(len(parts))
+        found.append(Boxes(places, torch.full_like(x, 0.9), labels).at(area >= 100))
+    return found
+
+
+def test_sweep_of_a_detector(run, tmp_path, monkeypatch):
+    """Objects that the coarse pass misses: points are what evaluations at their budgets give, COCO's mAP of boxes."""
+    from mmengine.registry import MODELS
+
+    from terrazzo.gated_zoom._detector import DetectorPasses
+    from terrazzo.openmmlab.config import load_config, packaged_configs
+
+    monkeypatch.setattr(DetectorPasses, "forward", bright_boxes)
+    root, config, weights = tmp_path / "bccd", tmp_path / "boxes.py", tmp_path / "boxes.pth"
+    tiny_data.write_detection(root, ("RBC", "WBC", "Platelets"), (96, 64), masks=False)
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    for x, y, width, height in tiny_data.objects():
+        pixels[y : y + height, x : x + width] = 255
+    for path in (root / "images" / "test").iterdir():
+        Image.fromarray(pixels).save(path)
+    base = packaged_configs()["retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480"]
+    config.write_text(BOXES.format(base=str(base)))
+    torch.save({"state_dict": MODELS.build(load_config(config).model).state_dict(), "meta": {}}, weights)
+    options = ("--zoom", 2, "--zoom-tile", 32, "--zoom-halo", 16, "--zoom-stride", 16)
+    alone, _ = metrics(run, (config, weights), root, tmp_path / "alone.json", *options, "--budget", 0.5)
+    done = run("test", config, weights, "--data-root", root, *options, "--sweep", tmp_path / "curve.png")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    found = {(point.score, point.budget): point for point in results.read(tmp_path / "curve.csv", Point)}
+    assert {score for score, _ in found} == {"full pass", "uncertainty", "random", "oracle"}
+    assert {point.metric for point in found.values()} == {"coco/bbox_mAP"}
+    assert found["uncertainty", 0.5].value == pytest.approx(alone["coco/bbox_mAP"], abs=1e-3)
+    assert found["uncertainty", 0.5].megapixels == pytest.approx(alone["megapixels per picture"])
+    for score in ("uncertainty", "random", "oracle"):
+        assert found[score, 0].value == 0  # nothing is found at half of the size: the metric is missing, or 0
+        assert found[score, 1].value == found["oracle", 1].value > 0.1
+    assert found["full pass", 1].value > 0.1
+    assert found["oracle", 0.2].value > 0.1  # one tile, of those with objects
+
+
 def test_infer(run, trained, picture, tmp_path):
     config, checkpoint = trained
     places = []
@@ -96,6 +164,8 @@ def test_refusals(refused, trained, floors, detector, picture):
     assert "its file must end with .png, got x.csv" in refused(*sweep, "x.csv")
     assert "must be a multiple" in refused(*test, "--zoom", 2, "--zoom-tile", 40)
     assert "needs a trained region head" in refused(*test, "--zoom", 2, "--zoom-score", "region")
+    assert "refine=True needs a trained refinement" in refused(*test, "--zoom", 2, "--zoom-refine")
+    assert "--zoom-refine is for a zoom" in refused(*test, "--zoom-refine")
     infer = ("infer", detector[0], picture, "--checkpoint", detector[1], "--zoom", 2)
     assert "gives masks" in refused(*infer)
     assert "--zoom is for segmentors and detectors" in refused("infer", "resnet10t", picture, "--zoom", 2)

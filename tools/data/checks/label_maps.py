@@ -239,24 +239,28 @@ def _refuse_empty(source: Source, dataset: Any) -> None:
 
 
 def _check_orphans(source: Source, dataset: Any, maps: Sequence[Path]) -> None:
-    """Refuse maps if the name of their picture is not read, and warn about maps without any picture."""
+    """Refuse maps if the name of their picture is not read, and warn about maps without any picture.
+
+    Maps of pictures that the data set leaves out by its `indices` are no orphans.
+    """
     folder, suffix = Path(dataset.data_prefix["seg_map_path"]), dataset.seg_map_suffix
     known = set(maps)
-    orphans = sorted(path for path in folder.rglob("*") if path.name.endswith(suffix) and path not in known)
+    pictures = Path(dataset.data_prefix.get("img_path") or "")
+    unread = sorted(path for path in folder.rglob("*") if path.name.endswith(suffix) and path not in known)
+    names = (path.relative_to(folder).as_posix().removesuffix(suffix) + dataset.img_suffix for path in unread)
+    orphans = {path: pictures / name for path, name in zip(unread, names) if not (pictures / name).exists()}
     if not orphans:
         return
-    pictures = Path(dataset.data_prefix.get("img_path") or "")
-    for orphan in orphans:
-        name = orphan.relative_to(folder).as_posix().removesuffix(suffix) + dataset.img_suffix
-        wanted = pictures / name
+    for orphan, wanted in orphans.items():
         alike = [path for path in wanted.parent.glob("*") if path.stem.lower() == wanted.stem.lower()]
         if alike:
             raise InputError(
                 f"the {source.split} label map {orphan} has a picture that is not read, {alike[0]}: its name does not "
                 f"end in {dataset.img_suffix!r}, as {source.key}.img_suffix says; rename it to {wanted.name}"
             )
+    first = next(iter(orphans))
     click.echo(
-        f"warning: the {source.split} label map {orphans[0]} has no picture{and_more(len(orphans))} and is not read",
+        f"warning: the {source.split} label map {first} has no picture{and_more(len(orphans))} and is not read",
         err=True,
     )
 
