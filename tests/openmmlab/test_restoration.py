@@ -328,7 +328,7 @@ def test_configs(name, pictures, tmp_path):
         cfg.model.backbone = {"name": SMALL["name"], "out_indices": SMALL["out_indices"]}
         cfg.model.neck.channels = 4
     else:
-        assert cfg.model.backbone == {"name": "rgt_s_x2"}
+        assert cfg.model.backbone.name == "rgt_s_x2"
         cfg.model.backbone.update(depth=(1,), embed_dim=24, num_heads=2, split_size=(4, 8))
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.num_workers, loader.persistent_workers = 0, False

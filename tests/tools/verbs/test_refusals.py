@@ -92,9 +92,9 @@ def test_a_test_is_refused_likewise(refused, trained, option, words):
 @pytest.mark.parametrize(("verb", "more"), [("export", ["--size", 64, 64]), ("compare", ["--backbone", "resnet10t"])])
 def test_other_verbs_refuse_the_same_options(refused, trained, tmp_path, verb, more):
     place = [trained[1]] if verb == "export" else []
-    out = ["--out", tmp_path / "out"]
-    assert "did you mean optim_wrapper" in refused(verb, trained[0], *place, *more, *out, "optim_wraper.lr=1")
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / ("out.onnx" if verb == "export" else "out")
+    assert "did you mean optim_wrapper" in refused(verb, trained[0], *place, *more, "--out", out, "optim_wraper.lr=1")
+    assert not out.exists()
 
 
 @pytest.fixture(scope="module")
