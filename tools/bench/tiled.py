@@ -106,7 +106,8 @@ def _measured(
     """The figures of each form, by metric."""
     torch.manual_seed(0)
     model = timm.create_model(name, features_only=True, **options_for(name, size)).eval().to(device)
-    over_parts = spatial.tiled(model, rows=rows)
+    layout = getattr(model, "output_fmt", None)  # timm says it, and the sizes of an oblong image may not
+    over_parts = spatial.tiled(model, rows=rows, layout=getattr(layout, "value", None))
     small = torch.rand(1, 3, 2 * rows, 2 * over_parts.stride, device=device)
     for run in (model, over_parts) if whole else (over_parts,):
         run(small)  # libraries are loaded and kernels compiled

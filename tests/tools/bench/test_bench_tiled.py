@@ -24,6 +24,14 @@ def test_rows_and_table(run, tmp_path):
     ]
 
 
+def test_maps_that_could_have_two_layouts(run):
+    """Rows of a map of 256 channels, 4 columns wide, could be a map of NHWC with 32 columns."""
+    options = ("--size", 1024, 64, "--rows", 512, "--no-whole", "--device", "cpu")
+    done = run("bench", "tiled", "dinat_mini", *options)
+    assert done.exit_code == 0, done.output
+    assert "not run" not in done.output
+
+
 def test_without_the_whole_image(run, tmp_path):
     out = tmp_path / "rows.csv"
     done = run("bench", "tiled", "test_convnext", *SIZE, "--no-whole", "--out", out)
