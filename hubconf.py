@@ -37,7 +37,7 @@ def _entry(name: str):
         return timm.create_model(name, pretrained=pretrained, **kwargs)
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{name}, with the arguments of timm.create_model, such as in_chans, and those of the model."
+    entry.__doc__ = f"{name}, with the arguments of timm.create_model, such as in_chans, and the model's own arguments."
     return entry
 
 

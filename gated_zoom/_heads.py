@@ -68,8 +68,8 @@ class Refinement(nn.Module):
         super().__init__()
         self.classes = classes
         self.mix = nn.Conv2d(2 * classes + 1, classes, 3, padding=1)
-        nn.init.zeros_(self.mix.weight)
-        nn.init.zeros_(self.mix.bias)
+        for parameter in self.mix.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, coarse: Tensor, fused: Tensor, ramp: Tensor) -> Tensor:
         """The corrected logits of a picture, (classes, H, W).

@@ -220,7 +220,7 @@ class Zoom(nn.Module):
         return enlarged(result, (grid.height, grid.width))
 
     def untrained_scores(self, result: Any, grid: Grid, name: str | None = None) -> Tensor:
-        """Scores of tiles without a region head, (B, rows, columns); by default those of `score`."""
+        """Scores of tiles without a region head, (B, rows, columns); by default by `score`."""
         return tile_scores(name or self.score, result, grid)
 
     def united(self, coarse: Any, fine: Sequence[Sequence[Any]], grid: Grid, chosen: Sequence[Sequence[int]]) -> Any:

@@ -21,9 +21,9 @@ class Entry:
 
     Attributes:
         model, family: their names.
-        top1: of a backbone, the authors' ImageNet-1K top-1 in percent, as text; empty if they published none.
-        scale: of a restoration network, how many times larger its pictures become, as text; empty for a backbone.
-        tasks: of a restoration network, what it is for; empty for a backbone.
+        top1: the authors' ImageNet-1K top-1 in percent, as text; empty if they published none.
+        scale: how many times larger a restoration network makes pictures, as text; empty for a backbone.
+        tasks: what a restoration network is for; empty for a backbone.
         input: height and width of the published weights' images, such as 224x224.
         licence: of the published weights.
     """

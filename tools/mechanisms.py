@@ -44,7 +44,8 @@ class Mechanism:
 
         from terrazzo.backbones._shared import shared_copy
 
-        with self.blamed(), torch.random.fork_rng(devices=[]):
+        gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with self.blamed(), torch.random.fork_rng(devices=list(gpus)):
             torch.manual_seed(0)
             return self.change(shared_copy(model)).eval()
 

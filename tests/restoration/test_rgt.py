@@ -50,7 +50,7 @@ def lively(module):
 
 
 def test_parameters():
-    """The stored counts, which the contract compares with the networks, are those of the authors' code."""
+    """The stored counts, which the contract compares with the networks, agree with the authors' code."""
     stored = {row.variant: row.p50 for row in results.read(cards.COUNTS["restoration"]) if row.metric == "parameters"}
     assert {name: stored[name] for name in COUNTS} == COUNTS
 

@@ -1,11 +1,11 @@
 """Which backbones are measured end to end, against which peers and on which images: one entry per family."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from terrazzo import backbones
-from terrazzo.tools.models import registered_models
+from terrazzo.tools.models import registered_models, require_model
 
 
 @dataclass(frozen=True)
@@ -159,3 +159,14 @@ def representatives() -> tuple[str, ...]:
     ours = registered_models()
     found = (FAMILIES[name].model for name in backbones.FAMILIES if name in FAMILIES)
     return (*(name for name in found if name in ours), _SWIN, _CONVNEXT, "deit_tiny_patch16_224")
+
+
+def requested(models: Sequence[str]) -> tuple[str, ...]:
+    """The models that a user names, each once, or without names the representatives.
+
+    Raises:
+        InputError: timm knows no model of a name.
+    """
+    for name in models:
+        require_model(name)
+    return tuple(dict.fromkeys(models)) or representatives()

@@ -15,7 +15,7 @@ from terrazzo.errors import InputError
 from terrazzo.tools import results
 from terrazzo.tools.bench import exponents
 from terrazzo.tools.bench.exponents import MACS, WHAT
-from terrazzo.tools.bench.families import representatives
+from terrazzo.tools.bench.families import requested
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_output_file, check_plot
 from terrazzo.tools.inspect.maps import last_map
@@ -30,7 +30,7 @@ from terrazzo.tools.inspect.timing import (
 )
 from terrazzo.tools.models import build_on_meta, options_for
 from terrazzo.tools.options import POSITIVE, UserPath, device_option
-from terrazzo.tools.targets import load_timm_model, pick_device, require_model
+from terrazzo.tools.targets import load_timm_model, pick_device
 
 SIDES = (224, 320, 448, 640, 896, 1280, 1792, 2048)
 
@@ -94,9 +94,7 @@ def command(
     sides = tuple(sorted(set(sides)))
     if len(sides) < 2:
         raise InputError("an exponent needs at least two sides: give --side twice")
-    models = tuple(dict.fromkeys(models)) or representatives()
-    for name in models:
-        require_model(name)
+    models = requested(models)
     where = pick_device(device)
     if out is not None:
         check_output_file(out)

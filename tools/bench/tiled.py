@@ -1,6 +1,7 @@
 """`terrazzo bench tiled`: time and memory of a huge image by parts of its rows, beside the whole image."""
 
-import time
+import gc
+from functools import partial
 from pathlib import Path
 
 import click
@@ -8,16 +9,15 @@ import timm
 import torch
 
 from terrazzo import spatial
-from terrazzo.errors import InputError
 from terrazzo.tools import results
-from terrazzo.tools.bench.families import representatives
+from terrazzo.tools.bench.families import requested
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.files import check_output_file
 from terrazzo.tools.inspect.memory import PeakMemory
-from terrazzo.tools.inspect.timing import reason_of
+from terrazzo.tools.inspect.timing import HostTimer, reason_of
 from terrazzo.tools.models import options_for
 from terrazzo.tools.options import UserPath, device_option
-from terrazzo.tools.targets import pick_device, require_model
+from terrazzo.tools.targets import pick_device
 
 WHAT, WHOLE = "huge image", "whole"
 TIME, PEAK, DIFFERENCE = "forward", "peak memory", "largest difference"
@@ -48,9 +48,7 @@ def command(
     its peak above the model and the image, the features included. The difference is that of the features, as a part of
     their largest value.
     """
-    models = tuple(dict.fromkeys(models)) or representatives()
-    for name in models:
-        require_model(name)
+    models = requested(models)
     where = pick_device(device)
     if out is not None:
         check_output_file(out)
@@ -62,8 +60,9 @@ def command(
             bar.update(bar.task_ids[0], description=name)
             try:
                 figures = _measured(name, size, rows, whole, where)
-            except (InputError, RuntimeError, ValueError) as error:
+            except Exception as error:  # whatever goes wrong, other models are measured
                 reasons[name], figures = reason_of(error), {}
+                gc.collect()
             shape = f"1x3x{size[0]}x{size[1]}"
             for form, values in figures.items():
                 for metric, unit in ((TIME, "s"), (PEAK, "MB"), (DIFFERENCE, "1")):
@@ -108,27 +107,24 @@ def _measured(
     model = timm.create_model(name, features_only=True, **options_for(name, size)).eval().to(device)
     layout = getattr(model, "output_fmt", None)  # timm says it, and the sizes of an oblong image may not
     over_parts = spatial.tiled(model, rows=rows, layout=getattr(layout, "value", None))
+    forms = ({WHOLE: model} if whole else {}) | {f"parts of {rows} rows": over_parts}
     small = torch.rand(1, 3, 2 * rows, 2 * over_parts.stride, device=device)
-    for run in (model, over_parts) if whole else (over_parts,):
+    for run in forms.values():
         run(small)  # libraries are loaded and kernels compiled
     image = torch.rand(1, 3, *size, device=device)
     figures, maps = {}, {}
-    for form, run in ((WHOLE, model), (f"parts of {rows} rows", over_parts)):
-        if form == WHOLE and not whole:
-            continue
+
+    def once(form: str) -> None:
+        maps[form] = forms[form](image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for form in forms:
         with PeakMemory(device) as peak:
-            start = time.perf_counter()
-            maps[form] = run(image)
-            _wait(device)
-            seconds = time.perf_counter() - start
-        figures[form] = {TIME: seconds} | ({} if peak.bytes is None else {PEAK: peak.bytes / 1e6})
-        if len(maps) == 1:
-            continue
-        pairs = zip(maps[form], maps[WHOLE], strict=True)
-        figures[form][DIFFERENCE] = max(((x - y).abs().max() / y.abs().max()).item() for x, y in pairs)
+            figures[form] = {TIME: HostTimer()(partial(once, form))}
+        if peak.bytes is not None:
+            figures[form][PEAK] = peak.bytes / 1e6
+        if whole and form != WHOLE:
+            pairs = zip(maps[form], maps[WHOLE], strict=True)
+            figures[form][DIFFERENCE] = max(((x - y).abs().max() / y.abs().max()).item() for x, y in pairs)
     return figures
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

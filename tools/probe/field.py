@@ -13,7 +13,7 @@ from torch import nn
 from terrazzo._files import written_whole
 from terrazzo.errors import InputError
 from terrazzo.tools import results
-from terrazzo.tools.bench.families import representatives
+from terrazzo.tools.bench.families import requested
 from terrazzo.tools.console import print_table, progress
 from terrazzo.tools.data.pictures import Picture, find_pictures, to_tensor
 from terrazzo.tools.files import check_folder
@@ -21,7 +21,7 @@ from terrazzo.tools.inspect.timing import reason_of
 from terrazzo.tools.options import UserPath, device_option
 from terrazzo.tools.predict.draw import panels
 from terrazzo.tools.probe.receptive import SHARES, Field, receptive_field, table
-from terrazzo.tools.targets import load_timm_model, pick_device, require_model
+from terrazzo.tools.targets import load_timm_model, pick_device
 
 WHAT = "receptive field"
 _RADIUS = "radius of {:.0%}"
@@ -78,9 +78,7 @@ def command(
     where = pick_device(device)
     if (checkpoint or pretrained) and len(models) != 1:
         raise InputError("weights are for one MODEL: name it, or leave --checkpoint and --pretrained out")
-    models = tuple(dict.fromkeys(models)) or representatives()
-    for name in models:
-        require_model(name)
+    models = requested(models)
     if out is not None:
         check_folder(out)
     pictures = find_pictures(places)[:count] if places else []

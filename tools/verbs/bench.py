@@ -89,9 +89,9 @@ def command(
 
     `terrazzo bench reduce MODEL` measures what a plain timm ViT gains and loses by fewer tokens, and `terrazzo bench
     mixers MODEL` what it gains and loses by other mixers. `terrazzo bench scaling` measures how the time of models
-    grows with the image, `terrazzo bench tiled` what a huge image needs by
-    parts of its rows, and `terrazzo bench length` how time and memory grow with the number of tokens. `terrazzo
-    bench lra TASK` trains every mixer on a task of Long Range Arena. See their --help.
+    grows with the image, `terrazzo bench tiled` what a huge image needs by parts of its rows, and `terrazzo bench
+    length` how time and memory grow with the number of tokens. `terrazzo bench lra TASK` trains every mixer on a task
+    of Long Range Arena. See their --help.
     """
     module = module_of(name)
     if out is not None and not out.parent.is_dir():

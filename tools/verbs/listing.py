@@ -17,8 +17,8 @@ from terrazzo.tools.reports.cards import COUNTS
 def command(pattern: str | None, family: str | None) -> None:
     """Name terrazzo's models.
 
-    Of backbones: parameters, the authors' ImageNet-1K top-1, input size. Of restoration networks: parameters, by how
-    much they enlarge pictures, what they are trained for. PATTERN is a part of the name, or a glob such as 'dinat_*'.
+    Backbones come with parameters, the authors' ImageNet-1K top-1 and the input size, restoration networks with
+    parameters, the scale of their pictures and their tasks. PATTERN is a part of the name, or a glob such as 'dinat_*'.
     """
     entries = catalogue.entries()
     if family is not None:

@@ -19,11 +19,11 @@ def gains(
 ) -> Tensor:
     """By how much a fine pass improves each tile, (B, rows, columns).
 
-    For a segmentor this is the share of a tile's pixels that it corrects, less those that it spoils; 0 if it spoils
-    more. For a detector it is the number of annotated boxes that the coarse pass misses and the fine pass finds.
+    For a segmentor this is the share of a tile's pixels that it corrects, less the share that it spoils, or 0 if it
+    spoils more. For a detector it is the number of annotated boxes that the coarse pass misses and the fine pass finds.
 
     Args:
-        zoom: Of the model.
+        zoom: The model's zoom.
         inputs: B 3 H W.
         samples: B data samples with the annotation, in the pictures' own size.
         grid: The tiles.

@@ -99,7 +99,7 @@ def sweep(cfg: Config, checkpoint: Path, options: ZoomOptions, budgets: Sequence
 def _results(
     zoom: Zoom, inputs: torch.Tensor, samples: Sequence, scores: Sequence[str], budgets: Sequence[float]
 ) -> Iterator[tuple[tuple[str, float], Any, float]]:
-    """For each score and budget the result of a batch, as of the zoom, and the megapixels of all its pictures."""
+    """A batch's result for each score and budget, as the zoom gives it, and the megapixels of all its pictures."""
     grid = zoom.grid(inputs)
     yield (FULL, 1.0), zoom.passes(inputs), len(inputs) * grid.height * grid.width / 1e6
     seen, every = zoom.coarse(inputs), list(range(grid.count))

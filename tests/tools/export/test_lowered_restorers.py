@@ -85,7 +85,7 @@ def test_a_network_alone(run, refused, pictures, weights, tmp_path):
 
 
 def test_psnr_of_graphs():
-    """Of equal graphs 100 dB, and of a graph that is off by 1 of 255 everywhere 48.13 dB."""
+    """Equal graphs have 100 dB, and a graph that is off by 1 of 255 everywhere has 48.13 dB."""
 
     def graph(offset):
         info = onnx.helper.make_tensor_value_info

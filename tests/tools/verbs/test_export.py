@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from terrazzo.tools.export import checked as checked_export
+from terrazzo.tools.export.run import form_of
 from terrazzo.tools.export.suffixes import SUFFIXES
 from terrazzo.tools.export.tensorrt import operators as tensorrt_operators
 from terrazzo.tools.verbs import export
@@ -69,6 +70,11 @@ def test_the_suffix_says_the_format(run, tmp_path):
     result = run("export", "resnet10t", "--size", 64, 64, "--out", tmp_path / "m.pt2")
     assert result.exit_code == 0, result.output
     assert torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_suffixes_agree_with_what_the_formats_write():
+    for name, suffixes in SUFFIXES.items():
+        assert form_of(name, None, lacking="no GPU").suffixes[0] in suffixes
 
 
 def test_failed_weights_lie_beside_the_failed_file(run, tmp_path, monkeypatch):

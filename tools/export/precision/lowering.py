@@ -48,7 +48,7 @@ class LoweredFile:
         layers: the number of layers.
         before, after: points from 0 to 100, or dB, of the metrics that decide, by name; empty without data.
         error: the relative error of the outputs, 0..1.
-        psnr: of a restorer, dB of its pictures against float32's, on pictures that set no ranges.
+        psnr: a restorer's PSNR in dB against float32's pictures, on pictures that set no ranges.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Evidence(NamedTuple):
     Attributes:
         samples: inputs for real images.
         metric: the metric of a file; None without a config.
-        held_out: of a restorer, further inputs, which its pictures are compared on.
+        held_out: further inputs, on which a restorer's pictures are compared.
     """
 
     samples: Samples
@@ -129,8 +129,8 @@ def lower_file(
         points: measures a file; None without data, then the error of the outputs decides.
         tolerance: how many points, or dB, may be lost.
         variant: the file's name in the table.
-        rest: of a restorer, inputs that its pictures are compared on; then errors of restored pictures have another
-            limit, `restored.ERROR`.
+        rest: inputs on which a restorer's pictures are compared; then the errors have another limit,
+            `restored.ERROR`.
 
     Raises:
         InputError: there is nothing to lower or no image to set ranges by, or the model finds nothing in the test data.

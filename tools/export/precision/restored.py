@@ -17,7 +17,7 @@ ERROR = 1e-2
 """The largest `sensitivity.output_error` of a restorer that passes if no data set decides. For a picture, whose rms is
 about half of white, it is 46 dB."""
 
-_HELD_OUT = 4  # one picture of so many is compared on, and the others set ranges
+_HELD_OUT = 4  # every fourth picture is compared on, and the others set ranges
 _MOST_HELD_OUT = 8
 
 
