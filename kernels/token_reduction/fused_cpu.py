@@ -1,8 +1,8 @@
 """Token reduction in Numba, for CPUs: what the kernels are given, and how a call is divided.
 
 Products of matrices are PyTorch's. The kernels are in fused_cpu_kernels.py, which imports numba; this file does so at
-the first call. A call is divided by its sizes alone, never by the number of threads, so the same call gives the same
-bits.
+the first call. Plans are in fused_cpu_plan.py. A call is divided by its sizes alone, never by the number of threads, so
+the same call gives the same bits.
 """
 
 import math
@@ -12,76 +12,25 @@ import torch
 
 from terrazzo.errors import InputError
 from terrazzo.kernels.dispatch.dtypes import accumulator
-from terrazzo.kernels.numba_host import threads
 from terrazzo.kernels.numba_host.arrays import array_of
-from terrazzo.kernels.token_reduction.partition import order, sizes
+from terrazzo.kernels.token_reduction.fused_cpu_parts import PARTS, divided, is_small
+from terrazzo.kernels.token_reduction.fused_cpu_plan import plan
 from terrazzo.kernels.token_reduction.portable import by_tiles, is_whole
+
+__all__ = ["attend", "column_mean", "plan", "pool", "pool_backward", "weights"]
 
 # Numbers that are exponentiated at once, and queries of a partial sum of columns.
 WIDTH = 32
 ROWS = 32
-# A call on fewer numbers is not divided: waking a thread takes longer. A larger call has this many parts, and a pooled
-# image this many channels at a time.
-_ALONE = 1 << 18
-_PARTS = 8
+# Channels of a pooled image at a time.
 _CHANNELS = 128
 # Products of an image with fewer multiplications are computed for all images at once.
 _FEW = 1 << 21
 
 
-def _divided(kernel: Callable[[int, int], object], count: int, work: int) -> list:
-    """Call `kernel(begin, end)` for parts of `count`, and return what the calls return.
-
-    Args:
-        work: roughly how many numbers are read and written.
-    """
-    parts = 1 if work < _ALONE else min(count, _PARTS)
-    found = [None] * parts
-
-    def part(i: int) -> None:
-        found[i] = kernel(count * i // parts, count * (i + 1) // parts)
-
-    threads.run(part, parts)
-    return found
-
-
 def _check_groups(right: Sequence[bool], count: int) -> None:
     if not all(right):
         raise InputError(f"the map must have numbers from 0 to {count - 1}; make it by `plan`, or see `existing`")
-
-
-def plan(
-    metric: torch.Tensor,
-    r: int,
-    size: torch.Tensor | None,
-    importance: torch.Tensor | None,
-    protect: int,
-    criteria: Sequence[float],
-    bidirectional: bool,
-    grid: tuple[int, int] | None,
-) -> torch.Tensor:
-    """Maps of all images, (B, N); arguments as in `portable.plan`, except that `metric` may be in half precision."""
-    from terrazzo.kernels.token_reduction import fused_cpu_kernels as kernels
-
-    batch, count = metric.shape[:2]
-    metric = metric.to(accumulator(metric)).contiguous()
-    sources, targets = sizes(count - protect, protect, grid)
-    if grid is None:
-        first = protect + protect % 2
-        left, right = metric[:, first::2], metric[:, protect + 1 - protect % 2 :: 2]
-    else:
-        listed, _ = order(count - protect, protect, grid)
-        left, right = metric.index_select(1, listed + protect).split([sources, targets], 1)
-    weight = torch.bmm(left, right.transpose(1, 2))
-    found = torch.empty(batch, count, dtype=torch.int64)
-    none = metric.new_empty(0, count)
-    size, importance = (none if x is None else x.to(metric.dtype).contiguous() for x in (size, importance))
-    given = [array_of(x) for x in (metric, weight, size, importance)]
-    forward = r // 2 if bidirectional else r
-    exponents = tuple(1 / tau if tau else 0.0 for tau in criteria)
-    constants = (protect, *(grid or (0, 0)), r, forward, exponents, bidirectional, array_of(found))
-    _divided(lambda *part: kernels.plan(*given, *constants, *part), batch, 8 * weight.numel())
-    return found
 
 
 def pool(
@@ -122,8 +71,8 @@ def pool_backward(
 
 def _by_channels(kernel: Callable[..., bool], arrays: Sequence, batch: int, channels: int, work: int) -> list[bool]:
     """Divide a call by images; few images of many tokens also by channels."""
-    if batch >= _PARTS or work < _ALONE:
-        return _divided(lambda *part: kernel(*arrays, *part, 0, channels), batch, work)
+    if batch >= PARTS or is_small(work):
+        return divided(lambda *part: kernel(*arrays, *part, 0, channels), batch, work)
     blocks = -(-channels // _CHANNELS)
 
     def block(begin: int, end: int) -> bool:
@@ -133,7 +82,7 @@ def _by_channels(kernel: Callable[..., bool], arrays: Sequence, batch: int, chan
             right &= kernel(*arrays, image, image + 1, first, min(first + _CHANNELS, channels))
         return right
 
-    return _divided(block, batch * blocks, work)
+    return divided(block, batch * blocks, work)
 
 
 def _weights_and_sums(
@@ -151,7 +100,7 @@ def _weights_and_sums(
     bias = scores.new_empty(0, keys) if bias is None else bias.to(dtype).contiguous()
     sums = scores.new_empty(batch, heads, keys)
     given = (array_of(scores), array_of(bias), 1 / math.sqrt(query.shape[-1]), array_of(sums))
-    _divided(lambda *part: kernels.softmax(*given, *part), batch * heads, 2 * scores.numel())
+    divided(lambda *part: kernels.softmax(*given, *part), batch * heads, 2 * scores.numel())
     return scores, sums
 
 

@@ -1,4 +1,4 @@
-"""Token reduction in Numba, for CPUs: plans from products of tokens, pooling and its gradient, softmax and its columns.
+"""Token reduction in Numba, for CPUs: pooling and its gradient, softmax and its columns.
 
 A call takes the images, or the heads of images, from `begin` to `end`. Numba compiles the kernels at the first call.
 Arrays are contiguous; an array of images without elements stands for None. Indices from outside are checked, because a
@@ -13,39 +13,6 @@ from terrazzo.kernels.numba_host.fused_compile import jit, jit_sum
 from terrazzo.kernels.numba_host.fused_maths import exp, highest
 from terrazzo.kernels.token_reduction.fused_cpu import ROWS, WIDTH
 
-SHORTEST = 1e-12  # the least norm that a token is divided by, as in F.normalize
-
-
-@jit
-def source_or_target(position, protect, rows, columns):
-    """Whether a token behind the protected tokens is a destination; columns are 0 for even and odd tokens."""
-    if columns == 0:
-        return (position + protect) % 2 == 1
-    row, column = position // columns, position % columns
-    return row < rows // 2 * 2 and column < columns // 2 * 2 and row % 2 == 0 and column % 2 == 0
-
-
-@jit
-def list_tokens(sources, protect, rows, columns, listed):
-    """Positions of the sources, then of the destinations, both ascending."""
-    source, target = 0, sources
-    for i in range(len(listed)):
-        if source_or_target(i, protect, rows, columns):
-            listed[target] = protect + i
-            target += 1
-        else:
-            listed[source] = protect + i
-            source += 1
-
-
-@jit_sum
-def square(row):
-    """The sum of squares."""
-    total = row.dtype.type(0)
-    for c in range(len(row)):
-        total += row[c] * row[c]
-    return total
-
 
 @jit_sum
 def total_of(row):
@@ -53,143 +20,6 @@ def total_of(row):
     for c in range(len(row)):
         total += row[c]
     return total
-
-
-@jit
-def weaken(values, exponent, factor):
-    """Multiply an image's factors by (1 / values)^exponent, scaled so that the largest is 1; 0 for values of 0."""
-    zero, one = factor.dtype.type(0), factor.dtype.type(1)
-    largest = zero
-    for i in range(len(values)):
-        inverse = one / values[i] if values[i] > zero else zero
-        largest = inverse if inverse > largest else largest
-    exponent = factor.dtype.type(exponent)
-    for i in range(len(values)):
-        inverse = one / values[i] if values[i] > zero else zero
-        factor[i] *= (inverse / largest) ** exponent
-
-
-@jit
-def attract(row, scale, others, exponent):
-    """In the place of products of tokens: ((cos + 1) / 2)^exponent, or 1 if the exponent is 0."""
-    zero, one, half = row.dtype.type(0), row.dtype.type(1), row.dtype.type(0.5)
-    if exponent == 0:
-        row[:] = one
-        return
-    for j in range(len(row)):
-        near = (row[j] * (scale * others[j]) + one) * half
-        row[j] = zero if near < zero else near
-    if exponent != 1:
-        power = row.dtype.type(exponent)
-        for j in range(len(row)):
-            row[j] = row[j] ** power
-
-
-@jit
-def ranks(score, rank):
-    """Each score's place in descending order; among equals, the lowest index comes first."""
-    for i in range(len(score)):
-        own, before = score[i], 0
-        earlier, later = score[:i], score[i + 1 :]
-        for j in range(len(earlier)):
-            before += earlier[j] >= own
-        for j in range(len(later)):
-            before += later[j] > own
-        rank[i] = before
-
-
-@jit
-def plan(
-    metric,
-    weight,
-    size,
-    importance,
-    protect,
-    rows,
-    columns,
-    merged,
-    forward,
-    exponents,
-    two_way,
-    found,
-    begin,
-    end,
-):
-    """Maps of images, (B, N).
-
-    Args:
-        weight: (B, sources, destinations), products of the tokens, which are replaced by attractions. What is not a
-            number attracts most, as PyTorch's sort and maximum have it.
-        size, importance: (B, N), or (0, N) for None.
-        rows, columns: of the grid; 0 for even and odd tokens.
-        merged, forward: r, and the sources among the merged tokens.
-        exponents: of similarity, importance and size; 0 leaves a criterion out.
-    """
-    dtype, count = weight.dtype, metric.shape[1]
-    sources, targets = weight.shape[1], weight.shape[2]
-    zero, one, shortest = dtype.type(0), dtype.type(1), dtype.type(SHORTEST)
-    infinity, padding = dtype.type(np.inf), dtype.type(-1)
-    listed = np.empty(count - protect, np.int64)
-    list_tokens(sources, protect, rows, columns, listed)
-    inverse, factor, own = np.empty(count - protect, dtype), np.empty(count, dtype), np.empty(count - protect, dtype)
-    alive = np.empty(count - protect, np.bool_)
-    best, into, rank = np.empty(sources, dtype), np.empty(sources, np.int64), np.empty(sources, np.int64)
-    back_best, back, back_rank = np.empty(targets, dtype), np.empty(targets, np.int32), np.empty(targets, np.int64)
-    staying, of_targets = np.empty(sources, np.int64), np.empty(targets, np.int64)
-    for image in range(begin, end):
-        factor[:] = 1
-        if len(importance) > 0 and exponents[1] != 0:
-            weaken(importance[image], exponents[1], factor)
-        if len(size) > 0 and exponents[2] != 0:
-            weaken(size[image], exponents[2], factor)
-        for i in range(count - protect):
-            norm = np.sqrt(square(metric[image, listed[i]]))
-            inverse[i] = one / (shortest if norm < shortest else norm)
-            own[i] = factor[listed[i]]
-            alive[i] = len(size) == 0 or size[image, listed[i]] > zero
-        factors, living = own[sources:], alive[sources:]
-        for i in range(sources):
-            row, f = weight[image, i], own[i]
-            attract(row, inverse[i], inverse[sources:], exponents[0])
-            for j in range(targets):
-                w = row[j] * f * factors[j]
-                row[j] = w if w == w else infinity
-            if not alive[i]:
-                row[:] = padding
-            elif len(size) > 0:
-                for j in range(targets):
-                    row[j] = row[j] if living[j] else padding
-            best[i], into[i] = highest(row), 0
-            while row[into[i]] != best[i]:
-                into[i] += 1
-        ranks(best, rank)
-        stay = protect
-        for i in range(sources):
-            staying[i] = stay
-            stay += rank[i] >= forward
-        if two_way:
-            back_best[:] = -2
-            back[:] = 0
-            for i in range(sources):
-                if rank[i] >= forward:
-                    row = weight[image, i]
-                    for j in range(targets):
-                        better = row[j] > back_best[j]
-                        back_best[j] = row[j] if better else back_best[j]
-                        back[j] = i if better else back[j]
-            ranks(back_best, back_rank)
-            for j in range(targets):
-                follows = back_rank[j] < merged - forward
-                of_targets[j] = staying[back[j]] if follows else protect + sources - merged + back_rank[j]
-        else:
-            for j in range(targets):
-                of_targets[j] = protect + sources - merged + j
-        for i in range(protect):
-            found[image, i] = i
-        for i in range(sources):
-            found[image, listed[i]] = of_targets[into[i]] if rank[i] < forward else staying[i]
-        for j in range(targets):
-            found[image, listed[sources + j]] = of_targets[j]
 
 
 @jit

@@ -20,6 +20,8 @@ from terrazzo.kernels.token_reduction.partition import order, sizes
 # weights at a time: on a CPU as many as the caches hold (README.md).
 _WHOLE = 1 << 24
 _TILE = 1 << 19
+# Fewest queries of a tile: every tile reads all keys, and products of matrices with fewer rows wait for them.
+_FEWEST = 32
 
 
 def rank(score: torch.Tensor) -> torch.Tensor:
@@ -162,7 +164,7 @@ def by_tiles(column_sums: Callable, query: torch.Tensor, key: torch.Tensor, bias
     batch, heads, count = query.shape[:3]
     tile = _TILE if query.device.type == "cpu" else _WHOLE
     images = max(1, tile // (heads * count * count))
-    rows = max(1, tile // (images * heads * count))
+    rows = max(_FEWEST, tile // (images * heads * count))
     total = torch.zeros(batch, count, dtype=accumulator(query), device=query.device)
     for first in range(0, batch, images):
         here = slice(first, first + images)

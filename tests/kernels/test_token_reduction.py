@@ -386,6 +386,7 @@ class TestImportance:
         """All at once, or by two images, one image, two queries, one query. Weights add up to 1 for each query."""
         monkeypatch.setattr(portable, "_WHOLE", whole)
         monkeypatch.setattr(portable, "_TILE", tile)
+        monkeypatch.setattr(portable, "_FEWEST", 1)
         q, k, v = torch.randn(3, 3, 2, 7, 4, dtype=torch.float64, requires_grad=True).unbind()
         bias = torch.rand(3, 7, dtype=torch.float64) if biased else None
         wanted = column_mean(q, k, bias, backend="reference")
@@ -402,6 +403,7 @@ class TestImportance:
     def test_no_more_than_a_tile_is_held(self, monkeypatch):
         monkeypatch.setattr(portable, "_WHOLE", 0)
         monkeypatch.setattr(portable, "_TILE", 1 << 12)
+        monkeypatch.setattr(portable, "_FEWEST", 1)
         held = []
         scores = portable.attention_weights
         monkeypatch.setattr(portable, "attention_weights", lambda *a: held.append(out := scores(*a)) or out)

@@ -19,6 +19,9 @@ from terrazzo.kernels.triton_host import machine as triton_machine
 
 numba = pytest.importorskip("numba", reason="needs the extra 'cpu'")
 kernels = importlib.import_module("terrazzo.kernels.token_reduction.fused_cpu_kernels")
+match = importlib.import_module("terrazzo.kernels.token_reduction.fused_cpu_match")
+fused_cpu_plan = importlib.import_module("terrazzo.kernels.token_reduction.fused_cpu_plan")
+fused_cpu_parts = importlib.import_module("terrazzo.kernels.token_reduction.fused_cpu_parts")
 fused_cpu = importlib.import_module("terrazzo.kernels.token_reduction.fused_cpu")
 portable = importlib.import_module("terrazzo.kernels.token_reduction.portable")
 op = importlib.import_module("terrazzo.kernels.token_reduction.op")
@@ -33,10 +36,18 @@ BOTH = dict(size=True, importance=True)
 @pytest.fixture
 def divided(monkeypatch):
     """Every call is divided among threads, however small."""
-    monkeypatch.setattr(fused_cpu, "_ALONE", 0)
+    monkeypatch.setattr(fused_cpu_parts, "_ALONE", 0)
 
 
 class TestPlan:
+    @pytest.fixture(params=[False, True], ids=["whole", "tiles"], autouse=True)
+    def tiled(self, request, monkeypatch, divided):
+        """All products of an image at once, or those of a few sources at a time."""
+        if request.param:
+            monkeypatch.setattr(fused_cpu_plan, "_WHOLE", 0)
+            monkeypatch.setattr(fused_cpu_plan, "_TILE", 100)
+            monkeypatch.setattr(fused_cpu_plan, "_FEWEST", 3)
+
     @pytest.mark.parametrize(
         ("count", "r", "about"), [(9, 3, {}), (67, 31, dict(EXACT, dim=16)), (198, 40, dict(EXACT, dim=64))], ids=str
     )
@@ -158,6 +169,7 @@ class TestImportance:
     def test_a_tile_at_a_time(self, monkeypatch):
         monkeypatch.setattr(portable, "_WHOLE", 0)
         monkeypatch.setattr(portable, "_TILE", 1 << 9)
+        monkeypatch.setattr(portable, "_FEWEST", 1)
         check(triton_reduction.column_errors(40, bias="sizes"))
         assert triton_reduction.attends() < 1e-5
 
@@ -197,19 +209,22 @@ class TestMutations:
 
     @pytest.mark.parametrize("helper", ["", "list_tokens", "attract", "weaken", "ranks", "share", "highest", "exp"])
     def test_a_broken_piece_shows(self, monkeypatch, helper):
-        for name in ("plan", "pool", "spread", "softmax"):
+        for name in ("pool", "spread", "softmax"):
             monkeypatch.setattr(kernels, name, getattr(kernels, name).py_func)  # with pieces that can be replaced
-        monkeypatch.setattr(kernels, "highest", lambda row: row[0] if helper == "highest" else row.max())
+        for name in ("prepare", "draw", "choose_targets", "choose_sources", "stay", "write", "plan"):
+            monkeypatch.setattr(match, name, getattr(match, name).py_func)
+        for module in (kernels, match):
+            monkeypatch.setattr(module, "highest", lambda row: row[0] if helper == "highest" else row.max())
         monkeypatch.setattr(kernels, "exp", lambda x: np.exp(x) * (1 if x > -0.5 or helper != "exp" else 0.9))
         if helper in ("list_tokens", "attract", "weaken", "ranks"):
-            original = getattr(kernels, helper)
+            original = getattr(match, helper)
 
             def broken(*arguments):
                 original(*arguments)
                 changed = arguments[{"list_tokens": 4, "attract": 0, "weaken": 2, "ranks": 1}[helper]]
                 changed[:] = changed[::-1].copy()
 
-            monkeypatch.setattr(kernels, helper, broken)
+            monkeypatch.setattr(match, helper, broken)
         if helper == "share":
             monkeypatch.setattr(kernels, "share", lambda weight, total, tiny: 0.9 * weight / max(total, tiny))
         case = dict(count=21, r=8, bidirectional=True, batch=1, criteria=(1, 2, 2), **BOTH)

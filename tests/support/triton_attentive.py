@@ -72,7 +72,7 @@ def errors(batch=1, channels=8, height=9, width=7, dtype="float32", device="cpu"
         found = run(arguments, "fused")
     # The interpreter truncates to bfloat16; a GPU rounds.
     units = {torch.float32: 3, torch.bfloat16: 1} if device == "cpu" else {torch.float32: 3}
-    return limits(NAMES, found, plain, wanted, units.items())
+    return limits(NAMES, found, plain, wanted, units.items(), sums=("inhibition",))
 
 
 def splits(parts):

@@ -54,13 +54,23 @@ def errors(
     with poisoned(device):
         found = run(arguments, plan, more, "fused")
     # The interpreter truncates to bfloat16; a GPU rounds.
-    units = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}.items()
+    units = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}
+    return judged(found, plain, wanted, batch * queries, units)
+
+
+def judged(found, plain, wanted, rows, units):
+    """The errors of results against float64, and their limits: see `triton_common.limits`.
+
+    Args:
+        found, plain, wanted: what `run` returns, by a form, by plain PyTorch in the same dtype, and in float64.
+        rows: batch times queries.
+    """
     names = [f"result {i}" for i in range(len(found))]
-    allowed = limits(names, found, plain, wanted, units, names[5:])  # the tensors of the plan are small, and sums
+    allowed = limits(names, found, plain, wanted, units.items(), names[5:])  # the plan's tensors are small, and sums
     for name, x in zip(names, found):
         if x.numel() == 1:  # one number, summed over all rows: plain PyTorch's error may be nearly 0 by chance
             error, limit = allowed[name]
-            allowed[name] = error, max(limit, torch.finfo(x.dtype).eps * 2 * batch * queries)
+            allowed[name] = error, max(limit, torch.finfo(x.dtype).eps * 2 * rows)
     return allowed
 
 
