@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from terrazzo.backbones._modes import evaluating
 from terrazzo.backbones.mixers import Mixer
 from terrazzo.errors import InputError
 
@@ -42,7 +43,6 @@ def calibrate(model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *
     batches = [images] if isinstance(images, torch.Tensor) else images
     runs = _Runs(options)
     hooks = [mixer.register_forward_pre_hook(runs) for mixer in found]
-    training = model.training
     before = [{key: value.clone() for key, value in mixer.state_dict().items()} for mixer in found]
     for mixer in found:
         mixer.reset()
@@ -50,7 +50,8 @@ def calibrate(model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *
         with torch.no_grad():
             for batch in batches:
                 runs.batches += 1
-                model.eval()(batch)
+                with evaluating(model):
+                    model(batch)
         if not runs.batches:
             raise InputError("images holds no batch: give at least one batch (B, 3, H, W)")
         if not runs.calibrated:
@@ -65,7 +66,6 @@ def calibrate(model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     return model
 
 

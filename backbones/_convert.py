@@ -7,7 +7,7 @@ from torch import nn
 
 from terrazzo.backbones._checks import wholes
 from terrazzo.backbones._hosts import check_host, kind_of, make_host, new_mixers, remember, unmake_host, unwrapped
-from terrazzo.backbones._plan import Batches, Plan, candidates, measured
+from terrazzo.backbones._plan import Batches, Plan, candidates, check_alike, measured
 from terrazzo.backbones._tokens import Reducer
 from terrazzo.backbones._windows import Windows
 from terrazzo.backbones.mixers import Mixer
@@ -99,7 +99,7 @@ def convert_attention(
     given, model = model, unwrapped(model)
     check_host(model, "converted")
     if isinstance(layers, Plan):
-        made = _chosen(model, mixer, layers, dict(budget=budget, max_kl=max_kl, images=images), options)
+        made = _chosen(model, mixer, layers, dict(budget=budget, max_kl=max_kl, images=images), teacher, options)
     elif isinstance(layers, str) and layers in PLANNED:
         made = _planned(model, mixer, layers == "greedy", images, budget, max_kl, teacher, options)
     else:
@@ -150,13 +150,21 @@ def _planned(
 
 
 def _chosen(
-    model: Any, mixer: str, plan: Plan, needless: Mapping[str, Any], options: Mapping[str, Any]
+    model: Any,
+    mixer: str,
+    plan: Plan,
+    needless: Mapping[str, Any],
+    teacher: nn.Module | None,
+    options: Mapping[str, Any],
 ) -> dict[int, Mixer | None]:
     """The mixer of each layer about which a plan was made before; None for attention."""
     if given := [name for name, value in needless.items() if value is not None]:
         raise InputError(f"layers is a plan that was measured before: leave {' and '.join(given)} out")
     if mixer != plan.mixer:
         raise InputError(f"the plan is for the mixer '{plan.mixer}', and not for '{mixer}'")
+    if teacher is not None:
+        check_host(unwrapped(teacher), "a teacher")
+        check_alike(model, unwrapped(teacher))
     mixers = candidates(model, mixer, options)
     if other := sorted(set(plan.layers) - mixers.keys()):
         raise InputError(f"the plan chose the layers {other}, which this model lacks or which have another mixer")

@@ -244,7 +244,7 @@ class _Runs:
 
     def __init__(self, model: Any, mixers: Mapping[int, Mixer], teacher: Any | None):
         if teacher is not None:
-            _check_alike(model, teacher)
+            check_alike(model, teacher)
         self.model = _host(model)
         self.teacher = None if teacher is None else _host(teacher)
         self.mixers = mixers
@@ -305,7 +305,7 @@ class _Runs:
         return entered, model._features(x, state)
 
 
-def _check_alike(model: Any, teacher: Any) -> None:
+def check_alike(model: Any, teacher: Any) -> None:
     own, other = ((len(x.blocks), x.embed_dim, x.num_classes) for x in (model, teacher))
     if own != other:
         raise InputError(

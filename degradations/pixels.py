@@ -26,7 +26,7 @@ def in_8_bits(pixels: Tensor) -> Tensor:
 
 def generator_of(name: str) -> torch.Generator:
     """A generator for the picture of this name: always the same numbers, in every process."""
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(name.encode(errors="surrogateescape")))
 
 
 def in_multiples(pixels: Tensor, unit: int) -> Tensor:

@@ -6,6 +6,7 @@ its help is asked for. `terrazzo --help` and `terrazzo list` import neither PyTo
 
 import functools
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -162,4 +163,7 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold anything
     interrupts.run(cli.main)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from terrazzo._files import named
 from terrazzo.errors import InputError
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -65,7 +66,8 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".partial-{path.name}-"))
     try:
-        yield temporary
+        with named(path):
+            yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # a temporary folder is private; the result is an ordinary folder

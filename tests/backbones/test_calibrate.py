@@ -39,6 +39,7 @@ def test_batches_modes_and_repetition():
     """A generator of batches is taken, modes and hooks stay, and a second call does not build on the first."""
     options, calibration = OPTIONS["sale"]
     model = converted(**options).train()
+    model.blocks[0].eval()
     seen = []
 
     def batches():
@@ -49,6 +50,8 @@ def test_batches_modes_and_repetition():
     terrazzo.calibrate(model, batches(), **calibration)
     assert seen == [0, 1]
     assert model.training
+    assert model.blocks[1].training
+    assert not model.blocks[0].norm1.training
     first = {key: x.clone() for key, x in model.state_dict().items()}
     terrazzo.calibrate(model, image((256, 256)), **calibration)
     assert all(torch.equal(x, first[key]) for key, x in model.state_dict().items())

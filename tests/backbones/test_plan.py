@@ -215,11 +215,13 @@ def test_teacher():
 
 def test_a_plan_for_another_model():
     plan = terrazzo.conversion_plan(sharp(), "hedgehog", BATCH, budget=2)
+    other = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
     others = terrazzo.convert_attention(sharp(), "linear_infsa", layers=plan.layers)
     for model, arguments, message in (
         (sharp(), dict(mixer="linear_infsa", layers=plan), "for the mixer 'hedgehog', and not for 'linear_infsa'"),
         (sharp(), dict(mixer="hedgehog", layers=plan, budget=1), "was measured before: leave budget out"),
         (others, dict(mixer="hedgehog", layers=plan), "which this model lacks or which have another mixer"),
+        (sharp(), dict(mixer="hedgehog", layers=plan, teacher=other), "the teacher has 2 layers, 192 channels"),
     ):
         before = state_of(model)
         with pytest.raises(InputError, match=message):

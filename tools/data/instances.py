@@ -56,13 +56,17 @@ class InstanceSplit:
             )
         marks = [mark for mark in self.file.imgToAnns[self.ids[index]] if not mark.get("iscrowd")]
         numbers, categories = np.zeros(size, np.int32), [0]
-        for mark in sorted(marks, key=lambda mark: -mark["area"]):
-            try:
-                numbers[self.file.annToMask(mark) > 0] = len(categories)
-            except Exception as error:  # pycocotools raises whatever comes
-                raise InputError(f"the mask {mark.get('id')} cannot be read: {first_line(error)}") from error
+        masks = [self._mask(mark) for mark in marks]
+        for mask, mark in sorted(zip(masks, marks), key=lambda pair: -pair[1].get("area", pair[0].sum())):
+            numbers[mask] = len(categories)
             categories.append(mark["category_id"])
         return numbers, np.array(categories)
+
+    def _mask(self, mark: dict[str, Any]) -> np.ndarray:
+        try:
+            return self.file.annToMask(mark) > 0
+        except Exception as error:  # pycocotools raises whatever comes
+            raise InputError(f"the mask {mark.get('id')} cannot be read: {first_line(error)}") from error
 
 
 def read_instances(root: Path, split: str, most: int | None = None) -> InstanceSplit:
@@ -92,8 +96,22 @@ def read_instances(root: Path, split: str, most: int | None = None) -> InstanceS
             number for number in file.imgs if any(not mark.get("iscrowd") for mark in file.imgToAnns.get(number, ()))
         ]
         paths = [root / "images" / split / file.imgs[number]["file_name"] for number in ids]
+        lacking = [
+            f"{kind} {facts.get('id')} lacks '{key}'"
+            for number in ids
+            for kind, keys, found in (
+                ("picture", ("height", "width"), [file.imgs[number]]),
+                ("annotation", ("category_id",), file.imgToAnns[number]),
+            )
+            for facts in found
+            for key in keys
+            if key not in facts
+        ]
+        if lacking:
+            raise ValueError(lacking[0])
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{path} is not in COCO's format: {first_line(error)}") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{path} is not in COCO's format: {reason}") from error
     if not ids:
         raise InputError(f"{path} has no picture with an instance")
     places = spread(range(len(ids)), most or len(ids))

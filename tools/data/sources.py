@@ -8,6 +8,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 from terrazzo._pictures import SUFFIXES, is_hidden, is_picture
@@ -121,7 +122,7 @@ def _picture_of(address: str) -> bytes | None:
             data = answer.read(_LARGEST + 1)
     except urllib.error.HTTPError as error:
         raise InputError(f"{address} cannot be fetched: the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:  # no server, no connection, no answer in time; a bad address
+    except (OSError, ValueError, HTTPException) as error:  # no server, no answer in time, half an answer; a bad address
         reason = getattr(error, "reason", None) or error
         raise InputError(f"{address} cannot be reached: {reason}") from error
     if len(data) > _LARGEST:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from terrazzo._files import written_whole
+from terrazzo.backbones._modes import evaluating
 from terrazzo.errors import InputError, TerrazzoError, first_line
 from terrazzo.tools.export.parity import LABEL_LIMIT, RELATIVE_LIMIT, Parity, compare
 from terrazzo.tools.files import check_output_file
@@ -148,37 +149,37 @@ def checked_export(
     if len(form.suffixes) > 1 and path.suffix != form.suffixes[0]:
         raise InputError(f"{path} must end in {form.suffixes[0]}: its weights go beside it, as {form.suffixes[1]}")
     arguments = as_tuple(example)
-    module = module.eval()
-    inputs = {"example": arguments, **{name: as_tuple(value) for name, value in (checks or {}).items()}}
-    if "batch" in dynamic:
-        inputs["larger batch"] = tuple(torch.cat([value, value[:1].flip(-1)]) for value in arguments)
-    compared = reference or module
-    references = {name: _expected(compared, value) for name, value in inputs.items()}
-    if "hw" in dynamic:
-        inputs["larger image"], references["larger image"] = _larger(compared, arguments)
-    count = len(references["example"])
-    names = tuple(output_names or (f"output_{index}" for index in range(count)))
-    if len(names) != count:
-        raise InputError(f"the module has {count} outputs, but {len(names)} names are given: {', '.join(names)}")
-    task = Task(module, arguments, tuple(input_names), names, frozenset(dynamic), metadata or {})
-    divergence = None
-    with tempfile.TemporaryDirectory(prefix="terrazzo-export-") as folder:
-        file = Path(folder) / path.with_suffix(form.suffixes[0]).name
-        version = form.write(task, file)
-        run = form.load(file, task)
-        parities = tuple(
-            parity
-            for source, expected in references.items()
-            for parity in compare(
-                names, source, expected, _found(run, source, inputs[source]), relative_limit, label_limit
+    with evaluating(module):
+        inputs = {"example": arguments, **{name: as_tuple(value) for name, value in (checks or {}).items()}}
+        if "batch" in dynamic:
+            inputs["larger batch"] = tuple(torch.cat([value, value[:1].flip(-1)]) for value in arguments)
+        compared = reference or module
+        references = {name: _expected(compared, value) for name, value in inputs.items()}
+        if "hw" in dynamic:
+            inputs["larger image"], references["larger image"] = _larger(compared, arguments)
+        count = len(references["example"])
+        names = tuple(output_names or (f"output_{index}" for index in range(count)))
+        if len(names) != count:
+            raise InputError(f"the module has {count} outputs, but {len(names)} names are given: {', '.join(names)}")
+        task = Task(module, arguments, tuple(input_names), names, frozenset(dynamic), metadata or {})
+        divergence = None
+        with tempfile.TemporaryDirectory(prefix="terrazzo-export-") as folder:
+            file = Path(folder) / path.with_suffix(form.suffixes[0]).name
+            version = form.write(task, file)
+            run = form.load(file, task)
+            parities = tuple(
+                parity
+                for source, expected in references.items()
+                for parity in compare(
+                    names, source, expected, _found(run, source, inputs[source]), relative_limit, label_limit
+                )
             )
-        )
-        if not all(parity.passed for parity in parities):
-            divergence = form.divergence(task, relative_limit)
-            path = path.with_name(f"{path.name}.failed")
-        volume = sum(file.with_suffix(suffix).stat().st_size for suffix in form.suffixes)
-        _publish(file, form.suffixes, path)
-    return Report(path, volume, parities, version, divergence)
+            if not all(parity.passed for parity in parities):
+                divergence = form.divergence(task, relative_limit)
+                path = path.with_name(f"{path.name}.failed")
+            volume = sum(file.with_suffix(suffix).stat().st_size for suffix in form.suffixes)
+            _publish(file, form.suffixes, path)
+        return Report(path, volume, parities, version, divergence)
 
 
 def _larger(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from terrazzo.backbones._modes import evaluating
 from terrazzo.errors import InputError, first_line
 from terrazzo.kernels import use_backend
 
@@ -98,14 +99,13 @@ def trace(model: nn.Module, size: int | tuple[int, int], in_chans: int = 3, batc
     Raises:
         InputError: there can be no image of that size.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with _layers(model) as layers, FlopCounterMode(display=False) as flops, _Recorder(layers, flops) as recorder:
-            meta_outputs(model, size, in_chans, batch)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with (
+        evaluating(model),
+        _layers(model) as layers,
+        FlopCounterMode(display=False) as flops,
+        _Recorder(layers, flops) as recorder,
+    ):
+        meta_outputs(model, size, in_chans, batch)
     return recorder.operations
 
 

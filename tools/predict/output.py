@@ -7,7 +7,7 @@ from types import TracebackType
 
 from PIL import Image
 
-from terrazzo._files import written_whole
+from terrazzo._files import check_room, written_whole
 from terrazzo.tools.data.clips import ClipWriter
 from terrazzo.tools.predict.draw import PAPER, legend_height, shrunk
 from terrazzo.tools.predict.prediction import LEGEND_ENTRIES, Prediction
@@ -51,14 +51,13 @@ class ClipOutput:
 
     def __init__(self, out: Path, name: str, rate: float, live: bool):
         self.out, self.name, self.rate, self.live, self.count = out, name, rate, live, 0
-        self.restored: ClipWriter | None = None
 
     def __enter__(self) -> "ClipOutput":
         with contextlib.ExitStack() as stack:
             lines = stack.enter_context(written_whole(self.out / f"{self.name}.jsonl"))
             video = stack.enter_context(written_whole(self.out / f"{self.name}.overlay.mp4"))
             self.lines = open(lines, "w")
-            self.writer = ClipWriter(video, self.rate, PAPER)
+            self.writers = [ClipWriter(video, self.rate, PAPER)]
             self.files = stack.pop_all()
         return self
 
@@ -69,22 +68,34 @@ class ClipOutput:
             size = (record["width"], record["height"])
             height = size[1] + legend_height(size, [f"{name} 100 %" for name in record["classes"][:LEGEND_ENTRIES]])
         if prediction.restored is not None:
-            if self.restored is None:
+            if len(self.writers) == 1:
                 video = self.files.enter_context(written_whole(self.out / f"{self.name}.restored.mkv"))
-                self.restored = ClipWriter(video, self.rate, None)
-            self.restored.add(prediction.restored)
-        self.writer.add(prediction.drawing, height)
+                self.writers.append(ClipWriter(video, self.rate, None))
+            self.writers[1].add(prediction.restored)
+        self.writers[0].add(prediction.drawing, height)
         self.lines.write(json.dumps(record) + "\n")
         self.count += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.lines.close()
-        self.writer.close()
-        if self.restored is not None:
-            self.restored.close()
-        if self.count and self.live and isinstance(error, KeyboardInterrupt):
+        kept = error is None or bool(self.count and self.live and isinstance(error, KeyboardInterrupt))
+        try:
+            self._finish(kept)
+        except BaseException as failure:
+            self.files.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        if kept:
             self.files.close()
         else:
             self.files.__exit__(kind, error, trace)
+
+    def _finish(self, kept: bool) -> None:
+        """Close the files; if they are kept, an OSError if one of them is not whole."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.lines.close)
+            for writer in self.writers:
+                stack.callback(writer.close)
+        if kept and self.count:
+            for writer in self.writers:
+                check_room(writer.path)

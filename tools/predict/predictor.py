@@ -44,8 +44,9 @@ class Predictor:
         prediction.record["shares"], prediction.labels, prediction.drawing
 
     Args:
-        model: a timm model name, or a timm model; an OpenMMLab config by path or packaged name, or what
-            `terrazzo.openmmlab.config.load_config` gave; a file that `terrazzo export` wrote, with its `runtime`.
+        model: a timm model name, or a timm model, which stays in evaluation mode; an OpenMMLab config by path or
+            packaged name, or what `terrazzo.openmmlab.config.load_config` gave; a file that `terrazzo export` wrote,
+            with its `runtime`.
         checkpoint: a file of weights; a config needs one.
         device: such as "cpu" or "cuda:1"; None for a GPU if there is one.
         min_score: detections below this score are left out.

@@ -101,6 +101,8 @@ def command(
                 if len(models) == 1:
                     raise
                 reasons[title] = str(error) if isinstance(error, InputError) else reason_of(error)
+    if not fields:
+        raise InputError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     head, lines = table({name: field.radii() for name, field in fields.items()})
     print_table(lines, head, right=tuple(range(1, len(head))))
     about = results.about(where, "timm")

@@ -104,6 +104,9 @@ def command(
         raise InputError("--no-loops unrolls a scan of known length: leave --dynamic hw out")
     if no_loops:
         click.get_current_context().with_resource(without_loops())
+    for option, value in (("--tolerance", tolerance), ("--pictures", pictures)):
+        if precision is None and value:
+            raise InputError(f"{option} is for --fp16 and --int8: give one of them, or leave {option} out")
     lacking = why_no_engine() if form == "tensorrt" else None
     writer = form_of(form, opset, lacking)
     suffix = writer.suffixes[0]

@@ -45,12 +45,14 @@ def label_maps(cfg: Config, split: str, every: int = 1) -> tuple[Iterator[np.nda
 
 
 def _classes(step, info: dict) -> np.ndarray:
-    labels = step(info)["gt_seg_map"]
+    labels = step(info).get("gt_seg_map")
+    if labels is None:
+        raise InputError("the data has boxes without masks: the oracle needs label maps, or masks (with_mask=True)")
     return np.where(labels < 0, 255, labels).astype(np.int64)
 
 
 def _foreground(step, info: dict) -> np.ndarray:
     """1 where any instance is."""
     size = (info["height"], info["width"])
-    masks = step({**info, "ori_shape": size, "img_shape": size})["gt_masks"].masks
+    masks = step({**info, "ori_shape": size, "img_shape": size})["gt_masks"].to_ndarray()
     return masks.any(0).astype(np.int64) if len(masks) else np.zeros(size, np.int64)

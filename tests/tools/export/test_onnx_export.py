@@ -32,8 +32,9 @@ def image() -> torch.Tensor:
 
 def test_passes_and_describes(tmp_path, image):
     path = tmp_path / "new" / "net.onnx"
+    net = Net().train()
     report = export_onnx(
-        Net(),
+        net,
         image,
         path,
         checks={"other": 3 * image},
@@ -42,6 +43,7 @@ def test_passes_and_describes(tmp_path, image):
         metadata={"model": "net"},
     )
     assert report.passed
+    assert net.training
     assert report.path == path
     assert 0 <= report.worst < 1e-5
     names = {(parity.output, parity.source) for parity in report.parities}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -197,6 +198,28 @@ def test_instances_and_controls(root):
     torch.testing.assert_close(position, (place.places[0, 0] + 0.5) / 8)
     with pytest.raises(InputError, match="70x100"):
         split.instances(0, (100, 70))
+
+
+def test_annotations_that_lack_something(root, tmp_path):
+    """Areas are found by the masks; nothing else may be missing."""
+    facts = json.loads((root / "annotations" / "instances_train.json").read_text())
+    shutil.copytree(root / "images", tmp_path / "images")
+    (tmp_path / "annotations").mkdir()
+    wanted = read_instances(root, "train").instances(0, (70, 100))
+    for kind, key, words in (
+        ("annotations", "area", None),
+        ("images", "height", "picture 1 lacks 'height'"),
+        ("annotations", "category_id", "lacks 'category_id'"),
+    ):
+        without = [{name: value for name, value in fact.items() if name != key} for fact in facts[kind]]
+        (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps({**facts, kind: without}))
+        if words is None:
+            found = read_instances(tmp_path, "train").instances(0, (70, 100))
+            assert len(np.unique(found[0])) == len(np.unique(wanted[0]))
+            assert ((found[0] > 0) == (wanted[0] > 0)).all()
+        else:
+            with pytest.raises(InputError, match=words):
+                read_instances(tmp_path, "train")
 
 
 def test_ablations_that_change_nothing():

@@ -112,6 +112,7 @@ def test_random_and_given_weights_are_told_apart(run, tmp_path):
         (("resnet10t", "test_vit", "--pretrained"), "weights are for one MODEL"),
         (("test_vit", "--level", 99, "--size", 64, 64), "for the maps [99]"),
         (("test_vit", "--pictures", "nowhere"), "nowhere"),
+        (("test_vit", "resnet10t", "--level", 99, "--size", 64, 64), "resnet10t: "),
     ],
 )
 def test_refusals(refused, tmp_path, monkeypatch, arguments, words):

@@ -183,6 +183,8 @@ def test_refusals(refused, trained, tmp_path):
     assert "does not exist" in refused("export", "resnet10t", tmp_path / "none.pth", *out)
     assert "is a file" in refused("export", "resnet10t", "--out", tmp_path / "broken.pth" / "model.onnx")
     assert "is a folder" in refused("export", "resnet10t", "--out", tmp_path)
+    for option, value in (("--tolerance", 3), ("--pictures", tmp_path)):
+        assert f"{option} is for --fp16 and --int8" in refused("export", "resnet10t", option, value, *out)
     assert "at least 1" in refused("export", "resnet10t", "--size", 0, 8, *out)
     assert "resnet10t takes 32x32 and larger" in refused("export", "resnet10t", "--size", 31, 64, *out)
     crossvit = "crossvit_9_240"

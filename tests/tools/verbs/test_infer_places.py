@@ -43,6 +43,14 @@ def server(tmp_path_factory, video):
             pass
 
         def do_GET(self):
+            if self.path == "/half.png":
+                self.send_response(200)
+                self.send_header("Content-Type", "image/png")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"ff\r\nhalf")
+                self.close_connection = True
+                return None
             if self.path != "/stream":
                 return super().do_GET()
             self.send_response(200)
@@ -131,7 +139,8 @@ def test_addresses(run, refused, server, tmp_path):
     assert "answers 404" in refused("infer", *MODEL, f"{server}/nothing.png", *out)
     assert "is text/html" in refused("infer", *MODEL, f"{server}/page.html", *out)
     assert "broken.png" in refused("infer", *MODEL, f"{server}/broken.png", *out)
-    assert "cannot be reached" in refused("infer", *MODEL, "http://127.0.0.1:9/a.png", *out)
+    for address in ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/my picture.png", f"{server}/half.png"):
+        assert "cannot be reached" in refused("infer", *MODEL, address, *out)
     assert "use one of http" in refused("infer", *MODEL, "file:///etc/passwd", *out)
     assert not (tmp_path / "none").exists()
 

@@ -171,6 +171,13 @@ def test_refusals(refused, trained, floors, detector, picture):
     assert "--zoom is for segmentors and detectors" in refused("infer", "resnet10t", picture, "--zoom", 2)
 
 
+def test_oracle_without_labels(refused, tmp_path):
+    tiny_data.write_detection(tmp_path, ("RBC", "WBC", "Platelets"), (96, 64), masks=False)
+    boxes = "retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480"
+    options = ("--data-root", tmp_path, "--tile", 16)
+    assert "the data has boxes without masks" in refused("zoom", "oracle", boxes, *options)
+
+
 def test_oracle(run, floors, tmp_path):
     """More tiles and finer labels are better, and the worst tiles have more than their share of the errors."""
     done = run(
