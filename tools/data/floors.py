@@ -1,4 +1,4 @@
-"""Terrazzo floors: made-up pictures of stone chips in cement, with exact labels for three tasks.
+"""Terrazzo floors: made-up pictures of stone chips in cement, with exact labels of four kinds.
 
 One generator feeds three layouts under one root:
 

@@ -1,4 +1,4 @@
-"""One static page of every figure in model_cards/results: plots over published accuracy, filters, and the cards inside.
+"""One static page of every model's counts and times in model_cards/results: plots over published accuracy, filters, and the cards inside.
 
 The page is `explorer.html` with the figures, the cards and Plotly's script put in. It loads nothing from elsewhere.
 """

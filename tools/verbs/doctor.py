@@ -4,7 +4,7 @@ import importlib
 
 import click
 
-SUBJECTS = {"openmmlab": "Build every model config that mmdet and mmseg ship."}
+SUBJECTS = {"openmmlab": "Build every model config that OpenMMLab's installed packages ship."}
 
 
 class SubjectGroup(click.Group):

@@ -17,7 +17,7 @@ from terrazzo.tools.options import UserPath
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the floors.")
 def command(out: Path, train: int, val: int, size: int, seed: int) -> None:
-    """Write made-up pictures of terrazzo floors into DIR, a new or empty folder, with exact labels for three tasks.
+    """Write made-up pictures of terrazzo floors into DIR, a new or empty folder, with exact labels of four kinds.
 
     The folder has label maps (labels/), boxes and masks in COCO's format (annotations/) and a folder of chips for each
     kind of stone (chips/). The packaged config fpn_dinat-mini_floors reads data/floors.
