@@ -141,3 +141,9 @@ def test_refused_settings(settings, words):
 def test_sides_must_be_multiples_of_the_scale():
     with pytest.raises(InputError, match="multiples of the scale 2"):
         reduced(clean(15, 16), 2)
+
+
+def test_numbers_for_any_name_of_a_file():
+    """Names that are not UTF-8 have surrogates in Python."""
+    first, again, other = (generator_of(name).initial_seed() for name in ("caf\udce9.png", "caf\udce9.png", "café.png"))
+    assert first == again != other
