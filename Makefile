@@ -10,12 +10,13 @@ WORKERS ?= 2
 # long tests last, and one worker would finish alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all check docs bench cards clean
+.PHONY: help demo test test-long test-all check docs bench cards clean
 
 help:
 	@echo "make demo      set up, then train, evaluate, draw and export a small segmentor (about 6 minutes)"
-	@echo "make test      set up, then run the tests (15 to 35 minutes on 2 cores)"
-	@echo "make test-all  the slow tests too"
+	@echo "make test      set up, then run the quick tests (about 10 minutes on 2 cores)"
+	@echo "make test-long the tests that export, compile, train or start processes (about 15 minutes)"
+	@echo "make test-all  all tests, also the slow ones (hours)"
 	@echo "make check     ruff: lint and format; mypy: the types of the public names"
 	@echo "make docs      the documents as a site, in build/site"
 	@echo "make bench     speed here, as ratios to named peers; on a GPU first the kernels' tests, then model_cards/results/*_gpu.csv"
@@ -33,7 +34,10 @@ demo: $(STAMP)
 	$(BIN)/terrazzo demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+test-long: $(STAMP)
+	$(PYTEST) -m "long and not slow"
 
 test-all: $(EXTRAS)
 	$(PYTEST)

@@ -135,6 +135,7 @@ def prepare(page):
         torch.save({"state_dict": model.state_dict(), "meta": {}}, "work_dirs/floors/iter_40.pth")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", code_pages())
 def test_code_runs(page, tmp_path, monkeypatch):
     """The Python blocks of a page, one after another, without downloads; configs are tested otherwise."""
@@ -191,6 +192,7 @@ def own_data(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 def test_configs_for_own_data_fit_the_data(own_data):
     pytest.importorskip("mmdet", reason="needs the extra 'openmmlab'")
     from terrazzo.openmmlab.config import load_config

@@ -185,6 +185,7 @@ def wheel(built):
     return built[0]
 
 
+@pytest.mark.long
 def test_building_warns_of_no_folder(built):
     """Each `pip install` would show a warning about a data folder that looks like a package."""
     assert "`packages` configuration" not in built[1], built[1]
@@ -201,6 +202,7 @@ def test_wheel_holds_every_module_and_table(wheel):
     assert not any("test" in name.split("/")[1] for name in names if "/" in name and name.split("/")[1] != "tools")
 
 
+@pytest.mark.long
 def test_wheel_imports(wheel, tmp_path):
     """Every module, from the wheel alone: an environment that sees the dependencies but not this checkout."""
     with zipfile.ZipFile(wheel) as archive:

@@ -86,6 +86,7 @@ class TestOfficial:
                     assert ours == official
                     before = official
 
+    @pytest.mark.long
     def test_plain_vits_load(self):
         """With thresholds that drop nothing, the model equals DeiT; without stages it equals DeiT to the bit."""
         deit = build("deit_tiny_patch16_224", dynamic_img_size=True, dynamic_img_pad=True)
@@ -120,6 +121,7 @@ class TestPruning:
         torch.testing.assert_close(row[0, 0], wanted)
         torch.testing.assert_close(out[0, 0, 1, 0], torch.tensor((e + part) / (e + 1 + 1e-6), dtype=torch.float64))
 
+    @pytest.mark.long
     def test_a_batch_is_its_images(self, images):
         """With packed tokens, each image in a batch keeps the same tokens as alone, and gives the same outputs."""
         model = pruning("packed")
@@ -136,6 +138,7 @@ class TestPruning:
                     torch.testing.assert_close(found[i : i + 1], wanted, rtol=0, atol=1e-10)
                 assert [stage[i] for stage in sets] == [stage[0] for stage in kept(model, alone)]
 
+    @pytest.mark.long
     def test_packed_is_masked(self, images):
         """Both forms keep the same tokens at every stage; outputs differ by the masked softmax's epsilon only."""
         packed, masked = pruning("packed"), pruning("masked")
@@ -164,6 +167,7 @@ class TestPruning:
                     same = (before == after).all(-1).nonzero().flatten().tolist()
                     assert same == sorted(set(range(80)) - set(row))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("form", ["masked", "packed", "fixed"])
     @torch.no_grad()
     def test_dropped_positions_are_updated(self, images, form):
@@ -187,6 +191,7 @@ class TestPruning:
                     wanted[position] = before[position] + update[near].sum(0) / max(1, len(near))
             torch.testing.assert_close(found[11][i], wanted)
 
+    @pytest.mark.long
     def test_every_patch_may_go(self, images):
         for form in ("packed", "masked"):
             model = pruning(form)
@@ -197,6 +202,7 @@ class TestPruning:
                 out = model(images)
                 assert out.isfinite().all()
 
+    @pytest.mark.long
     def test_fixed_keeps_the_best(self, images):
         """The fixed form equals the packed form with thresholds that keep the same number of tokens."""
         model = pruning("fixed", keep=(0.5, 0.25, 0.125))
@@ -302,6 +308,7 @@ class TestLVViT:
         wanted = model.state_dict()
         assert {name: value.shape for name, value in found.items()} == {n: value.shape for n, value in wanted.items()}
 
+    @pytest.mark.long
     @torch.no_grad()
     def test_logits_are_of_kept_patches(self, model, images):
         """Logits are the class token's logits, plus half of the maximum over the remaining patches' logits."""
@@ -318,6 +325,7 @@ class TestLVViT:
             torch.testing.assert_close(logits[i], wanted)
         assert features.shape == (5, 81, 384)
 
+    @pytest.mark.long
     @torch.no_grad()
     def test_a_batch_is_its_images(self, model, images):
         logits = model(images)
@@ -346,6 +354,7 @@ class TestLVViT:
 
 
 class TestExport:
+    @pytest.mark.long
     @pytest.mark.parametrize("form", ["fixed", pytest.param("masked", marks=pytest.mark.slow)])
     def test_onnx(self, form, tmp_path):
         onnx_export = pytest.importorskip("terrazzo.tools.export.formats.onnx", reason="needs the extra 'export'")

@@ -20,6 +20,7 @@ def converted(mixer="sale", **options):
     return terrazzo.convert_attention(vit, mixer, dense_up_to=64, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mixer", STATE)
 @torch.no_grad()
 def test_thresholds_are_saved_with_the_model(mixer):
@@ -34,6 +35,7 @@ def test_thresholds_are_saved_with_the_model(mixer):
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_batches_modes_and_repetition():
     """A generator of batches is taken, modes and hooks stay, and a second call does not build on the first."""

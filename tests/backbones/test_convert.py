@@ -130,6 +130,7 @@ def test_threads(named):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize("named", COMPILED, indirect=True)
 def test_compile(named):

@@ -62,6 +62,7 @@ def test_layers_see_the_same_part_of_the_image(make):
     torch.testing.assert_close(layer(x)[:, ::2, ::2], wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
 def test_a_model_of_local_layers_is_exact(name):
     options = dict(depths=(1, 1, 1, 1), dilations=[[2], [1], [2], [1]])

@@ -162,6 +162,7 @@ class TestArchitecture:
         padded = attention(F.pad(x, (0, 0, 0, 1, 0, 4)))
         torch.testing.assert_close(attention(x), padded[:, :10, :13])
 
+    @pytest.mark.long
     def test_detector_dilations_on_a_480x640_image(self):
         """Level 1 is 120 x 160, below kernel x dilation = 7 x 28 = 196, so its dilated block is padded to 196 x 196."""
         dilations = [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]

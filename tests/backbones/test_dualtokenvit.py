@@ -32,6 +32,7 @@ def sizes(**changes):
 
 
 class TestPublished:
+    @pytest.mark.long
     @pytest.mark.parametrize(("size", "gmacs"), [("tiny_mix", 0.5), ("small_mix", 1.0)])
     def test_multiply_adds(self, size, gmacs):
         model = timm.create_model(f"dualtokenvit_{size}", device="meta")
@@ -45,6 +46,7 @@ class TestPublished:
         model = timm.create_model(f"dualtokenvit_{size}", features_only=True, device="meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
 
+    @pytest.mark.long
     def test_step_wise_downsampling(self, monkeypatch):
         """By the paper, it has 0.1 M parameters and 0.03 G multiply-adds more than pooling at once."""
         params, macs = sizes()
@@ -53,6 +55,7 @@ class TestPublished:
         assert round(params - at_once[0], 1) == 0.1
         assert round(macs - at_once[1], 2) == 0.03
 
+    @pytest.mark.long
     def test_normal_mlp(self):
         """By the paper, it has slightly more parameters and multiply-adds than the mixed MLP."""
         (params, macs), mixed = sizes(mix=False), sizes()

@@ -57,6 +57,7 @@ def test_arguments_of_a_variant_can_be_replaced():
     assert model.feature_info.out_indices == (0, 11)
 
 
+@pytest.mark.long
 def test_a_new_file_is_found(tmp_path):
     """The folder also holds a file and a folder that are not families."""
     copy = tmp_path / "terrazzo"

@@ -101,6 +101,7 @@ def test_changed_models_come_back(kind, safe, tmp_path):
     assert config[0]["pretrained_cfg"]["terrazzo"] == config[1]["pretrained_cfg"]["terrazzo"]
 
 
+@pytest.mark.long
 def test_every_mixer_comes_back(tmp_path):
     x = image((64, 64))
     for mixer in set(terrazzo.mixers()) - {"softmax"}:

@@ -230,6 +230,7 @@ class TestArchitecture:
 class TestPure:
     """What the contract tests on its representative, the linear form."""
 
+    @pytest.mark.long
     def test_compile(self):
         torch._dynamo.reset()
         model = build(PURE, **SMALL)

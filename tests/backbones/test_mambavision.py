@@ -145,6 +145,7 @@ class TestArchitecture:
         blocks = model.stages[2].blocks
         assert [i for i, block in enumerate(blocks) if isinstance(block.mixer, mambavision.Attention)] == attending
 
+    @pytest.mark.long
     def test_mixer(self):
         torch.manual_seed(0)
         mixer = lively(nn.ModuleList([mambavision.MambaVisionMixer(32)])).double()[0]
@@ -196,6 +197,7 @@ class TestArchitecture:
         for ours, plain in zip(found, wanted):
             torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
 
+    @pytest.mark.long
     def test_gradients_without_the_padding_of_the_last_block(self):
         model = lively(build("mambavision_t", **SMALL, window_size=(8, 5))).double()
         x = image((64, 96)).double()

@@ -80,6 +80,7 @@ class TestOfficial:
                     torch.testing.assert_close(ours.double(), official.double(), rtol=0, atol=atol)
                 assert [list(found.shape) for found in maps] == [stage["shape"] for stage in case["stages"]]
 
+    @pytest.mark.long
     def test_another_depth_is_refused_by_name(self):
         """The paper's S has 12 blocks in the third stage, the authors' script builds 8; B differs, too."""
         for of, into in (

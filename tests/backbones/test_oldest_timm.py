@@ -43,6 +43,7 @@ assert torch.equal(again(torch.ones(1, 3, 224, 224)), model(torch.ones(1, 3, 224
 """
 
 
+@pytest.mark.long
 def test_classifiers_and_features(tmp_path):
     (version,) = re.findall(r'"timm>=([\d.]+)"', (Path(__file__).parents[2] / "pyproject.toml").read_text())
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]

@@ -326,6 +326,7 @@ class TestPruning:
         with pytest.raises(InputError, match="full_last must be 0 to the 4 blocks, got 5"):
             self.pruned(vit, full_last=5)
 
+    @pytest.mark.long
     @torch.no_grad()
     def test_maps_of_real_weights(self):
         """With weights of a DINOv2 ViT-S/14 and 70, 50 and 35 % of the patches kept, maps stay close to the model's."""

@@ -51,6 +51,7 @@ EARLIER = {
 """Models whose mixers had `out_proj` once, and arguments that make them small."""
 
 
+@pytest.mark.long
 def test_transformers_renames_no_parameter():
     rules = [re.compile(f"(?:{pattern})(?!\\w)") for pattern, _ in RENAMED]
     models = {

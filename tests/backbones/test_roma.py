@@ -116,6 +116,7 @@ class TestOfficial:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(roma.resize_positions(positions, (5, 7)), wanted)
 
+    @pytest.mark.long
     def test_segmentors_backbone(self):
         """Its single norm becomes the last map's norm; its pyramid is a neck here."""
         pack = Pack(packs("roma")[0])

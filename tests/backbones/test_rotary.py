@@ -200,6 +200,7 @@ def test_positions_matter():
     assert not torch.allclose(x, other, atol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

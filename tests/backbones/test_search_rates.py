@@ -74,6 +74,7 @@ def test_share_is_what_is_counted():
     assert found == pytest.approx(counted[0] / counted[1], rel=0.01)  # the choice of tokens has a row of attention
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("labelled", [False, True])
 def test_the_wanted_part_is_reached(labelled):
     model = vit().train()

@@ -52,6 +52,7 @@ def run(suite: Path, models: tuple[str, ...], select: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_fast(suite):
     """All but the pruning test, which runs a model 20 times; the models share a process, for its start takes long."""
     models = kinds()

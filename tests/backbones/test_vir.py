@@ -242,6 +242,7 @@ class TestArchitecture:
             assert state.grid == size
             torch.testing.assert_close(tokens[:, :-1], wanted, rtol=0, atol=1e-6)  # timm resizes in float32
 
+    @pytest.mark.long
     def test_patches_of_14(self):
         model = timm.create_model("vir_large_patch14_224", device="meta")
         assert model.forward_features(torch.empty(1, 3, 224, 280, device="meta")).shape == (1, 16 * 20 + 1, 1024)

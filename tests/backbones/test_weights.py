@@ -60,6 +60,7 @@ def test_not_strict_is_as_pytorch_has_it():
     assert len(result.missing_keys) == len(model.state_dict())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("of", "into", "words"),
     [
@@ -117,6 +118,7 @@ def test_histories_are_no_weights():
         weights_of({"message_hub": {"log_scalars": {"loss": {"log": torch.ones(2)}}}})
 
 
+@pytest.mark.long
 def test_nearest_takes_any_form():
     state = build("vmamba_tiny_s1l8", num_classes=3).state_dict()
     assert nearest({f"backbone.{key}": value for key, value in state.items()}) == "vmamba_tiny_s1l8"

@@ -96,6 +96,7 @@ def test_refused_channels_of_positions(dim):
         positions_3d(3, 4, 5, dim)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_onnx(tmp_path):
     """ONNX Runtime agrees; the number of frames is a constant of the file, and the sizes of the maps are too."""
@@ -109,6 +110,7 @@ def test_onnx(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), layer(*given), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_autocast_and_compile():
     layer = AxialTrajectoryLayer(16, 32, 4).eval()

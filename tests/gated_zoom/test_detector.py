@@ -174,6 +174,7 @@ def test_a_refinement_is_refused():
         terrazzo.zoom(Dots(), refine=True)
 
 
+@pytest.mark.long
 def test_a_detector_of_mmdetection(tmp_path):
     """A RetinaNet with random weights: installed, it predicts in the pictures' own size, and its heads are trained."""
     pytest.importorskip("mmdet", reason="needs the extra 'openmmlab'")

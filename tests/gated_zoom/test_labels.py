@@ -74,6 +74,7 @@ def test_captured():
     assert [float(captured(scores, targets, tiles)[0]) for tiles in (1, 2, 3)] == [0.25, 0.25, 0.875]
 
 
+@pytest.mark.long
 def test_heads_learn():
     """From features of which one channel marks busy tiles: the order of tiles, and which pictures have a busy tile."""
     torch.manual_seed(0)

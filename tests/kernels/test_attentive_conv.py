@@ -146,6 +146,7 @@ class TestPortable:
 
 
 class TestOperator:
+    @pytest.mark.long
     def test_opcheck(self):
         for options in ({}, {"layout": "parts", "x_dtype": torch.float64}):
             arguments = inputs(2, 3, 5, 4, dtype=torch.float32, **options)
@@ -156,6 +157,7 @@ class TestOperator:
         arguments = inputs(2, 2, 4, 3)
         assert torch.autograd.gradcheck(lambda *tensors: attentive_conv(*tensors, backend=backend), arguments)
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self):
         compiled = torch.compile(attentive_conv, fullgraph=True, backend="aot_eager", dynamic=True)
         for shape in ((1, 4, 9, 7), (2, 4, 6, 11)):

@@ -19,6 +19,7 @@ SLOW = pytest.mark.slow
 class TestInterpreted:
     """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("height", "width"),
         [
@@ -35,6 +36,7 @@ class TestInterpreted:
         """Tiles of 8 by 8 and of 32 positions by one either way; fewer positions than bins."""
         check(interpreted("triton_attentive.errors", height=height, width=width))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "channels", [1, 33, 65, *(pytest.param(count, marks=SLOW) for count in (31, 32, 40, 63, 64, 96, 97, 240))]
     )
@@ -42,17 +44,20 @@ class TestInterpreted:
         """Blocks of 32 and of 64 by one either way."""
         check(interpreted("triton_attentive.errors", channels=channels, height=5, width=9))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
     @pytest.mark.parametrize(("height", "width"), [(9, 10), pytest.param(17, 15, marks=SLOW)])
     def test_half_precision(self, interpreted, dtype, height, width):
         check(interpreted("triton_attentive.errors", 2, 24, height, width, dtype))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "layout", [pytest.param("contiguous", marks=SLOW), "parts", pytest.param("turned", marks=SLOW)]
     )
     def test_layouts_and_batches(self, interpreted, layout):
         check(interpreted("triton_attentive.errors", 3, 5, 6, 9, layout=layout))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("parts", [pytest.param(2, marks=SLOW), 3, 7])
     def test_means_in_parts(self, interpreted, parts):
         """Also of more parts than some have positions."""
@@ -88,10 +93,12 @@ class TestOperator:
     def test_opcheck(self, interpreted):
         interpreted("triton_attentive.opcheck")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=SLOW)])
     def test_compiles_without_a_break(self, interpreted, dynamic):
         assert interpreted("triton_attentive.compiled", dynamic) == 0
 
+    @pytest.mark.long
     @pytest.mark.parametrize("compile_it", [False, pytest.param(True, marks=SLOW)])
     def test_whole_model(self, interpreted, compile_it):
         assert interpreted("triton_attentive.model", compile_it) < 1e-4
@@ -135,6 +142,7 @@ def cases():
         yield pytest.param(kernel, channels, dtype, target, marks=() if always else (SLOW,), id=name)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "channels", "dtype", "target"), cases())
 def test_compiles_without_spills(kernel, channels, dtype, target):

@@ -128,9 +128,11 @@ class TestOperator:
             assert torch.equal(results[0][0], other[0])
             torch.testing.assert_close(results[0], other)
 
+    @pytest.mark.long
     def test_opcheck(self):
         triton_attentive.opcheck()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dynamic", [True, False])
     def test_compiles_without_a_break(self, dynamic):
         torch._dynamo.reset()

@@ -24,6 +24,7 @@ KINDS = [
 class TestInterpreted:
     """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize("kind", KINDS)
     def test_kinds(self, interpreted, kind):
         check(interpreted("triton_block_sparse.errors", kind))
@@ -114,6 +115,7 @@ def cases():
         yield pytest.param(kernel, dim, target, dtype, marks=marks, id=f"{kernel}-{dim}-{target}-{TYPES[dtype]}")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "dim", "target", "dtype"), cases())
 def test_compiles_without_spills(kernel, dim, target, dtype):

@@ -53,6 +53,7 @@ assert "terrazzo" not in sys.modules
 """
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_traced_loads_without_the_zoo(tmp_path):
     x = torch.randn(2, 9, 8, 2, 16, generator=torch.Generator().manual_seed(1))

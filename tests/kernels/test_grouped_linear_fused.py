@@ -75,6 +75,7 @@ class TestMutations:
     def test_unbroken(self, interpreted):
         assert interpreted("triton_grouped.mutated", "") < 1e-4
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "helper",
         [

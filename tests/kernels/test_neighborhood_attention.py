@@ -313,6 +313,7 @@ class TestOperator:
                 (*arguments[:3], rpb, kernel, dilation, 0.5, "portable"),
             )
 
+    @pytest.mark.long
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_gradcheck(self, backend):
         arguments = inputs((7, 6), (3, 2), dim=2, batch=1)
@@ -320,6 +321,7 @@ class TestOperator:
             lambda q, k, v, rpb: neighborhood_attention(q, k, v, (3, 2), (2, 1), rpb, backend=backend), arguments
         )
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self):
         arguments = inputs((15, 14), (7, 7), dtype=torch.float32)
         compiled = torch.compile(neighborhood_attention, fullgraph=True, backend="aot_eager", dynamic=True)

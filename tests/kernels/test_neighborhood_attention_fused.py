@@ -29,10 +29,12 @@ SHAPES = [*EDGES, *(slow(*shape) for shape in (*QUICK, *LARGE) if shape not in E
 class TestInterpreted:
     """Memory is poisoned with NaN in each of these."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(("size", "kernel", "dilation"), SHAPES)
     def test_shapes(self, interpreted, size, kernel, dilation):
         check(interpreted("errors", size, kernel, dilation))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("size", "kernel", "dilation"),
         [
@@ -50,6 +52,7 @@ class TestInterpreted:
         """Cut as for bfloat16, computed in float32, so that nothing hides in its rounding."""
         check(interpreted("errors", size, kernel, dilation, half_blocks=True))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("dim", "size"),
         # Powers of two and between, the least and the most; a map of one tile, and of several.
@@ -59,6 +62,7 @@ class TestInterpreted:
     def test_head_dims(self, interpreted, dim, size):
         check(interpreted("errors", size, 7, dim=dim))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("dtype", "size", "dilation"),
         [("bfloat16", (14, 15), 2), ("float16", (10, 9), 1)]
@@ -71,11 +75,13 @@ class TestInterpreted:
     def test_without_bias(self, interpreted, size):
         check(interpreted("errors", size, 7, 2 if size[0] == 14 else 1, bias=False))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("layout", ["packed", "plain", "turned"])
     @pytest.mark.parametrize("size", [(6, 6), slow((7, 9))])
     def test_layouts_heads_and_batches(self, interpreted, layout, size):
         check(interpreted("errors", size, 3, 2, heads=3, dim=24, batch=2, layout=layout))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("length", "kernel", "dilation"), [(7, 7, 1), (41, 7, 3), slow(70, 6, 1), slow(150, 40, 1)]
     )
@@ -88,6 +94,7 @@ class TestInterpreted:
         """Partial sums of the bias' gradient are bounded in number: programs take tiles in turn."""
         check(interpreted("errors", size, 7, dilation, heads=2, programs=4))
 
+    @pytest.mark.long
     def test_kernels_too_large_for_the_bias_gradient(self, interpreted):
         """Forward fused, backward portable."""
         check(interpreted("errors", (19, 18), 17))
@@ -97,13 +104,16 @@ class TestInterpreted:
         assert interpreted("repeats", (10, 9), 7, 1)
         assert interpreted("repeats", (14, 14), 7, 2)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
     def test_scores_of_any_size_stay_finite(self, interpreted, magnitude):
         assert interpreted("large_scores", magnitude)
 
+    @pytest.mark.long
     def test_addresses_have_64_bits(self, interpreted):
         assert interpreted("far_apart") < 5e-3
 
+    @pytest.mark.long
     def test_half_inputs_with_a_float32_bias(self, interpreted):
         assert interpreted("mixed_autocast") == ("torch.bfloat16", "torch.float32")
 
@@ -136,6 +146,7 @@ class TestOperator:
     def test_compiles_without_a_break(self, interpreted, dynamic):
         assert interpreted("compiled", dynamic) == 0
 
+    @pytest.mark.long
     @pytest.mark.parametrize("compile_it", [False, slow(True)])
     def test_whole_model(self, interpreted, compile_it):
         assert interpreted("model", compile_it) < 1e-4
@@ -231,6 +242,7 @@ def constants_exist(kernel, dim, dtype, target):
     return not kernel.endswith("classes") or fused.class_warps(direction, dim, dtype.itemsize, target.startswith("gfx"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "dim", "dtype", "window", "bias", "target"), cases())
 def test_compiles_without_spills(kernel, dim, dtype, window, bias, target, record_property):

@@ -86,6 +86,7 @@ class TestKernels:
     def test_half_inputs_with_a_float32_bias(self):
         assert problem.mixed_autocast() == ("torch.bfloat16", "torch.float32")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("bias", [True, False])
     def test_float64(self, small_tiles, bias):
         arguments = problem._inputs((13, 17), (5, 3), 2, 12, 2, torch.float64, bias, "packed")
@@ -196,12 +197,14 @@ class TestOperator:
         _, sums = torch.ops.terrazzo.neighborhood_attention(q, q, q, None, [3, 3], [1, 1], 0.5, "fused")
         assert sums.shape == (0,)
 
+    @pytest.mark.long
     def test_gradcheck(self):
         arguments = problem._inputs((7, 6), (3, 2), 2, 2, 1, torch.float64, True, "packed")
         assert torch.autograd.gradcheck(
             lambda q, k, v, rpb: neighborhood_attention(q, k, v, (3, 2), (2, 1), rpb, backend="fused"), arguments
         )
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self):
         torch._dynamo.reset()
         compiled = torch.compile(neighborhood_attention, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -213,6 +216,7 @@ class TestOperator:
                 given = (*arguments[:3], kernel, 1, arguments[3])
                 torch.testing.assert_close(compiled(*given), neighborhood_attention(*given))
 
+    @pytest.mark.long
     def test_numba_comes_at_the_first_call(self):
         code = (
             "import sys, torch, terrazzo.kernels as k; x = torch.zeros(1, 6, 6, 1, 8)\n"

@@ -89,6 +89,7 @@ def on_vectors(name, first=None):
 
 
 class TestMaths:
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_softplus(self, dtype):
         """Errors are within 4 units in the last place, and below the smallest float32 that has all its digits."""

@@ -122,6 +122,7 @@ class TestForwardMode:
         with pytest.raises(BackendError, match=REFERENCE):
             grad(lambda weight: gradient(weight).sum())(weight)
 
+    @pytest.mark.long
     def test_compiled(self):
         """Inside or outside of a compiled function, tangents are right or are refused."""
         torch._dynamo.reset()

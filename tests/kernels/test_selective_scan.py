@@ -314,6 +314,7 @@ class TestOperator:
             given = (*of_maps[:2], of_channels[0], *of_states, of_channels[1], of_maps[2], of_channels[2])
             torch.library.opcheck(torch.ops.terrazzo.selective_scan.default, (*given, True, [2], 9, merge, "portable"))
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self):
         compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager", dynamic=True)
         for length in (30, 41):
@@ -353,6 +354,7 @@ class TestOperator:
         with pytest.raises(BackendError, match="TERRAZZO_BACKEND"):
             selective_scan(*arguments)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
     def test_two_hundred_steps_of_mixed_precision_training(self, dtype):
         """All losses, gradients and weights stay finite, and the loss falls."""
@@ -471,6 +473,7 @@ class TestLastState:
             lambda *x: selective_scan(*x, delta_softplus=True, return_last_state=True), tensors
         )
 
+    @pytest.mark.long
     @pytest.mark.parametrize("strict", [True, False])
     def test_export(self, strict):
         class Layer(torch.nn.Module):

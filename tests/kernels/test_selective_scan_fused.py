@@ -23,6 +23,7 @@ def slow(*values):
 class TestInterpreted:
     """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize("split", [False, True])
     @pytest.mark.parametrize("length", [1, 2, 33, *map(slow, (31, 32, 49, 64, 65, 127, 128, 129, 196))])
     def test_lengths(self, interpreted, length, split):
@@ -35,6 +36,7 @@ class TestInterpreted:
         assert -(-length // fused.CHUNK) > 16
         check(interpreted("triton_scan.errors", length=length, channels=16, states=2, split=True))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("channels", "states"),
         [(9, 6), (17, 1), *(slow(*case) for case in ((9, 64), (65, 1), (16, 5), (33, 16), (70, 8)))],
@@ -43,11 +45,13 @@ class TestInterpreted:
         """Neither divides its block; blocks of channels depend on the states."""
         check(interpreted("triton_scan.errors", length=33, channels=channels, states=states, leave=("z", "D")))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("states", [1, slow(64)])
     def test_one_channel(self, interpreted, states):
         """Few numbers, whose errors differ by luck: four times what is allowed elsewhere."""
         check(interpreted("triton_scan.errors", length=33, channels=1, states=states, leave=("z",)), times=4)
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("height", "width", "split"),
         [
@@ -60,45 +64,54 @@ class TestInterpreted:
         options = dict(length=height * width, width=width, orders=(0, 1, 2, 3), channels=3, states=1, split=split)
         check(interpreted("triton_scan.errors", shared=True, merge=True, **options))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("orders", [(2,), slow((3, 1)), slow((2, 2, 2)), slow((0, 3, 1, 2, 0))])
     def test_any_scans(self, interpreted, orders):
         check(interpreted("triton_scan.errors", length=35, width=7, orders=orders, channels=4, states=2, batch=2))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("layout", [slow("packed"), "sequences", slow("turned")])
     @pytest.mark.parametrize("leave", [(), slow(("D",)), slow(("delta_bias",)), slow(("z", "D", "delta_bias"))])
     def test_layouts_and_what_is_left_out(self, interpreted, layout, leave):
         options = dict(length=10, channels=9, batch=2, layout=layout, leave=leave)
         check(interpreted("triton_scan.errors", **options))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("split", [False, slow(True)])
     def test_without_softplus(self, interpreted, split):
         check(interpreted("triton_scan.errors", length=40, channels=9, softplus=False, leave=("z",), split=split))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
     @pytest.mark.parametrize(("merge", "split"), [(True, False), slow(False, True), slow(True, True)])
     def test_half_precision(self, interpreted, dtype, merge, split):
         options = dict(orders=(0, 3), width=4, length=36, channels=5, shared=merge, merge=merge, split=split, leave=())
         check(interpreted("triton_scan.errors", dtype=dtype, **options))
 
+    @pytest.mark.long
     def test_each_tensor_has_its_own_dtype(self, interpreted):
         errors, dtypes = interpreted("triton_scan.mixed")
         assert max(errors) < 1e-2
         assert dtypes[:2] == ["bfloat16"] * 2
         assert dtypes[2:] == ["float32", "float32", "float16", "float32", "float32", "bfloat16", "float32"]
 
+    @pytest.mark.long
     @pytest.mark.parametrize("split", [False, slow(True)])
     def test_step_sizes_of_any_size(self, interpreted, split):
         """softplus(N(0, 8)): some hold the state, some forget all; nothing overflows."""
         check(interpreted("triton_scan.errors", length=70, channels=9, states=4, spread=8.0, split=split))
 
+    @pytest.mark.long
     def test_held_and_forgotten(self, interpreted):
         held, forgotten = interpreted("triton_scan.held")
         assert held == 0
         assert forgotten < 1e-6
 
+    @pytest.mark.long
     def test_what_is_no_number_stays_none(self, interpreted):
         assert interpreted("triton_scan.not_a_number")
 
+    @pytest.mark.long
     def test_same_bits_every_time(self, interpreted):
         assert interpreted("triton_scan.repeats", length=35, states=1)
 
@@ -196,6 +209,7 @@ def cases():
         yield pytest.param(kernel, states, dtype, layout, gated, target, marks=() if always else (SLOW,), id=name)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "states", "dtype", "layout", "gated", "target"), cases())
 def test_compiles_without_spills(kernel, states, dtype, layout, gated, target):

@@ -161,6 +161,7 @@ class TestThreads:
             for result in found[i]:
                 assert all(torch.equal(a, b) for a, b in zip(result, wanted[i]) if a is not None)
 
+    @pytest.mark.long
     def test_forked_workers_run_a_model(self):
         """The parent process uses its threads before a DataLoader forks four workers."""
         before = torch.get_num_threads()
@@ -234,15 +235,18 @@ class TestOperator:
         with use_backend("fused"), pytest.raises(BackendError, match=r"needs the package numba.*\[cpu\]"):
             triton_scan.run(arguments, backend="auto")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("merge", [True, False])
     def test_opcheck(self, merge):
         triton_scan.opcheck(merge)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dynamic", [True, False])
     def test_compiles_without_a_break(self, dynamic):
         torch._dynamo.reset()
         assert triton_scan.compiled(dynamic) == 0
 
+    @pytest.mark.long
     def test_numba_comes_at_the_first_call(self):
         code = (
             "import sys, torch, terrazzo.kernels as k, terrazzo.kernels.token_reduction; x = torch.zeros(1, 2, 8)\n"
@@ -253,6 +257,7 @@ class TestOperator:
         done = run_code(code)
         assert done.returncode == 0, done.stderr
 
+    @pytest.mark.long
     def test_a_cache_that_cannot_be_written_costs_only_time(self, tmp_path):
         (tmp_path / "cache").write_text("a file in the place of the folder")
         code = (
@@ -269,6 +274,7 @@ class TestOperator:
         assert "can be written, so each process compiles its CPU kernels" in done.stderr
         assert done.stderr.count("compiles CPU kernels for this processor") == 1
 
+    @pytest.mark.long
     def test_a_full_disk_costs_only_time(self, tmp_path):
         code = (
             "import resource, signal, torch, terrazzo.kernels as k; x = torch.ones(1, 2, 8)\n"

@@ -203,12 +203,14 @@ class TestOperator:
         arguments = (query, key[0] if key else None, value, landmark, True, "global", False, "portable")
         torch.library.opcheck(torch.ops.terrazzo.softmax_free_attention.default, arguments)
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self):
         compiled = torch.compile(softmax_free_attention, fullgraph=True, backend="aot_eager", dynamic=True)
         for tokens, landmarks in ((30, 7), (41, 9)):
             arguments = inputs(2, tokens, landmarks, 2, 8)
             torch.testing.assert_close(compiled(*arguments), softmax_free_attention(*arguments))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "options", [*(pytest.param(x, marks=pytest.mark.slow) for x in FORMS[:2]), FORMS[2]], ids=str
     )

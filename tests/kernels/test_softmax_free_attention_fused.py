@@ -32,6 +32,7 @@ class TestInterpreted:
         """Blocks and matrices, by one either way; more than 64 landmarks leave the steps to PyTorch."""
         check(interpreted("triton_soft.errors", tokens=tokens, landmarks=landmarks, steps=3))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("scope", ["matrix", pytest.param("global", marks=SLOW)])
     @pytest.mark.parametrize("implicit", [False, pytest.param(True, marks=SLOW)])
     def test_normalised(self, interpreted, scope, implicit):
@@ -43,6 +44,7 @@ class TestInterpreted:
     def test_normalised_with_all_steps(self, interpreted):
         check(interpreted("triton_soft.errors", tokens=40, landmarks=49, options=dict(normalised=True)))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("own_keys", [pytest.param(False, marks=SLOW), True])
     def test_split_tokens(self, interpreted, own_keys):
         """Several programs sum over parts of the tokens of one block of landmarks."""
@@ -53,10 +55,12 @@ class TestInterpreted:
     def test_head_dims(self, interpreted, dim):
         check(interpreted("triton_soft.errors", tokens=40, landmarks=10, dim=dim, steps=3))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
     def test_half_precision(self, interpreted, dtype):
         check(interpreted("triton_soft.errors", tokens=70, landmarks=20, dim=32, heads=2, dtype=dtype, steps=3))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("layout", ["packed", "turned"])
     def test_layouts_heads_and_batches(self, interpreted, layout):
         sizes = dict(batch=2, tokens=35, landmarks=9, heads=3, dim=24, steps=3)
@@ -66,11 +70,13 @@ class TestInterpreted:
     def test_same_bits_every_time(self, interpreted):
         assert interpreted("triton_soft.repeats", 600, 9)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("normalised", [False, pytest.param(True, marks=SLOW)])
     def test_nearly_equal_landmarks(self, interpreted, normalised):
         """The steps do not converge, and must not diverge."""
         assert interpreted("triton_soft.flat", 49, normalised) < 5e-3
 
+    @pytest.mark.long
     def test_addresses_have_64_bits(self, interpreted):
         assert interpreted("triton_soft.far_apart") < 5e-3
 
@@ -144,6 +150,7 @@ def cases():
             yield pytest.param(kernel, size, dtype, target, marks=marks, id=f"{kernel}-{TYPES[dtype]}-{size}-{target}")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "size", "dtype", "target"), cases())
 def test_compiles_without_spills(kernel, size, dtype, target):

@@ -129,6 +129,7 @@ class TestPortable:
         found, wanted = (run(arguments, backend=name) for name in ("portable", "reference"))
         assert not any(torch.allclose(a, b) for a, b in zip(found[:4], wanted[:4]))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_compiles_without_a_break(self, dynamic):
         """The form consists of standard operations. The compiler takes a minute for symbolic sizes."""
@@ -138,6 +139,7 @@ class TestPortable:
             options = dict(backend="portable")
             torch.testing.assert_close(compiled(*arguments, **options), ssd(*arguments, **options))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("example", [pytest.param(100, marks=pytest.mark.slow), 40])
     def test_onnx(self, example, tmp_path):
         """The file has matrix products and no Scan, and takes any length, also from an example of one chunk."""

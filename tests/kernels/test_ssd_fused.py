@@ -18,11 +18,13 @@ SLOW = pytest.mark.slow
 class TestInterpreted:
     """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("length", [1, 64, 65, 130, *(pytest.param(length, marks=SLOW) for length in (63, 300))])
     def test_lengths(self, interpreted, length, reverse):
         check(interpreted("triton_ssd.errors", length=length, reverse=reverse))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("width", "states"),
         [(1, 1), (24, 5), (5, 40), pytest.param(64, 64, marks=SLOW)],
@@ -30,9 +32,11 @@ class TestInterpreted:
     def test_sizes(self, interpreted, width, states):
         check(interpreted("triton_ssd.errors", width=width, states=states))
 
+    @pytest.mark.long
     def test_groups_heads_and_batches(self, interpreted):
         check(interpreted("triton_ssd.errors", 2, 66, 4, 8, 2, 8, extras=False))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_half_precision(self, interpreted, dtype):
         check(interpreted("triton_ssd.errors", length=130, width=16, states=16, dtype=dtype))
@@ -58,10 +62,12 @@ class TestMutations:
 
 
 class TestOperator:
+    @pytest.mark.long
     @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=SLOW)])
     def test_opcheck(self, interpreted, reverse):
         interpreted("triton_ssd.opcheck", reverse)
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self, interpreted):
         assert interpreted("triton_ssd.compiled") == 0
 
@@ -77,6 +83,7 @@ KERNELS = ("states", "carry", "outputs", "gradients")
 QUICK = {("gradients", 64, "sm_90", torch.bfloat16), ("outputs", 64, "sm_80", torch.bfloat16)}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(
     ("kernel", "size", "target", "dtype"),

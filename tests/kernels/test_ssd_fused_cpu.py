@@ -169,6 +169,7 @@ class TestOperator:
     def test_opcheck(self, reverse):
         triton_ssd.opcheck(reverse)
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self):
         torch._dynamo.reset()
         assert triton_ssd.compiled() == 0

@@ -35,6 +35,7 @@ class TestInterpreted:
         """Blocks of float32 and of half precision, by one either way; computed in float32."""
         check(interpreted("triton_strip.errors", queries=queries, keys=keys, half_blocks=half_blocks))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("queries", [600, pytest.param(1025, marks=SLOW)])
     def test_split_queries(self, interpreted, queries):
         """Several programs sum over parts of the queries of one block of keys."""
@@ -50,6 +51,7 @@ class TestInterpreted:
     def test_half_precision(self, interpreted, dtype, queries, keys):
         check(interpreted("triton_strip.errors", queries=queries, keys=keys, dim=32, heads=2, dtype=dtype))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("layout", ["packed", "turned"])
     def test_layouts_heads_and_batches(self, interpreted, layout):
         check(interpreted("triton_strip.errors", 2, 35, 18, 3, 24, layout=layout))
@@ -96,10 +98,12 @@ class TestOperator:
     def test_opcheck(self, interpreted):
         interpreted("triton_strip.opcheck", 9, 5)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=SLOW)])
     def test_compiles_without_a_break(self, interpreted, dynamic):
         assert interpreted("triton_strip.compiled", dynamic) == 0
 
+    @pytest.mark.long
     @pytest.mark.parametrize("compile_it", [False, pytest.param(True, marks=SLOW)])
     def test_whole_model(self, interpreted, compile_it):
         assert interpreted("triton_strip.model", compile_it) < 1e-4
@@ -137,6 +141,7 @@ def cases():
         yield pytest.param(kernel, dim, dtype, target, marks=marks, id=f"{kernel}-{TYPES[dtype]}-{dim}-{target}")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "dim", "dtype", "target"), cases())
 def test_compiles_without_spills(kernel, dim, dtype, target):

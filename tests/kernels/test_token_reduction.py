@@ -427,6 +427,7 @@ class Reduce(torch.nn.Module):
 
 
 class TestOperator:
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "options",
         [

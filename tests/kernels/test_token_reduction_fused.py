@@ -22,6 +22,7 @@ BOTH = dict(size=True, importance=True)
 class TestPlan:
     """The map is that of float64, to the number; memory is poisoned with NaN, and tensors stand amid NaN."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("count", "r", "about"),
         [
@@ -42,6 +43,7 @@ class TestPlan:
         ]
         assert interpreted("triton_reduction.plans", cases) == [0] * len(cases)
 
+    @pytest.mark.long
     def test_cells(self, interpreted):
         cases = [
             dict(count=h * w + protect, protect=protect, r=r, partition="cell2x2", grid=(h, w), batch=1, **extras)
@@ -50,12 +52,14 @@ class TestPlan:
         ]
         assert interpreted("triton_reduction.plans", cases) == [0] * len(cases)
 
+    @pytest.mark.long
     def test_windows(self, interpreted):
         cases = [
             dict(count=33, r=5, window=4, grid=(8, 4), partition=name, size=True) for name in ("even_odd", "cell2x2")
         ]
         assert interpreted("triton_reduction.plans", cases) == [0] * len(cases)
 
+    @pytest.mark.long
     def test_criteria_padding_and_channels(self, interpreted):
         cases = [
             dict(count=40, r=12, bidirectional=True, dim=64, criteria=criteria, **EXACT, **extras)
@@ -64,6 +68,7 @@ class TestPlan:
         ]
         assert interpreted("triton_reduction.plans", cases) == [0] * len(cases)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
     def test_half_precision_is_compared_in_float32(self, interpreted, dtype):
         about = dict(dtype=dtype, batch=1)
@@ -90,6 +95,7 @@ class TestPlan:
         assert interpreted("triton_reduction.ties", False) == one_way
         assert interpreted("triton_reduction.ties", True) == two_way
 
+    @pytest.mark.long
     def test_what_is_not_a_number_reads_nothing_else(self, interpreted):
         assert interpreted("triton_reduction.not_a_number")
 
@@ -126,17 +132,21 @@ class TestColumnMean:
     def test_lengths(self, interpreted, count, bias):
         check(interpreted("triton_reduction.column_errors", max(count, 70) if bias == "padded" else count, bias=bias))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dim", [24, *(pytest.param(dim, marks=SLOW) for dim in (1, 64, 128))])
     def test_head_dims_and_layouts(self, interpreted, dim):
         check(interpreted("triton_reduction.column_errors", 40, heads=3, dim=dim, layout="packed"))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
     def test_half_precision(self, interpreted, dtype):
         check(interpreted("triton_reduction.column_errors", 130, dim=32, dtype=dtype, bias="sizes"))
 
+    @pytest.mark.long
     def test_large_scores(self, interpreted):
         check(interpreted("triton_reduction.column_errors", 70, scale=300.0))
 
+    @pytest.mark.long
     def test_attention(self, interpreted):
         assert interpreted("triton_reduction.attends") < 1e-5
 
@@ -157,6 +167,7 @@ class TestOperator:
     def test_compiles_without_a_break(self, interpreted):
         assert interpreted("triton_reduction.compiled") == 0
 
+    @pytest.mark.long
     def test_whole_model(self, interpreted):
         assert interpreted("triton_reduction.model") < 1e-4
 
@@ -212,6 +223,7 @@ def cases():
                 yield pytest.param(*case, marks=marks, id=f"{name}-{size}-{target}-{TYPES[dtype]}")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine.interpreting(), reason="Triton interprets in this process")
 @pytest.mark.parametrize(("kernel", "size", "target", "dtype"), cases())
 def test_compiles_without_spills(kernel, size, target, dtype):

@@ -179,6 +179,7 @@ class TestImportance:
         monkeypatch.setattr(fused_cpu, "_FEW", few)
         assert triton_reduction.attends() < 1e-5
 
+    @pytest.mark.long
     def test_gradients_of_gradients(self):
         query, key, value = torch.randn(3, 2, 2, 5, 3, dtype=torch.float64).requires_grad_().unbind()
         bias = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
@@ -236,6 +237,7 @@ class TestMutations:
 
 
 class TestMaths:
+    @pytest.mark.long
     def test_exp_of_what_is_not_above_0(self):
         """Within 2 units in the last place, and 0 below e^-87."""
         exp = importlib.import_module("terrazzo.kernels.numba_host.fused_maths").exp
@@ -255,6 +257,7 @@ class TestMaths:
         run(special, out)
         assert np.array_equal(out, np.array([np.nan, 0, 0, 0, 1], np.float32), equal_nan=True)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_the_largest_number(self, dtype):
         highest = importlib.import_module("terrazzo.kernels.numba_host.fused_maths").highest
@@ -320,6 +323,7 @@ class TestOperator:
     def test_same_bits_every_time(self):
         assert triton_reduction.repeats()
 
+    @pytest.mark.long
     def test_opcheck(self):
         triton_reduction.opcheck()
         query = torch.randn(1, 2, 5, 3, requires_grad=True)
@@ -327,6 +331,7 @@ class TestOperator:
         weights = torch.rand(1, 2, 5, 5, requires_grad=True)
         torch.library.opcheck(torch.ops.terrazzo.token_reduction_attended.default, (weights, query))
 
+    @pytest.mark.long
     def test_compiles_without_a_break(self):
         torch._dynamo.reset()
         assert triton_reduction.compiled() == 0

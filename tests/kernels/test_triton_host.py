@@ -55,6 +55,7 @@ def test_precision_follows_the_user():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.long
 def test_kernels_are_imported_at_first_use_only():
     """Calls on a CPU import no kernels except Numba's: no operator's Triton kernels, and so not triton."""
     code = (

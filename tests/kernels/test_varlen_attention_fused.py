@@ -19,6 +19,7 @@ SLOW = pytest.mark.slow
 class TestInterpreted:
     """Memory is poisoned with NaN in each of these, and tensors stand amid NaN."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "lengths",
         [
@@ -49,6 +50,7 @@ class TestInterpreted:
     def test_more_programs_than_needed(self, interpreted):
         check(interpreted("triton_varlen.errors", max_seqlen=100))
 
+    @pytest.mark.long
     def test_a_sequence_is_what_it_is_alone(self, interpreted):
         assert interpreted("triton_varlen.alone")
 
@@ -89,6 +91,7 @@ class TestOperator:
     def test_compiles_without_a_break(self, interpreted):
         assert interpreted("triton_varlen.compiled") == 0
 
+    @pytest.mark.long
     def test_whole_model(self, interpreted):
         assert interpreted("triton_varlen.model") < 1e-4
 

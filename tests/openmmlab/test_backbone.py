@@ -63,6 +63,7 @@ def test_vision_transformer_takes_any_size():
     assert [tuple(feature.shape) for feature in backbone(torch.rand(1, 3, 96, 50))] == [(1, 192, 6, 4)] * 2
 
 
+@pytest.mark.long
 def test_output_norms():
     assert TerrazzoBackbone("resnet18").norms is None
     assert len(TerrazzoBackbone("resnet18", norm_outputs=True).norms) == 4
@@ -78,6 +79,7 @@ def test_no_parameter_is_idle():
     assert not [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet18", "dinat_mini"])
 def test_checkpointing_gives_the_same_gradients(name):
     torch.manual_seed(0)
@@ -127,6 +129,7 @@ def test_init_weights_leaves_the_weights_alone():
         assert torch.equal(value, before[key])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet18", "dinat_mini"])
 def test_loads_classification_weights(name, tmp_path):
     model = timm.create_model(name, num_classes=7)
@@ -138,6 +141,7 @@ def test_loads_classification_weights(name, tmp_path):
     assert all(torch.equal(own[key], model.state_dict()[key]) for key in shared)
 
 
+@pytest.mark.long
 def test_loads_weights_of_a_trained_detector(tmp_path):
     first = TerrazzoBackbone("dinat_mini")
     torch.nn.init.normal_(first.model.norm0.weight)
@@ -157,6 +161,7 @@ def test_loads_safetensors(tmp_path):
     assert torch.equal(backbone.model.conv1.weight, model.conv1.weight)
 
 
+@pytest.mark.long
 def test_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth.*does not fit model 'resnet34'.*lacks"):

@@ -29,6 +29,7 @@ def trained(tiny_data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_loads_where_there_is_only_torch(trained):
     code = (
         "import sys, torch\n"

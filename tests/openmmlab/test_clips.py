@@ -215,6 +215,7 @@ def head_of(name, **options):
     return MODELS.build(ConfigDict(cfg, in_channels=[8, 16, 24, 32])).eval()
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_near_online_head():
     """A clip is decoded as in mmdet; in a longer video, queries in another order are put back in order."""
@@ -259,6 +260,7 @@ def test_lengths_of_clips(frames, wanted):
     assert found == wanted
 
 
+@pytest.mark.long
 def test_offline_head():
     """Only the tracker and the prediction heads learn; a short last clip is filled, and cut off again.
 
@@ -337,6 +339,7 @@ def test_full_size_model(name):
     assert any(p.requires_grad for p in model.backbone.parameters()) == (head.type == "ClipTrackHead")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [NEAR, OFFLINE.replace("r50", "dinat-mini")])
 def test_trains_validates_and_predicts(name, tiny_data, tmp_path):
     runner = build_runner(small(name, tiny_data("youtube_vis_2021")), tmp_path, seed=0)

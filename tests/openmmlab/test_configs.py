@@ -42,6 +42,7 @@ def cases():
         yield pytest.param(name, marks=marks)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", cases())
 def test_trains_validates_and_predicts(name, tiny_config, tmp_path):
     cfg = tiny_config(name, **{"default_hooks.checkpoint.save_optimizer": False})  # it takes up to a gigabyte
@@ -158,6 +159,7 @@ def test_full_size_model(name):
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(published, abs=0.6)
 
 
+@pytest.mark.long
 def test_moving_mean_of_the_weights(tiny_config, tmp_path):
     """ImageNet configs validate and save averaged weights; training weights are saved, too, and training resumes."""
     name = "dinat-mini_8xb128-300e_imagenet"
@@ -173,6 +175,7 @@ def test_moving_mean_of_the_weights(tiny_config, tmp_path):
     assert all(torch.equal(value, training[key]) for key, value in runner.model.state_dict().items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [PANOPTIC, "mask2former_dinat-large_8xb2-160k_ade20k-640x640"])
 def test_mask2former_rates(name):
     """The backbone has a tenth of the rate; matrices decay, and norms, biases, rpb and embeddings do not."""

@@ -46,6 +46,7 @@ def options(tmp_path_factory):
     }
 
 
+@pytest.mark.long
 def test_stages_follow_each_other(tiny_data, options, tmp_path):
     """Each stage starts from the file of the stage before; a resumed stage ends like an unbroken one."""
     root, before = tiny_data("eurosat64"), {}
@@ -94,6 +95,7 @@ def test_a_plan_of_a_student_begins_a_training(tiny_data, options, tmp_path):
         assert torch.equal(runner.model.backbone.state_dict()[name], value), name
 
 
+@pytest.mark.long
 def test_pictures_without_labels_and_two_branches(tiny_data, options, tmp_path):
     """The configs of the large model run on folders of pictures; an average of the weights is kept in the last."""
     root, tiny = tiny_data("eurosat64"), dict(img_size=64, embed_dim=32, depth=2, num_heads=2)

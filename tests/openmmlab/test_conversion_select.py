@@ -225,6 +225,7 @@ def run(weights, pictures, tmp_path):
     return ran
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [STAGE, ADAPTERS], ids=lambda stage: stage["type"])
 def test_a_resumed_training_continues_exactly(run, weights, tmp_path, stage):
     """Also in the stage "distil" with adapters, which a resumed training keeps."""
@@ -245,6 +246,7 @@ def test_a_resumed_training_continues_exactly(run, weights, tmp_path, stage):
     assert list(plain.state_dict()) == list(students[0]["state_dict"])
 
 
+@pytest.mark.long
 def test_it_ends_early_and_the_next_stage_and_a_backbone_take_the_student(run, weights, tmp_path):
     runner = run("early", steps=40, rate=0.4)
     assert 20 <= runner.iter < 40

@@ -59,6 +59,7 @@ def single(tiny_data, tmp_path_factory):
     return run(tiny_data, folder), folder
 
 
+@pytest.mark.long
 def test_two_processes_with_half_the_batch(single, tiny_data, tmp_path):
     losses = run(tiny_data, tmp_path, 2, {"train_dataloader.batch_size": 5}, launch=forks)
     assert len(losses) == len(single[0]) == 2
@@ -86,11 +87,13 @@ def test_sharded_processes_and_their_checkpoints(single, tiny_data, tmp_path):
     np.testing.assert_allclose(again, losses[middle:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_accumulated_batches(single, tiny_data, tmp_path):
     losses = run(tiny_data, tmp_path, options={"train_dataloader.batch_size": 5}, accumulate=2)
     np.testing.assert_allclose(losses.reshape(-1, 2).mean(axis=1), single[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_bfloat16_is_close_and_keeps_float32_weights(single, tiny_data, tmp_path):
     losses = run(tiny_data, tmp_path, amp="bf16")
     assert not np.array_equal(losses, single[0])

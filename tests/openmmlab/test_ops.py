@@ -269,6 +269,7 @@ def test_finder_stands_once_behind_the_file_system():
     assert names.index("StandInFinder") > sys.meta_path.index(PathFinder)
 
 
+@pytest.mark.long
 def test_compiled_mmcv_takes_precedence(tmp_path):
     (tmp_path / "_ext.py").write_text("compiled = True")
     code = (
@@ -280,6 +281,7 @@ def test_compiled_mmcv_takes_precedence(tmp_path):
     assert done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.long
 def test_fork_of_mmcv_keeps_its_own_operators(tmp_path):
     # A distribution of another name may provide the module `mmcv`, compiled operators and all.
     (tmp_path / "mmcv").mkdir()
@@ -291,6 +293,7 @@ def test_fork_of_mmcv_keeps_its_own_operators(tmp_path):
     assert done.stdout.strip() == "that of the fork", done.stderr
 
 
+@pytest.mark.long
 def test_bridge_imports_neither_mmdet_nor_mmseg():
     """Nor transformers, of which mmengine registers an optimizer: that is imported when it is built."""
     code = (

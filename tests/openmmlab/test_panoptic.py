@@ -143,6 +143,7 @@ def test_config_scores_its_own_truth_with_100(tiny_config):
     assert 0 < qualities[1]["coco_panoptic/PQ_th"] < 100
 
 
+@pytest.mark.long
 def test_installed_panopticapi_takes_precedence(tmp_path):
     (tmp_path / "panopticapi").mkdir()
     (tmp_path / "panopticapi" / "__init__.py").write_text("")

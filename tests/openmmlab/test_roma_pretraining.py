@@ -156,6 +156,7 @@ def test_full_size_config():
     assert sum(p.numel() for p in model.parameters()) == OFFICIAL["roma_base"][1] - 144 * (768 + 512)
 
 
+@pytest.mark.long
 def test_from_a_config_to_a_probe(tiny_data, tmp_path):
     """Pretraining runs an epoch without labels; a probe starts from its file, and only the last layer learns."""
     options = {"model.backbone.embed_dim": 32, "model.backbone.depth": 6, "train_dataloader.num_workers": 0}

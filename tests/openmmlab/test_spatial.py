@@ -52,6 +52,7 @@ def assert_same_weights(found, wanted):
         assert error <= 1e-4, f"{key} differs by {error:.1e}"
 
 
+@pytest.mark.long
 def test_two_processes_that_share_images(tiny_data, tmp_path):
     """Three iterations equal those of one process.
 

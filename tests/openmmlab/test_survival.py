@@ -88,6 +88,7 @@ def command(work_dir, root, *more):
     return [*arguments, "--work-dir", str(work_dir), *more, "--cfg-options", *options]
 
 
+@pytest.mark.long
 def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
     root = tiny_data("floors")
     build_runner(load_config(FLOORS, root, RANDOM), tmp_path / "unbroken", seed=5).train()
@@ -115,6 +116,7 @@ def test_killed_training_resumes_to_the_same_losses(tiny_data, tmp_path):
         torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.long
 def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
     """The same for a loop of epochs, with mixup, augmentation and an average of the weights."""
     options = {
@@ -156,6 +158,7 @@ def test_epochs_resume_to_the_same_losses(tiny_data, tmp_path):
     assert any(not torch.equal(value, average[f"module.{key}"]) for key, value in weights.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [FLOORS, CLOTHING])
 def test_workers_end_with_the_run(config, tiny_data, tmp_path):
     """Loops of iterations and of epochs; a later run of the same runner has new workers."""
@@ -199,6 +202,7 @@ class FillDisk(Hook):
             self.fill()
 
 
+@pytest.mark.long
 def test_full_disk_loses_no_checkpoint(tiny_data, tmp_path, small_files):
     options = {**RANDOM, "train_dataloader.num_workers": 0, "train_dataloader.persistent_workers": False}
     runner = build_runner(load_config(FLOORS, tiny_data("floors"), options), tmp_path, seed=1)
@@ -226,6 +230,7 @@ def test_work_dir_that_became_a_file_is_one_line(tiny_data, tmp_path):
         runner.train()
 
 
+@pytest.mark.long
 def test_outdated_checkpoints_go_when_the_next_is_saved(tiny_data, tmp_path):
     options = {**RANDOM, "train_dataloader.num_workers": 0, "train_dataloader.persistent_workers": False}
     options |= {"train_cfg.val_interval": 2, "default_hooks.checkpoint.save_best": "mIoU", "train_cfg.max_iters": 5}

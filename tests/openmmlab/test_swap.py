@@ -9,6 +9,7 @@ from terrazzo.openmmlab.config import load_config
 from terrazzo.openmmlab.swap import swap_backbone
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "channels", "norms"),
     [

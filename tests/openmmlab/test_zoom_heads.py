@@ -46,6 +46,7 @@ def base(tiny_data, tmp_path_factory):
     return root, str(file)
 
 
+@pytest.mark.long
 def test_region_head_then_gate(base, tmp_path):
     root, file = base
     for labels in ("annotation", "agreement"):
@@ -82,6 +83,7 @@ def test_region_head_then_gate(base, tmp_path):
     assert len(look.tiles[0]) == 3
 
 
+@pytest.mark.long
 def test_refinement(base, tmp_path):
     """Its training changes the refinement alone and lowers the loss; the zoom uses it where tiles lie."""
     root, file = base

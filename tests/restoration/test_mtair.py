@@ -37,6 +37,7 @@ def test_parameters():
         assert count(mtair.Block(96, 2, 2.66, dual=False, ssm_ratio=1.0)) == 117_872
 
 
+@pytest.mark.long
 def test_shapes():
     with torch.device("meta"):
         model, x = timm.create_model("mtair"), torch.empty(1, 3, 128, 128)
@@ -107,6 +108,7 @@ def test_prompts():
     assert not torch.allclose(block(x), other(x), atol=1e-5)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_checkpoints():
     """The authors' unused convolutions, a prefix and the first axis of their prompts do no harm."""

@@ -188,6 +188,7 @@ class CapabilityContract:
         with capability:
             train_step(example, "mmseg", "fpn_r50", options, data, tmp_path)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("backend", ["eager", *(pytest.param(x, marks=pytest.mark.slow) for x in COMPILERS)])
     def test_compile(self, name, backend, capability):
         """One graph serves every size, without breaks; "eager" runs the traced graph without a code generator."""
@@ -207,6 +208,7 @@ class CapabilityContract:
             report = files.export(ProgramForm(), "RawClassifier", ODD, files.allowed, ".pt2")
             assert report.passed, report
 
+    @pytest.mark.long
     def test_onnx(self, files, capability):
         with capability:
             assert files.main.passed, files.main
@@ -218,22 +220,26 @@ class CapabilityContract:
         if "onnx" not in self.refused:
             check_features(files)
 
+    @pytest.mark.long
     def test_onnx_dynamic_batch(self, files, capability):
         with capability:
             report = files.opened("batch")
             assert "larger batch" in {parity.source for parity in report.parities}
             assert report.passed, report
 
+    @pytest.mark.long
     def test_onnx_dynamic_hw(self, files, capability):
         with capability:
             report = files.opened("hw")
             assert "larger image" in {parity.source for parity in report.parities}
             assert report.passed, report
 
+    @pytest.mark.long
     def test_tensorrt_operators(self, files, capability):
         with capability:
             check_operators(files.main)
 
+    @pytest.mark.long
     def test_openvino(self, files, capability):
         from terrazzo.tools.export.formats.openvino import OpenVinoForm
 
@@ -244,10 +250,12 @@ class CapabilityContract:
             report = files.export(form, "RawClassifier", ODD, files.allowed, ".xml")
             assert report.passed, report
 
+    @pytest.mark.long
     def test_fp16(self, files, capability):
         with capability:
             check_lowered(files, "fp16", 1e-2, pictures=1)
 
+    @pytest.mark.long
     def test_int8(self, files, capability):
         with capability:
             check_lowered(files, "int8", 1e-1, pictures=2)

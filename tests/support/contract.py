@@ -251,6 +251,7 @@ class BackboneContract(CapabilityContract):
         full = features(torch.zeros(1, 3, 64, 64))
         assert [found.shape for found in features(x)] == [(0, *wanted.shape[1:]) for wanted in full]
 
+    @pytest.mark.long
     def test_forward_mode(self, example):
         """Tangents equal the slopes of the output, and agree with reverse-mode gradients."""
         model = self.shallow_model(example).double()

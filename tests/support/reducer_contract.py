@@ -142,6 +142,7 @@ class ReducerContract:
             counted = torch.stack([torch.bincount(row, minlength=tokens.shape[1]) for row in found])
             torch.testing.assert_close(state.size, counted.to(state.size.dtype))
 
+    @pytest.mark.long
     @torch.no_grad()
     def test_blocks_that_do_nothing(self):
         """If no block changes its tokens, a restored map is the input's, exactly up to rounding in float64."""

@@ -16,6 +16,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [

@@ -50,6 +50,7 @@ def test_every_reducer(model, method):
     assert mechanism.on(model).changes["reduce"]["method"] == method
 
 
+@pytest.mark.long
 def test_trained_weights_of_a_mixer(model, tmp_path):
     """`checkpoint` names weights of the model with the mixer; they change no other model."""
     (untrained,) = chosen(["hedgehog"], [], [])

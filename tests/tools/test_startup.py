@@ -74,6 +74,7 @@ assert "dinat" in terrazzo.backbones.FAMILIES
 """
 
 
+@pytest.mark.long
 def test_terrazzo_may_be_imported_before_timm():
     done = run_code(FIRST)
     assert done.returncode == 0, done.stderr

@@ -56,6 +56,7 @@ VERBS = [
 ]
 
 
+@pytest.mark.long
 def test_verbs(files):
     """One process for all: each would import PyTorch and timm again."""
     lines = "\n".join(map(" ".join, VERBS))

@@ -127,6 +127,7 @@ class TestLevel2(_LLSA):
     everything = dict(topk=1000, topk2=1000, exclusive=True)
     edge = 2
 
+    @pytest.mark.long
     @torch.no_grad()
     def test_compiles(self):
         self.compiled()

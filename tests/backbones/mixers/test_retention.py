@@ -47,6 +47,7 @@ class TestRetention(MixerContract):
             rounding = 1e-6 * wanted.abs().max().item() if pack.meta["arrays"][f"d{name}"][1] == "float32" else 1e-9
             torch.testing.assert_close(leaf.grad, wanted, rtol=0, atol=rounding)
 
+    @pytest.mark.long
     @torch.no_grad()
     @pytest.mark.parametrize("dims", [1, 2])
     def test_forms_are_equal(self, dims):
@@ -138,6 +139,7 @@ class TestRetention(MixerContract):
             found = plain(*flipped, place).unflatten(2, (4, 5)).flip(flip)
             torch.testing.assert_close(found[:, head], wanted[:, head])
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dims", [1, 2])
     def test_memory(self, dims):
         """The chunked form keeps no tensor with N x N numbers."""

@@ -46,6 +46,7 @@ def test_values(name):
         torch.testing.assert_close(result.double(), expected, rtol=0.02, atol=0.1)
 
 
+@pytest.mark.long
 def test_gradients():
     from mmcv import _ext
     from mmcv.ops import carafe

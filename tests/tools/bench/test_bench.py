@@ -156,6 +156,7 @@ def test_bad_input(arguments, message):
 class TestOperatorOnGpu:
     """The GPU's benchmark on the CPU; the portable form replaces the fused form, and times are invented."""
 
+    @pytest.mark.long
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     def test_the_command(self, monkeypatch, tmp_path):
         cases = [

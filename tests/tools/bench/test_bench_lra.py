@@ -50,6 +50,7 @@ def broken(monkeypatch):
     return names
 
 
+@pytest.mark.long
 def test_rows_and_table(run, tmp_path, monkeypatch, broken):
     monkeypatch.chdir(tmp_path)
     out, data = tmp_path / "rows.csv", tmp_path / "data" / "lra" / "pathfinder32-4-3-seed1"

@@ -36,6 +36,7 @@ def measured(run, tmp_path, picture):
     return results.read(out), done.output
 
 
+@pytest.mark.long
 def test_rows(measured):
     rows, output = measured
     found = {(row.shape, row.backend, row.metric): row.p50 for row in rows}
@@ -70,6 +71,7 @@ def test_a_mechanism_that_cannot_run_is_named(run, picture, monkeypatch, tmp_pat
     assert {row.backend for row in results.read(out)} == {"dense", "softmax"}
 
 
+@pytest.mark.long
 def test_calibrates_on_other_pictures(run, picture, tmp_path):
     """A calibrated threshold selects more; a mixer without thresholds stays."""
     other = tmp_path / "other.png"

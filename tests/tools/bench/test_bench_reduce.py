@@ -8,6 +8,7 @@ from terrazzo.tools.bench.reduction import MACS, MAP, POOLED, table
 SMALL = ("--seconds", 0.01, "--batch", 1)
 
 
+@pytest.mark.long
 def test_more_merged_tokens_cost_less_and_drift_further(run, tmp_path, picture):
     out = tmp_path / "rows.csv"
     options = ("--r", 4, "--r", 0.35, "--blocks", "3,6", "--images", picture, "--out", out)
@@ -29,6 +30,7 @@ def test_more_merged_tokens_cost_less_and_drift_further(run, tmp_path, picture):
     assert "35% in blocks 3, 6" in done.output
 
 
+@pytest.mark.long
 def test_refusals(run, refused, tmp_path):
     assert "not a folder" in refused("bench", "reduce", "vit_tiny_patch16_224", "--out", tmp_path / "no" / "x.csv")
     assert "--blocks takes numbers" in refused("bench", "reduce", "vit_tiny_patch16_224", "--blocks", "3,x")

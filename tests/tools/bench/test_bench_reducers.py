@@ -29,6 +29,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("maps", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_shares_are_hit(maps):
     """A share is reached to within what a token weighs, by every method where vectors count; `measure` agrees."""
@@ -51,6 +52,7 @@ def test_baselines_are_always_there():
     assert ("evit", {}) in named(["all"])
 
 
+@pytest.mark.long
 def test_rows(run, tmp_path, pictures):
     out = tmp_path / "rows.csv"
     options = ("--methods", "tome", "--share", 0.75, "--share", 0.5, "--images", pictures, "--out", out)
@@ -78,6 +80,7 @@ def test_rows(run, tmp_path, pictures):
     assert again.on(on_meta(timm.create_model(MODEL))).changes["reduce"]["method"] == "tome"
 
 
+@pytest.mark.long
 def test_what_a_method_cannot_reach_is_named():
     model = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=3)
     found, wanting = contenders(model, (224, 224), ["dpcknn,keep=0.9"], [0.6], maps=False)

@@ -51,6 +51,7 @@ def rows(**times):
     ]
 
 
+@pytest.mark.long
 def test_runs_and_writes(small, tmp_path):
     out = tmp_path / "rows.csv"
     said = worked("--no-compile", "--out", out)

@@ -26,6 +26,7 @@ def test_exponents():
     assert math.isnan(exponent({32: 1.0}))
 
 
+@pytest.mark.long
 def test_rows_table_and_picture(run, tmp_path):
     out, drawn = tmp_path / "rows.csv", tmp_path / "times.png"
     options = ("--seconds", 0.01, "--device", "cpu", "--out", out, "--picture", drawn)

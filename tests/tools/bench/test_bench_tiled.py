@@ -26,6 +26,7 @@ def test_rows_and_table(run, tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_maps_that_could_have_two_layouts(run):
     """Rows of a map of 256 channels, 4 columns wide, could be a map of NHWC with 32 columns."""
     options = ("--size", 1024, 64, "--rows", 512, "--no-whole", "--device", "cpu")

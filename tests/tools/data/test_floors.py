@@ -21,6 +21,7 @@ def test_same_seed_same_floor():
     assert not np.array_equal(one.image, FloorMaker(5, 64).make().image)
 
 
+@pytest.mark.long
 def test_same_seed_same_files(tmp_path):
     one, other = (write_floors(tmp_path / name, train=2, val=1, size=48, seed=7) for name in ("one", "other"))
     names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())

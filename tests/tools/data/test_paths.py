@@ -143,6 +143,7 @@ def test_the_dilated_path_is_one_piece_and_solves_the_dense_task(made):
         assert (found & image.path).sum() >= 0.95 * (found | image.path).sum()
 
 
+@pytest.mark.long
 def test_an_image_depends_on_its_number_alone(made):
     """Neither how many images are made, nor by how many processes, changes one of them."""
     assert all(map(same, paths(32, 3), made["32"]))

@@ -37,6 +37,7 @@ def scene(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.long
 def test_infer_sees_one_scene(run, trained, scene, tmp_path):
     """The pipeline of a config reads the pictures; one line says how floats were converted."""
     config, checkpoint = trained

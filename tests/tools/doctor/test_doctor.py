@@ -76,6 +76,7 @@ def examined(tmp_path_factory, run):
     return result, rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "status", "reason"),
     [
@@ -114,6 +115,7 @@ def test_report(examined):
     assert "nms" in result.stdout
 
 
+@pytest.mark.long
 def test_a_part_of_the_zoo(run):
     result = run("doctor", "openmmlab", "--package", "mmseg", "--only", "*/fcn_hr18s_4xb4-80k_*")
     assert result.exit_code == 0, result.output

@@ -124,6 +124,7 @@ def found(path, image):
     return dict(zip([output.name for output in session.get_outputs()], session.run(None, {"image": image.numpy()})))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
     config, checkpoint = tiny(name)
@@ -159,6 +160,7 @@ def test_finds_what_mmdet_finds(run, tiny, picture, tmp_path, name):
         assert set(np.unique(outputs["masks"])) == {0, 1}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     ["retinanet_dinat-mini_fpn_1x_coco", pytest.param("mask-rcnn_dinat-mini_fpn_1x_coco", marks=pytest.mark.slow)],
@@ -178,6 +180,7 @@ def test_nothing_found(run, tiny, tmp_path, name):
     assert "masks" not in outputs or outputs["masks"].shape == (0, *SIZE)
 
 
+@pytest.mark.long
 def test_another_result_fails(run, tiny, tmp_path, monkeypatch):
     config, checkpoint = tiny("retinanet_dinat-mini_fpn_1x_coco")
     forward = RawDetector.forward

@@ -62,6 +62,7 @@ def graph(tmp_path_factory):
 SAMPLES = [(pixels(1),), (pixels(2),)]
 
 
+@pytest.mark.long
 def test_layers(graph):
     found = layers(graph)
     blocks = [f"blocks.{i}{part}" for i in range(3) for part in (".norm", ".fc", "")]
@@ -193,6 +194,7 @@ def test_lower_all_where_that_is_good_enough(graph):
     assert all(0 < error < precision.limit for error in result.errors.values())
 
 
+@pytest.mark.long
 def test_layers_that_overflow_stay(tmp_path):
     """The largest float16 is 65504: a layer above it, and layers that take its values, stay in float32."""
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ def nuclei(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 def test_segmentor(run, trained, floors, tmp_path):
     """The file's metric equals the model's, the table holds both, and half precision loses almost nothing."""
     config, checkpoint = trained
@@ -126,6 +127,7 @@ def test_classifier_metric(tmp_path):
     assert len(training_pictures(cfg, 4)) == 4
 
 
+@pytest.mark.long
 def test_a_model_without_data(run, tmp_path):
     """The error of the outputs decides, and the command says that this is weak evidence; INT8 needs pictures."""
     torch.manual_seed(0)
@@ -146,6 +148,7 @@ def test_a_model_without_data(run, tmp_path):
         assert (tmp_path / f"{name}.onnx").is_file()
 
 
+@pytest.mark.long
 def test_refusals(refused, trained, floors, tmp_path):
     config, checkpoint = trained
     out = ("--out", tmp_path / "x.onnx")

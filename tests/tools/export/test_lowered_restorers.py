@@ -39,6 +39,7 @@ def table(path):
         return {(row["dtype"], row["metric"]): (float(row["p50"]), row["unit"]) for row in csv.DictReader(file)}
 
 
+@pytest.mark.long
 def test_a_config_with_its_data(run, pictures, weights, tmp_path):
     """The file's PSNR in float32 is that of `terrazzo test`, on the middles of pictures; INT8 is nearly as good."""
     (tmp_path / "restorer.py").write_text(CONFIG)
@@ -64,6 +65,7 @@ def test_a_config_with_its_data(run, pictures, weights, tmp_path):
     assert found["fp16", "PSNR against float32"][0] > 55
 
 
+@pytest.mark.long
 def test_a_network_alone(run, refused, pictures, weights, tmp_path):
     """INT8 takes degraded pictures of a folder; one of them is compared, and the file restores a picture."""
     torch.save(weights, tmp_path / "w.pth")

@@ -39,6 +39,7 @@ def some(names, quick):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", some(terrazzo.mixers(), ("hedgehog", "llsa", "monarch", "retention")))
 def test_images_of_one_size(name, tmp_path):
     module = converted([name])
@@ -49,6 +50,7 @@ def test_images_of_one_size(name, tmp_path):
 OPEN = ("descriptor", "hedgehog", "infsa", "linear_infsa", "softmax")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [["descriptor"], pytest.param(OPEN, marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_open_height_and_width(names, tmp_path):
     """The file is right for images that are smaller and larger than the example."""
@@ -65,6 +67,7 @@ def test_open_height_and_width(names, tmp_path):
 FIXED = [name for name in terrazzo.mixers() if not mixer_class(name).open_sizes]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", some(FIXED, ("llsa",)))
 def test_mixers_that_choose_by_the_size_refuse_open_sizes(name, tmp_path):
     module, given = converted([name]), pixels(64, 96)

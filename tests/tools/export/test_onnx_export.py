@@ -70,6 +70,7 @@ def test_figure_is_relative_to_the_largest_reference(tmp_path, image):
     assert report.worst == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_opset_is_the_one_asked_for(tmp_path, image):
     assert export_onnx(Net(), image, tmp_path / "net.onnx", opset=18).version == "opset 18"
 

@@ -54,6 +54,7 @@ def test_pictures_of_any_size(dynamic, tmp_path):
     assert report.passed, report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(32, 40), pytest.param((37, 43), marks=pytest.mark.slow)], ids=str)
 def test_multiples_and_other_sizes(size, tmp_path):
     """A file of a network that takes multiples takes every size, whatever the size of the example is."""

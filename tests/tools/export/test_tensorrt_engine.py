@@ -36,6 +36,7 @@ def engines(monkeypatch):
     sys.modules.pop(user, None)  # it imported names from that module
 
 
+@pytest.mark.long
 def test_is_checked_and_timed(run, engines, tmp_path):
     arguments = ("--format", "tensorrt", "--size", 64, 96, "--dynamic", "batch", "--dynamic", "hw", "--num-classes", 7)
     result = run("export", "resnet10t", *arguments, "--out", tmp_path / "m.onnx")
@@ -73,6 +74,7 @@ def test_sizes_that_are_computed(engines, image, tmp_path):
     assert form.engine(0 * image)[0].shape == (0,)
 
 
+@pytest.mark.long
 def test_lower_precision(run, engines, tmp_path):
     """The engine is built from the lowered file, and compared with the float32 file."""
     arguments = ("--format", "tensorrt", "--size", 64, 96, "--num-classes", 7, "--fp16")
@@ -83,6 +85,7 @@ def test_lower_precision(run, engines, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.onnx", "m.precision.csv"]
 
 
+@pytest.mark.long
 def test_an_engine_that_loses_too_much(engines, image, tmp_path, monkeypatch):
     """The config's metric decides about the engine, as it does about the file."""
     from terrazzo.tools.export.precision.engine import lowered_engine
@@ -123,6 +126,7 @@ def test_a_detector(run, engines, detector, tmp_path):
     assert result.stdout.count("passed") == 8
 
 
+@pytest.mark.long
 def test_results_that_differ_fail(engines, image, tmp_path):
     form = engines.EngineForm(OnnxForm())
     report = checked_export(form, Found(), image, tmp_path / "m.engine", reference=lambda x: Found()(x + 0.01))
@@ -131,6 +135,7 @@ def test_results_that_differ_fail(engines, image, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.engine.failed"]
 
 
+@pytest.mark.long
 def test_refusals(engines, image, tmp_path, monkeypatch):
     form, path = engines.EngineForm(OnnxForm()), tmp_path / "m.engine"
     monkeypatch.setattr(fake_tensorrt, "REFUSED", "NonZero")

@@ -56,6 +56,7 @@ def _both(run, tmp_path, runtime, file, model, checkpoint, picture, classes=(), 
     return records
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("runtime", "suffix"), RUNTIMES + PYTORCH)
 def test_classifier(run, exported, picture, tmp_path, runtime, suffix):
     """Pictures are resized and cropped as in timm."""
@@ -69,6 +70,7 @@ def test_classifier(run, exported, picture, tmp_path, runtime, suffix):
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("runtime", "suffix"), [RUNTIMES[0], pytest.param(*RUNTIMES[1], marks=pytest.mark.slow)])
 def test_segmentor(run, exported, trained, square, tmp_path, runtime, suffix):
     file = exported(runtime, suffix, *trained, "--size", 64, 64)
@@ -99,6 +101,7 @@ def test_segmentor_on_tiles(run, refused, exported, trained, picture, tmp_path):
     assert "does not say how far" in refused(*by_file, "--tile", 64, "--overlap", "auto")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("runtime", "suffix"),
     [RUNTIMES[0], *(pytest.param(name, "pt2", marks=pytest.mark.slow) for name in ("pt2", "aoti"))],
@@ -114,6 +117,7 @@ def test_detector(run, exported, detector, square, tmp_path, runtime, suffix):
         assert (rle.decode(one["mask"]) != rle.decode(other["mask"])).mean() < 0.01
 
 
+@pytest.mark.long
 def test_refusals(run, refused, picture, tmp_path):
     call = ("infer", "--runtime", "onnx")
     assert "does not exist" in refused(*call, tmp_path / "none.onnx", picture)

@@ -31,6 +31,7 @@ def equal(one: dict, other: dict) -> bool:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["trained", "detector"])
 def test_configs_give_the_records_of_infer(run, request, kind, pictures, tmp_path):
     config, checkpoint = request.getfixturevalue(kind)
@@ -46,6 +47,7 @@ def test_configs_give_the_records_of_infer(run, request, kind, pictures, tmp_pat
     assert alone[0].drawing.width == 64
 
 
+@pytest.mark.long
 def test_timm_models_by_name_and_in_memory(run, pictures, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=4).eval()

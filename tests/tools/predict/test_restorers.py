@@ -163,6 +163,7 @@ def test_pictures_larger_than_memory(network, tmp_path):
     assert json.loads((tmp_path / "out" / "large.json").read_text()) == record
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_files(network, picture, whole, runtime, tmp_path):
     """A file of open size takes the picture, a file of a fixed size only in tiles or if the picture is smaller."""
@@ -190,6 +191,7 @@ def test_files(network, picture, whole, runtime, tmp_path):
         terrazzo.Predictor(opened, runtime=runtime, tile=32, overlap="auto")
 
 
+@pytest.mark.long
 def test_wide_pictures_are_drawn_smaller(network, tmp_path):
     """A JPEG ends at 65500 pixels, and two pictures of 40000 pixels would stand beside each other."""
     pixels = np.random.default_rng(0).integers(0, 255, (16, 20000, 3), dtype=np.uint8)

@@ -105,6 +105,7 @@ def test_the_low_rank_form_with_eigenvectors_is_the_quadratic_form():
     torch.testing.assert_close(low(x), quad(x))
 
 
+@pytest.mark.long
 def test_objects_in_some_channels():
     """Every quadratic form finds the code; a rotation hides it from the diagonal form; the linear form sees nothing."""
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
@@ -121,6 +122,7 @@ def test_objects_in_some_channels():
     assert all(45 < found["linear", turned] < 55 for turned in (False, True))
 
 
+@pytest.mark.long
 def test_shuffled_labels_teach_nothing():
     """No way leads from the labels to the scores but the features."""
     generator = torch.Generator().manual_seed(0)
@@ -266,6 +268,7 @@ def test_a_block_is_changed_behind_its_front():
     assert torch.equal(block(x), x)
 
 
+@pytest.mark.long
 def test_rows_curves_and_pictures(run, root, tmp_path):
     out = tmp_path / "out"
     given = ("--data-root", root, "--size", 64, 96, "--steps", 5, "--positions", 16, "--out", out)
@@ -302,6 +305,7 @@ def test_rows_curves_and_pictures(run, root, tmp_path):
     assert Image.open(out / "objects.png").width > 640
 
 
+@pytest.mark.long
 def test_a_pyramid_and_random_weights(run, root, tmp_path):
     """Stages have their own grids and a common one; a model with weights is compared with itself without."""
     import timm

@@ -38,6 +38,7 @@ def test_a_convolution_depends_on_its_window_alone():
     assert all(radius < 3.5 for radius in field.radii().values())
 
 
+@pytest.mark.long
 def test_energy_is_the_squared_norm_of_the_jacobian():
     """The mean over signs of the squared gradient; a linear layer has the same gradient for every image."""
     torch.manual_seed(0)

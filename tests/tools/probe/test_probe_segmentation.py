@@ -36,6 +36,7 @@ def root(tmp_path):
     return folder
 
 
+@pytest.mark.long
 def test_rows_picture_and_table(run, root, tmp_path):
     out = tmp_path / "out"
     mechanisms = ("--mixer", "llsa,level=1", "--reduce", "mctf,r=4", "--fit", "both")

@@ -14,6 +14,7 @@ from terrazzo.tools.verbs.cards import command
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.long
 def test_pages_are_up_to_date():
     done = CliRunner().invoke(command, ["--check"], standalone_mode=False)
     assert done.return_value == 0, done.output

@@ -22,6 +22,7 @@ subprocess.run([sys.executable, "-c", ""], check=True)
 """
 
 
+@pytest.mark.long
 def test_signals_after_models_are_gone(tmp_path):
     """If two cores are destroyed in the order of their creation, OpenVINO takes the thread's signal stack away."""
     path = tmp_path / "model.onnx"

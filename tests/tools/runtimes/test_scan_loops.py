@@ -79,6 +79,7 @@ class Scans(torch.nn.Module):
         return selective_scan_2d(u, delta, self.A, B, C, delta_softplus=True, orders=self.orders)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("states", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_selective_scan_in_every_runtime(tmp_path, states):
     """The four orders of a map share a Scan; ONNX Runtime and OpenVINO give PyTorch's results, also at other sizes."""
@@ -109,6 +110,7 @@ def test_selective_scan_in_every_runtime(tmp_path, states):
         torch.testing.assert_close(openvino(*given)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "length", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(10, marks=pytest.mark.slow), 49]
 )
@@ -129,6 +131,7 @@ def test_unrolled(tmp_path, length):
     torch.testing.assert_close(openvino(*given)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_strong_decays_in_exported_graphs(unrolled):
     """With step sizes up to 30 and decays down to exp(-16 x 30), graphs are as accurate as the eager form."""

@@ -26,6 +26,7 @@ def small(monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_small_demo(run, small, tmp_path):
     out = tmp_path / "demo"
     result = run("demo", "--out", out, "--seed", 1)

@@ -25,6 +25,7 @@ TINY = (
 )
 
 
+@pytest.mark.long
 def test_segmentation_and_resuming(run, floors, tmp_path):
     """A resumed run draws the curves of all its parts."""
     train = ("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path, *TINY)
@@ -41,6 +42,7 @@ def test_segmentation_and_resuming(run, floors, tmp_path):
     assert not list(tmp_path.glob(".partial*"))
 
 
+@pytest.mark.long
 def test_no_report_and_no_log(run, refused, floors, tmp_path, monkeypatch):
     train = ("train", CONFIG, "--data-root", floors, "--work-dir", tmp_path / "work", *TINY, "--max-iters", 1)
     with monkeypatch.context() as patch:

@@ -28,6 +28,7 @@ def facts_of(run, verb, *arguments):
     return json.loads(result.stdout)
 
 
+@pytest.mark.long
 def test_info(run):
     plain = facts_of(run, "info")
     changed = facts_of(run, "info", "--mixer", "hedgehog", "--mixer-layers", "0,2")
@@ -37,6 +38,7 @@ def test_info(run):
     assert "changed by     hedgehog" in run("info", NAME, "--mixer", "hedgehog").stdout
 
 
+@pytest.mark.long
 def test_explain_says_what_a_layer_computes(run):
     """On 10 x 10 patches a window of 11 is the whole map; on 12 x 8 patches it is not."""
     chosen = ("--mixer", "na", "--mixer-option", "kernel=11", "--mixer-layers", "1,2", "--device", "cpu")
@@ -70,6 +72,7 @@ def test_infer(run, weights, tmp_path):
     assert records[0] == records[2] != records[1]
 
 
+@pytest.mark.long
 def test_export(run, tmp_path):
     """The file has open height and width; a checkpoint may have what the mixer adds."""
     torch.manual_seed(0)
@@ -89,6 +92,7 @@ def test_export(run, tmp_path):
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
+@pytest.mark.long
 def test_a_checkpoint_says_which_mixer_it_needs(run, refused, tmp_path):
     """Also after `terrazzo convert`, which keeps the record."""
     model = terrazzo.convert_attention(timm.create_model(NAME), "hedgehog", layers=[0, 2])

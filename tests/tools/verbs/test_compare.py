@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import timm
 import torch
 from click.testing import CliRunner
@@ -23,6 +24,7 @@ def compare(floors, out, *more):
     return CliRunner().invoke(cli, list(map(str, arguments)))
 
 
+@pytest.mark.long
 def test_compare(floors, tmp_path):
     done = compare(floors, tmp_path / "out")
     assert done.exit_code == 0, done.output
@@ -59,6 +61,7 @@ def test_one_loss_is_seen(tmp_path):
     assert (np.abs(pixels - (31, 119, 180)).max(-1) < 30).sum() > 10, "nothing is drawn in the first colour"
 
 
+@pytest.mark.long
 def test_compare_refuses_unknown_backbones_and_arguments(floors, tmp_path):
     assert "unexpected" in compare(floors, tmp_path / "out", "--backbone", "dinat_mini,colour=3").output
     done = compare(floors, tmp_path / "out", "--backbone", "resnet19")

@@ -60,6 +60,7 @@ def facts_of(run, *arguments, exit_code=0):
     return json.loads(result.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "size"), [("dinat_mini", (65, 97)), ("resnet18", (65, 97))])
 def test_counts_are_those_of_info(run, model, size):
     facts = facts_of(run, model, "--size", *size)
@@ -105,6 +106,7 @@ def test_costs_are_apart_by_operator_and_by_module(run):
     assert costs["GELU"]["bytes_read"] == costs["GELU"]["bytes_written"] > 0
 
 
+@pytest.mark.long
 def test_batch_and_dtype(run):
     one = facts_of(run, "dinat_mini", "--size", 64, 64)
     two = facts_of(run, "dinat_mini", "--size", 64, 64, "--batch", 2, "--dtype", "bfloat16")
@@ -157,6 +159,7 @@ class TestReasons:
         facts = facts_of(run, "dinat_mini", exit_code=1)
         assert {(call["backend"], call["asked"]) for call in facts["calls"]} == {(None, "fused")}
 
+    @pytest.mark.long
     def test_interpreter(self, run, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(machine, "has_triton", lambda: True)
@@ -207,6 +210,7 @@ def test_model_without_operators(run):
     assert "1.81 G (1,814,073,344)" in result.stdout
 
 
+@pytest.mark.long
 def test_narrow_terminal(run, monkeypatch):
     """Headers wrap; names and figures do not."""
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -283,6 +287,7 @@ def test_refusals(refused, arguments, words):
     assert words in refused("explain", *arguments)
 
 
+@pytest.mark.long
 def test_refuses_an_environment_that_names_no_backend(refused, monkeypatch):
     monkeypatch.setenv("TERRAZZO_BACKEND", "nope")
     assert (

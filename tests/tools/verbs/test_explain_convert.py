@@ -66,6 +66,7 @@ def facts(run, pictures, weights):
     return invoke
 
 
+@pytest.mark.long
 def test_facts_are_the_plan_and_the_counts(run, facts, pictures):
     found = facts("--budget", 2, "--batch", 2)
     model = sharp()
@@ -89,6 +90,7 @@ def test_facts_are_the_plan_and_the_counts(run, facts, pictures):
     assert found["chosen_flops_saved"] == 2 * (macs() - macs("--mixer", "hedgehog", "--mixer-layers", both))
 
 
+@pytest.mark.long
 def test_table(run, weights, pictures):
     common = ("--checkpoint", weights, "--pictures", pictures, "--device", "cpu")
     result = run("explain", NAME, "--convert", "na,kernel=3", *common, "--count", 3, "--size", 96, 128, "--max-kl", 99)
@@ -105,6 +107,7 @@ def test_table(run, weights, pictures):
     assert "No layer is within the limits." in within.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4, 5], [1, 4]])
 def test_a_student(facts, tmp_path, pictures, layers):
     """A checkpoint says what to convert; its mixers' weights are measured, and the model itself is the teacher."""
@@ -121,6 +124,7 @@ def test_a_student(facts, tmp_path, pictures, layers):
         assert (rows[row.layer]["attention_error"] == pytest.approx(row.attention_error, rel=1e-3)) != kept
 
 
+@pytest.mark.long
 def test_a_student_with_its_teacher(facts, tmp_path, weights, pictures):
     model, path = student([0, 1, 2, 3, 4, 5]), tmp_path / "student.pth"
     with torch.no_grad():
@@ -132,6 +136,7 @@ def test_a_student_with_its_teacher(facts, tmp_path, weights, pictures):
     assert found["layers"][0]["divergence"] == pytest.approx(plan.rows[0].divergence, rel=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_the_chosen_layers_are_written(run, facts, tmp_path, weights, suffix):
     """A student of all layers becomes a model with two, the others with the teacher's attention."""

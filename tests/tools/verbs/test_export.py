@@ -18,6 +18,7 @@ from terrazzo.tools.export.tensorrt import operators as tensorrt_operators
 from terrazzo.tools.verbs import export
 
 
+@pytest.mark.long
 def test_classifier(run, tmp_path):
     path = tmp_path / "model.onnx"
     result = run("export", "resnet10t", "--size", 65, 40, "--batch", 2, "--out", path)
@@ -32,6 +33,7 @@ def test_classifier(run, tmp_path):
     assert len(json.loads(facts["classes"])) == 1000
 
 
+@pytest.mark.long
 def test_normalisation_is_in_the_graph(run, tmp_path):
     """The file with raw pixels gives the same result as the model with normalised pixels."""
     torch.manual_seed(0)
@@ -48,6 +50,7 @@ def test_normalisation_is_in_the_graph(run, tmp_path):
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet10t", pytest.param("dinat_mini", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("form", "names"),
@@ -66,6 +69,7 @@ def test_other_formats(run, tmp_path, form, names, name):
     assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
+@pytest.mark.long
 def test_the_suffix_says_the_format(run, tmp_path):
     result = run("export", "resnet10t", "--size", 64, 64, "--out", tmp_path / "m.pt2")
     assert result.exit_code == 0, result.output
@@ -77,6 +81,7 @@ def test_suffixes_agree_with_what_the_formats_write():
         assert form_of(name, None, lacking="no GPU").suffixes[0] in suffixes
 
 
+@pytest.mark.long
 def test_failed_weights_lie_beside_the_failed_file(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checked_export, "compare", _always_wrong)
     result = run("export", "resnet10t", "--format", "openvino", "--size", 32, 32, "--out", tmp_path / "m.xml")
@@ -84,6 +89,7 @@ def test_failed_weights_lie_beside_the_failed_file(run, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.bin.failed", "m.xml.failed"]
 
 
+@pytest.mark.long
 def test_tensorrt_without_a_gpu(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "why_no_engine", lambda: "no GPU")
     path = tmp_path / "m.engine"
@@ -94,6 +100,7 @@ def test_tensorrt_without_a_gpu(run, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
+@pytest.mark.long
 def test_tensorrt_names_what_it_does_not_document(run, tmp_path, monkeypatch):
     table = dict(tensorrt_operators.operators(), Relu=frozenset())
     monkeypatch.setattr(tensorrt_operators, "operators", lambda: table)
@@ -113,12 +120,14 @@ def test_any_size(run, tmp_path):
     assert session.run(None, {"image": np.zeros((3, 3, 70, 41), np.float32)})[0].shape == (3, 7)
 
 
+@pytest.mark.long
 def test_one_size_of_neighborhood_attention(refused, tmp_path):
     reason = refused("export", "dinat_mini", "--size", 64, 64, "--dynamic", "hw", "--out", tmp_path / "m.onnx")
     assert "images of one size" in reason
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_features(run, tmp_path):
     path = tmp_path / "m.onnx"
     result = run("export", "resnet10t", "--features", "--size", 64, 96, "--out", path)
@@ -128,6 +137,7 @@ def test_features(run, tmp_path):
     assert shapes["stride32"] == [1, 512, 2, 3]
 
 
+@pytest.mark.long
 def test_segmentor(run, trained, floors, tmp_path):
     config, checkpoint = trained
     path = tmp_path / "segmentor.onnx"
@@ -145,6 +155,7 @@ def test_segmentor(run, trained, floors, tmp_path):
     assert (labels[0] != inferred).mean() < 1e-3
 
 
+@pytest.mark.long
 def test_failing_parity_is_exit_code_1(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checked_export, "compare", _always_wrong)
     result = run("export", "resnet10t", "--size", 32, 32, "--out", tmp_path / "model.onnx")
@@ -170,6 +181,7 @@ def test_no_loops_for_one_size_alone(refused):
     assert "unrolls a scan of known length" in reason
 
 
+@pytest.mark.long
 def test_refusals(refused, trained, tmp_path):
     config, _ = trained
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")

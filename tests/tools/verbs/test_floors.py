@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from terrazzo.tools.data import floors
 
 
+@pytest.mark.long
 def test_the_packaged_config_reads_them(run, check, tmp_path):
     root = tmp_path / "data" / "floors"
     result = run("floors", root, "--train", 2, "--val", 1, "--size", 48, "--seed", 5)

@@ -51,6 +51,7 @@ def test_classifier(run, picture, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["floor.json", "floor.overlay.jpg"]
 
 
+@pytest.mark.long
 def test_classifier_of_a_config(run, picture, tmp_path):
     from mmengine.registry import MODELS
 
@@ -85,6 +86,7 @@ def test_segmentor_on_a_folder(run, trained, floors, picture, tmp_path):
         assert (labels == record["classes"].index(name)).mean() == pytest.approx(share, abs=1e-5)
 
 
+@pytest.mark.long
 def test_detector(run, detector, picture, tmp_path):
     config, checkpoint = detector
     out = tmp_path / "out"
@@ -116,6 +118,7 @@ def mask2former(folder, base, loading):
     return config, checkpoint
 
 
+@pytest.mark.long
 def test_mask2former_of_instances(run, picture, tmp_path):
     base = "mask2former_dinat-large_16xb1-lsj-100e_coco"
     config, checkpoint = mask2former(tmp_path, base, "LoadAnnotations")
@@ -134,6 +137,7 @@ def test_mask2former_of_instances(run, picture, tmp_path):
     assert Image.open(out / "floor.overlay.jpg").size == (91, 67)
 
 
+@pytest.mark.long
 def test_mask2former_of_panoptic_segments(run, refused, picture, tmp_path):
     base = "mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic"
     config, checkpoint = mask2former(tmp_path, base, "LoadPanopticAnnotations")
@@ -257,6 +261,7 @@ def tiff_of(picture, tmp_path):
     return path
 
 
+@pytest.mark.long
 def test_segmentor_on_tiles(run, trained, picture, tmp_path):
     config, checkpoint = trained
     out = tmp_path / "out"
@@ -296,6 +301,7 @@ def test_segmentor_on_tiles_of_a_picture_read_by_windows(run, trained, picture, 
     assert np.abs(drawings[0][:67] - drawings[1]).mean() < 4
 
 
+@pytest.mark.long
 def test_detector_on_tiles(run, detector, picture, tmp_path):
     config, checkpoint = detector
     out = tmp_path / "out"
@@ -311,6 +317,7 @@ def test_detector_on_tiles(run, detector, picture, tmp_path):
         assert rle.decode(thing["mask"]).shape == (67, 91)
 
 
+@pytest.mark.long
 def test_detector_on_tiles_of_a_picture_read_by_windows(run, detector, picture, tmp_path):
     pytest.importorskip("rasterio", reason="needs the extra 'huge'")
     config, checkpoint = detector
@@ -329,6 +336,7 @@ def test_digits_that_are_no_decimal_digits(refused, picture, tmp_path):
     assert "picture ² does not exist" in refused("infer", "resnet10t", "²", "--out", tmp_path / "out")
 
 
+@pytest.mark.long
 def test_refused_tiles(refused, trained, detector, picture, tmp_path):
     out = tmp_path / "out"
     (config, checkpoint), (detecting, weights) = trained, detector

@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.long
 def test_json(run):
     result = run("info", "dinat_mini", "--size", 65, 97, "--in-chans", 1, "--json")
     assert result.exit_code == 0, result.output
@@ -20,6 +21,7 @@ def test_json(run):
     assert facts["weights"]["top1_published"] == 81.8
 
 
+@pytest.mark.long
 def test_text(run):
     result = run("info", "dinat_mini")
     assert result.exit_code == 0
@@ -35,6 +37,7 @@ def test_models_of_timm_itself(run):
     assert json.loads(run("info", "resnet18", "--json").stdout)["family"] == "timm"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "size"), [("rgt_s_x2", (128, 128)), ("mtair", (64, 64))])
 def test_restoration_networks(run, name, size):
     facts = json.loads(run("info", name, "--size", "64", "64", "--json").output)
@@ -43,12 +46,14 @@ def test_restoration_networks(run, name, size):
     assert facts["pyramid"] is None
 
 
+@pytest.mark.long
 def test_large_models_allocate_nothing(run):
     """A model with gigabytes of weights is described without building it."""
     facts = json.loads(run("info", "eva_giant_patch14_224", "--json").stdout)
     assert facts["params"] > 1e9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_counts_do_not_depend_on_the_backend(run, monkeypatch, backend):
     """The backends cannot run here, or are not a single operation."""

@@ -1,5 +1,6 @@
 """`terrazzo list`: the models and their facts."""
 
+import pytest
 import timm
 
 
@@ -39,6 +40,7 @@ def test_rows_of_restoration_networks(run):
     assert run("list", "mta*").stdout.splitlines()[1].split()[1:5] == ["mtair", "45.89", "x1", "denoising,"]
 
 
+@pytest.mark.long
 def test_a_reconstruction_has_no_weights(run):
     assert run("list", "s2aformer_mini").stdout.splitlines()[1].endswith("no weights")
     assert "no official weights are public" in run("info", "s2aformer_mini").stdout

@@ -111,6 +111,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -132,6 +133,7 @@ def test_resuming_another_run_leaves_its_work_dir_as_it_was(refused, floors, use
     assert contents(used) == before
 
 
+@pytest.mark.long
 def test_a_used_work_dir_is_noted(run, floors, used, tmp_path):
     copy = shutil.copytree(used, tmp_path / "work")
     result = run("train", CONFIG, "--data-root", floors, "--work-dir", copy, "--max-iters", 1, *TINY)
@@ -178,6 +180,7 @@ def test_plain_metrics():
     assert without_nan({"x": [math.nan, 1.0]}) == {"x": [None, 1.0]}
 
 
+@pytest.mark.long
 def test_an_unknown_metric_that_only_the_validation_shows(refused, monkeypatch, floors, tmp_path):
     """The keys of a user's metric are unknown in advance, so the first validation ends the run with one line."""
     from terrazzo.openmmlab import monitoring

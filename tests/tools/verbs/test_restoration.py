@@ -41,6 +41,7 @@ def checkpoint(run, folder):
     return folder / "work" / "iter_2.pth"
 
 
+@pytest.mark.long
 def test_test(run, folder, checkpoint, tmp_path):
     result = run("test", folder / "config.py", checkpoint, "--out", tmp_path / "metrics.json")
     assert result.exit_code == 0, result.output
@@ -83,6 +84,7 @@ def test_export(run, folder, checkpoint, form, tmp_path):
     assert np.abs(one - other).max() <= 1
 
 
+@pytest.mark.long
 def test_a_network_of_timm(run, folder, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     result = run("export", TINY, "--size", 24, 24, "--out", tmp_path / "tiny.onnx")

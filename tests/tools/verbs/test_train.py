@@ -23,6 +23,7 @@ def _refuse(*args, **kwargs):
     raise AssertionError("weights are fetched")
 
 
+@pytest.mark.long
 def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     work_dir, out = tmp_path / "work", tmp_path / "metrics.json"
     places = ("--data-root", floors, "--work-dir", work_dir)
@@ -43,6 +44,7 @@ def test_train_resume_and_test(shell, run, floors, tmp_path, monkeypatch):
     assert 0 <= json.loads(out.read_text())["mIoU"] <= 100
 
 
+@pytest.mark.long
 def test_the_model_is_built_once(run, floors, tmp_path, monkeypatch):
     built, create = [], timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: built.append(1) or create(*args, **kwargs))
@@ -226,6 +228,7 @@ def test_test_refusals(refused, trained, floors, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_checkpoints_carry_the_mixer(refused, run, tmp_path):
     """A training writes how its model was changed; testing, resuming and fine-tuning another model end in one line."""
     config, work_dir = "dinat-mini_1xb64-30e_clothing96", tmp_path / "work"
@@ -249,6 +252,7 @@ def test_checkpoints_carry_the_mixer(refused, run, tmp_path):
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.long
 def test_a_recipe_is_for_training_alone(refused, run, tmp_path):
     """Training without the teacher's weights is refused before files are written; testing needs no teacher."""
     config = "asvit-deit-tiny_1xb64-30e_eurosat64"

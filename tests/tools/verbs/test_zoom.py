@@ -36,6 +36,7 @@ def metrics(run, trained, floors, out, *options):
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_test(run, trained, floors, heads, tmp_path):
     plain, _ = metrics(run, trained, floors, tmp_path / "plain.json")
     found, said = metrics(run, trained, floors, tmp_path / "zoom.json", "--zoom", 2, "--budget", 0.5, *SIZES)
@@ -57,6 +58,7 @@ def test_test(run, trained, floors, heads, tmp_path):
     assert refined["mIoU"] != plain["mIoU"]  # this refinement adds random numbers
 
 
+@pytest.mark.long
 def test_sweep(run, trained, floors, heads, tmp_path):
     plain, _ = metrics(run, trained, floors, tmp_path / "plain.json")
     options = ("--zoom", 2, "--zoom-heads", heads, "--zoom-gate", 0, *SIZES)
@@ -108,6 +110,7 @@ def bright_boxes(self, images):
     return found
 
 
+@pytest.mark.long
 def test_sweep_of_a_detector(run, tmp_path, monkeypatch):
     """Objects that the coarse pass misses: points are what evaluations at their budgets give, COCO's mAP of boxes."""
     from mmengine.registry import MODELS
@@ -143,6 +146,7 @@ def test_sweep_of_a_detector(run, tmp_path, monkeypatch):
     assert found["oracle", 0.2].value > 0.1  # one tile, of those with objects
 
 
+@pytest.mark.long
 def test_infer(run, trained, picture, tmp_path):
     config, checkpoint = trained
     places = []
@@ -154,6 +158,7 @@ def test_infer(run, trained, picture, tmp_path):
     assert (places[0] != places[1]).any()
 
 
+@pytest.mark.long
 def test_refusals(refused, trained, floors, detector, picture):
     config, checkpoint = trained
     test = ("test", config, checkpoint, "--data-root", floors)
@@ -178,6 +183,7 @@ def test_oracle_without_labels(refused, tmp_path):
     assert "the data has boxes without masks" in refused("zoom", "oracle", boxes, *options)
 
 
+@pytest.mark.long
 def test_oracle(run, floors, tmp_path):
     """More tiles and finer labels are better, and the worst tiles have more than their share of the errors."""
     done = run(
