@@ -8,10 +8,11 @@ import functools
 
 import torch
 
-from terrazzo.kernels.block_sparse_attention import exported, fused, lowering, merging, portable, reference
+from terrazzo.kernels.block_sparse_attention import exported, fused, fused_cpu, lowering, merging, portable, reference
 from terrazzo.kernels.block_sparse_attention.plan import Plan
 from terrazzo.kernels.dispatch import opaque
 from terrazzo.kernels.dispatch.dtypes import accumulator
+from terrazzo.kernels.dispatch.fused import Forms
 from terrazzo.kernels.dispatch.operator import EXPORTED, Call, Needs, Operator
 from terrazzo.kernels.triton_host.blocks import HEAD_DIM
 
@@ -33,7 +34,8 @@ def _describe(query, key, value, index, bias, query_tile, key_tile, scale, backe
     return Call(shape, {"tiles": f"{query_tile}x{key_tile}", "density": f"{density:.3g}"})
 
 
-OPERATOR = Operator("block_sparse_attention", ("fused", "portable"), _needs, _describe)
+OPERATOR = Operator("block_sparse_attention", ("fused", "portable"), _needs, _describe, cpu=True)
+_FORMS = Forms(fused, fused_cpu, portable)
 
 
 def _fake(query, key, value, index, bias, query_tile, key_tile, scale, backend):
@@ -60,7 +62,7 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys of one segment; see `lowering.Keys`."""
-    form = fused if backend == "fused" else portable
+    form = _FORMS.of(query.device, backend)
     return form.forward(query, key, value, index, bias, query_tile, key_tile, scale)
 
 
@@ -93,7 +95,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = (grad, grad_lse, query, key, value, index, bias, out, lse, query_tile, key_tile, scale)
     # The backward pass takes the form of the forward pass, even if another backend is requested by then.
-    *grads, grad_bias = (fused if backend == "fused" else portable).backward(*arguments)
+    *grads, grad_bias = _FORMS.of(query.device, backend).backward(*arguments)
     # An op returns tensors only, so without a bias the bias' gradient is an empty tensor.
     return *grads, query.new_empty(0) if grad_bias is None else grad_bias
 

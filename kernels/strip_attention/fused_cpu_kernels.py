@@ -15,26 +15,14 @@ from numba.extending import register_jitable
 from terrazzo.kernels.numba_host.fused_compile import jit
 from terrazzo.kernels.numba_host.fused_constants import LANES, WIDE
 from terrazzo.kernels.numba_host.fused_maths import falling
-from terrazzo.kernels.numba_host.fused_vectors import (
-    add_all,
-    add_multiples_apart,
-    load,
-    load_all,
-    load_all_wide,
-    load_wide,
-    splat,
-    store,
-    store_all,
-    sum_of,
-    zeros,
-    zeros_wide,
-)
+from terrazzo.kernels.numba_host.fused_products import multiplier
+from terrazzo.kernels.numba_host.fused_vectors import load, load_wide, splat, store, sum_of
 from terrazzo.kernels.strip_attention.fused_cpu import PIECE, ROWS
 
 _inline = register_jitable(forceinline=True)
 
-# Rows of a product whose sums are in registers at once.
-BLOCK = 8
+# Rows of the product are queries with weights, keys with values, and keys with weights.
+_to_queries, _of_values, _to_keys = multiplier(WIDE, 1), multiplier(1), multiplier(1, WIDE)
 
 
 @jit
@@ -55,56 +43,6 @@ def read_queries(query, at, step, rows, low, high, own, best):
         x = query[at + i * step] if i < rows else query.dtype.type(0)
         own[i] = x
         best[i] = high if x >= 0 else low
-
-
-def _rows_of(count, wide):
-    read, read_all, none = (load_wide, load_all_wide, zeros_wide) if wide else (load, load_all, zeros)
-
-    @_inline
-    def rows_of(sums, at, step, factors, factor_step, numbers, number_at, number_step, between, terms):
-        found = none(sums, count)
-        for t in range(terms):
-            factor = read(factors, t * factor_step)
-            found = add_multiples_apart(found, factor, numbers, number_at + t * between, number_step)
-        store_all(sums, at, step, add_all(found, read_all(sums, at, step, count)))
-
-    return rows_of
-
-
-_wide_block, _wide_row, _block, _row = (
-    _rows_of(BLOCK, True),
-    _rows_of(1, True),
-    _rows_of(BLOCK, False),
-    _rows_of(1, False),
-)
-
-
-@jit
-def multiply(sums, step, rows, width, factors, factor_step, numbers, number_step, between, terms):
-    """Add a product to `sums`, rows of `width` numbers that are `step` apart.
-
-    Args:
-        factors: `terms` rows of `width` numbers, `factor_step` apart.
-        numbers: the number of row r and term t is at r * number_step + t * between.
-    """
-    for c in range(0, width, WIDE):
-        whole, wide, own = rows // BLOCK * BLOCK, width - c >= WIDE, factors[c:]
-        for r in range(0, whole, BLOCK):
-            if wide:
-                _wide_block(
-                    sums, r * step + c, step, own, factor_step, numbers, r * number_step, number_step, between, terms
-                )
-            else:
-                _block(
-                    sums, r * step + c, step, own, factor_step, numbers, r * number_step, number_step, between, terms
-                )
-        for r in range(whole, rows):
-            if wide:
-                _wide_row(
-                    sums, r * step + c, step, own, factor_step, numbers, r * number_step, number_step, between, terms
-                )
-            else:
-                _row(sums, r * step + c, step, own, factor_step, numbers, r * number_step, number_step, between, terms)
 
 
 @_inline
@@ -139,7 +77,7 @@ def forward(query, q_at, key, k_at, value, v_at, out, sizes, begin, end):
                 part = part + weight
             total = total + part
             own_values = value[image * v_at[0] + start * v_at[1] + head * v_at[2] :]
-            multiply(sums, width, rows, width, own_values, v_at[1], weights, 1, WIDE, count)
+            _to_queries(sums, width, rows, width, own_values, v_at[1], weights, count)
         store(totals, 0, total)
         for i in range(rows):
             at = ((image * queries + first + i) * heads + head) * width
@@ -184,7 +122,7 @@ def backward(grad, g_at, query, q_at, key, k_at, value, v_at, d_query, d_key, d_
                     turned[c * WIDE + i] = x
             # The derivative of each weight: keys by queries.
             slopes[:] = 0
-            multiply(slopes, WIDE, keys, WIDE, turned, WIDE, own_values, v_at[1], 1, width)
+            _of_values(slopes, WIDE, keys, WIDE, turned, WIDE, own_values, width, v_at[1])
             total, delta, change = zero, zero, zero
             for start in range(0, keys, PIECE):
                 totals, deltas = zero, zero
@@ -208,7 +146,7 @@ def backward(grad, g_at, query, q_at, key, k_at, value, v_at, d_query, d_key, d_
             store(found, 0, change)
             for i in range(rows):
                 d_query[(image * queries + first + i) * heads + head] = found[i]
-            multiply(of_values, width, keys, width, grads, width, weights, WIDE, 1, rows)
+            _to_keys(of_values, width, keys, width, grads, width, weights, rows)
         for j in range(keys):
             at = ((part * images + image) * keys + j) * heads + head
             d_key[at] = sum_of(load_wide(of_keys, j * WIDE))

@@ -16,6 +16,7 @@ from terrazzo.kernels.triton_host import machine as triton_machine
 
 numba = pytest.importorskip("numba", reason="needs the extra 'cpu'")
 kernels = importlib.import_module("terrazzo.kernels.strip_attention.fused_cpu_kernels")
+products = importlib.import_module("terrazzo.kernels.numba_host.fused_products")
 fused_cpu = importlib.import_module("terrazzo.kernels.strip_attention.fused_cpu")
 op = importlib.import_module("terrazzo.kernels.strip_attention.op")
 
@@ -40,6 +41,7 @@ class TestKernels:
     def test_half_precision(self, dtype):
         check(triton_strip.errors(queries=70, keys=49, dim=32, heads=2, dtype=dtype))
 
+    @pytest.mark.long
     def test_float64(self):
         arguments = triton_strip.inputs(2, 37, 150, 3, 12)
         found, wanted = (triton_strip.run(arguments, name) for name in ("fused", "reference"))
@@ -76,16 +78,24 @@ class TestMutations:
     """Break the kernels' arithmetic on purpose: the comparison must fail."""
 
     @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
-    @pytest.mark.parametrize("helper", ["", "add_multiples_apart", "falling", "sum_of", "gather", "_row", "_wide_row"])
+    @pytest.mark.parametrize(
+        "helper",
+        ["", "add_multiples_apart", "falling", "sum_of", "gather", "_to_queries", "_of_values", "_to_keys"],
+    )
     def test_a_broken_piece_shows(self, monkeypatch, helper):
         # The kernels' bodies run in Python, so their parts can be replaced.
-        for name in ("gather", "read_queries", "multiply", "forward", "backward"):
+        for name in ("gather", "read_queries", "forward", "backward"):
             monkeypatch.setattr(kernels, name, getattr(kernels, name).py_func)
-        whole = getattr(kernels, helper, None)
+        module = products if helper == "add_multiples_apart" else kernels
+        whole = getattr(module, helper, None)
         if helper == "gather":  # the smallest key is taken for the largest
             monkeypatch.setattr(kernels, helper, lambda *arguments: whole(*arguments)[::-1])
-        elif helper in ("_row", "_wide_row"):
-            monkeypatch.setattr(kernels, helper, lambda *arguments: None)
+        elif helper in ("_to_queries", "_of_values", "_to_keys"):  # the last row of each product is lost
+
+            def short(sums, step, rows, *more):
+                whole(sums, step, rows - 1, *more)
+
+            monkeypatch.setattr(kernels, helper, short)
         elif helper == "falling":  # small weights are lost
             monkeypatch.setattr(kernels, helper, lambda x: whole(x) * (x > -1))
         elif helper:
@@ -94,7 +104,7 @@ class TestMutations:
                 found = whole(*arguments)
                 return tuple(x * 0.9 for x in found) if isinstance(found, tuple) else found * 0.9
 
-            monkeypatch.setattr(kernels, helper, broken)
+            monkeypatch.setattr(module, helper, broken)
         arguments = triton_strip.inputs(1, 21, 9, 2, 24, torch.float32)
         arguments[0] = arguments[0].detach().mul(40).requires_grad_()
         wanted = triton_strip.exact(arguments)
@@ -151,6 +161,7 @@ class TestOperator:
     def test_opcheck(self):
         triton_strip.opcheck(9, 5)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dynamic", [True, False])
     def test_compiles_without_a_break(self, dynamic):
         torch._dynamo.reset()
