@@ -50,6 +50,7 @@ for what, limit in zip(sys.argv[2::2], sys.argv[3::2]):
 """
 
 
+@pytest.mark.long
 def test_nothing_stays(tmp_path):
     pytest.importorskip("cv2", reason="needs the extra 'video'")
     cases = (

@@ -155,6 +155,7 @@ class TestArchitecture:
             torch.testing.assert_close(found.flatten(1, 2), by_hand(mixer, x.flatten(1, 2)), rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(mixer(x, Kept(height=2, width=4)), found[:, :2, :4])
 
+    @pytest.mark.long
     def test_mixers_look_one_position_ahead(self):
         torch.manual_seed(0)
         mixer = lively(nn.ModuleList([mambavision.MambaVisionMixer(32)])).double()[0]
@@ -209,6 +210,7 @@ class TestArchitecture:
             model.stages[2].blocks[-1].last = model.stages[3].blocks[-1].last = False
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.long
     def test_multiply_adds_of_padding(self):
         """Multiply-adds in G at 224, a detector's windows: last blocks skip or keep padding, or windows are fitted."""
         model = timm.create_model("mambavision_t", window_size=(112, 56), device="meta")

@@ -181,6 +181,7 @@ class TestArchitecture:
             mixer.scans = mixer.scans[2:] + mixer.scans[:2]
             torch.testing.assert_close(mixer(x[:, grid.columns], turned), wanted)
 
+    @pytest.mark.long
     def test_one_direction_is_causal(self):
         mixer = lively(roma.Mixer(6, 1))
         x = torch.randn(1, 9, 6, dtype=torch.float64, requires_grad=True)

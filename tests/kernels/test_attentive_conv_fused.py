@@ -67,6 +67,7 @@ class TestInterpreted:
     def test_same_bits_every_time(self, interpreted):
         assert interpreted("triton_attentive.repeats")
 
+    @pytest.mark.long
     def test_half_values_beside_float32(self, interpreted):
         """As under autocast."""
         errors, dtypes = interpreted("triton_attentive.mixed")

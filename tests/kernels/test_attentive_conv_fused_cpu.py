@@ -42,6 +42,7 @@ class TestKernels:
     def test_half_precision(self, dtype):
         check(triton_attentive.errors(2, 24, 9, 10, dtype))
 
+    @pytest.mark.long
     def test_float64(self):
         arguments = triton_attentive.inputs(2, 9, 7, 5)
         found, wanted = (triton_attentive.run(arguments, name) for name in ("fused", "reference"))

@@ -43,6 +43,7 @@ class TestInterpreted:
         kind = "segments" if dim > 1 else "ragged blocks"
         check(interpreted("triton_block_sparse.errors", kind, dim=dim, width=width))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
     def test_half_precision(self, interpreted, dtype):
         check(interpreted("triton_block_sparse.errors", "ragged blocks", dim=16, dtype=dtype))

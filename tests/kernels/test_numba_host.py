@@ -151,6 +151,7 @@ class TestThreads:
         assert {i for i, _ in seen} == {0, 1, 2}
         assert len({thread for _, thread in seen}) == 3
 
+    @pytest.mark.long
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch contains GNU's OpenMP on Linux alone")
     def test_another_packages_openmp_is_not_in_the_way(self, tmp_path):
         """scikit-learn brings a copy of its own, for example."""

@@ -48,6 +48,7 @@ def test_loads_where_there_is_only_torch(trained):
     assert lines[2] == "3 cement marble granite basalt jasper glass"
 
 
+@pytest.mark.long
 def test_nothing_temporary_is_left(trained):
     assert not [path for path in trained.iterdir() if path.name.startswith(".")]
 

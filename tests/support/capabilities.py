@@ -173,6 +173,7 @@ class CapabilityContract:
             assert [tuple(found.shape) for found in maps] == wanted
             assert all(found.isfinite().all() for found in maps)
 
+    @pytest.mark.long
     def test_mmdet(self, example, capability, openmmlab, tmp_path):
         from mmdet.testing import demo_mm_inputs
 

@@ -20,6 +20,7 @@ class TestDiffRate(ReducerContract):
     def tokens(self, prefix):
         return 30
 
+    @pytest.mark.long
     @torch.no_grad()
     def test_block(self):
         """Attention with ln(size); the least attended patches go, the next ones merge; then the MLP."""

@@ -44,6 +44,7 @@ class TestToMe(ReducerContract):
     nothing = dict(r=0)
     left = 49 - 3 * 8
 
+    @pytest.mark.long
     @pytest.mark.parametrize("count", [17, 24])
     def test_is_as_published(self, count):
         """Indices and means equal the paper's algorithm; the plan is MCTF's with its other criteria off."""

@@ -107,6 +107,7 @@ def test_segments(random, filtered, threshold):
     assert torch.equal(reader._segments(logits, masks), expected)
 
 
+@pytest.mark.long
 def test_divided(tmp_path):
     """ONNX divides in float32, which cannot represent all whole numbers of this size."""
 

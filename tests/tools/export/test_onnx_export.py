@@ -75,6 +75,7 @@ def test_opset_is_the_one_asked_for(tmp_path, image):
     assert export_onnx(Net(), image, tmp_path / "net.onnx", opset=18).version == "opset 18"
 
 
+@pytest.mark.long
 def test_another_opset_than_asked_for_is_refused(tmp_path, image, monkeypatch):
     """If the conversion fails, PyTorch writes its original opset and only logs it."""
     whole = torch.onnx.export

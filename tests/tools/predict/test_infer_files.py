@@ -80,6 +80,7 @@ def test_segmentor(run, exported, trained, square, tmp_path, runtime, suffix):
     assert (labels[0] != labels[1]).mean() < 1e-3
 
 
+@pytest.mark.long
 def test_segmentor_on_a_picture_of_another_size(run, exported, trained, picture, tmp_path):
     file = exported("onnx", "onnx", *trained, "--size", 64, 64)
     assert run("infer", "--runtime", "onnx", file, picture, "--out", tmp_path).exit_code == 0

@@ -50,6 +50,7 @@ def test_test(run, folder, checkpoint, tmp_path):
     assert 0 < metrics["restoration/ssim_rgb"] < 1
 
 
+@pytest.mark.long
 def test_infer(run, folder, checkpoint, tmp_path):
     places = (folder / "config.py", folder / "images" / "val", "--checkpoint", checkpoint)
     result = run("infer", *places, "--degrade", "--tile", 16, "--out", tmp_path)

@@ -176,6 +176,7 @@ def test_refusals(refused, trained, floors, detector, picture):
     assert "--zoom is for segmentors and detectors" in refused("infer", "resnet10t", picture, "--zoom", 2)
 
 
+@pytest.mark.long
 def test_oracle_without_labels(refused, tmp_path):
     tiny_data.write_detection(tmp_path, ("RBC", "WBC", "Platelets"), (96, 64), masks=False)
     boxes = "retinanet_dinat-mini_fpn_1xb4-36e_bccd-640x480"
