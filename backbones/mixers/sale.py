@@ -142,12 +142,12 @@ def kept_tiles(
     if real is None:
         real = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
     (query4, query_scale), (key4, key_scale) = quantised(smooth_query), quantised(smooth_key)
-    estimated_query = query4 * (query_scale * scale)
-    estimated_key = key4 * key_scale
+    queries, estimates = _tiles(query * scale, query_tile), _tiles(query4 * (query_scale * scale), query_tile)
+    # A channel of ones subtracts a query's bound in the product itself: other passes over all pairs would take longer.
+    estimated_key = F.pad(key4 * key_scale, (0, 1), value=1).transpose(-1, -2)
     shift = (scale * mean @ smooth_key.transpose(-1, -2)).masked_fill(~real[:, None, None], -torch.inf)
     hidden_key = _tiles(~real[:, None, :, None], key_tile, True)[0, 0, :, :, 0]  # tiles key_tile
     hidden_query = _tiles(~real[:, None, :, None], query_tile, True)[0, 0, :, :, 0]
-    queries, estimates = _tiles(query * scale, query_tile), _tiles(estimated_query, query_tile)
     blocks = _tiles(smooth_key, key_tile)
     front = None if front_key is None else (front_key.to(dtype) - key_mean).transpose(-1, -2)
     kept = []
@@ -158,9 +158,8 @@ def kept_tiles(
         exact = exact.masked_fill(hidden, -torch.inf)
         if front is not None and front.shape[-1]:
             exact = torch.cat([exact, queries[:, :, tile] @ front], -1)
-        bound = exact.logsumexp(-1, keepdim=True)  # m + ln l
-        estimate = estimates[:, :, tile] @ estimated_key.transpose(-1, -2)
-        above = (estimate - bound).masked_fill(hidden_query[tile].unsqueeze(1), -torch.inf).amax(2, keepdim=True)
+        bound = exact.logsumexp(-1, keepdim=True).masked_fill(hidden_query[tile].unsqueeze(1), torch.inf)  # m + ln l
+        above = (torch.cat([estimates[:, :, tile], -bound], -1) @ estimated_key).amax(2, keepdim=True)
         above = _tiles((above + shift).transpose(-1, -2), key_tile, -torch.inf).amax((3, 4))  # B heads key-tiles
         found = (above > tau.to(dtype).log()[:, None]) | (tau == 0)[:, None]
         # -1 means the last of one tile more, which is dropped.
