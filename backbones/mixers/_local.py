@@ -16,7 +16,10 @@ def depthwise(
         bias: (heads D,), or None.
     """
     heads, dim = value.shape[1], value.shape[3]
-    maps = value[:, :, place.prefix :].transpose(2, 3).flatten(1, 2).unflatten(2, place.grid)
+    # Hosts have the channels of a token side by side, so the map is a channels_last one without a copy.
+    patches = value[:, :, place.prefix :].transpose(1, 2).flatten(2)
+    maps = patches.transpose(1, 2).unflatten(2, place.grid)
     bias = None if bias is None else bias.to(value.dtype)
     out = F.conv2d(maps, weight.to(value.dtype), bias, padding=weight.shape[-1] // 2, groups=heads * dim)
-    return F.pad(out.flatten(2).unflatten(1, (heads, dim)).transpose(2, 3), (0, 0, place.prefix, 0))
+    out = out.flatten(2).transpose(1, 2).unflatten(2, (heads, dim)).transpose(1, 2)
+    return F.pad(out, (0, 0, place.prefix, 0))

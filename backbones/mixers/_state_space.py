@@ -68,10 +68,12 @@ class Direction(nn.Module):
     def _convolved(self, tokens: torch.Tensor, step: torch.Tensor, reverse: bool) -> tuple[torch.Tensor, ...]:
         """Values, keys and queries (B, L, heads, D) behind their convolution, and positive steps (B, L, heads)."""
         weight, bias = (x.to(tokens.dtype) for x in (self.conv.weight, self.conv.bias))
-        ahead = (0, TAPS - 1) if reverse else (TAPS - 1, 0)
-        line = F.pad(tokens.flatten(2).transpose(1, 2), ahead)
-        line = F.conv1d(line, weight.flip(2) if reverse else weight, bias, groups=line.shape[1])
-        value, key, query = line.transpose(1, 2).unflatten(2, tokens.shape[2:]).unbind(2)
+        weight = (weight.flip(2) if reverse else weight).unsqueeze(2)
+        # A channels_last image with one row needs no copy, and gives tokens whose channels lie side by side.
+        line = tokens.flatten(2).transpose(1, 2).unsqueeze(2)
+        line = F.conv2d(line, weight, bias, padding=(0, TAPS - 1), groups=line.shape[1])
+        line = line[..., TAPS - 1 :] if reverse else line[..., : 1 - TAPS]
+        value, key, query = line.squeeze(2).transpose(1, 2).unflatten(2, tokens.shape[2:]).unbind(2)
         step = F.softplus(step + self.a_bias.to(step.dtype)).clamp(min=1e-12)  # nothing is divided by 0
         return value, key, query, step
 
@@ -138,11 +140,14 @@ class StateSpace(Mixer):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: torch.Tensor, place: Place
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """For each direction the tokens (B, L, 3, heads, D) and steps (B, L, heads), with review tokens."""
-        tokens = torch.stack([value, key, query * query.shape[-1] ** -0.5], 2).permute(0, 3, 2, 1, 4)  # B N 3 heads D
-        tokens, step, extra = self._ordered(tokens, step, place)
-        # Review tokens come first in the direction of the scan, in the same order for both directions.
-        ahead = [torch.cat(pair, 1) for pair in zip(extra, (tokens, step))]
-        behind = [torch.cat((own, first.flip(1)), 1) for own, first in zip((tokens, step), extra)]
+        given = (value, key, query * query.shape[-1] ** -0.5)
+        tokens = torch.stack([x.transpose(1, 2) for x in given], 2)  # B N 3 heads D
+        ahead, behind = [], []
+        for x in (tokens, step):
+            front, patches, review = self._ordered(x, place)
+            # Review tokens come first in the direction of the scan, in the same order for both directions.
+            ahead.append(torch.cat([review, front, patches], 1))
+            behind.append(torch.cat([front, patches, review.flip(1)], 1))
         return ahead, behind
 
     def _cells(self, grid: tuple[int, int]) -> tuple[int, int] | None:
@@ -163,21 +168,18 @@ class StateSpace(Mixer):
         """Whether patches are scanned by columns: in layers with odd numbers."""
         return self.host.layer % 2 == 1
 
-    def _ordered(self, tokens: torch.Tensor, step: torch.Tensor, place: Place):
-        """Tokens and steps in the order of the scan, and review tokens and their steps (none of them: length 0)."""
-        front, patches = tokens.tensor_split([place.prefix], 1)
-        front_step, patch_step = step.tensor_split([place.prefix], 1)
-        maps = torch.cat([patches.flatten(2), patch_step], 2).transpose(1, 2).unflatten(2, place.grid)
-        maps = maps.transpose(2, 3) if self._turned() else maps
-        cells = self._cells(tuple(maps.shape[2:]))
+    def _ordered(self, x: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of tokens or steps (B, N, ...) those in front, and in the order of the scan patches and review tokens."""
+        front, patches = x.tensor_split([place.prefix], 1)
+        maps = patches.flatten(2).transpose(1, 2).unflatten(2, place.grid)  # channels_last
+        cells, turned = self._cells(place.grid), self._turned()
         pooled = maps[:, :, :0, :0] if cells is None else F.adaptive_avg_pool2d(maps, cells)
 
-        def split(maps):
-            flat = maps.flatten(2).transpose(1, 2)
-            return flat[..., : -step.shape[2]].unflatten(2, tokens.shape[2:]), flat[..., -step.shape[2] :]
+        def flat(maps):
+            maps = maps.transpose(2, 3) if turned else maps
+            return maps.flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
 
-        patches, patch_step = split(maps)
-        return torch.cat([front, patches], 1), torch.cat([front_step, patch_step], 1), split(pooled)
+        return front, flat(maps), flat(pooled)
 
     def _restored(self, out: torch.Tensor, place: Place) -> torch.Tensor:
         """Tokens (B, N, heads, D) in the grid's order."""

@@ -16,6 +16,8 @@ from terrazzo.kernels.numba_host.fused_constants import LANES
 
 # Steps between two states that are kept.
 CHUNK = 64
+# Vectors of channels that share a copy of the numbers of a chunk's states.
+TILES = 4
 # Numbers of states in a call of a kernel, so that the call itself costs little, and the most calls.
 _WORK, _CALLS = 1 << 20, 256
 
@@ -80,7 +82,7 @@ def forward(
     call = _Call(x, dt, A, B, C, reverse)
     out, kept = call.empty(*call.x.shape), call.empty(*call.kept_shape)
     given = [*call.given(), array_of(out).reshape(-1), array_of(kept).reshape(-1), reverse, call.sizes]
-    _divided(lambda *part: kernels.forward(*given, *part), call.heads * call.tiles, call.work)
+    _divided(lambda *part: kernels.forward(*given, *part), call.heads * -(-call.tiles // TILES), call.work)
     width = x.shape[3]
     return out[..., :width].to(x.dtype).contiguous(), kept[..., :width].contiguous(), call.empty(0)
 

@@ -28,7 +28,7 @@ from terrazzo.kernels.numba_host.fused_vectors import (
     store_all,
     sum_of,
 )
-from terrazzo.kernels.ssd.fused_cpu import CHUNK
+from terrazzo.kernels.ssd.fused_cpu import CHUNK, TILES
 
 _inline = register_jitable(forceinline=True)
 
@@ -47,13 +47,24 @@ def along(at, reverse):
     return -at if reverse else at
 
 
+@_inline
+def gathered(x, row, step, steps, own, states):
+    """Copy the states of a chunk's steps side by side: rows that are far apart push each other out of the caches."""
+    for s in range(steps):
+        at, to = row + s * step, s * states
+        for n in range(0, states // LANES * LANES, LANES):
+            store(own, to + n, load(x, at + n))
+        for n in range(states // LANES * LANES, states):
+            own[to + n] = x[at + n]
+
+
 def _run_of(count):
     @_inline
-    def run(state, n, decays, dx, B, b_at, b_step, C, c_at, c_step, steps, y):
+    def run(state, n, decays, dx, B, C, step, steps, y):
         h = load_all(state, n * LANES, LANES, count)
         for s in range(steps):
-            h = add_multiples(multiply_all(h, spread(decays, s)), load(dx, s * LANES), B, b_at + s * b_step)
-            store(y, s * LANES, add_dot(load(y, s * LANES), h, C, c_at + s * c_step))
+            h = add_multiples(multiply_all(h, spread(decays, s)), load(dx, s * LANES), B, s * step + n)
+            store(y, s * LANES, add_dot(load(y, s * LANES), h, C, s * step + n))
         store_all(state, n * LANES, LANES, h)
 
     return run
@@ -64,42 +75,48 @@ _run_block, _run_one = _run_of(BLOCK), _run_of(1)
 
 @jit
 def forward(x, x_at, dt, decay, B, b_at, C, c_at, out, kept, reverse, sizes, begin, end):
-    """The output, and the state before each chunk of steps. Units are LANES channels of a head of an image."""
+    """The output, and the state before each chunk of steps.
+
+    Units are at most TILES times LANES channels of a head of an image.
+    """
     length, heads, groups, states, width = sizes
     dtype, tiles = x.dtype.type, width // LANES
-    chunks = (length + CHUNK - 1) // CHUNK
-    state, decays = np.empty(states * LANES, dtype), np.empty(CHUNK, dtype)
+    parts, chunks = (tiles + TILES - 1) // TILES, (length + CHUNK - 1) // CHUNK
+    all_states, decays = np.empty(TILES * states * LANES, dtype), np.empty(CHUNK, dtype)
     dx, y = np.empty(CHUNK * LANES, dtype), np.empty(CHUNK * LANES, dtype)
+    own_b, own_c = np.empty(CHUNK * states, dtype), np.empty(CHUNK * states, dtype)
     b_step, c_step = along(b_at[1], reverse), along(c_at[1], reverse)
+    whole = states // BLOCK * BLOCK
     for unit in range(begin, end):
-        head, tile = unit // tiles, unit % tiles * LANES
+        head, part = unit // parts, unit % parts
         image, head = head // heads, head % heads
         group = head // (heads // groups)
-        state[:] = 0
+        all_states[:] = 0
         for chunk in range(chunks):
-            keep_at = ((image * chunks + chunk) * heads + head) * states * width + tile
-            for n in range(states):
-                store(kept, keep_at + n * width, load(state, n * LANES))
             start = chunk * CHUNK
             steps = min(CHUNK, length - start)
             first = position(start, length, reverse)
             for s in range(steps):
-                p = position(start + s, length, reverse)
-                own = (image * length + p) * heads + head
-                decays[s] = decay[own]
-                x_row = image * x_at[0] + p * x_at[1] + head * x_at[2] + tile
-                store(dx, s * LANES, load(x, x_row) * dt[own])
-            y[:] = 0
-            b_row = image * b_at[0] + first * b_at[1] + group * b_at[2]
-            c_row = image * c_at[0] + first * c_at[1] + group * c_at[2]
-            whole = states // BLOCK * BLOCK
-            for n in range(0, whole, BLOCK):
-                _run_block(state, n, decays, dx, B, b_row + n, b_step, C, c_row + n, c_step, steps, y)
-            for n in range(whole, states):
-                _run_one(state, n, decays, dx, B, b_row + n, b_step, C, c_row + n, c_step, steps, y)
-            for s in range(steps):
-                p = position(start + s, length, reverse)
-                store(out, ((image * length + p) * heads + head) * width + tile, load(y, s * LANES))
+                decays[s] = decay[(image * length + position(start + s, length, reverse)) * heads + head]
+            gathered(B, image * b_at[0] + first * b_at[1] + group * b_at[2], b_step, steps, own_b, states)
+            gathered(C, image * c_at[0] + first * c_at[1] + group * c_at[2], c_step, steps, own_c, states)
+            for tile in range(part * TILES, min(tiles, (part + 1) * TILES)):
+                at, state = tile * LANES, all_states[(tile - part * TILES) * states * LANES :]
+                keep_at = ((image * chunks + chunk) * heads + head) * states * width + at
+                for n in range(states):
+                    store(kept, keep_at + n * width, load(state, n * LANES))
+                for s in range(steps):
+                    p = position(start + s, length, reverse)
+                    x_row = image * x_at[0] + p * x_at[1] + head * x_at[2] + at
+                    store(dx, s * LANES, load(x, x_row) * dt[(image * length + p) * heads + head])
+                y[:] = 0
+                for n in range(0, whole, BLOCK):
+                    _run_block(state, n, decays, dx, own_b, own_c, states, steps, y)
+                for n in range(whole, states):
+                    _run_one(state, n, decays, dx, own_b, own_c, states, steps, y)
+                for s in range(steps):
+                    p = position(start + s, length, reverse)
+                    store(out, ((image * length + p) * heads + head) * width + at, load(y, s * LANES))
 
 
 def _again_of(count):
@@ -183,6 +200,7 @@ def backward(
     dx, dy, of_input = (np.empty(CHUNK * width, dtype), np.empty(CHUNK * width, dtype), np.empty(CHUNK * width, dtype))
     h = np.empty((CHUNK + 1) * BLOCK * LANES, dtype)
     lanes_b, lanes_c = np.empty(CHUNK * BLOCK * LANES, dtype), np.empty(CHUNK * BLOCK * LANES, dtype)
+    own_b, own_c = np.empty(CHUNK * states, dtype), np.empty(CHUNK * states, dtype)
     b_step, c_step = along(b_at[1], reverse), along(c_at[1], reverse)
     sums_step = along(heads * states, reverse)
     whole = states // BLOCK * BLOCK
@@ -205,19 +223,19 @@ def backward(
                     store(dy, i * CHUNK + s * LANES, load(grad, grad_row + i))
             of_input[:] = 0
             flow[:] = 0
-            b_row = image * b_at[0] + first * b_at[1] + group * b_at[2]
-            c_row = image * c_at[0] + first * c_at[1] + group * c_at[2]
+            gathered(B, image * b_at[0] + first * b_at[1] + group * b_at[2], b_step, steps, own_b, states)
+            gathered(C, image * c_at[0] + first * c_at[1] + group * c_at[2], c_step, steps, own_c, states)
             sums_at = ((image * length + first) * heads + head) * states
             keep_at = ((image * chunks + chunk) * heads + head) * states * width
             for n in range(0, whole, BLOCK):
                 _block(
-                    n, kept, keep_at + n * width, width, carried, h, decays, dx, dy, B, b_row + n, b_step, C,
-                    c_row + n, c_step, steps, of_input, flow, lanes_b, lanes_c, dB, dC, sums_at + n, sums_step,
+                    n, kept, keep_at + n * width, width, carried, h, decays, dx, dy, own_b, n, states, own_c, n, states,
+                    steps, of_input, flow, lanes_b, lanes_c, dB, dC, sums_at + n, sums_step,
                 )  # fmt: skip
             for n in range(whole, states):
                 _one(
-                    n, kept, keep_at + n * width, width, carried, h, decays, dx, dy, B, b_row + n, b_step, C,
-                    c_row + n, c_step, steps, of_input, flow, lanes_b, lanes_c, dB, dC, sums_at + n, sums_step,
+                    n, kept, keep_at + n * width, width, carried, h, decays, dx, dy, own_b, n, states, own_c, n, states,
+                    steps, of_input, flow, lanes_b, lanes_c, dB, dC, sums_at + n, sums_step,
                 )  # fmt: skip
             for s in range(steps):
                 p = position(start + s, length, reverse)
