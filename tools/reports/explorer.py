@@ -1,4 +1,4 @@
-"""One static page of every model's counts and times in model_cards/results: plots over published accuracy, filters, and the cards inside.
+"""A static page of every model's counts and times in model_cards/results, over accuracy, with filters and cards.
 
 The page is `explorer.html` with the figures, the cards and Plotly's script put in. It loads nothing from elsewhere.
 """
